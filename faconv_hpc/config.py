@@ -1,0 +1,202 @@
+"""The config of a run: frozen, strict, and judged before any rank is started."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values cannot be changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class MeshConfig(Section):
+    """How the ranks are arranged: replicas see other samples, lat x lon tiles share one globe."""
+
+    replicas: Count = Field(1, description="copies of the globe, each with samples of its own")
+    lat: Count = Field(1, description="tiles from north to south")
+    lon: Count = Field(1, description="tiles from west to east")
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.replicas * self.lat * self.lon
+
+
+class DataConfig(Section):
+    """What is read, and what the network is told about it."""
+
+    store: Path = Field(description="directory made by `faconv data prepare`")
+    variables: tuple[str, ...] | None = Field(None, description="channels to forecast; default: all of the store")
+    window: Count = Field(8, description="time steps of one sample")
+    forcings: tuple[str, ...] = Field(
+        ("sin_latitude", "cos_longitude", "sin_longitude", "insolation", "next_insolation"),
+        description="known functions of place and time, added to the input",
+    )
+    lat_boundary: Literal["pole", "zero", "replicate"] = Field("pole", description="rule beyond the first and last row")
+    lon_boundary: Literal["periodic", "zero", "replicate"] = Field("periodic", description="rule beyond the columns")
+    held_out_frames: int = Field(0, ge=0, description="last frames kept from training, for `faconv evaluate`")
+    allow_irregular_time: bool = Field(False, description="train although the time step varies")
+    read_ahead: Count = Field(2, description="micro-batches read before they are needed")
+
+
+class ModelConfig(Section):
+    """The network; see FAConvLSTMNetwork and FAConvLSTM2d for the meaning of each part."""
+
+    cell: Literal["faconvlstm", "convlstm"] = "faconvlstm"
+    hidden_channels: Count = 32
+    layers: Count = 2
+    kernel_size: Count = 3
+    dilations: tuple[Count, ...] = (1, 2, 4)
+    bottleneck_channels: Count | None = None
+    fuse: Literal["sum", "concat"] = "sum"
+    se_reduction: Count = 4
+    peephole: bool = True
+    attention_every: int = Field(4, ge=0, description="axial attention every so many steps; 0: never")
+    attention_heads: Count = 4
+    attention_channels: Count | None = None
+    attention_exchange: Literal["auto", "gather", "swap"] = "auto"
+    embedding_channels: Count = 32
+    embedding_weight: float = Field(0.1, ge=0)
+    coarse_shape: tuple[Count, Count] = (6, 12)
+    checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")
+    kernels: Literal["eager", "compiled"] = "compiled"
+
+
+class TrainingConfig(Section):
+    """How the network is fitted."""
+
+    steps: Count = Field(description="optimizer steps")
+    micro_batch: Count = Field(1, description="samples per replica and backward")
+    accumulation: Count = Field(1, description="micro-batches per optimizer step")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(4e-3, gt=0)
+    final_learning_rate_share: Fraction = 0.02
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed ZeRO shards over all ranks")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    timeout_s: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+
+    @model_validator(mode="after")
+    def _warm_up_is_shorter_than_the_run(self) -> "TrainingConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be fewer than steps={self.steps}: "
+                f"the learning rate would never reach its value. Lower warmup_steps"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """Everything that decides a run's result."""
+
+    run_dir: Path = Field(description="records, checkpoints and figures go here")
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step, over all replicas and micro-batches."""
+        return self.mesh.replicas * self.training.micro_batch * self.training.accumulation
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults included, as a file that `load_config` takes."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config, applies ``section.key=value`` overrides, and checks all of it.
+
+    Raises:
+        InputError: no such file, no valid YAML, an unknown key (with the nearest known one), or a
+            value that breaks a rule. All findings are listed at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(
+            f"the config {path} cannot be read: {error.strerror}. Give the path of a YAML file, "
+            f"such as configs/quickstart_era5.yaml."
+        ) from None
+    tree = _parsed(text, str(path))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{path} is not a valid config:\n" + "\n".join(_findings(error))) from None
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML: {error}. Mend the line it names.") from None
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{where} must hold keys and values ({', '.join(RunConfig.model_fields)}), got {type(tree).__name__}. "
+            f"See configs/quickstart_era5.yaml."
+        )
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one ``a.b=value`` in the tree; the value is read as YAML."""
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set takes section.key=value, got {override!r}. Write for example training.steps=10.")
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: {section!r} is a value, not a section. Use one dot per level.")
+        tree = inner
+    tree[key] = _value(value, override)
+
+
+def _value(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: {text!r} is not a valid YAML value. Quote it.") from None
+
+
+def _findings(error: ValidationError) -> list[str]:
+    """One line per finding: where, the rule, the value, the way out."""
+    lines = []
+    for finding in error.errors():
+        place = ".".join(str(part) for part in finding["loc"])
+        if finding["type"] == "extra_forbidden":
+            lines.append(f"  {place}: unknown key. {_nearest(finding['loc'])}")
+        elif finding["type"] == "missing":
+            lines.append(f"  {place}: this key is required. Add it.")
+        else:
+            lines.append(f"  {place}: {finding['msg']}, got {finding['input']!r}. Change the value.")
+    return lines
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    model: Any = RunConfig
+    for part in location[:-1]:
+        model = model.model_fields[str(part)].annotation
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"Known keys here: {', '.join(known)}."

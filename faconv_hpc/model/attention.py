@@ -1,0 +1,170 @@
+"""Axial attention over the whole globe from a tile: along every row, and along every column."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import InputError
+from ..spatial.domain import Domain
+
+EXCHANGES = ("auto", "gather", "swap")
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cheaper_exchange(ranks: int) -> str:
+    """``"gather"`` or ``"swap"``, whichever moves fewer numbers along an axis of this many ranks.
+
+    With n numbers per rank and tensor, gather moves the keys and values of all other ranks,
+    2 (P - 1) n received forward, and holds 2 P n; swap moves q, k, v and the result, 4 n (P - 1) / P,
+    and holds 4 n. Swap moves fewer for P > 2. At P = 2 both move 2 n and hold 4 n, and gather wins
+    because it is one phase of communication where swap is two.
+    """
+    return "swap" if ranks > 2 else "gather"
+
+
+class AxialAttention(nn.Module):
+    """gamma (row attention + column attention), multi-head, with positions from coordinates.
+
+    Row attention joins all cells of a latitude circle. Its rotary angles are integer harmonics of
+    longitude, so only differences of longitude count and the circle closes. Column attention joins
+    all cells of a meridian, with rotary angles in proportion to latitude; its keys are weighed by cell
+    area (log area added to the logits), as a sum over cells stands for an integral over the sphere.
+
+    Args:
+        channels: C of the field that is attended to.
+        heads: number of heads.
+        attention_channels: C_a <= C, channels of queries, keys and values together over heads.
+        exchange: ``"gather"`` keys and values, ``"swap"`` the split to whole lines, or ``"auto"``,
+            the one that `cheaper_exchange` names. Both compute the same.
+    """
+
+    def __init__(
+        self, channels: int, heads: int = 4, attention_channels: int | None = None, exchange: str = "auto"
+    ) -> None:
+        super().__init__()
+        attention_channels = attention_channels or channels
+        _check(channels, heads, attention_channels, exchange)
+        self.heads, self.exchange = heads, exchange
+        self.head_size = attention_channels // heads
+        for axis in ("lon", "lat"):
+            self.register_parameter(f"{axis}_qkv", nn.Parameter(torch.empty(3 * attention_channels, channels)))
+            self.register_parameter(f"{axis}_out", nn.Parameter(torch.empty(channels, attention_channels)))
+        self.gamma = nn.Parameter(torch.full((channels,), 0.1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the projections anew: uniform, Glorot."""
+        for name, parameter in self.named_parameters():
+            if name != "gamma":
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
+        """What attention adds to h: (B, C, Y, X)."""
+        added = self._along("lon", h_BCYX, domain) + self._along("lat", h_BCYX, domain)
+        return self.gamma[:, None, None] * added
+
+    def _along(self, axis: str, h_BCYX: Tensor, domain: Domain) -> Tensor:
+        qkv = self._parameters[f"{axis}_qkv"]
+        out = self._parameters[f"{axis}_out"]
+        assert qkv is not None and out is not None, f"the projections along {axis} are missing"
+        lines_LCN, shape = _lines(_project(qkv, h_BCYX), axis)
+        lines_L3HDN = lines_LCN.unflatten(1, (3, self.heads, self.head_size))
+        q, k, v = lines_L3HDN.unbind(1)
+        turned = torch.stack([*_rotate(q, k, _angles(axis, self.head_size, domain, h_BCYX)), v], dim=1)
+        mixed_LCN = self._exchanged(axis, turned.flatten(1, 3), domain, _key_bias(axis, domain, h_BCYX), shape)
+        return _project(out, _cells(mixed_LCN, axis, shape))
+
+    def _exchanged(
+        self, axis: str, qkv_LCN: Tensor, domain: Domain, bias: Tensor | None, shape: torch.Size
+    ) -> Tensor:
+        ranks = domain.mesh.size(axis)
+        exchange = cheaper_exchange(ranks) if self.exchange == "auto" else self.exchange
+        if exchange == "swap":
+            whole = domain.swap(qkv_LCN, axis)
+            q, k, v = self._heads(whole)
+            mixed = _attend(q, k, v, bias).flatten(1, 2)
+            return domain.swap_back(mixed, axis, qkv_LCN.shape[0])
+        q, k, v = self._heads(qkv_LCN)
+        if ranks > 1:
+            keys_values = qkv_LCN[:, qkv_LCN.shape[1] // 3 :]
+            whole, _ = _lines(domain.gather(_cells(keys_values, axis, shape), axis), axis)
+            k, v = whole.unflatten(1, (2, self.heads, self.head_size)).unbind(1)
+        return _attend(q, k, v, bias).flatten(1, 2)
+
+    def _heads(self, qkv_LCN: Tensor) -> tuple[Tensor, ...]:
+        return qkv_LCN.unflatten(1, (3, self.heads, self.head_size)).unbind(1)
+
+
+def _check(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
+    if exchange not in EXCHANGES:
+        raise InputError(f"attention_exchange={exchange!r} is not known. Use one of {', '.join(EXCHANGES)}.")
+    if attention_channels > channels:
+        raise InputError(
+            f"attention_channels={attention_channels} is more than the {channels} hidden channels. "
+            f"Use {channels} or fewer."
+        )
+    if heads < 1 or attention_channels % (2 * heads):
+        raise InputError(
+            f"attention_channels={attention_channels} over {heads} heads must give each head an even number of "
+            f"channels (rotary positions turn pairs). Use a multiple of {2 * max(heads, 1)}."
+        )
+
+
+def _project(weight: Tensor, x_BCYX: Tensor) -> Tensor:
+    """A 1x1 convolution as a matrix product."""
+    return torch.matmul(weight, x_BCYX.flatten(2)).unflatten(2, x_BCYX.shape[2:])
+
+
+def _lines(x_BCYX: Tensor, axis: str) -> tuple[Tensor, torch.Size]:
+    """All lines along an axis, (L, C, N), and the shape (B, lines per sample) that they came from."""
+    x_BLCN = x_BCYX.transpose(1, 2) if axis == "lon" else x_BCYX.permute(0, 3, 1, 2)
+    return x_BLCN.flatten(0, 1), x_BLCN.shape[:2]
+
+
+def _cells(x_LCN: Tensor, axis: str, shape: torch.Size) -> Tensor:
+    """The inverse of `_lines`."""
+    x_BLCN = x_LCN.unflatten(0, shape)
+    return x_BLCN.transpose(1, 2) if axis == "lon" else x_BLCN.permute(0, 2, 3, 1)
+
+
+def _angles(axis: str, head_size: int, domain: Domain, like: Tensor) -> Tensor:
+    """(D / 2, N) rotary angles of the owned cells: integer harmonics of longitude, or of latitude.
+
+    Computed in float32 or better; harmonic m turns m times around the circle.
+    """
+    coordinate = like.new_empty(0, dtype=torch.float64)
+    position = domain.longitudes(coordinate) if axis == "lon" else domain.latitudes(coordinate)
+    harmonic = torch.arange(1, head_size // 2 + 1, dtype=torch.float64, device=like.device)
+    return harmonic[:, None] * position
+
+
+def _rotate(q_LHDN: Tensor, k_LHDN: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions (Su et al., arXiv 2104.09864): pairs of channels turned by their angle."""
+    cosine, sine = angles.cos().to(q_LHDN.dtype), angles.sin().to(q_LHDN.dtype)
+
+    def turned(x_LHDN: Tensor) -> Tensor:
+        first, second = x_LHDN.chunk(2, dim=2)
+        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=2)
+
+    return turned(q_LHDN), turned(k_LHDN)
+
+
+def _key_bias(axis: str, domain: Domain, like: Tensor) -> Tensor | None:
+    """(nlat,) log area of the keys of a column; the cells of a row are equal."""
+    if axis == "lon":
+        return None
+    tiny = math.log(torch.finfo(torch.float32).tiny)
+    return domain.row_areas(like.new_empty(0, dtype=torch.float64)).log().clamp_min(tiny).to(like.dtype)
+
+
+def _attend(q_LHDN: Tensor, k_LHDM: Tensor, v_LHDM: Tensor, bias_M: Tensor | None) -> Tensor:
+    """Scaled dot-product attention over the cells of each line: (L, H, D, N)."""
+    q, k, v = (x.transpose(-1, -2).contiguous() for x in (q_LHDN, k_LHDM, v_LHDM))
+    mask = None if bias_M is None else bias_M.expand(1, 1, q.shape[-2], -1)
+    if not q.shape[0]:
+        return (q + k[..., :1, :] * 0 + v[..., :1, :] * 0).transpose(-1, -2)  # no lines: keep the graph
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-1, -2)

@@ -1,0 +1,183 @@
+"""The two passes over all cells that are not matrix products: mixing, and the gates.
+
+Both are written as plain tensor arithmetic. ``"compiled"`` hands that arithmetic to torch.compile,
+which makes one loop over memory of it (C++ on a CPU, Triton on a GPU); ``"eager"`` runs it as it
+stands. Gradients are written out, so that backward is one such pass too and keeps no intermediates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from ..errors import InputError
+
+Offsets = tuple[tuple[int, int], ...]
+"""(row, column) of each tap in the padded buffer, relative to the cell's own north-western corner."""
+
+KERNEL_MODES = ("eager", "compiled")
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The distinct cells a bank of dilated depthwise kernels looks at.
+
+    All dilations share the centre, so a bank of D kernels of k x k has D (k^2 - 1) + 1 taps. ``owner``
+    says, for each dilation and kernel weight, which tap it belongs to.
+    """
+
+    reach: int
+    offsets: Offsets
+    owner: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, kernel_size: int, dilations: Sequence[int]) -> "Taps":
+        """The taps of kernels of this size, one per dilation."""
+        half = kernel_size // 2
+        reach = half * max(dilations)
+        offsets: dict[tuple[int, int], int] = {}
+        owner = tuple(
+            tuple(
+                offsets.setdefault((reach + dilation * row, reach + dilation * column), len(offsets))
+                for row in range(-half, half + 1)
+                for column in range(-half, half + 1)
+            )
+            for dilation in dilations
+        )
+        return cls(reach, tuple(offsets), owner)
+
+    @property
+    def mirrored(self) -> Offsets:
+        """Offsets of the adjoint: what a cell gave to, instead of what it took from."""
+        return tuple((2 * self.reach - row, 2 * self.reach - column) for row, column in self.offsets)
+
+
+def _shifted_sum(padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets, rows: int, columns: int) -> Tensor:
+    total = torch.zeros_like(padded_BCYX[..., :rows, :columns])
+    for tap, (row, column) in enumerate(offsets):
+        total = total + weight_BCN[:, :, tap, None, None] * padded_BCYX[..., row : row + rows, column : column + columns]
+    return total
+
+
+def _shifted_products(padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
+    rows, columns = grad_BCYX.shape[-2:]
+    return torch.stack(
+        [(padded_BCYX[..., row : row + rows, column : column + columns] * grad_BCYX).sum((-2, -1)) for row, column in offsets],
+        dim=-1,
+    )
+
+
+def _gate_forward(a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor) -> tuple[Tensor, Tensor]:
+    p_i, p_f, p_o = peep_GC[:, :, None, None].unbind(0)
+    i, f, g, o = a_BGCYX.to(c_BCYX.dtype).unbind(1)
+    c_new = torch.sigmoid(f + p_f * c_BCYX) * c_BCYX + torch.sigmoid(i + p_i * c_BCYX) * torch.tanh(g)
+    return torch.sigmoid(o + p_o * c_new) * torch.tanh(c_new), c_new
+
+
+def _gate_backward(
+    a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor, grad_h: Tensor, grad_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    p_i, p_f, p_o = peep_GC[:, :, None, None].unbind(0)
+    a_i, a_f, a_g, a_o = a_BGCYX.to(c_BCYX.dtype).unbind(1)
+    i, f = torch.sigmoid(a_i + p_i * c_BCYX), torch.sigmoid(a_f + p_f * c_BCYX)
+    g = torch.tanh(a_g)
+    c_new = f * c_BCYX + i * g
+    o, squashed = torch.sigmoid(a_o + p_o * c_new), torch.tanh(c_new)
+    d_o = grad_h * squashed * o * (1 - o)
+    d_c = grad_c + grad_h * o * (1 - squashed * squashed) + d_o * p_o
+    d_i, d_f, d_g = d_c * g * i * (1 - i), d_c * c_BCYX * f * (1 - f), d_c * i * (1 - g * g)
+    grad_a = torch.stack([d_i, d_f, d_g, d_o], dim=1).to(a_BGCYX.dtype)
+    over = (0, 2, 3)
+    grad_peep = torch.stack([(d_i * c_BCYX).sum(over), (d_f * c_BCYX).sum(over), (d_o * c_new).sum(over)])
+    return grad_a, d_c * f + d_i * p_i + d_f * p_f, grad_peep
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The passes in one of the two modes; see `kernels_for`."""
+
+    shifted_sum: Callable[..., Tensor]
+    shifted_products: Callable[..., Tensor]
+    gate_forward: Callable[..., tuple[Tensor, Tensor]]
+    gate_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+    def mix(self, padded_BCYX: Tensor, weight_BCN: Tensor, taps: Taps) -> Tensor:
+        """Weighted sum of the cells around each cell: a depthwise convolution with merged taps.
+
+        Args:
+            padded_BCYX: a tile padded by ``taps.reach``.
+            weight_BCN: a weight for every sample, channel and tap.
+
+        Returns:
+            (B, C, Y, X) without the padding.
+        """
+        return _Mix.apply(padded_BCYX, weight_BCN, taps, self)
+
+    def gates(self, a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates with peepholes, design section 3, step 5.
+
+        Args:
+            a_BGCYX: pre-activations, G = i, f, g, o.
+            c_BCYX: cell state; float32 or better, and so is the arithmetic.
+            peep_GC: (3, C) peephole weights of i, f (on the old c) and o (on the new c).
+
+        Returns:
+            h and the new c, both of c's type.
+        """
+        h, c = _Gates.apply(a_BGCYX, c_BCYX, peep_GC, self)
+        return h, c
+
+
+@lru_cache(maxsize=len(KERNEL_MODES))
+def kernels_for(mode: str) -> Kernels:
+    """The passes, ``"eager"`` or ``"compiled"`` (which needs a C++ compiler, or Triton on a GPU)."""
+    if mode not in KERNEL_MODES:
+        raise InputError(f"kernels={mode!r} is not known. Use one of {', '.join(KERNEL_MODES)}.")
+    passes = (_shifted_sum, _shifted_products, _gate_forward, _gate_backward)
+    if mode == "compiled":
+        return Kernels(*(torch.compile(one, dynamic=False, fullgraph=True) for one in passes))
+    return Kernels(*passes)
+
+
+class _Mix(Function):
+    """Gather from the neighbours going forward; the mirrored gather going back."""
+
+    @staticmethod
+    def forward(ctx: Any, padded_BCYX: Tensor, weight_BCN: Tensor, taps: Taps, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(padded_BCYX, weight_BCN)
+        ctx.taps, ctx.kernels = taps, kernels
+        rows, columns = (size - 2 * taps.reach for size in padded_BCYX.shape[-2:])
+        return kernels.shifted_sum(padded_BCYX, weight_BCN, taps.offsets, rows, columns)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BCYX: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        padded_BCYX, weight_BCN = ctx.saved_tensors
+        taps, kernels = ctx.taps, ctx.kernels
+        grad_BCYX = grad_BCYX.contiguous()
+        framed = functional.pad(grad_BCYX, [2 * taps.reach] * 4)
+        grad_padded = kernels.shifted_sum(framed, weight_BCN, taps.mirrored, *padded_BCYX.shape[-2:])
+        grad_weight = kernels.shifted_products(padded_BCYX, grad_BCYX, taps.offsets)
+        return grad_padded, grad_weight.to(weight_BCN.dtype), None, None
+
+
+class _Gates(Function):
+    """Keeps only its inputs; backward computes the gates again in the same pass as the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(a_BGCYX, c_BCYX, peep_GC)
+        ctx.kernels = kernels
+        return kernels.gate_forward(a_BGCYX, c_BCYX, peep_GC)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        a_BGCYX, c_BCYX, peep_GC = ctx.saved_tensors
+        grad_a, grad_c_old, grad_peep = ctx.kernels.gate_backward(a_BGCYX, c_BCYX, peep_GC, grad_h, grad_c)
+        return grad_a, grad_c_old, grad_peep.to(peep_GC.dtype), None

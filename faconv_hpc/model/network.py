@@ -1,0 +1,155 @@
+"""FAConvLSTMNetwork: stacked layers, a forecast of the next step at every step, and an embedding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError
+from ..spatial.domain import Domain
+from .convlstm import ConvLSTM2d
+from .layer import FAConvLSTM2d, State
+from .losses import Loss, area_mean_squared_error, shared_mean_squared_error
+from .subspace import SubspaceHead, coarse_means
+
+CELLS = {"faconvlstm": FAConvLSTM2d, "convlstm": ConvLSTM2d}
+
+
+@dataclass(frozen=True)
+class NetworkOutput:
+    """What the network says about a sequence.
+
+    Attributes:
+        tendency_BTCYX: forecast change from each step to the next, in units of its standard deviation.
+        embedding_BTE: z, one per step.
+        coarse_BTCRS: the field of each step as the embedding knows it, R x S regions.
+        state: per layer (h, c) after the last step.
+    """
+
+    tendency_BTCYX: Tensor
+    embedding_BTE: Tensor
+    coarse_BTCRS: Tensor
+    state: tuple[State, ...]
+
+
+class FAConvLSTMNetwork(nn.Module):
+    """Recurrent network from normalized fields and forcings to tendencies and embeddings.
+
+    Args:
+        in_channels: fields, then whatever else is known about each cell.
+        field_channels: how many of them, from the first, are forecast.
+        hidden_channels: C_h of every layer.
+        layers: how many are stacked.
+        embedding_channels, coarse_shape: see `SubspaceHead`.
+        embedding_weight: weight of the coarse field's error in the loss.
+        checkpoint_steps: length of the time segments that are computed again in backward instead of
+            being stored; 0 stores everything.
+        cell: ``"faconvlstm"``, or ``"convlstm"`` for the baseline.
+        layer_options: passed to every layer, see `FAConvLSTM2d` and `ConvLSTM2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        field_channels: int,
+        hidden_channels: int = 32,
+        layers: int = 2,
+        *,
+        embedding_channels: int = 32,
+        coarse_shape: tuple[int, int] = (6, 12),
+        embedding_weight: float = 0.1,
+        checkpoint_steps: int = 0,
+        cell: str = "faconvlstm",
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise InputError(f"cell={cell!r} is not known. Use one of {', '.join(CELLS)}.")
+        if not 1 <= field_channels <= in_channels:
+            raise InputError(
+                f"field_channels={field_channels} must be between 1 and in_channels={in_channels}: "
+                f"the first input channels are the fields that are forecast."
+            )
+        self.field_channels, self.checkpoint_steps = field_channels, checkpoint_steps
+        self.embedding_weight = embedding_weight
+        inputs = [in_channels] + [hidden_channels] * (layers - 1)
+        self.layers = nn.ModuleList(CELLS[cell](channels, hidden_channels, **layer_options) for channels in inputs)
+        self.forecast = nn.Conv2d(hidden_channels, field_channels, kernel_size=1)
+        self.subspace = SubspaceHead(hidden_channels, embedding_channels, field_channels, coarse_shape)
+        nn.init.zeros_(self.forecast.weight)  # the first forecast is persistence, exactly
+        nn.init.zeros_(self.forecast.bias) if self.forecast.bias is not None else None
+
+    def forward(
+        self,
+        x_BTCYX: Tensor,
+        year_fraction_BT: Tensor,
+        *,
+        domain: Domain | None = None,
+        state: Sequence[State] | None = None,
+        first_step: int = 0,
+    ) -> NetworkOutput:
+        """Runs a sequence; see `FAConvLSTM2d.forward` for state and first_step.
+
+        Args:
+            x_BTCYX: normalized fields and forcings of this tile.
+            year_fraction_BT: position of each step in the year, 0 to 1.
+        """
+        domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
+        steps = x_BTCYX.shape[1]
+        length = self.checkpoint_steps or steps
+        states: Sequence[State | None] = state or [None] * len(self.layers)
+        tendencies, means = [], []
+        for start in range(0, steps, length):
+            segment = partial(self._segment, domain=domain, first_step=first_step + start)
+            piece = x_BTCYX[:, start : start + length]
+            tendency, mean, states = self._maybe_checkpointed(segment, piece, states, domain)
+            tendencies.append(tendency)
+            means.append(mean)
+        embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT)
+        final = tuple(one for one in states if one is not None)
+        return NetworkOutput(torch.cat(tendencies, dim=1), embedding_BTE, coarse, final)
+
+    def loss(
+        self, output: NetworkOutput, x_BTCYX: Tensor, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None
+    ) -> Loss:
+        """Error of the tendency, plus the weighed error of the coarse field of the same steps.
+
+        Args:
+            output: of `forward` on ``x_BTCYX``.
+            x_BTCYX: the network's input; its first channels are the fields.
+            target_BTCYX: the true tendency, in units of its standard deviation.
+            valid: bool, like the target: cells that count. Default: all.
+        """
+        loss = area_mean_squared_error(output.tendency_BTCYX, target_BTCYX, domain, valid)
+        if not self.embedding_weight:
+            return loss
+        fields = x_BTCYX[:, :, : self.field_channels].to(target_BTCYX.dtype)
+        coarse = coarse_means(fields, domain, self.subspace.coarse_shape)
+        return loss + shared_mean_squared_error(output.coarse_BTCRS, coarse, domain) * self.embedding_weight
+
+    def _maybe_checkpointed(
+        self, segment: Any, x_BTCYX: Tensor, states: Sequence[State | None], domain: Domain
+    ) -> tuple[Tensor, Tensor, Sequence[State]]:
+        """Non-re-entrant: the re-entrant kind gives wrong gradients for weights that are used again."""
+        if not self.checkpoint_steps or not torch.is_grad_enabled():
+            result = segment(x_BTCYX, states)
+        else:
+            result = checkpoint(
+                segment, x_BTCYX, states, use_reentrant=False, preserve_rng_state=False, context_fn=domain.recompute_contexts
+            )
+        return result  # type: ignore[no-any-return]
+
+    def _segment(
+        self, x_BTCYX: Tensor, states: Sequence[State | None], domain: Domain, first_step: int
+    ) -> tuple[Tensor, Tensor, list[State]]:
+        """Some steps through all layers and the forecast; only what later segments need comes out."""
+        h_BTCYX, after = x_BTCYX, []
+        for layer, state in zip(self.layers, states, strict=True):
+            h_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step)
+            after.append(last)
+        tendency = self.forecast(h_BTCYX.flatten(0, 1)).unflatten(0, h_BTCYX.shape[:2])
+        return tendency, domain.mean(h_BTCYX), after

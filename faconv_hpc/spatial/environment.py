@@ -1,0 +1,136 @@
+"""Which rank am I: read once from what started this process. The only reader of the environment."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import zlib
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+LOOPBACK = "127.0.0.1"
+FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out ports (32768)
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Rank, number of ranks, place on the node, and where the ranks meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = LOOPBACK
+    port: int = 0
+    launcher: str = "plain"
+
+    @classmethod
+    def read(cls) -> "RankEnvironment":
+        """Recognizes torchrun (and our own launcher), srun, mpiexec, or a plain process."""
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            return _from_torchrun()
+        if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
+            return _from_slurm()
+        if "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+            return _from_mpi()
+        return cls()
+
+    def export(self) -> None:
+        """Writes the values where torch and DeepSpeed look for them."""
+        os.environ.update(self.variables())
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if _cuda_is_available() else "cpu")
+
+    def variables(self) -> dict[str, str]:
+        """The same values as the environment of a process."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _cuda_is_available() -> bool:
+    import torch  # here, so that reading the environment does not cost the import
+
+    return torch.cuda.is_available()
+
+
+def _integer(name: str, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text if text is not None else "")
+    except ValueError:
+        raise InputError(
+            f"the environment variable {name} must be a whole number, got {text!r}. "
+            f"Start the ranks with torchrun, srun, mpiexec or `faconv train --ranks N`."
+        ) from None
+
+
+def _from_torchrun() -> RankEnvironment:
+    return RankEnvironment(
+        rank=_integer("RANK"),
+        world_size=_integer("WORLD_SIZE"),
+        local_rank=_integer("LOCAL_RANK", "0"),
+        address=os.environ.get("MASTER_ADDR", LOOPBACK),
+        port=_integer("MASTER_PORT"),
+        launcher="torchrun",
+    )
+
+
+def _from_slurm() -> RankEnvironment:
+    job = f"{os.environ.get('SLURM_JOB_ID', '0')}.{os.environ['SLURM_STEP_ID']}"
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
+    return RankEnvironment(
+        rank=_integer("SLURM_PROCID"),
+        world_size=_integer("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")),
+        local_rank=_integer("SLURM_LOCALID", "0"),
+        address=os.environ.get("MASTER_ADDR", first_node(nodes)),
+        port=_integer("MASTER_PORT", str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS)),
+        launcher="srun",
+    )
+
+
+def first_node(nodes: str) -> str:
+    """The address of the first node of a Slurm node list such as ``gpu[03-05,9],login1``.
+
+    Slurm's own ``NodeAddr`` is asked for where the client is there: it may differ from the name.
+    """
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    name = "".join(part or "" for part in match.groups()) if match else nodes
+    if shutil.which("scontrol") is None:
+        return name
+    shown = subprocess.run(
+        ["scontrol", "show", "node", name], capture_output=True, text=True, check=False, timeout=30
+    )
+    address = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    return address.group(1) if address else name
+
+
+def _from_mpi() -> RankEnvironment:
+    """Rank 0 tells all others where to meet; MPI is then no longer needed and is ended.
+
+    Ended at once, so that a rank that fails later is reported by us, and not by MPI as well.
+    """
+    import mpi4py
+
+    mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    meeting = (LOOPBACK if node.size == world.size else socket.gethostname(), free_port())
+    address, port = world.bcast(meeting, root=0)
+    environment = RankEnvironment(world.rank, world.size, node.rank, address, port, launcher="mpiexec")
+    node.Free()
+    MPI.Finalize()
+    return environment

@@ -1,0 +1,186 @@
+"""ProcessMesh: the arrangement of ranks, replica x lat x lon, and the groups they talk in."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+from .environment import RankEnvironment
+from .failure import FailureWatch
+
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class ProcessMesh:
+    """Ranks arranged as replica x lat x lon; every rank holds one tile of one replica's samples.
+
+    Ranks are numbered with lon running fastest, so that the tiles of one replica lie on as few
+    nodes as possible: ``rank = (replica * lat + lat_index) * lon + lon_index``.
+
+    A mesh is made by `start` (the job's ranks) or `alone` (this process, no set-up).
+    """
+
+    replicas: int = 1
+    lat: int = 1
+    lon: int = 1
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tile_group: dist.ProcessGroup | None = None
+    axis_groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)
+    watch: FailureWatch | None = None
+
+    @classmethod
+    def alone(cls) -> "ProcessMesh":
+        """One tile, one replica, in this process."""
+        return cls()
+
+    @classmethod
+    def start(
+        cls, replicas: int = 1, lat: int = 1, lon: int = 1, *, timeout_s: float = TIMEOUT_S
+    ) -> "ProcessMesh":
+        """Joins the ranks of this job and arranges them. Collective.
+
+        Args:
+            replicas, lat, lon: the mesh's sizes; their product is the number of ranks.
+            timeout_s: seconds after which a collective that does not finish is an error.
+
+        Raises:
+            InputError: the product is not the number of ranks that were started.
+        """
+        environment = RankEnvironment.read()
+        device = _device(environment)
+        watch = None
+        if environment.world_size > 1 or environment.launcher != "plain":
+            watch = _join(environment, device, timeout_s)
+        mesh = cls(replicas, lat, lon, environment.rank, device, watch=watch)
+        with mesh.guarded():
+            mesh.check_size(environment.world_size)
+        return mesh._with_groups(range(environment.world_size)) if mesh.ranks > 1 else mesh
+
+    @classmethod
+    def arrange(cls, ranks: Sequence[int], replicas: int, lat: int, lon: int) -> "ProcessMesh | None":
+        """A mesh over some ranks of the job that is already joined; None on the others.
+
+        Collective over all ranks of the job, also over those left out.
+        """
+        here = dist.get_rank()
+        mesh = cls(replicas, lat, lon, ranks.index(here) if here in ranks else -1)
+        mesh.check_size(len(ranks))
+        arranged = mesh._with_groups(ranks)
+        return arranged if here in ranks else None
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.replicas * self.lat * self.lon
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles of one replica."""
+        return self.lat * self.lon
+
+    @property
+    def replica(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.rank // self.tiles
+
+    @property
+    def tile_index(self) -> int:
+        """Which tile this rank owns; tiles are numbered west to east, then north to south."""
+        return self.rank % self.tiles
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along ``"lat"`` or ``"lon"``."""
+        return self.lat if axis == "lat" else self.lon
+
+    def index(self, axis: str) -> int:
+        """This rank's place along ``"lat"`` or ``"lon"``."""
+        return self.tile_index // self.lon if axis == "lat" else self.tile_index % self.lon
+
+    def check_size(self, world_size: int) -> None:
+        """Raises InputError unless the mesh has as many ranks as were started."""
+        if self.ranks != world_size:
+            raise InputError(
+                f"a mesh of {self.replicas} replicas x {self.lat} lat x {self.lon} lon needs {self.ranks} "
+                f"ranks, {world_size} were started. Change the mesh (keys mesh.replicas, mesh.lat, mesh.lon) "
+                f"or start {self.ranks} ranks."
+            )
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """An exception inside ends all ranks with one message; see `FailureWatch`."""
+        if self.watch is None:
+            yield
+            return
+        with self.watch.guarding():
+            yield
+
+    def stop(self) -> None:
+        """Leaves the job. Collective. Nothing may be communicated afterwards."""
+        if self.watch is not None:
+            self.watch.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _with_groups(self, ranks: Sequence[int]) -> "ProcessMesh":
+        """The same mesh with its groups. Every rank makes every group, in the same order."""
+        tile_group: dist.ProcessGroup | None = None
+        axis_groups: dict[str, dist.ProcessGroup | None] = {}
+        for replica in range(self.replicas):
+            tile_group = _join_group(self, ranks, self._members(replica)) or tile_group
+            for lat_index in range(self.lat):
+                members = self._members(replica, lat_index=lat_index)
+                axis_groups["lon"] = _join_group(self, ranks, members) or axis_groups.get("lon")
+            for lon_index in range(self.lon):
+                members = self._members(replica, lon_index=lon_index)
+                axis_groups["lat"] = _join_group(self, ranks, members) or axis_groups.get("lat")
+        return ProcessMesh(
+            self.replicas, self.lat, self.lon, self.rank, self.device, tile_group, axis_groups, self.watch
+        )
+
+    def _members(self, replica: int, lat_index: int | None = None, lon_index: int | None = None) -> list[int]:
+        """Places in the mesh of one replica, of one row of it, or of one column."""
+        return [
+            (replica * self.lat + i) * self.lon + j
+            for i in range(self.lat)
+            for j in range(self.lon)
+            if lat_index in (None, i) and lon_index in (None, j)
+        ]
+
+
+def _join_group(mesh: ProcessMesh, ranks: Sequence[int], members: list[int]) -> dist.ProcessGroup | None:
+    if len(members) == 1:
+        return None
+    group = dist.new_group([ranks[member] for member in members])
+    return group if mesh.rank in members else None
+
+
+def _device(environment: RankEnvironment) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> FailureWatch:
+    environment.export()
+    timeout = timedelta(seconds=timeout_s)
+    meeting = dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
+    store, rank, world_size = next(meeting)
+    store.set_timeout(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("mesh", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return FailureWatch(dist.PrefixStore("failure", store.clone()), rank)

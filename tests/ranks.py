@@ -1,0 +1,135 @@
+"""Several ranks from plain pytest: pools of gloo worker processes, started once per session."""
+
+import multiprocessing
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+from faconv_hpc import ProcessMesh
+from faconv_hpc.spatial.environment import RankEnvironment, free_port
+
+TIMEOUT_S = 300.0
+LINGER_S = 5.0
+
+
+class Layout(NamedTuple):
+    """Sizes of a mesh."""
+
+    replicas: int
+    lat: int
+    lon: int
+
+    @property
+    def ranks(self) -> int:
+        return self.replicas * self.lat * self.lon
+
+    def __str__(self) -> str:
+        return f"{self.replicas}x{self.lat}x{self.lon}"
+
+
+def run_on_ranks(layout, check, *arguments) -> list[Any]:
+    """Calls ``check(mesh, *arguments)`` on every rank of a layout and returns what each returned.
+
+    An exception on any rank is raised here, with that rank's traceback. The first rank that knows
+    ends the others: the pool is thrown away and made again by the next call.
+    """
+    layout = Layout(*layout)
+    return _POOLS.of(layout.ranks).run(layout, check, arguments)
+
+
+def close_pools() -> None:
+    """Ends all workers."""
+    _POOLS.close()
+
+
+class RankPool:
+    """Workers that share one process group."""
+
+    def __init__(self, ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.pipes: list[Connection] = []
+        self.workers = []
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, ranks, port, there), daemon=True)
+            worker.start()
+            self.pipes.append(here)
+            self.workers.append(worker)
+
+    def run(self, layout, check, arguments) -> list[Any]:
+        request = cloudpickle.dumps((layout, check, arguments))
+        for pipe in self.pipes:
+            pipe.send_bytes(request)
+        answers = self._answers()
+        failures = [f"rank {rank}:\n{text}" for rank, (passed, text) in sorted(answers.items()) if not passed]
+        if failures or len(answers) < len(self.pipes):
+            self.close()
+            silent = sorted(set(range(len(self.pipes))) - set(answers))
+            raise AssertionError("\n".join([*failures, f"ranks without an answer: {silent}"]))
+        return [cloudpickle.loads(answers[rank][1]) for rank in range(len(self.pipes))]
+
+    def _answers(self) -> dict[int, tuple[bool, Any]]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(answers) < len(self.pipes) and time.monotonic() < deadline:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            for pipe in wait(waiting, timeout=1.0):
+                rank = self.pipes.index(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process ended")
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + LINGER_S)
+        return answers
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+
+    @property
+    def alive(self) -> bool:
+        return all(worker.is_alive() for worker in self.workers)
+
+
+class _Pools:
+    def __init__(self) -> None:
+        self.pools: dict[int, RankPool] = {}
+
+    def of(self, ranks: int) -> RankPool:
+        if ranks not in self.pools or not self.pools[ranks].alive:
+            self.pools[ranks] = RankPool(ranks)
+        return self.pools[ranks]
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
+
+
+_POOLS = _Pools()
+
+
+def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+    """One worker: joins the others, then does what it is asked to until its pipe closes."""
+    torch.set_num_threads(1)
+    RankEnvironment(rank, ranks, rank, port=port).export()
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    meshes: dict[Layout, ProcessMesh] = {}
+    while True:
+        try:
+            layout, check, arguments = cloudpickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if layout not in meshes:
+                meshes[layout] = ProcessMesh.arrange(range(ranks), *layout)
+            pipe.send((True, cloudpickle.dumps(check(meshes[layout], *arguments))))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,204 @@
+"""Layers on one tile: against Keras, against a plain transcription, and their own promises."""
+
+import pytest
+import torch
+from test_domain import random_like
+from test_parity import randomized, relative_difference
+from torch.nn import functional
+
+from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
+from faconv_hpc.errors import InputError
+from faconv_hpc.model.attention import AxialAttention, cheaper_exchange
+from faconv_hpc.model.kernels import Taps, kernels_for
+from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
+
+GOLDEN = [[[0.48694518, 0.50237733], [0.5461202, 0.5598283]], [[0.8661607, 0.86909103], [0.8774414, 0.8800861]]]
+
+
+def test_convlstm_reproduces_keras():
+    """Keras 3.16 ConvLSTM2D, valid padding, kernel 0.01, recurrent 0.02, bias 0.03 and forget 1."""
+    x_BTYXC = torch.arange(480, dtype=torch.float32).reshape(2, 3, 4, 4, 5) / 100
+    layer = ConvLSTM2d(5, 2, 3, padding="valid")
+    with torch.no_grad():
+        layer.input_weight.fill_(0.01)
+        layer.recurrent_weight.fill_(0.02)
+        layer.bias.fill_(0.03)
+        layer.bias[2:4] = 1.0
+    out, (h, _) = layer(x_BTYXC.permute(0, 1, 4, 2, 3))
+    assert torch.equal(out[:, -1], h)
+    for channel in range(2):
+        torch.testing.assert_close(h[:, channel], torch.tensor(GOLDEN), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "formula"),
+    [("hard_sigmoid", lambda x: functional.hardsigmoid(x)), ("hard_sigmoid_keras2", lambda x: (0.2 * x + 0.5).clip(0, 1))],
+)
+def test_convlstm_recurrent_activations(activation, formula):
+    layer = randomized(ConvLSTM2d(2, 3, 1, recurrent_activation=activation))
+    x = random_like((1, 1, 2, 3, 4), 0) * 3
+    i, f, g, o = functional.conv2d(x[:, 0], layer.input_weight, layer.bias).chunk(4, 1)
+    want = formula(o) * torch.tanh(formula(i) * torch.tanh(g))
+    torch.testing.assert_close(layer(x)[0][:, 0], want)
+
+
+def plain_step(layer, x, h, c, grid):
+    """One step by the equations, with library convolutions, on a plane of equal areas."""
+    u = torch.einsum("bc,ncyx->nbyx", layer.input_weight, x) + torch.einsum("bc,ncyx->nbyx", layer.hidden_weight, h)
+    u = u + layer.bottleneck_bias[:, None, None]
+    s = torch.sigmoid(layer.excite(functional.silu(layer.squeeze(u.mean((-2, -1))))))
+    branches = []
+    for d, dilation in enumerate((1, 2)):
+        kernel = layer.mixing_weight[d].view(-1, 1, 3, 3)
+        m = functional.conv2d(u, kernel, padding=dilation, dilation=dilation, groups=u.shape[1])
+        branches.append(s.unflatten(1, (2, -1))[:, d, :, None, None] * m)
+    fused = torch.cat(branches, 1) if layer.fuse == "concat" else sum(branches)
+    a = torch.einsum("gc,ncyx->ngyx", layer.expansion_weight, fused) + layer.expansion_bias[:, None, None]
+    i, f, g, o = a.chunk(4, 1)
+    p_i, p_f, p_o = layer.peephole_weight[:, :, None, None]
+    c = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
+    return torch.sigmoid(o + p_o * c) * torch.tanh(c), c
+
+
+@pytest.mark.parametrize("fuse", ["sum", "concat"])
+def test_faconvlstm_follows_its_equations(fuse):
+    layer = randomized(FAConvLSTM2d(3, 8, dilations=(1, 2), fuse=fuse, attention_every=0))
+    x = random_like((2, 3, 3, 7, 9), 0).requires_grad_()
+    h = c = torch.zeros(2, 8, 7, 9, dtype=torch.float64)
+    for step in range(3):
+        h, c = plain_step(layer, x[:, step], h, c, None)
+    got, (h_got, c_got) = layer(x)
+    torch.testing.assert_close(h_got, h, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(c_got, c, rtol=1e-12, atol=1e-13)
+    y = random_like(h.shape, 3)
+    want = torch.autograd.grad((h * y).sum(), [x, *layer.parameters()])
+    for a, b in zip(torch.autograd.grad((got[:, -1] * y).sum(), [x, *layer.parameters()]), want, strict=True):
+        assert relative_difference(a, b) < 1e-11
+
+
+def test_gates_and_mixing_have_the_gradients_of_finite_differences():
+    kernels, taps = kernels_for("eager"), Taps.of(3, (1, 2))
+    assert torch.autograd.gradcheck(
+        lambda u, w: kernels.mix(u, w, taps), (random_like((2, 2, 7, 8), 0).requires_grad_(), random_like((2, 2, 17), 1).requires_grad_())
+    )
+    a, c, p = (random_like(shape, n).requires_grad_() for n, shape in enumerate([(2, 4, 3, 2, 3), (2, 3, 2, 3), (3, 3)]))
+    assert torch.autograd.gradcheck(kernels.gates, (a, c, p))
+
+
+def test_compiled_kernels_equal_eager_ones():
+    layers = [FAConvLSTM2d(3, 8, attention_every=2, kernels=mode) for mode in ("eager", "compiled")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(1, 3, 3, 9, 10)
+    outs = [layer(x)[0] for layer in layers]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out, layer in zip(outs, layers, strict=True)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["faconvlstm", "convlstm"])
+def test_a_sequence_in_pieces_equals_the_whole(cell):
+    options = {"attention_every": 3} if cell == "faconvlstm" else {}
+    network = randomized(FAConvLSTMNetwork(3, 2, 8, 2, cell=cell, embedding_channels=16, **options))
+    x, season = random_like((2, 7, 3, 6, 8), 0), random_like((2, 7), 1).sigmoid()
+    whole = network(x, season)
+    first = network(x[:, :2], season[:, :2])
+    second = network(x[:, 2:], season[:, 2:], state=first.state, first_step=2)
+    joined = torch.cat([first.tendency_BTCYX, second.tendency_BTCYX], dim=1)
+    torch.testing.assert_close(joined, whole.tendency_BTCYX, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(second.state[1][0], whole.state[1][0], rtol=1e-12, atol=1e-12)
+
+
+def test_rotating_the_globe_rotates_the_output():
+    domain = Domain(LatLonGrid(7, 12, lat_boundary="pole"))
+    layer = randomized(FAConvLSTM2d(2, 8, attention_every=1))
+    x = random_like((1, 3, 2, 7, 12), 0)
+    out = layer(x, domain=domain)[0]
+    turned = layer(x.roll(5, dims=-1), domain=domain)[0]
+    assert relative_difference(turned, out.roll(5, dims=-1)) < 1e-12
+    without = layer(x.flip(-2), domain=domain)[0]
+    assert relative_difference(without, out.flip(-2)) > 1e-3  # north and south are told apart
+
+
+def test_column_attention_weighs_keys_by_area():
+    """With equal logits, the attended value is the area-weighted mean of the column."""
+    grid = LatLonGrid(6, 4)
+    module = AxialAttention(4, heads=1).double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.zero_()
+            if name.endswith("_out"):
+                parameter.copy_(torch.eye(4))
+        module.lat_qkv[8:] = torch.eye(4)  # values are h itself, queries and keys are zero
+        module.gamma.fill_(1.0)
+    h = random_like((1, 4, 6, 4), 0)
+    area = torch.as_tensor(grid.cell_area_sr)[:, None]
+    want = ((h * area).sum(-2, keepdim=True) / area.sum()).expand_as(h)
+    torch.testing.assert_close(module(h, Domain(grid)), want)
+
+
+def test_switching_parts_off_changes_the_parameters():
+    names = set(dict(FAConvLSTM2d(3, 8).named_parameters()))
+    assert {name.split(".")[0] for name in names} >= {"attention", "peephole_weight"}
+    bare = set(FAConvLSTM2d(3, 8, peephole=False, attention_every=0).state_dict())
+    assert not any("attention" in name or "peephole" in name for name in bare)
+
+
+def test_peepholes_and_attention_are_trained():
+    layer = FAConvLSTM2d(3, 8, attention_every=2)
+    layer(torch.randn(1, 3, 3, 6, 8))[0].square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_bfloat16_activations_keep_a_float32_cell_state():
+    layer = FAConvLSTM2d(3, 8, attention_every=2).to(torch.bfloat16)
+    out, (h, c) = layer(torch.randn(1, 3, 3, 6, 8, dtype=torch.bfloat16))
+    assert out.dtype == h.dtype == torch.bfloat16 and c.dtype == torch.float32
+    out.float().square().sum().backward()
+
+
+def test_the_cost_rule_for_attention():
+    assert [cheaper_exchange(ranks) for ranks in (1, 2, 3, 8)] == ["gather", "gather", "swap", "swap"]
+
+
+def test_coarse_means_are_means_over_regions():
+    grid = LatLonGrid(7, 9)
+    x = random_like((1, 1, 1, 7, 9), 0)
+    got = coarse_means(x, Domain(grid), (2, 3))[0, 0, 0]
+    area = torch.as_tensor(grid.cell_area_sr)[:, None].expand(7, 9)
+    rows, columns = torch.arange(7) * 2 // 7, torch.arange(9) * 3 // 9
+    for r in range(2):
+        for c in range(3):
+            inside = (rows == r)[:, None] & (columns == c)
+            torch.testing.assert_close(got[r, c], (x[0, 0, 0] * area)[inside].sum() / area[inside].sum())
+
+
+def test_the_seasonal_encoding_closes_the_year():
+    encoding = seasonal_encoding(torch.tensor([[0.0, 0.25, 1.0]]), 8)
+    torch.testing.assert_close(encoding[0, 0], encoding[0, 2])
+    torch.testing.assert_close(encoding[0, 1, :2], torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FAConvLSTM2d(3, 8, kernel_size=4), "kernel_size=4 has no centre"),
+        (lambda: FAConvLSTM2d(3, 8, dilations=()), r"dilations=\(\) must be one or more"),
+        (lambda: FAConvLSTM2d(3, 8, fuse="mean"), "fuse='mean' is not known. Use one of sum, concat"),
+        (lambda: FAConvLSTM2d(3, 8, attention_heads=3), "attention_channels=8 over 3 heads.*multiple of 6"),
+        (lambda: FAConvLSTM2d(3, 8, attention_channels=16), "attention_channels=16 is more than the 8 hidden"),
+        (lambda: FAConvLSTM2d(3, 8, attention_exchange="ring"), "attention_exchange='ring' is not known"),
+        (lambda: FAConvLSTM2d(3, 8, kernels="fast"), "kernels='fast' is not known. Use one of eager, compiled"),
+        (lambda: FAConvLSTM2d(3, 8)(torch.zeros(1, 2, 4, 5, 6)), r"takes \(batch, time, 3 channels.*got \(1, 2, 4, 5, 6\)"),
+        (lambda: ConvLSTM2d(3, 8, 2), "kernel_size=2 has no centre"),
+        (lambda: ConvLSTM2d(3, 8, padding="full"), "padding='full' is not known"),
+        (lambda: ConvLSTM2d(3, 8, recurrent_activation="relu"), "recurrent_activation='relu' is not known"),
+        (lambda: FAConvLSTMNetwork(3, 4), "field_channels=4 must be between 1 and in_channels=3"),
+        (lambda: FAConvLSTMNetwork(3, 3, cell="gru"), "cell='gru' is not known"),
+        (lambda: FAConvLSTMNetwork(3, 3, embedding_channels=12), "embedding_channels=12 over 4 heads.*multiple of 8"),
+    ],
+)
+def test_what_a_layer_refuses(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
