@@ -59,7 +59,9 @@ def test_owned_tiles_cover_the_canvas_exactly_once(layout):
         canvas = torch.zeros(13, 16, dtype=torch.float64)
         canvas[domain.tile.slices] += 1
         all_agree(domain, torch.equal(domain.total(canvas), torch.ones_like(canvas)))
-        all_agree(domain, torch.equal(domain.assemble(domain.scatter(coordinates(domain.grid))), coordinates(domain.grid)))
+        all_agree(
+            domain, torch.equal(domain.assemble(domain.scatter(coordinates(domain.grid))), coordinates(domain.grid))
+        )
 
     run_on_ranks(layout, check)
 

@@ -40,7 +40,10 @@ def test_longitudes_may_start_anywhere_and_carry_rounding():
         ({"nlat": 3, "nlon": 4, "latitude_deg": [1, 3, 2]}, "latitudes must run one way"),
         ({"nlat": 3, "nlon": 4, "latitude_deg": [80, 90, 100]}, r"latitudes must run one way within \[-90, 90\]"),
         ({"nlat": 3, "nlon": 4, "longitude_deg": [0, 90, 80, 270]}, "must increase.*90 is followed by 80 at column 2"),
-        ({"nlat": 3, "nlon": 5, "longitude_deg": [0, 90, 180, 270, 360]}, "do not close.*drop the repeated last column"),
+        (
+            {"nlat": 3, "nlon": 5, "longitude_deg": [0, 90, 180, 270, 360]},
+            "do not close.*drop the repeated last column",
+        ),
         ({"nlat": 3, "nlon": 4, "longitude_deg": [0, 10, 20, 30]}, "longitudes do not close.*lon_boundary 'zero'"),
         ({"nlat": 3, "nlon": 5, "lat_boundary": "pole"}, "even number of columns.*5 columns"),
         ({"nlat": 3, "nlon": 4, "lat_boundary": "pole", "lon_boundary": "zero"}, "needs periodic longitudes"),

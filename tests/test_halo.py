@@ -24,7 +24,11 @@ def reference_cell(field, grid, row, column):
         else:
             latitude = grid.latitude_deg
             at_pole = abs(abs(latitude[0 if row < 0 else -1]) - 90) < 1e-6
-            row = (-row if at_pole else -row - 1) if row < 0 else (2 * (nlat - 1) - row if at_pole else 2 * nlat - 1 - row)
+            row = (
+                (-row if at_pole else -row - 1)
+                if row < 0
+                else (2 * (nlat - 1) - row if at_pole else 2 * nlat - 1 - row)
+            )
             column += nlon // 2
     if 0 <= column < nlon:
         return field[row, column]
@@ -38,7 +42,10 @@ def reference_cell(field, grid, row, column):
 def reference_padded(field, grid, tile, width):
     return np.array(
         [
-            [reference_cell(field, grid, row, column) for column in range(tile.columns[0] - width, tile.columns[1] + width)]
+            [
+                reference_cell(field, grid, row, column)
+                for column in range(tile.columns[0] - width, tile.columns[1] + width)
+            ]
             for row in range(tile.rows[0] - width, tile.rows[1] + width)
         ]
     )
@@ -64,7 +71,9 @@ def edges(draw, size):
 
 @st.composite
 def cases(draw):
-    lat_boundary = draw(st.sampled_from(["pole", "zero", "replicate", "periodic", ("pole", "zero"), ("replicate", "pole")]))
+    lat_boundary = draw(
+        st.sampled_from(["pole", "zero", "replicate", "periodic", ("pole", "zero"), ("replicate", "pole")])
+    )
     poles = "pole" in lat_boundary
     lon_boundary = "periodic" if poles else draw(st.sampled_from(["periodic", "zero", "replicate"]))
     nlat = draw(st.integers(1, 13))

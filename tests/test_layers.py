@@ -32,12 +32,15 @@ def test_convlstm_reproduces_keras():
 
 @pytest.mark.parametrize(
     ("activation", "formula"),
-    [("hard_sigmoid", lambda x: functional.hardsigmoid(x)), ("hard_sigmoid_keras2", lambda x: (0.2 * x + 0.5).clip(0, 1))],
+    [
+        ("hard_sigmoid", lambda x: functional.hardsigmoid(x)),
+        ("hard_sigmoid_keras2", lambda x: (0.2 * x + 0.5).clip(0, 1)),
+    ],
 )
 def test_convlstm_recurrent_activations(activation, formula):
     layer = randomized(ConvLSTM2d(2, 3, 1, recurrent_activation=activation))
     x = random_like((1, 1, 2, 3, 4), 0) * 3
-    i, f, g, o = functional.conv2d(x[:, 0], layer.input_weight, layer.bias).chunk(4, 1)
+    i, _, g, o = functional.conv2d(x[:, 0], layer.input_weight, layer.bias).chunk(4, 1)
     want = formula(o) * torch.tanh(formula(i) * torch.tanh(g))
     torch.testing.assert_close(layer(x)[0][:, 0], want)
 
@@ -79,9 +82,12 @@ def test_faconvlstm_follows_its_equations(fuse):
 def test_gates_and_mixing_have_the_gradients_of_finite_differences():
     kernels, taps = kernels_for("eager"), Taps.of(3, (1, 2))
     assert torch.autograd.gradcheck(
-        lambda u, w: kernels.mix(u, w, taps), (random_like((2, 2, 7, 8), 0).requires_grad_(), random_like((2, 2, 17), 1).requires_grad_())
+        lambda u, w: kernels.mix(u, w, taps),
+        (random_like((2, 2, 7, 8), 0).requires_grad_(), random_like((2, 2, 17), 1).requires_grad_()),
     )
-    a, c, p = (random_like(shape, n).requires_grad_() for n, shape in enumerate([(2, 4, 3, 2, 3), (2, 3, 2, 3), (3, 3)]))
+    a, c, p = (
+        random_like(shape, n).requires_grad_() for n, shape in enumerate([(2, 4, 3, 2, 3), (2, 3, 2, 3), (3, 3)])
+    )
     assert torch.autograd.gradcheck(kernels.gates, (a, c, p))
 
 
@@ -91,7 +97,10 @@ def test_compiled_kernels_equal_eager_ones():
     x = torch.randn(1, 3, 3, 9, 10)
     outs = [layer(x)[0] for layer in layers]
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
-    grads = [torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out, layer in zip(outs, layers, strict=True)]
+    grads = [
+        torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+        for out, layer in zip(outs, layers, strict=True)
+    ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -190,7 +199,10 @@ def test_the_seasonal_encoding_closes_the_year():
         (lambda: FAConvLSTM2d(3, 8, attention_channels=16), "attention_channels=16 is more than the 8 hidden"),
         (lambda: FAConvLSTM2d(3, 8, attention_exchange="ring"), "attention_exchange='ring' is not known"),
         (lambda: FAConvLSTM2d(3, 8, kernels="fast"), "kernels='fast' is not known. Use one of eager, compiled"),
-        (lambda: FAConvLSTM2d(3, 8)(torch.zeros(1, 2, 4, 5, 6)), r"takes \(batch, time, 3 channels.*got \(1, 2, 4, 5, 6\)"),
+        (
+            lambda: FAConvLSTM2d(3, 8)(torch.zeros(1, 2, 4, 5, 6)),
+            r"takes \(batch, time, 3 channels.*got \(1, 2, 4, 5, 6\)",
+        ),
         (lambda: ConvLSTM2d(3, 8, 2), "kernel_size=2 has no centre"),
         (lambda: ConvLSTM2d(3, 8, padding="full"), "padding='full' is not known"),
         (lambda: ConvLSTM2d(3, 8, recurrent_activation="relu"), "recurrent_activation='relu' is not known"),

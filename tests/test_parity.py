@@ -21,7 +21,9 @@ LAYERS = {
     "gather, few channels": lambda: FAConvLSTM2d(
         3, 8, dilations=(1, 3), attention_every=1, attention_heads=1, attention_channels=4, attention_exchange="gather"
     ),
-    "no peephole, no attention": lambda: FAConvLSTM2d(3, 6, kernel_size=5, dilations=(1,), peephole=False, attention_every=0),
+    "no peephole, no attention": lambda: FAConvLSTM2d(
+        3, 6, kernel_size=5, dilations=(1,), peephole=False, attention_every=0
+    ),
     "convlstm": lambda: ConvLSTM2d(3, 5, 3),
 }  # fmt: skip
 

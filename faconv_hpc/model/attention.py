@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
+from .kernels import pointwise
 
 EXCHANGES = ("auto", "gather", "swap")
 
@@ -71,16 +72,14 @@ class AxialAttention(nn.Module):
         qkv = self._parameters[f"{axis}_qkv"]
         out = self._parameters[f"{axis}_out"]
         assert qkv is not None and out is not None, f"the projections along {axis} are missing"
-        lines_LCN, shape = _lines(_project(qkv, h_BCYX), axis)
+        lines_LCN, shape = _lines(pointwise(qkv, h_BCYX), axis)
         lines_L3HDN = lines_LCN.unflatten(1, (3, self.heads, self.head_size))
         q, k, v = lines_L3HDN.unbind(1)
         turned = torch.stack([*_rotate(q, k, _angles(axis, self.head_size, domain, h_BCYX)), v], dim=1)
         mixed_LCN = self._exchanged(axis, turned.flatten(1, 3), domain, _key_bias(axis, domain, h_BCYX), shape)
-        return _project(out, _cells(mixed_LCN, axis, shape))
+        return pointwise(out, _cells(mixed_LCN, axis, shape))
 
-    def _exchanged(
-        self, axis: str, qkv_LCN: Tensor, domain: Domain, bias: Tensor | None, shape: torch.Size
-    ) -> Tensor:
+    def _exchanged(self, axis: str, qkv_LCN: Tensor, domain: Domain, bias: Tensor | None, shape: torch.Size) -> Tensor:
         ranks = domain.mesh.size(axis)
         exchange = cheaper_exchange(ranks) if self.exchange == "auto" else self.exchange
         if exchange == "swap":
@@ -96,7 +95,8 @@ class AxialAttention(nn.Module):
         return _attend(q, k, v, bias).flatten(1, 2)
 
     def _heads(self, qkv_LCN: Tensor) -> tuple[Tensor, ...]:
-        return qkv_LCN.unflatten(1, (3, self.heads, self.head_size)).unbind(1)
+        heads: tuple[Tensor, ...] = qkv_LCN.unflatten(1, (3, self.heads, self.head_size)).unbind(1)
+        return heads
 
 
 def _check(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
@@ -114,11 +114,6 @@ def _check(channels: int, heads: int, attention_channels: int, exchange: str) ->
         )
 
 
-def _project(weight: Tensor, x_BCYX: Tensor) -> Tensor:
-    """A 1x1 convolution as a matrix product."""
-    return torch.matmul(weight, x_BCYX.flatten(2)).unflatten(2, x_BCYX.shape[2:])
-
-
 def _lines(x_BCYX: Tensor, axis: str) -> tuple[Tensor, torch.Size]:
     """All lines along an axis, (L, C, N), and the shape (B, lines per sample) that they came from."""
     x_BLCN = x_BCYX.transpose(1, 2) if axis == "lon" else x_BCYX.permute(0, 3, 1, 2)
@@ -127,7 +122,7 @@ def _lines(x_BCYX: Tensor, axis: str) -> tuple[Tensor, torch.Size]:
 
 def _cells(x_LCN: Tensor, axis: str, shape: torch.Size) -> Tensor:
     """The inverse of `_lines`."""
-    x_BLCN = x_LCN.unflatten(0, shape)
+    x_BLCN: Tensor = x_LCN.unflatten(0, shape)
     return x_BLCN.transpose(1, 2) if axis == "lon" else x_BLCN.permute(0, 2, 3, 1)
 
 

@@ -87,7 +87,8 @@ class ConvLSTM2d(nn.Module):
                 f"padding='valid' makes the output smaller than the grid, which {domain.tiles} tiles cannot "
                 f"share. Use padding='same', or a single tile."
             )
-        return functional.conv2d(x, self.input_weight, self.bias).unflatten(0, x_BTCYX.shape[:2])
+        gates = functional.conv2d(x, self.input_weight, self.bias)
+        return gates.view(*x_BTCYX.shape[:2], *gates.shape[1:])
 
     def _zero_state(self, gates_BTCYX: Tensor) -> State:
         h = gates_BTCYX.new_zeros(gates_BTCYX.shape[0], self.hidden_channels, *gates_BTCYX.shape[-2:])

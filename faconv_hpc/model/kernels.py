@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional
 
+from ..autograd import Context, Operation
 from ..errors import InputError
 
 Offsets = tuple[tuple[int, int], ...]
@@ -57,17 +57,33 @@ class Taps:
         return tuple((2 * self.reach - row, 2 * self.reach - column) for row, column in self.offsets)
 
 
+def pointwise(weight: Tensor, x_BCYX: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution as one matrix product per sample: (B, C', Y, X) for a (C', C) weight.
+
+    `torch.matmul` would fold the batch into the cells and copy x to do so.
+    """
+    x_BCN = x_BCYX.flatten(2)
+    weights = weight.expand(x_BCN.shape[0], -1, -1)
+    product = torch.bmm(weights, x_BCN) if bias is None else torch.baddbmm(bias[:, None], weights, x_BCN)
+    return product.view(*product.shape[:2], *x_BCYX.shape[2:])
+
+
 def _shifted_sum(padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets, rows: int, columns: int) -> Tensor:
     total = torch.zeros_like(padded_BCYX[..., :rows, :columns])
     for tap, (row, column) in enumerate(offsets):
-        total = total + weight_BCN[:, :, tap, None, None] * padded_BCYX[..., row : row + rows, column : column + columns]
+        total = (
+            total + weight_BCN[:, :, tap, None, None] * padded_BCYX[..., row : row + rows, column : column + columns]
+        )
     return total
 
 
 def _shifted_products(padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
     rows, columns = grad_BCYX.shape[-2:]
     return torch.stack(
-        [(padded_BCYX[..., row : row + rows, column : column + columns] * grad_BCYX).sum((-2, -1)) for row, column in offsets],
+        [
+            (padded_BCYX[..., row : row + rows, column : column + columns] * grad_BCYX).sum((-2, -1))
+            for row, column in offsets
+        ],
         dim=-1,
     )
 
@@ -116,7 +132,8 @@ class Kernels:
         Returns:
             (B, C, Y, X) without the padding.
         """
-        return _Mix.apply(padded_BCYX, weight_BCN, taps, self)
+        mixed: Tensor = _Mix.call(padded_BCYX, weight_BCN, taps, self)
+        return mixed
 
     def gates(self, a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor) -> tuple[Tensor, Tensor]:
         """The gates with peepholes, design section 3, step 5.
@@ -129,7 +146,7 @@ class Kernels:
         Returns:
             h and the new c, both of c's type.
         """
-        h, c = _Gates.apply(a_BGCYX, c_BCYX, peep_GC, self)
+        h, c = _Gates.call(a_BGCYX, c_BCYX, peep_GC, self)
         return h, c
 
 
@@ -138,24 +155,24 @@ def kernels_for(mode: str) -> Kernels:
     """The passes, ``"eager"`` or ``"compiled"`` (which needs a C++ compiler, or Triton on a GPU)."""
     if mode not in KERNEL_MODES:
         raise InputError(f"kernels={mode!r} is not known. Use one of {', '.join(KERNEL_MODES)}.")
-    passes = (_shifted_sum, _shifted_products, _gate_forward, _gate_backward)
+    passes: tuple[Any, ...] = (_shifted_sum, _shifted_products, _gate_forward, _gate_backward)
     if mode == "compiled":
-        return Kernels(*(torch.compile(one, dynamic=False, fullgraph=True) for one in passes))
+        passes = tuple(torch.compile(one, dynamic=False, fullgraph=True) for one in passes)
     return Kernels(*passes)
 
 
-class _Mix(Function):
+class _Mix(Operation):
     """Gather from the neighbours going forward; the mirrored gather going back."""
 
     @staticmethod
-    def forward(ctx: Any, padded_BCYX: Tensor, weight_BCN: Tensor, taps: Taps, kernels: Kernels) -> Tensor:
+    def forward(ctx: Context, padded_BCYX: Tensor, weight_BCN: Tensor, taps: Taps, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(padded_BCYX, weight_BCN)
         ctx.taps, ctx.kernels = taps, kernels
         rows, columns = (size - 2 * taps.reach for size in padded_BCYX.shape[-2:])
         return kernels.shifted_sum(padded_BCYX, weight_BCN, taps.offsets, rows, columns)
 
     @staticmethod
-    def backward(ctx: Any, grad_BCYX: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad_BCYX: Tensor) -> tuple[Tensor, Tensor, None, None]:
         padded_BCYX, weight_BCN = ctx.saved_tensors
         taps, kernels = ctx.taps, ctx.kernels
         grad_BCYX = grad_BCYX.contiguous()
@@ -165,19 +182,19 @@ class _Mix(Function):
         return grad_padded, grad_weight.to(weight_BCN.dtype), None, None
 
 
-class _Gates(Function):
+class _Gates(Operation):
     """Keeps only its inputs; backward computes the gates again in the same pass as the gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor, kernels: Kernels
+        ctx: Context, a_BGCYX: Tensor, c_BCYX: Tensor, peep_GC: Tensor, kernels: Kernels
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(a_BGCYX, c_BCYX, peep_GC)
         ctx.kernels = kernels
         return kernels.gate_forward(a_BGCYX, c_BCYX, peep_GC)
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         a_BGCYX, c_BCYX, peep_GC = ctx.saved_tensors
         grad_a, grad_c_old, grad_peep = ctx.kernels.gate_backward(a_BGCYX, c_BCYX, peep_GC, grad_h, grad_c)
         return grad_a, grad_c_old, grad_peep.to(peep_GC.dtype), None

@@ -9,7 +9,7 @@ from torch.nn import functional
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .attention import AxialAttention
-from .kernels import Taps, kernels_for
+from .kernels import Taps, kernels_for, pointwise
 
 State = tuple[Tensor, Tensor]
 """(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
@@ -86,6 +86,7 @@ class FAConvLSTM2d(nn.Module):
             if attention_every
             else None
         )
+        self._owner: Tensor
         self.register_buffer("_owner", torch.tensor(self.taps.owner), persistent=False)
         self.reset_parameters()
 
@@ -140,17 +141,17 @@ class FAConvLSTM2d(nn.Module):
     def _input_bottleneck(self, x_BTCYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
         """W_x x + b of all steps at once, with its halo and mean: one product, one exchange."""
         batch = x_BTCYX.shape[:2]
-        u = _pointwise(self.input_weight, x_BTCYX.flatten(0, 1), self.bottleneck_bias)
+        u = pointwise(self.input_weight, x_BTCYX.flatten(0, 1), self.bottleneck_bias)
         padded, mean = domain.pad_and_mean(u, self.taps.reach)
         return padded.unflatten(0, batch), mean.unflatten(0, batch)
 
     def _step(self, padded_BCYX: Tensor, mean_BC: Tensor, state: State, domain: Domain) -> State:
         h, c = state
-        recurrent, recurrent_mean = domain.pad_and_mean(_pointwise(self.hidden_weight, h), self.taps.reach)
+        recurrent, recurrent_mean = domain.pad_and_mean(pointwise(self.hidden_weight, h), self.taps.reach)
         excited = self.excite(functional.silu(self.squeeze(mean_BC + recurrent_mean)))
         scale_BDC = torch.sigmoid(excited).unflatten(1, self.mixing_weight.shape[:2])
         mixed = self._mix(padded_BCYX + recurrent, scale_BDC)
-        a_BCYX = _pointwise(self.expansion_weight, mixed, self.expansion_bias)
+        a_BCYX = pointwise(self.expansion_weight, mixed, self.expansion_bias)
         a_BGCYX = a_BCYX.unflatten(1, (4, self.hidden_channels))
         h_new, c_new = self.kernels.gates(a_BGCYX, c, self.peephole_weight.to(c.dtype))
         return h_new.to(h.dtype), c_new
@@ -191,11 +192,3 @@ def _check_input(x_BTCYX: Tensor, in_channels: int) -> None:
             f"the layer takes (batch, time, {in_channels} channels, rows, columns), got {tuple(x_BTCYX.shape)}. "
             f"Permute the tensor, or change in_channels."
         )
-
-
-def _pointwise(weight: Tensor, x_BCYX: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution as a matrix product."""
-    product = torch.matmul(weight, x_BCYX.flatten(2))
-    if bias is not None:
-        product = product + bias[:, None]
-    return product.unflatten(2, x_BCYX.shape[2:])

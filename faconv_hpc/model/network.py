@@ -116,20 +116,30 @@ class FAConvLSTMNetwork(nn.Module):
     def loss(
         self, output: NetworkOutput, x_BTCYX: Tensor, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None
     ) -> Loss:
-        """Error of the tendency, plus the weighed error of the coarse field of the same steps.
+        """`forecast_loss` plus `embedding_loss`: what training minimizes."""
+        return self.forecast_loss(output, target_BTCYX, domain, valid) + self.embedding_loss(output, x_BTCYX, domain)
+
+    def forecast_loss(
+        self, output: NetworkOutput, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None
+    ) -> Loss:
+        """Error of the tendency, in units of its standard deviation squared.
 
         Args:
-            output: of `forward` on ``x_BTCYX``.
-            x_BTCYX: the network's input; its first channels are the fields.
+            output: of `forward`.
             target_BTCYX: the true tendency, in units of its standard deviation.
             valid: bool, like the target: cells that count. Default: all.
         """
-        loss = area_mean_squared_error(output.tendency_BTCYX, target_BTCYX, domain, valid)
-        if not self.embedding_weight:
-            return loss
-        fields = x_BTCYX[:, :, : self.field_channels].to(target_BTCYX.dtype)
+        return area_mean_squared_error(output.tendency_BTCYX, target_BTCYX, domain, valid)
+
+    def embedding_loss(self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain) -> Loss:
+        """Weighed error of the coarse fields that the embeddings map to.
+
+        Args:
+            output: of `forward` on ``x_BTCYX``, whose first channels are the fields.
+        """
+        fields = x_BTCYX[:, :, : self.field_channels]
         coarse = coarse_means(fields, domain, self.subspace.coarse_shape)
-        return loss + shared_mean_squared_error(output.coarse_BTCRS, coarse, domain) * self.embedding_weight
+        return shared_mean_squared_error(output.coarse_BTCRS, coarse, domain) * self.embedding_weight
 
     def _maybe_checkpointed(
         self, segment: Any, x_BTCYX: Tensor, states: Sequence[State | None], domain: Domain
@@ -139,7 +149,12 @@ class FAConvLSTMNetwork(nn.Module):
             result = segment(x_BTCYX, states)
         else:
             result = checkpoint(
-                segment, x_BTCYX, states, use_reentrant=False, preserve_rng_state=False, context_fn=domain.recompute_contexts
+                segment,
+                x_BTCYX,
+                states,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=domain.recompute_contexts,
             )
         return result  # type: ignore[no-any-return]
 

@@ -69,7 +69,8 @@ class SubspaceHead(nn.Module):
         qkv = self.qkv(z_BTE).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         mixed_BHTD = functional.scaled_dot_product_attention(q, k, v)
-        return self.attention_out(mixed_BHTD.transpose(1, 2).flatten(2))
+        attended: Tensor = self.attention_out(mixed_BHTD.transpose(1, 2).flatten(2))
+        return attended
 
 
 def seasonal_encoding(year_fraction_BT: Tensor, channels: int) -> Tensor:

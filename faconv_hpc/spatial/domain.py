@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd import Function
 
+from ..autograd import Context, Operation
 from ..errors import InputError
 from ..observe import Clock
 from . import exchange
@@ -17,7 +19,6 @@ from .grid import Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
 from .tape import Tape
 
-Context = Any  # autograd's context object has no public type
 Value = TypeVar("Value")
 
 
@@ -69,7 +70,8 @@ class Domain:
         is the sum over all uses.
         """
         self._check_cells(x)
-        return _Pad.apply(x, self, width) if width else x
+        padded: Tensor = _Pad.call(x, self, width) if width else x
+        return padded
 
     def gather(self, x: Tensor, axis: str) -> Tensor:
         """Joins the tiles along ``"lat"`` (all rows) or ``"lon"`` (all columns).
@@ -77,7 +79,8 @@ class Domain:
         Adjoint: reduce-scatter. Every rank of the axis uses every cell, so their gradients are
         summed and each rank keeps its own cells'.
         """
-        return _Gather.apply(x, self, axis) if self.mesh.size(axis) > 1 else x
+        joined: Tensor = _Gather.call(x, self, axis) if self.mesh.size(axis) > 1 else x
+        return joined
 
     def swap(self, x_LCN: Tensor, axis: str) -> Tensor:
         """Moves the split from ``axis`` to the lines: whole lines, fewer of them.
@@ -91,15 +94,13 @@ class Domain:
 
         Adjoint: `swap_back`; both only move numbers, so each is the other's inverse and adjoint.
         """
-        if self.mesh.size(axis) == 1:
-            return x_LCN
-        return _Swap.apply(x_LCN, self, axis, x_LCN.shape[0])
+        whole_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else _Swap.call(x_LCN, self, axis, x_LCN.shape[0])
+        return whole_LCN
 
     def swap_back(self, x_LCN: Tensor, axis: str, lines: int) -> Tensor:
         """The inverse of `swap`: ``lines`` is the number of lines that run through this tile."""
-        if self.mesh.size(axis) == 1:
-            return x_LCN
-        return _SwapBack.apply(x_LCN, self, axis, lines)
+        owned_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else _SwapBack.call(x_LCN, self, axis, lines)
+        return owned_LCN
 
     def mean(self, x: Tensor) -> Tensor:
         """Area-weighted mean of x (..., Y, X) over all tiles: (...), the same on every rank.
@@ -109,7 +110,8 @@ class Domain:
         so on every cell of every tile.
         """
         self._check_cells(x)
-        return _Mean.apply(x, self)
+        mean: Tensor = _Mean.call(x, self)
+        return mean
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over all tiles, any shape, for the end of a loss.
@@ -117,12 +119,13 @@ class Domain:
         Adjoint: the identity. Each rank's share enters the total once. Unlike `mean`, the result
         must not be used by further layers.
         """
-        return _Total.apply(x, self) if self.tiles > 1 else x
+        summed: Tensor = _Total.call(x, self) if self.tiles > 1 else x
+        return summed
 
     def pad_and_mean(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """`pad` and `mean` of the same x in one communication phase, forward and backward."""
         self._check_cells(x)
-        padded, mean = _PadAndMean.apply(x, self, width)
+        padded, mean = _PadAndMean.call(x, self, width)
         return padded, mean
 
     # Between a tile and the whole grid, for small tensors: tests, figures, examples
@@ -195,16 +198,17 @@ class Domain:
     def _constant(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.dtype, like.device)
         if key not in self._constants:
-            rows, columns = self.tile.slices
-            area = self.grid.cell_area_sr
-            values = {
-                "weight": lambda: area[rows] / self.grid.total_area_sr,
-                "area": lambda: area / area.mean(),
-                "latitude": lambda: self.grid.latitude[rows],
-                "longitude": lambda: self.grid.longitude[columns],
-            }[name]()
-            self._constants[key] = torch.as_tensor(values.copy(), dtype=like.dtype, device=like.device)
+            values = torch.from_numpy(self._values(name).copy())
+            self._constants[key] = values.to(dtype=like.dtype, device=like.device)
         return self._constants[key]
+
+    def _values(self, name: str) -> NDArray[np.float64]:
+        rows, columns = self.tile.slices
+        area = self.grid.cell_area_sr
+        if name in ("latitude", "longitude"):
+            return self.grid.latitude[rows] if name == "latitude" else self.grid.longitude[columns]
+        scaled: NDArray[np.float64] = area[rows] / self.grid.total_area_sr if name == "weight" else area / area.mean()
+        return scaled
 
     def _check_cells(self, x: Tensor) -> None:
         if x.shape[-2:] != self.tile.shape:
@@ -214,22 +218,23 @@ class Domain:
             )
 
 
-class _Pad(Function):
+class _Pad(Operation):
     """Owner to halo going forward; halo to owner, added, going back."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, domain: Domain, width: int) -> Tensor:
         ctx.halo = domain.halo_exchange(width)
         received = domain.remembered(lambda: ctx.halo.start_fill(x)())
-        return ctx.halo.pad(x, received)
+        padded: Tensor = ctx.halo.pad(x, received)
+        return padded
 
     @staticmethod
-    def backward(ctx: Context, grad_padded: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad_padded: Tensor) -> tuple[Tensor, None, None]:
         received = ctx.halo.start_accumulate(grad_padded)()
         return ctx.halo.add_halo(grad_padded, received), None, None
 
 
-class _Mean(Function):
+class _Mean(Operation):
     """Area-weighted sum over all tiles going forward; gradients summed over tiles going back."""
 
     @staticmethod
@@ -238,12 +243,12 @@ class _Mean(Function):
         return domain.remembered(lambda: _start_mean(x, domain)()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None]:
         total = _start_grad_sum(grad_mean, ctx.domain)()
         return _spread(total, ctx.domain, ctx.columns).to(grad_mean.dtype), None
 
 
-class _PadAndMean(Function):
+class _PadAndMean(Operation):
     """`_Pad` and `_Mean` with both exchanges under way at once."""
 
     @staticmethod
@@ -258,14 +263,14 @@ class _PadAndMean(Function):
         return ctx.halo.pad(x, received), mean.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Context, grad_padded: Tensor, grad_mean: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad_padded: Tensor, grad_mean: Tensor) -> tuple[Tensor, None, None]:
         halo = ctx.halo.start_accumulate(grad_padded)
         total = _start_grad_sum(grad_mean, ctx.domain)
         grad = ctx.halo.add_halo(grad_padded, halo())
         return grad.add_(_spread(total(), ctx.domain, ctx.columns)), None, None
 
 
-class _Gather(Function):
+class _Gather(Operation):
     """All-gather along one axis going forward; reduce-scatter going back."""
 
     @staticmethod
@@ -274,13 +279,13 @@ class _Gather(Function):
         return exchange.gather(x, _dim(axis), domain.cuts.sizes(axis), *_axis(domain, axis))
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         domain, axis = ctx.domain, ctx.axis
         sizes, index = domain.cuts.sizes(axis), domain.mesh.index(axis)
         return exchange.reduce_scatter(grad, _dim(axis), sizes, index, *_axis(domain, axis)), None, None
 
 
-class _Swap(Function):
+class _Swap(Operation):
     """All-to-all from owned pieces of all lines to whole lines, fewer; going back, the reverse."""
 
     @staticmethod
@@ -289,11 +294,11 @@ class _Swap(Function):
         return _to_whole_lines(x_LCN, domain, axis)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _to_owned_pieces(grad, ctx.domain, ctx.axis, ctx.lines), None, None, None
 
 
-class _SwapBack(Function):
+class _SwapBack(Operation):
     """All-to-all from whole lines to owned pieces of all lines; going back, the reverse."""
 
     @staticmethod
@@ -302,11 +307,11 @@ class _SwapBack(Function):
         return _to_owned_pieces(x_LCN, domain, axis, lines)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _to_whole_lines(grad, ctx.domain, ctx.axis), None, None, None
 
 
-class _Total(Function):
+class _Total(Operation):
     """Sum over all tiles going forward; the identity going back."""
 
     @staticmethod
@@ -314,7 +319,7 @@ class _Total(Function):
         return exchange.start_sum(x.clone(), domain.mesh.tile_group, domain.clock)()
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

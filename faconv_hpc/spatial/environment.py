@@ -28,13 +28,32 @@ class RankEnvironment:
     @classmethod
     def read(cls) -> "RankEnvironment":
         """Recognizes torchrun (and our own launcher), srun, mpiexec, or a plain process."""
+        readers = {"torchrun": _from_torchrun, "srun": _from_slurm, "mpiexec": _from_mpi, "plain": _plain}
+        return readers[cls.launcher_name()]()
+
+    @staticmethod
+    def launcher_name() -> str:
+        """What started this process: ``torchrun``, ``srun``, ``mpiexec`` or ``plain``."""
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            return _from_torchrun()
+            return "torchrun"
         if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
-            return _from_slurm()
+            return "srun"
         if "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-            return _from_mpi()
-        return cls()
+            return "mpiexec"
+        return "plain"
+
+    @staticmethod
+    def rank_hint() -> int:
+        """This process's rank as far as the environment tells, without joining anything."""
+        return _first_integer("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", default=0)
+
+    @staticmethod
+    def world_size_hint() -> int:
+        """The number of ranks as far as the environment tells, without joining anything."""
+        if RankEnvironment.launcher_name() == "plain":
+            return 1
+        names = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+        return _first_integer(*names, default=1)
 
     def export(self) -> None:
         """Writes the values where torch and DeepSpeed look for them."""
@@ -76,6 +95,14 @@ def _integer(name: str, default: str | None = None) -> int:
         ) from None
 
 
+def _first_integer(*names: str, default: int) -> int:
+    return next((_integer(name) for name in names if name in os.environ), default)
+
+
+def _plain() -> RankEnvironment:
+    return RankEnvironment(port=free_port())
+
+
 def _from_torchrun() -> RankEnvironment:
     return RankEnvironment(
         rank=_integer("RANK"),
@@ -109,9 +136,7 @@ def first_node(nodes: str) -> str:
     name = "".join(part or "" for part in match.groups()) if match else nodes
     if shutil.which("scontrol") is None:
         return name
-    shown = subprocess.run(
-        ["scontrol", "show", "node", name], capture_output=True, text=True, check=False, timeout=30
-    )
+    shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False, timeout=30)
     address = re.search(r"NodeAddr=(\S+)", shown.stdout)
     return address.group(1) if address else name
 

@@ -93,9 +93,7 @@ class HaloExchange:
     ) -> Callable[[], Received]:
         """One grouped exchange, a message each way for every peer."""
         lead = like.shape[:-2].numel()
-        incoming = {
-            peer: like.new_empty(lead * sum(part.cells for part in parts)) for peer, parts in expected.items()
-        }
+        incoming = {peer: like.new_empty(lead * sum(part.cells for part in parts)) for peer, parts in expected.items()}
         operations = [
             dist.P2POp(operation, buffer, group=self._group, group_peer=peer)
             for operation, buffers in ((dist.irecv, incoming), (dist.isend, outgoing))
@@ -156,7 +154,9 @@ def reduce_scatter(
     return part[: sizes[index]].to(whole.dtype).movedim(0, dim)
 
 
-def all_to_all(pieces: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup, clock: Clock) -> list[Tensor]:
+def all_to_all(
+    pieces: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup, clock: Clock
+) -> list[Tensor]:
     """Sends piece i to rank i of the group and returns what each rank sent here, of the given shapes."""
     outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
     counts = [shape.numel() for shape in shapes]

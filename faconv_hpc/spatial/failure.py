@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ..errors import InputError, exit_code_of
 
@@ -25,7 +25,7 @@ class FailureWatch:
     rank that fails later, because its peers are gone, finds the claim taken and stays silent.
     """
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int) -> None:
         self._store = store
         self._rank = rank
         self._stopped = threading.Event()
@@ -61,7 +61,7 @@ class FailureWatch:
 
     def _claim(self) -> bool:
         try:
-            return self._store.add("claims", 1) == 1
+            return int(self._store.add("claims", 1)) == 1
         except RuntimeError:  # the store's host is gone, so somebody else has failed before
             return False
 

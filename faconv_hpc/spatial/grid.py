@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,12 +84,12 @@ class LatLonGrid:
     @property
     def north(self) -> Boundary:
         """Boundary beyond row 0."""
-        return self.lat_boundary[0]  # type: ignore[index,return-value]
+        return self.lat_boundary[0]  # type: ignore[return-value]
 
     @property
     def south(self) -> Boundary:
         """Boundary beyond the last row."""
-        return self.lat_boundary[1]  # type: ignore[index,return-value]
+        return self.lat_boundary[1]  # type: ignore[return-value]
 
     @cached_property
     def latitude(self) -> NDArray[np.float64]:
@@ -126,7 +127,7 @@ class LatLonGrid:
 
     def has_pole_row(self, side: int) -> bool:
         """Whether the outermost row of a side (0 north, -1 south) lies exactly at a pole."""
-        return abs(abs(np.rad2deg(self.latitude[side])) - 90.0) < POLE_TOLERANCE_DEG
+        return bool(abs(abs(np.rad2deg(self.latitude[side])) - 90.0) < POLE_TOLERANCE_DEG)
 
     def _check_coordinates(self) -> None:
         latitude, longitude = np.rad2deg(self.latitude), np.rad2deg(self.longitude)
@@ -204,11 +205,11 @@ def _both_sides(value: Boundary | str | tuple[Boundary | str, Boundary | str]) -
 
 def _default_latitude(nlat: int) -> NDArray[np.float64]:
     band_deg = 180.0 / nlat
-    return 90.0 - band_deg * (np.arange(nlat) + 0.5)
+    return 90.0 - band_deg * (np.arange(nlat, dtype=np.float64) + 0.5)
 
 
 def _default_longitude(nlon: int) -> NDArray[np.float64]:
-    return np.arange(nlon) * (360.0 / nlon)
+    return np.arange(nlon, dtype=np.float64) * (360.0 / nlon)
 
 
 def _row_edges(latitude: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -216,7 +217,8 @@ def _row_edges(latitude: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.array([np.pi / 2, -np.pi / 2])
     inner = (latitude[1:] + latitude[:-1]) / 2
     first, last = 2 * latitude[0] - inner[0], 2 * latitude[-1] - inner[-1]
-    return np.clip(np.concatenate([[first], inner, [last]]), -np.pi / 2, np.pi / 2)
+    edges: NDArray[np.float64] = np.clip(np.concatenate([[first], inner, [last]]), -np.pi / 2, np.pi / 2)
+    return edges
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class Cuts:
     def sizes(self, axis: str) -> list[int]:
         """Rows per tile along ``"lat"``, columns per tile along ``"lon"``."""
         edges = self.row_edges if axis == "lat" else self.column_edges
-        return [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+        return [stop - start for start, stop in pairwise(edges)]
 
 
 def split_evenly(size: int, parts: int, axis: str = "lat") -> tuple[int, ...]:
@@ -300,6 +302,6 @@ def split_evenly(size: int, parts: int, axis: str = "lat") -> tuple[int, ...]:
         )
     block = -(-size // parts)
     if 2 * (size - block * (parts - 1)) >= block:
-        return (*range(0, block * parts, block), size)[: parts] + (size,)
+        return (*range(0, block * parts, block), size)
     small, larger = divmod(size, parts)
     return tuple(part * small + min(part, larger) for part in range(parts + 1))

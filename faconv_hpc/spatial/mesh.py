@@ -4,15 +4,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError
 from .environment import RankEnvironment
 from .failure import FailureWatch
 
 TIMEOUT_S = 600.0
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,7 @@ class ProcessMesh:
         return cls()
 
     @classmethod
-    def start(
-        cls, replicas: int = 1, lat: int = 1, lon: int = 1, *, timeout_s: float = TIMEOUT_S
-    ) -> "ProcessMesh":
+    def start(cls, replicas: int = 1, lat: int = 1, lon: int = 1, *, timeout_s: float = TIMEOUT_S) -> "ProcessMesh":
         """Joins the ranks of this job and arranges them. Collective.
 
         Args:
@@ -111,6 +114,30 @@ class ProcessMesh:
                 f"or start {self.ranks} ranks."
             )
 
+    def average(self, values: Sequence[float]) -> list[float]:
+        """Mean of each value over all ranks of the job. Collective."""
+        return [value / self.ranks for value in self._reduced(values, dist.ReduceOp.SUM)]
+
+    def largest(self, value: float) -> float:
+        """Largest of a value over all ranks of the job. Collective."""
+        return self._reduced([value], dist.ReduceOp.MAX)[0]
+
+    def from_first(self, value: Value) -> Value:
+        """The value that the job's first rank has, on every rank; anything that pickles. Collective."""
+        if self.ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _reduced(self, values: Sequence[float], operation: "dist.ReduceOp.RedOpType") -> list[float]:
+        if self.ranks == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        result: list[float] = tensor.tolist()
+        return result
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """An exception inside ends all ranks with one message; see `FailureWatch`."""
@@ -171,16 +198,16 @@ def _device(environment: RankEnvironment) -> torch.device:
 def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> FailureWatch:
     environment.export()
     timeout = timedelta(seconds=timeout_s)
-    meeting = dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
+    meeting = rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
     store, rank, world_size = next(meeting)
     store.set_timeout(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("mesh", store),
+        store=PrefixStore("mesh", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    return FailureWatch(dist.PrefixStore("failure", store.clone()), rank)
+    return FailureWatch(PrefixStore("failure", store.clone()), rank)

@@ -1,0 +1,5 @@
+"""``python -m faconv_hpc`` is ``faconv``."""
+
+from .cli import main
+
+main()

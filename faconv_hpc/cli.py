@@ -1,0 +1,217 @@
+"""The command line: each verb parses, loads the config, and makes one call."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .cli_data import data_app
+from .config import MeshConfig, load_config
+from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError
+
+if TYPE_CHECKING:
+    from .evaluation.skill import Evaluation
+    from .spatial.mesh import ProcessMesh
+    from .training.parity import ParityRow
+
+app = typer.Typer(
+    help="Train FAConvLSTM on large lat/lon grids, cut into tiles over ranks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
+RunPath = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated.")
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Start so many ranks on this machine; without it, this process is one rank."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+
+
+@app.command()
+def train(config: ConfigPath, set_: Overrides = None, ranks: Ranks = None) -> None:
+    """Train a run, from its newest checkpoint if there is one.
+
+    Trains in the ranks that are there: started by torchrun, srun or mpiexec, or by --ranks on this machine.
+
+    Example: `faconv train configs/quickstart_era5.yaml --ranks 2 --set training.steps=100`
+    """
+    run = load_config(config, set_ or ())
+    if _starts_ranks(ranks):
+        _check_ranks(run.mesh, ranks)
+        raise typer.Exit(_run_ranks(["train", str(config), *_set_options(set_)], ranks))
+    from .training.trainer import train as train_run
+
+    _in_job(run.mesh, run.training.timeout_s, lambda mesh: train_run(run, mesh))
+
+
+@app.command()
+def verify(
+    config: ConfigPath,
+    ranks: Ranks = None,
+    set_: Overrides = None,
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Compute in float64 and ask for 1e-12 instead of 1e-5.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that tiles give the same numbers as one tile, for your own config and data.
+
+    Runs one tile and every layout of the ranks on random weights, and compares loss, output, embedding, and the
+    gradients of the input and of every part of the network. Exit code 0 if all agree, 1 if not.
+
+    Example: `faconv verify configs/quickstart_era5.yaml --ranks 4`
+    """
+    run = load_config(config, set_ or ())
+    if _starts_ranks(ranks):
+        flags = ["--float64"] * float64 + ["--json"] * as_json
+        raise typer.Exit(_run_ranks(["verify", str(config), *_set_options(set_), *flags], ranks))
+    import torch
+
+    from .training.parity import verify_parity
+
+    def job(mesh: "ProcessMesh") -> int:
+        rows = verify_parity(run, mesh, torch.float64 if float64 else torch.float32)
+        if mesh.rank == 0:
+            _show_parity(rows, as_json)
+        return EXIT_OK if all(row.passed for row in rows) else EXIT_FAILED
+
+    raise typer.Exit(_in_job(None, run.training.timeout_s, job))
+
+
+@app.command()
+def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> None:
+    """Forecast the held-out frames of a run: RMSE per variable beside persistence, and a figure.
+
+    On several ranks the globe is cut as the run's mesh says, on one it is whole; the numbers are the same.
+
+    Example: `faconv evaluate runs/quickstart_era5 --ranks 2`
+    """
+    from .evaluation.skill import load_run
+
+    run = load_run(run_dir)
+    tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
+    if _starts_ranks(ranks):
+        _check_ranks(tiles, ranks)
+        raise typer.Exit(_run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
+    from .evaluation.figures import draw_forecast
+    from .evaluation.skill import evaluate as evaluate_run
+    from .evaluation.skill import save_skill
+
+    run = run.model_copy(update={"run_dir": run_dir})
+
+    def job(mesh: "ProcessMesh") -> None:
+        evaluation = evaluate_run(run, mesh)
+        if mesh.rank == 0:
+            title = f"{run_dir.name}: change to the last frame, {'held out' if evaluation.held_out else 'trained on'}"
+            figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title)
+            saved = save_skill(evaluation, run_dir)
+            print(saved.read_text()) if as_json else _show_skill(evaluation, figure)
+
+    _in_job(tiles if _job_ranks() > 1 else MeshConfig(), run.training.timeout_s, job)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's ends with one message and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        from .spatial.environment import RankEnvironment
+
+        if RankEnvironment.rank_hint() == 0:  # every rank reads the same config and finds the same
+            print(f"faconv: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_INPUT)
+
+
+def _starts_ranks(ranks: int | None) -> bool:
+    from .launch.local import inside_a_job
+
+    return ranks is not None and not inside_a_job()
+
+
+def _job_ranks() -> int:
+    from .spatial.environment import RankEnvironment
+
+    return RankEnvironment.world_size_hint()
+
+
+def _run_ranks(arguments: Sequence[str], ranks: int | None) -> int:
+    from .launch.local import run_local_ranks
+
+    return run_local_ranks(arguments, ranks or 1)
+
+
+def _set_options(overrides: Sequence[str] | None) -> list[str]:
+    return [part for override in overrides or () for part in ("--set", override)]
+
+
+def _check_ranks(mesh: MeshConfig, ranks: int | None) -> None:
+    if mesh.ranks != ranks:
+        raise InputError(
+            f"a mesh of {mesh.replicas} replicas x {mesh.lat} lat x {mesh.lon} lon needs {mesh.ranks} ranks, "
+            f"--ranks is {ranks}. Use --ranks {mesh.ranks}, or change mesh.replicas, mesh.lat or mesh.lon with --set."
+        )
+
+
+def _in_job(mesh: MeshConfig | None, timeout_s: float, work: "Callable[[ProcessMesh], int | None]") -> int:
+    """Joins the ranks (all of them along lon, if no mesh is given), works, and leaves together."""
+    from .spatial.mesh import ProcessMesh
+
+    sizes = (mesh.replicas, mesh.lat, mesh.lon) if mesh else (1, 1, _job_ranks())
+    joined = ProcessMesh.start(*sizes, timeout_s=timeout_s)
+    with joined.guarded():
+        code = work(joined)
+    joined.stop()
+    return code or EXIT_OK
+
+
+def _show_parity(rows: "Sequence[ParityRow]", as_json: bool) -> None:
+    passed = all(row.passed for row in rows)
+    if as_json:
+        print(json.dumps({"passed": passed, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}))
+        return
+    table = Table(title="tiles beside one tile: largest difference over largest value")
+    layouts = list(dict.fromkeys(row.layout for row in rows))
+    table.add_column("quantity")
+    for layout in layouts:
+        table.add_column(f"{layout} (lat x lon)", justify="right")
+    by_place = {(row.quantity, row.layout): row for row in rows}
+    for quantity in dict.fromkeys(row.quantity for row in rows):
+        cells = [by_place[quantity, layout] for layout in layouts]
+        table.add_row(quantity, *(f"{row.difference:.1e}{'' if row.passed else '  FAIL'}" for row in cells))
+    console = Console()
+    console.print(table)
+    worst = max(rows, key=lambda row: row.difference if row.difference == row.difference else float("inf"))
+    console.print(
+        f"{'PASS' if passed else 'FAIL'}: largest difference {worst.difference:.1e} "
+        f"({worst.quantity}, {worst.layout}), tolerance {worst.tolerance:g}"
+    )
+
+
+def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
+    what = "held-out" if evaluation.held_out else "training"
+    table = Table(title=f"one-step forecasts of {evaluation.forecasts} {what} frames, area-weighted RMSE")
+    for column in ("variable", "units", "forecast", "persistence", "ratio"):
+        table.add_column(column, justify="left" if column in ("variable", "units") else "right")
+    for skill in evaluation.skills:
+        numbers = (f"{skill.rmse:.4g}", f"{skill.persistence_rmse:.4g}", f"{skill.ratio:.3f}")
+        table.add_row(skill.variable, skill.units, *numbers)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"loss of the run: {evaluation.first_loss:.4f} at its start, {evaluation.last_loss:.4f} at its end "
+        f"({evaluation.last_loss / evaluation.first_loss:.2f} of it)\nfigure: {figure}"
+    )

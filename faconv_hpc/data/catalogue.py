@@ -1,0 +1,289 @@
+"""Sources joined: for every channel, where each frame comes from. Reads them slab by slab."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..spatial.grid import LatLonGrid, Span
+from .layout import Channel
+from .names import unknown_name
+from .sources import Roles, SourceOptions, coordinate, find_roles, open_source, time_variable
+from .times import TimeAxis, check_increasing, decode_times
+
+SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
+PLAIN_UNITS = "hours since 2000-01-01"
+
+
+@dataclass(frozen=True, eq=False)
+class SourceGrid:
+    """Coordinates of a source as a store keeps them, and how to turn its fields to match.
+
+    Args:
+        latitude_deg: (latitude,) north first.
+        longitude_deg: (longitude,) increasing.
+        flip_rows: the source runs south to north.
+        flip_columns: the source runs east to west.
+    """
+
+    latitude_deg: NDArray[np.float64]
+    longitude_deg: NDArray[np.float64]
+    flip_rows: bool
+    flip_columns: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Some consecutive frames of one channel in one source."""
+
+    path: Path
+    channel: Channel
+    array: xr.DataArray
+    roles: Roles
+    level: int | None
+    grid: SourceGrid
+    time: TimeAxis
+
+    def read(self, frames: range, rows: Span) -> NDArray[np.float32]:
+        """fields_TYX of frames counted from this segment's first, north first, NaN where missing."""
+        nlat = self.grid.latitude_deg.size
+        source_rows = (nlat - rows[1], nlat - rows[0]) if self.grid.flip_rows else rows
+        picked: dict[Hashable, slice | int] = dict.fromkeys(self.array.dims, 0)  # dims of size 1
+        picked[self.roles.latitude] = slice(*source_rows)
+        picked[self.roles.longitude] = slice(None)
+        if self.roles.time is not None:
+            picked[self.roles.time] = slice(frames.start, frames.stop)
+        if self.roles.level is not None and self.level is not None:
+            picked[self.roles.level] = self.level
+        order = [dim for dim in (self.roles.time, self.roles.latitude, self.roles.longitude) if dim is not None]
+        try:
+            values = self.array.isel(picked).transpose(*order).values
+        except OSError as error:
+            raise InputError(
+                f"frames {frames.start} to {frames.stop} of variable {self.array.name!r} in {self.path} cannot be read "
+                f"({error}). The source is damaged: fetch it again, then run this command again; it goes on."
+            ) from None
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the writer names
+            fields = values.astype(np.float32, copy=False).reshape(len(frames), *values.shape[-2:])
+        fields = fields[:, ::-1] if self.grid.flip_rows else fields
+        fields = fields[:, :, ::-1] if self.grid.flip_columns else fields
+        return fields[:, :, : self.grid.longitude_deg.size]
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """All channels of all sources on one grid and one time axis; a `FieldReader`.
+
+    ``notes`` say what was assumed or left out.
+    """
+
+    segments: tuple[tuple[Segment, ...], ...]
+    time: TimeAxis
+    notes: tuple[str, ...]
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """In the order of the store to be."""
+        return tuple(segments[0].channel for segments in self.segments)
+
+    @property
+    def grid(self) -> SourceGrid:
+        """The common grid."""
+        return self.segments[0][0].grid
+
+    def read(self, frames: range, channel: int, rows: Span) -> NDArray[np.float32]:
+        """fields_TYX of a slab, out of one or more sources."""
+        parts, first = [], 0
+        for segment in self.segments[channel]:
+            inside = range(max(frames.start - first, 0), min(frames.stop - first, len(segment.time)))
+            if inside:
+                parts.append(segment.read(inside, rows))
+            first += len(segment.time)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
+    """Opens all sources and joins them.
+
+    Raises:
+        InputError: nothing to take, or sources that do not fit together.
+    """
+    found: dict[str, list[Segment]] = {}
+    notes: list[str] = []
+    for path in paths:
+        for segment in _segments_of(path, options, notes):
+            found.setdefault(segment.channel.name, []).append(segment)
+    if not found:
+        raise InputError(
+            f"no field with time, latitude and longitude in {', '.join(map(str, paths))}. Look at it with xarray or "
+            f"ncdump -h; a dim that is not recognised needs the attribute standard_name (latitude, longitude, time)."
+        )
+    chosen = _choose(found, options.variables, paths)
+    joined = {name: sorted(found[name], key=lambda segment: int(segment.time.seconds[0])) for name in chosen}
+    _check_grids([segment for segments in joined.values() for segment in segments])
+    axes = {name: _join_times(segments) for name, segments in joined.items()}
+    _check_times(axes, joined)
+    return Catalogue(tuple(map(tuple, joined.values())), axes[chosen[0]], tuple(dict.fromkeys(notes)))
+
+
+def _segments_of(path: Path, options: SourceOptions, notes: list[str]) -> list[Segment]:
+    dataset = open_source(path)
+    segments: list[Segment] = []
+    times: dict[Hashable, TimeAxis] = {}
+    for name in dataset.data_vars:
+        roles = find_roles(dataset, name, options, path)
+        if roles is None or dataset[name].dtype.kind not in "fiub":
+            continue
+        grid = _source_grid(dataset, roles, options, path)
+        if roles.time not in times:
+            times[roles.time] = _times(dataset, roles, options, path, notes)
+        segments += [
+            Segment(path, channel, dataset[name], roles, level, grid, times[roles.time])
+            for level, channel in _channels_of(dataset, name, roles)
+        ]
+    return segments
+
+
+def _channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple[int | None, Channel]]:
+    """A variable's channels: itself, or one per level, such as z500."""
+    attributes = dataset[name].attrs
+    units, long_name = str(attributes.get("units", "")), str(attributes.get("long_name", name))
+    if roles.level is None:
+        return [(None, Channel(str(name), units, long_name))]
+    size = dataset.sizes[roles.level]
+    if roles.level not in dataset.variables:
+        return [(i, Channel(f"{name}_{roles.level}{i}", units, f"{long_name}, {roles.level} {i}")) for i in range(size)]
+    level = dataset[roles.level]
+    if level.dtype.kind in "OSUT":  # names, as a store of ours has them
+        return [(i, Channel(str(text), units, str(text))) for i, text in enumerate(level.values)]
+    unit = str(level.attrs.get("units", ""))
+    values = level.values / 100.0 if unit == "Pa" else level.values
+    unit = "hPa" if unit == "Pa" else unit
+    return [(i, Channel(f"{name}{v:g}", units, f"{long_name} at {v:g} {unit}".strip())) for i, v in enumerate(values)]
+
+
+def _times(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path, notes: list[str]) -> TimeAxis:
+    variable = time_variable(dataset, roles.time, options)
+    where = f"{path}, {roles.time or 'time'}"
+    if variable is not None and variable.dtype.kind == "M":
+        return TimeAxis(variable.values.astype("datetime64[s]").astype(np.int64).ravel(), "proleptic_gregorian")
+    values = np.arange(dataset.sizes[roles.time or ""]) if variable is None else np.atleast_1d(variable.values)
+    if values.size == 0:
+        raise InputError(f"{where} has no times at all: the source is empty. Leave it out.")
+    attributes = {} if variable is None else variable.attrs
+    units = options.time_units or attributes.get("units")
+    if units is None and "plain_hdf5" in dataset.attrs and variable is None:
+        units = PLAIN_UNITS
+        notes.append(f"{path} has no time: its frames are taken as {PLAIN_UNITS}. Say otherwise with --time-units.")
+    if units is None:
+        hints = [f" Its attribute {key!r} says {text!r}." for key, text in dataset.attrs.items() if "time" in str(key)]
+        raise InputError(
+            f"the times in {where} have no units: {values[:3].tolist()}...{''.join(hints)} "
+            f'Give them with --time-units, for example --time-units "hours since 1940-01-01".'
+        )
+    calendar = options.calendar or str(attributes.get("calendar", "standard"))
+    axis = decode_times(values, str(units), calendar, where)
+    check_increasing(axis, where)
+    return axis
+
+
+def _source_grid(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path) -> SourceGrid:
+    latitude = coordinate(dataset, roles.latitude, "latitude")
+    longitude = coordinate(dataset, roles.longitude, "longitude")
+    flip_rows = latitude.size > 1 and bool(latitude[0] < latitude[-1])
+    latitude = latitude[::-1] if flip_rows else latitude
+    flip_columns = longitude.size > 2 and int((np.diff(longitude) < 0).sum()) > longitude.size // 2
+    longitude = unwrap(longitude[::-1] if flip_columns else longitude)
+    longitude = _without_repeated_column(longitude, options, path)
+    try:  # the rules for coordinates are the grid's own
+        LatLonGrid(latitude.size, longitude.size, latitude_deg=latitude, longitude_deg=longitude, lon_boundary="zero")
+    except InputError as error:
+        raise InputError(f"source {path}: {error}") from None
+    return SourceGrid(latitude, longitude, flip_rows, flip_columns)
+
+
+def unwrap(longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Longitudes that jump back by a turn (..., 179, -180, ...) made to go on (..., 179, 180, ...)."""
+    jumps = np.diff(longitude_deg) < -180.0
+    return longitude_deg + 360.0 * np.concatenate([[0.0], np.cumsum(jumps)])
+
+
+def _without_repeated_column(longitude: NDArray[np.float64], options: SourceOptions, path: Path) -> NDArray[np.float64]:
+    if longitude.size < 3 or longitude[-1] - longitude[0] < 360.0 - SAME_DEG:
+        return longitude
+    if not options.drop_repeated_column:
+        raise InputError(
+            f"source {path} has the meridian {longitude[0]:g} twice: its {longitude.size} columns run from "
+            f"{longitude[0]:g} to {longitude[-1]:g}. Leave out the last one with --drop-repeated-column."
+        )
+    return longitude[:-1]
+
+
+def _choose(found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths: Sequence[Path]) -> list[str]:
+    """Names of the channels to take; a variable's name stands for all its levels."""
+    if wanted is None:
+        return list(found)
+    chosen: list[str] = []
+    by_variable = {name: str(segments[0].array.name) for name, segments in found.items()}
+    for name in wanted:
+        names = [name] if name in found else [key for key, variable in by_variable.items() if variable == name]
+        if not names:
+            raise unknown_name("variable", name, list(found), f"the sources {', '.join(map(str, paths[:3]))}")
+        chosen += names
+    return list(dict.fromkeys(chosen))
+
+
+def _check_grids(segments: Sequence[Segment]) -> None:
+    first = segments[0]
+    for segment in segments:
+        for name in ("latitude_deg", "longitude_deg"):
+            mine, other = getattr(first.grid, name), getattr(segment.grid, name)
+            if mine.shape != other.shape or np.abs(mine - other).max() > SAME_DEG:
+                raise InputError(
+                    f"sources must share one grid, but the {name} of {first.channel.name!r} in {first.path} are "
+                    f"{_range(mine)}, those of {segment.channel.name!r} in {segment.path} {_range(other)}. "
+                    f"Regrid one of them, or leave it out with --variables."
+                )
+
+
+def _range(values: NDArray[np.float64]) -> str:
+    return f"{values.size} values from {values[0]:g} to {values[-1]:g}"
+
+
+def _join_times(segments: Sequence[Segment]) -> TimeAxis:
+    """The times of one channel, over its sources."""
+    calendars = {segment.time.calendar for segment in segments}
+    if len(calendars) > 1:
+        raise InputError(
+            f"sources of {segments[0].channel.name!r} use different calendars: {', '.join(sorted(calendars))}. "
+            f"Say which one is right with --calendar."
+        )
+    for earlier, later in pairwise(segments):
+        if later.time.seconds[0] <= earlier.time.seconds[-1]:
+            raise InputError(
+                f"the times of {earlier.channel.name!r} overlap: {earlier.path} ends at {_last(earlier.time)}, "
+                f"{later.path} starts at {later.time.label(0)}. Give each time once."
+            )
+    return TimeAxis(np.concatenate([segment.time.seconds for segment in segments]), calendars.pop())
+
+
+def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) -> None:
+    first_name, first = next(iter(axes.items()))
+    for name, axis in axes.items():
+        if axis.calendar == first.calendar and np.array_equal(axis.seconds, first.seconds):
+            continue
+        raise InputError(
+            f"all variables need the same times, but {first_name!r} in {joined[first_name][0].path} has {len(first)} "
+            f"from {first.label(0)} to {_last(first)} ({first.calendar}), {name!r} in {joined[name][0].path} has "
+            f"{len(axis)} from {axis.label(0)} to {_last(axis)} ({axis.calendar}). Give sources with the same times, "
+            f"or leave one variable out with --variables."
+        )
+
+
+def _last(axis: TimeAxis) -> str:
+    return axis.label(len(axis) - 1)

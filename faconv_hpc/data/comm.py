@@ -1,0 +1,139 @@
+"""The ranks that share the work of a preparation: none but this one, or those of an MPI job.
+
+Preparing is not training: it runs on login and data nodes, where there is an MPI library or just
+one process. Four verbs are all it needs, so that one process is a job of one rank and not a second
+code path.
+"""
+
+import os
+import sys
+import traceback
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+
+from ..errors import EXIT_FAILED, EXIT_INPUT, InputError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+
+class Comm(Protocol):
+    """What preparing asks of a communicator."""
+
+    rank: int
+    size: int
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+
+    def allgather(self, value: T) -> list[T]:
+        """The value of every rank, in the order of ranks, on every rank."""
+
+    def abort(self, code: int) -> NoReturn:
+        """Ends all ranks at once with this exit code."""
+
+
+class SerialComm:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def allgather(self, value: T) -> list[T]:
+        """The value alone."""
+        return [value]
+
+    def abort(self, code: int) -> NoReturn:
+        """Ends this process."""
+        raise SystemExit(code)
+
+
+class MpiComm:
+    """The ranks of an MPI communicator (mpi4py, lower-case methods: pickled Python objects)."""
+
+    def __init__(self, world: "MPI.Intracomm") -> None:
+        self._world = world
+        self.rank: int = world.Get_rank()
+        self.size: int = world.Get_size()
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self._world.Barrier()
+
+    def allgather(self, value: T) -> list[T]:
+        """The value of every rank, in the order of ranks, on every rank."""
+        gathered: list[T] = self._world.allgather(value)
+        return gathered
+
+    def abort(self, code: int) -> NoReturn:
+        """Ends all ranks at once with this exit code."""
+        self._world.Abort(code)
+        os._exit(code)  # MPICH may return from Abort and kill a little later: the error would be printed again
+
+
+def mpi_comm() -> Comm:
+    """The ranks of the MPI job, or a job of one where mpi4py or an MPI library is missing.
+
+    mpi4py is imported here and nowhere else: the import starts MPI.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is there, the MPI library is not
+        return SerialComm()
+    return MpiComm(MPI.COMM_WORLD)
+
+
+class TogetherOrNotAtAll:
+    """``with`` block in which the failure of one rank of several ends them all.
+
+    Without it the others would wait in the next collective for ever. The failing rank prints one
+    message (a traceback if the failure is ours and not the user's) and ends the job. A job of one
+    rank is left alone: the exception goes on.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+
+    def __enter__(self) -> Comm:
+        return self._comm
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or self._comm.size == 1 or isinstance(error, Agreed):
+            return
+        if isinstance(error, InputError):
+            print(f"faconv: rank {self._comm.rank}: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(kind, error, trace)
+        sys.stderr.flush()
+        self._comm.abort(EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED)
+
+
+class Agreed(SystemExit):
+    """Every rank knows of the error and one of them has printed it: leave quietly."""
+
+
+def agree(comm: Comm, error: InputError | None) -> None:
+    """Collective. If any rank has an error, all leave, and one message is printed.
+
+    For work that every rank does alike, such as opening the sources, where all would print the
+    same message.
+
+    Raises:
+        InputError: on a job of one rank.
+        Agreed: on every rank of a larger job, with exit code 2.
+    """
+    first = next((message for message in comm.allgather(error and str(error)) if message is not None), None)
+    if first is None:
+        return
+    if comm.size == 1 and error is not None:
+        raise error
+    if comm.rank == 0:
+        print(f"faconv: {first}", file=sys.stderr, flush=True)
+    raise Agreed(EXIT_INPUT)

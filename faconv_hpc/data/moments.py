@@ -1,0 +1,81 @@
+"""Weighted mean and variance of a stream, merged without loss (Chan, Golub & LeVeque 1979)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weight, mean and sum of weighted squared deviations, in float64.
+
+    Two of them merge into those of both parts: ``mean = mean_a + d w_b / w`` and
+    ``deviation = deviation_a + deviation_b + d^2 w_a w_b / w`` with ``d = mean_b - mean_a``, which,
+    other than a sum of squares, does not lose digits where the mean is large.
+    """
+
+    weight: float = 0.0
+    mean: float = 0.0
+    deviation: float = 0.0
+
+    @classmethod
+    def of(cls, values_TYX: NDArray[np.floating], weight_Y: NDArray[np.float64]) -> "Moments":
+        """Moments of the values that are not NaN, each row counting with its weight."""
+        values = values_TYX.astype(np.float64)
+        weights = np.broadcast_to(weight_Y[:, None], values.shape)
+        missing = np.isnan(values)
+        if missing.any():
+            weights = np.where(missing, 0.0, weights)
+            values[missing] = 0.0
+        total = float(weights.sum())
+        if total == 0.0:
+            return cls()
+        mean = float((weights * values).sum() / total)
+        values -= mean
+        return cls(total, mean, float((weights * values * values).sum()))
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Moments of both parts together."""
+        weight = self.weight + other.weight
+        if self.weight == 0.0 or other.weight == 0.0:
+            return self if other.weight == 0.0 else other
+        delta = other.mean - self.mean
+        mean = self.mean + delta * other.weight / weight
+        return Moments(weight, mean, self.deviation + other.deviation + delta**2 * self.weight * other.weight / weight)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, 0 where there is nothing to deviate."""
+        return float(np.sqrt(self.deviation / self.weight)) if self.weight else 0.0
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Moments of a channel and of its change from frame to frame; cells and how many are valid."""
+
+    value: Moments = Moments()
+    tendency: Moments = Moments()
+    cells: int = 0
+    valid_cells: int = 0
+
+    def merged(self, other: "ChannelMoments") -> "ChannelMoments":
+        """Of both parts together."""
+        return ChannelMoments(
+            self.value.merged(other.value),
+            self.tendency.merged(other.tendency),
+            self.cells + other.cells,
+            self.valid_cells + other.valid_cells,
+        )
+
+    def as_row(self) -> list[float]:
+        """Eight numbers, to be kept in a file; exact, for counts below 2^53."""
+        value, tendency = self.value, self.tendency
+        parts = [value.weight, value.mean, value.deviation, tendency.weight, tendency.mean, tendency.deviation]
+        return [*parts, float(self.cells), float(self.valid_cells)]
+
+    @classmethod
+    def from_row(cls, row: NDArray[np.float64]) -> "ChannelMoments":
+        """The inverse of `as_row`."""
+        numbers = [float(number) for number in row]
+        return cls(Moments(*numbers[:3]), Moments(*numbers[3:6]), int(numbers[6]), int(numbers[7]))

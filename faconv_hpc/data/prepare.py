@@ -1,0 +1,210 @@
+"""From any source xarray reads to a store, alone or with the ranks of an MPI job."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .catalogue import Catalogue, build_catalogue
+from .chunks import VALUE_BYTES, chunk_shape
+from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
+from .layout import StoreLayout
+from .sources import SourceOptions, expand
+from .writer import Progress, Written, start_directory, write_store
+
+FILE_BYTES = 256 * 1024 * 1024  # of fields in one file, unless the user says how many frames
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a preparation made."""
+
+    path: str
+    channels: tuple[str, ...]
+    frames: int
+    grid_shape: tuple[int, int]
+    mesh: tuple[int, int]
+    chunk_shape: tuple[int, int, int, int]
+    files: int
+    kept_files: int
+    size_bytes: int
+    has_missing: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    variables: Sequence[str] | None = None,
+    mesh: tuple[int, int] = (1, 1),
+    frames_per_file: int | None = None,
+    compression: int | None = None,
+    time_coordinate: str | None = None,
+    time_units: str | None = None,
+    calendar: str | None = None,
+    drop_repeated_column: bool = False,
+    overwrite: bool = False,
+    comm: Comm | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> PrepareSummary:
+    """Collective. Streams sources into a store.
+
+    Variables may be spread over files, and times too. A run that was killed goes on where it
+    stopped: files of fields that are finished are kept if the request is the same.
+
+    Args:
+        sources: NetCDF 3 or 4, zarr, GRIB (with cfgrib), plain HDF5 with ``fields``, or stores.
+        output: directory of the store.
+        variables: which, in which order; the name of a variable with levels takes them all.
+        mesh: tiles along latitude and longitude that shall read no other tile's bytes.
+        frames_per_file: default: as many as fit 256 MiB.
+        compression: gzip level 1 to 9; default none, which reads fastest.
+        time_coordinate, time_units, calendar: what the source does not say about its times.
+        drop_repeated_column: leave out a last column that repeats the first.
+        overwrite: replace a finished store.
+        comm: ranks that share the work; default this process.
+        progress: called after each file.
+        command: kept in the store's provenance.
+
+    Raises:
+        InputError: whatever is wrong with the request or the sources.
+    """
+    started = time.monotonic()
+    comm = comm or SerialComm()
+    options = SourceOptions(
+        tuple(variables) if variables else None, time_coordinate, time_units, calendar, drop_repeated_column
+    )
+    with TogetherOrNotAtAll(comm):
+        paths, catalogue, layout = _plan_together(sources, options, mesh, frames_per_file, compression, command, comm)
+        _refuse_own_source(Path(output), paths)
+        start_directory(Path(output), comm, overwrite=overwrite)
+        request = "\n".join([repr(options), *map(_identity, paths)])
+        written = write_store(Path(output), layout, catalogue, request, comm=comm, progress=progress)
+    notes = catalogue.notes
+    if layout.files < comm.size:
+        notes += (f"{layout.files} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",)
+    return summarise(Path(output), layout, written, time.monotonic() - started, notes)
+
+
+def _plan_together(
+    sources: Sequence[str | Path],
+    options: SourceOptions,
+    mesh: tuple[int, int],
+    frames_per_file: int | None,
+    compression: int | None,
+    command: str,
+    comm: Comm,
+) -> tuple[list[Path], Catalogue, StoreLayout]:
+    """Every rank opens all sources; what one finds wrong, all hear of."""
+    plan, wrong = None, None
+    try:
+        check_request(frames_per_file, compression)
+        paths = expand([Path(source) for source in sources])
+        catalogue = build_catalogue(paths, options)
+        plan = paths, catalogue, _layout(catalogue, paths, mesh, frames_per_file, compression, command)
+    except InputError as error:
+        wrong = error
+    agree(comm, wrong)
+    assert plan is not None, "no plan and no error"
+    return plan
+
+
+def check_request(frames_per_file: int | None, compression: int | None) -> None:
+    """Judges the options that stand for themselves.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if frames_per_file is not None and frames_per_file < 1:
+        raise InputError(f"a file holds at least one frame, got {frames_per_file}. Use --frames-per-file 1 or more.")
+    if compression is not None and not 1 <= compression <= 9:
+        raise InputError(f"gzip has levels 1 to 9, got {compression}. Use --compression 1, or leave it out for none.")
+
+
+def _layout(
+    catalogue: Catalogue,
+    paths: Sequence[Path],
+    mesh: tuple[int, int],
+    frames_per_file: int | None,
+    compression: int | None,
+    command: str,
+) -> StoreLayout:
+    grid = catalogue.grid
+    shape = grid.latitude_deg.size, grid.longitude_deg.size
+    channels = catalogue.channels
+    return StoreLayout(
+        latitude_deg=grid.latitude_deg,
+        longitude_deg=grid.longitude_deg,
+        channels=channels,
+        time=catalogue.time,
+        chunk=chunk_shape(shape, *mesh, len(channels)),
+        mesh=mesh,
+        frames_per_file=frames_per_file or default_frames_per_file(shape, len(channels)),
+        compression=compression,
+        provenance={
+            "command": command,
+            "sources": [str(path.resolve()) for path in paths],
+            "versions": versions(),
+            "notes": list(catalogue.notes),
+        },
+    )
+
+
+def default_frames_per_file(grid_shape: tuple[int, int], channels: int) -> int:
+    """As many frames as fit ``FILE_BYTES``; it depends on nothing but the fields' size."""
+    return max(1, FILE_BYTES // (grid_shape[0] * grid_shape[1] * channels * VALUE_BYTES))
+
+
+def _refuse_own_source(output: Path, paths: Sequence[Path]) -> None:
+    inside = [path for path in paths if output.resolve() in (path.resolve(), *path.resolve().parents)]
+    if inside:
+        raise InputError(f"output {output} holds the source {inside[0]} and would destroy it. Give another --output.")
+
+
+def _identity(path: Path) -> str:
+    """Where a source is, how large, and when it last changed; of a directory, its metadata files."""
+    files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
+    files += sorted(path.glob("*/zarr.json")) + sorted(path.glob("*/.zarray"))
+    marks = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return f"{path.resolve()}: {', '.join(marks)}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what writes a store."""
+    found = {}
+    for package in ("faconv_hpc", "h5py", "h5netcdf", "xarray", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[package] = "unknown"
+    return found
+
+
+def summarise(
+    output: Path, layout: StoreLayout, written: Written, seconds: float, notes: tuple[str, ...]
+) -> PrepareSummary:
+    """The summary of a written store."""
+    return PrepareSummary(
+        path=str(output),
+        channels=tuple(channel.name for channel in layout.channels),
+        frames=len(layout.time),
+        grid_shape=layout.grid_shape,
+        mesh=layout.mesh,
+        chunk_shape=layout.chunk.dims,
+        files=len(written.files),
+        kept_files=written.kept_files,
+        size_bytes=sum(entry.size_bytes for entry in written.files),
+        has_missing=written.has_missing,
+        seconds=seconds,
+        notes=notes,
+    )

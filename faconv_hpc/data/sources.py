@@ -1,0 +1,269 @@
+"""Opening any source that xarray reads, and finding out which way its dims run."""
+
+import importlib.util
+import warnings
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xarray as xr
+
+from ..errors import InputError
+from .layout import DIMS, STORE_FILE
+
+LAZY: dict[str, Any] = {"decode_times": False, "decode_timedelta": False, "cache": False}
+UNLOCKED: dict[str, Any] = {"driver_kwds": {"locking": False}}  # parallel file systems may refuse locks
+ZARR_MARKS = ("zarr.json", ".zmetadata", ".zgroup", ".zattrs")
+NOT_LEVELS = ("forecast_period", "realization", "step", "number", "member", "ensemble")
+LATITUDE_NAMES = ("latitude", "lat", "nav_lat")
+LONGITUDE_NAMES = ("longitude", "lon", "nav_lon")
+TIME_NAMES = ("time", "valid_time", "t")
+LATITUDE_UNITS = ("degrees_north", "degree_north", "degrees_n", "degree_n", "degreesn", "degreen")
+LONGITUDE_UNITS = ("degrees_east", "degree_east", "degrees_e", "degree_e", "degreese", "degreee")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user says about the sources.
+
+    Args:
+        variables: variables or channels to take, in this order; None takes all fields.
+        time_coordinate: name of the time dim or coordinate, where it cannot be found.
+        time_units: CF units of the times, where the source gives none.
+        calendar: CF calendar, where the source gives none or a wrong one.
+        drop_repeated_column: leave out the last column where it repeats the first.
+    """
+
+    variables: tuple[str, ...] | None = None
+    time_coordinate: str | None = None
+    time_units: str | None = None
+    calendar: str | None = None
+    drop_repeated_column: bool = False
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which dim of a variable is what, by name. ``time`` is None for a single instant."""
+
+    time: Hashable | None
+    latitude: Hashable
+    longitude: Hashable
+    level: Hashable | None
+
+
+def expand(paths: list[Path]) -> list[Path]:
+    """Sources as they are opened: a store of ours stands for its files of fields."""
+    expanded: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"source {path} does not exist. Give paths of NetCDF, HDF5, zarr or GRIB data.")
+        expanded += sorted(path.glob("fields-*.nc")) if (path / STORE_FILE).is_file() else [path]
+    return expanded
+
+
+def open_source(path: Path) -> xr.Dataset:
+    """Opens a source lazily: nothing but coordinates is read, times are left as numbers.
+
+    Raises:
+        InputError: it cannot be read; the message says what would.
+    """
+    engine = _engine(path)
+    try:
+        if engine == "h5netcdf" and _is_plain(path):
+            return _open_plain(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(not recognized as a component|consolidated).*")
+            dataset = xr.open_dataset(path, engine=engine, **LAZY, **(UNLOCKED if engine == "h5netcdf" else {}))
+        # A directory lists its variables in any order, which ranks must not disagree about.
+        return dataset[sorted(dataset.data_vars, key=str)] if engine == "zarr" else dataset
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise InputError(
+            f"source {path} looks like {engine} data but cannot be read ({error}). Check that it is whole, "
+            f"for example with `python -c \"import xarray; xarray.open_dataset('{path}', engine='{engine}')\"`."
+        ) from None
+
+
+def _engine(path: Path) -> str:
+    """xarray's name for the reader, by the first bytes and not by the name's ending."""
+    if path.is_dir():
+        if any((path / mark).exists() for mark in ZARR_MARKS):
+            return "zarr"
+        raise InputError(
+            f"source {path} is a directory but no zarr data: none of {', '.join(ZARR_MARKS)} is in it. "
+            f"Give the files in it, such as {path}/*.nc."
+        )
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if magic[:4] == b"GRIB":
+        return _grib_engine(path)
+    if magic[:4] in (b"CDF\x01", b"CDF\x02"):
+        return "scipy"
+    if magic == b"\x89HDF\r\n\x1a\n":
+        return "h5netcdf"
+    remedy = "ncks -7" if magic[:4] == b"CDF\x05" else "cdo -f nc4 copy"
+    raise InputError(
+        f"source {path} starts with {magic!r}, which is no NetCDF (3, 4), HDF5, zarr or GRIB data. "
+        f"Convert it first, for example with `{remedy} {path.name} converted.nc`."
+    )
+
+
+def _grib_engine(path: Path) -> str:
+    if importlib.util.find_spec("cfgrib") is None:
+        raise InputError(
+            f"source {path} is GRIB, which needs the package cfgrib, and that is not installed. "
+            f"Run `pip install cfgrib ecmwflibs`, or convert with `cdo -f nc4 copy {path.name} converted.nc`."
+        )
+    return "cfgrib"
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is HDF5 without NetCDF's dims: a dataset ``fields`` with four of its own."""
+    with h5py.File(path, "r", locking=False) as h5:
+        fields = h5.get("fields")
+        return isinstance(fields, h5py.Dataset) and fields.ndim == 4 and not any(map(len, fields.dims))
+
+
+def _open_plain(path: Path) -> xr.Dataset:
+    """``fields`` (time, channel, latitude, longitude) as it is; coordinates where datasets give them."""
+    raw = xr.open_dataset(path, engine="h5netcdf", phony_dims="access", **LAZY, **UNLOCKED)
+    fields = raw["fields"].variable
+    nlat, nlon = fields.shape[2:]
+    coordinates: dict[str, Any] = {
+        "latitude": ("latitude", 90.0 - 180.0 / nlat * (np.arange(nlat) + 0.5)),
+        "longitude": ("longitude", np.arange(nlon) * (360.0 / nlon)),
+        "channel": ("channel", [f"channel_{index}" for index in range(fields.shape[1])]),
+    }
+    for name, size in zip(DIMS, fields.shape, strict=True):
+        if name in raw.variables and raw[name].shape == (size,):
+            given = raw[name]
+            values = given.values.astype(str) if name == "channel" else given.values
+            coordinates[name] = (name, values, given.attrs)
+    renamed = xr.Variable(DIMS, fields._data, fields.attrs, fields.encoding)  # still lazy
+    return xr.Dataset({"fields": renamed}, coordinates, {**raw.attrs, "plain_hdf5": 1})
+
+
+def find_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions, path: Path) -> Roles | None:
+    """What the dims of a variable mean; None if it is no field on latitude and longitude in time.
+
+    Raises:
+        InputError: a field whose grid is not regular, whose time cannot be found, or with two
+            dims too many.
+    """
+    array = dataset[name]
+    latitude = _dim_of(dataset, array, "latitude")
+    longitude = _dim_of(dataset, array, "longitude")
+    if latitude is None or longitude is None:
+        _refuse_curvilinear(dataset, array, path)
+        return None
+    if latitude == longitude:
+        raise _not_regular(array, path, f"latitude and longitude both run along {latitude!r}")
+    time = _time_dim(dataset, array, options)
+    known = (latitude, longitude, time)
+    others = [dim for dim in array.dims if dim not in known and (array.sizes[dim] > 1 or dim == "channel")]
+    if time is None and time_variable(dataset, None, options) is None:
+        if not others:
+            return None  # a constant field, such as a land mask
+        raise _no_time(dataset, array, others, path)
+    forecasts = [dim for dim in others if _standard_name(dataset, dim) in NOT_LEVELS or dim in NOT_LEVELS]
+    if len(others) > 1 or forecasts:
+        one = (forecasts or others)[-1]
+        raise InputError(
+            f"variable {name!r} in {path} has dims {_sizes(array)}: besides time, latitude and longitude there may be "
+            f"one of levels, but no members or lead times. Select one {one!r} first, for example with "
+            f"`ncks -d {one},0`."
+        )
+    return Roles(time, latitude, longitude, others[0] if others else None)
+
+
+def _dim_of(dataset: xr.Dataset, array: xr.DataArray, kind: str) -> Hashable | None:
+    """The dim along which a 1-D coordinate of this kind runs."""
+    for dim in array.dims:
+        for name, variable in dataset.variables.items():
+            if variable.dims == (dim,) and _is_kind(str(name), variable.attrs, kind):
+                return dim
+    return None
+
+
+def coordinate(dataset: xr.Dataset, dim: Hashable, kind: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Values of the 1-D coordinate of this kind along a dim."""
+    found = [
+        variable
+        for name, variable in dataset.variables.items()
+        if variable.dims == (dim,) and _is_kind(str(name), variable.attrs, kind)
+    ]
+    return np.asarray(found[0].values, dtype=np.float64)
+
+
+def _is_kind(name: str, attributes: Mapping[Any, Any], kind: str) -> bool:
+    standard, units = str(attributes.get("standard_name", "")), str(attributes.get("units", "")).lower()
+    names, known_units, axis = {
+        "latitude": (LATITUDE_NAMES, LATITUDE_UNITS, "Y"),
+        "longitude": (LONGITUDE_NAMES, LONGITUDE_UNITS, "X"),
+    }[kind]
+    if standard:
+        return standard == kind
+    says_so = name.lower() in names or attributes.get("axis") == axis
+    return units in known_units or (says_so and units in ("", "degrees", "degree"))
+
+
+def _time_dim(dataset: xr.Dataset, array: xr.DataArray, options: SourceOptions) -> Hashable | None:
+    if options.time_coordinate in array.dims:
+        return options.time_coordinate
+    with_times = (dim for dim in array.dims if time_variable(dataset, dim, options) is not None)
+    by_name = (dim for dim in array.dims if str(dim).lower() in TIME_NAMES)  # without times: frames are counted
+    return next(with_times, next(by_name, None))
+
+
+def time_variable(dataset: xr.Dataset, dim: Hashable | None, options: SourceOptions) -> xr.Variable | None:
+    """The variable with the times along a dim, or, for None, the one instant of the whole source."""
+    dims = () if dim is None else (dim,)
+    if options.time_coordinate is not None:
+        named = dataset.variables.get(options.time_coordinate)
+        return named if named is not None and named.dims == dims else None
+    found = {name: variable for name, variable in dataset.variables.items() if variable.dims == dims}
+    times = {name: variable for name, variable in found.items() if _is_time(str(name), variable)}
+    return times.get(dim, next(iter(times.values()), None))  # the dim's own coordinate first
+
+
+def _is_time(name: str, variable: xr.Variable) -> bool:
+    attributes = variable.attrs
+    if attributes.get("standard_name") in ("forecast_reference_time", "forecast_period"):
+        return False
+    says_so = attributes.get("standard_name") == "time" or attributes.get("axis") == "T"
+    since = " since " in str(attributes.get("units", ""))
+    return says_so or since or variable.dtype.kind == "M" or (bool(variable.dims) and name.lower() in TIME_NAMES)
+
+
+def _no_time(dataset: xr.Dataset, array: xr.DataArray, others: list[Hashable], path: Path) -> InputError:
+    hints = {key: value for key, value in dataset.attrs.items() if "time" in str(key).lower()}
+    found = "".join(f" Its attribute {key!r} says {value!r}." for key, value in hints.items())
+    return InputError(
+        f"no time found for variable {array.name!r} in {path}, which has dims {_sizes(array)}.{found} Name it, for "
+        f'example --time-coordinate {others[0]} --time-units "hours since 1940-01-01" (with your date).'
+    )
+
+
+def _refuse_curvilinear(dataset: xr.Dataset, array: xr.DataArray, path: Path) -> None:
+    for name, variable in dataset.variables.items():
+        flat = variable.ndim == 2 and set(variable.dims) <= set(array.dims)
+        rotated = variable.attrs.get("standard_name") == "grid_latitude" and set(variable.dims) <= set(array.dims)
+        if rotated or (flat and array.ndim > 2 and _is_kind(str(name), variable.attrs, "latitude")):
+            raise _not_regular(array, path, f"{name!r} has dims {variable.dims}")
+
+
+def _not_regular(array: xr.DataArray, path: Path, reason: str) -> InputError:
+    return InputError(
+        f"variable {array.name!r} in {path} is not on a regular latitude/longitude grid: {reason}. "
+        f"Regrid it first, for example with `cdo remapbil,r360x181`."
+    )
+
+
+def _standard_name(dataset: xr.Dataset, dim: Hashable) -> str:
+    return str(dataset.variables[dim].attrs.get("standard_name", "")) if dim in dataset.variables else ""
+
+
+def _sizes(array: xr.DataArray) -> str:
+    return ", ".join(f"{dim} ({size})" for dim, size in array.sizes.items())

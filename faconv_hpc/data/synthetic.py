@@ -1,0 +1,196 @@
+"""Fields of any size that move like weather: planetary waves that travel, on a seasonal cycle."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..spatial.grid import Span
+from .chunks import chunk_shape
+from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
+from .layout import Channel, StoreLayout
+from .prepare import PrepareSummary, check_request, default_frames_per_file, summarise, versions
+from .times import SECONDS_PER_HOUR, TimeAxis, decode_times
+from .writer import Progress, start_directory, write_store
+
+WAVENUMBERS = (1, 2, 3, 4, 5, 6)
+SEASON = 0.5  # amplitude of the seasonal cycle, in units of all waves together
+FASTEST_DAYS = 4.0  # to go once around: about the fastest planetary waves there are
+SLOWEST_DAYS = 40.0
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """What to make.
+
+    Args:
+        nlat, nlon: size of the grid; rows are centres of equal bands, no pole rows.
+        channels: number of channels, called wave_0, wave_1, ...
+        frames: number of times.
+        step_hours: hours between them.
+        start: first time, as in ``2000-01-01``.
+        noise: standard deviation of the noise, independent in every cell, in units of the waves'.
+        seed: same seed, same fields.
+    """
+
+    nlat: int
+    nlon: int
+    channels: int = 3
+    frames: int = 48
+    step_hours: float = 6.0
+    start: str = "2000-01-01"
+    noise: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("nlat", "nlon", "channels", "frames"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; a store has at least 1. Use a positive number.")
+        if not self.step_hours * SECONDS_PER_HOUR >= 1 or not self.noise >= 0:
+            raise InputError(
+                f"--step-hours is {self.step_hours:g} and --noise {self.noise:g}; a step is at least a second, "
+                f"noise not negative. Use for example --step-hours 6 --noise 0.05."
+            )
+
+
+class SyntheticFields:
+    """The fields, computed where they are asked for: a `FieldReader`.
+
+    A channel is ``sum_k cos(lat)^k A_k cos(k lon - w_k t + p_k) + S sin(lat) cos(2 pi (year - 0.5))``
+    plus noise. ``cos(lat)^k cos(k lon)`` is a spherical harmonic (l = m = k), so it is smooth at the
+    poles. Every number depends on (seed, frame, channel, row, column) only, not on the slab.
+
+    Args:
+        layout: grid and times.
+        options: what to make.
+    """
+
+    def __init__(self, layout: StoreLayout, options: SyntheticOptions) -> None:
+        self._options = options
+        self._latitude = np.deg2rad(layout.latitude_deg)
+        self._longitude = np.deg2rad(layout.longitude_deg)
+        self._time = layout.time
+        draw = np.random.Philox(key=np.array([options.seed % 2**64, 0], dtype=np.uint64))
+        raw = draw.random_raw(4 * options.channels * len(WAVENUMBERS)).reshape(4, options.channels, len(WAVENUMBERS))
+        share, pace, phase, direction = _uniform(raw)
+        self._amplitude_CK = (0.5 + share) / np.sqrt(np.array(WAVENUMBERS))
+        periods_h = 24.0 * (FASTEST_DAYS + (SLOWEST_DAYS - FASTEST_DAYS) * pace)
+        self._rate_CK = 2 * np.pi / periods_h * np.array(WAVENUMBERS) * np.where(direction < 0.7, 1.0, -1.0)
+        self._phase_CK = 2 * np.pi * phase
+
+    def read(self, frames: range, channel: int, rows: Span) -> NDArray[np.float32]:
+        """fields_TYX of a slab."""
+        latitude = self._latitude[slice(*rows)]
+        fields_TYX = np.empty((len(frames), latitude.size, self._longitude.size), dtype=np.float32)
+        for index, frame in enumerate(frames):
+            field_YX = self._waves(frame, channel, latitude)
+            if self._options.noise:
+                field_YX += self._options.noise * self._noise(frame, channel, rows)
+            fields_TYX[index] = field_YX
+        return fields_TYX
+
+    def _waves(self, frame: int, channel: int, latitude: NDArray[np.float64]) -> NDArray[np.float64]:
+        season = -np.cos(2 * np.pi * self._time.year_fraction[frame])  # northern summer in July
+        field_YX = np.repeat((SEASON * season * np.sin(latitude))[:, None], self._longitude.size, axis=1)
+        hours = self._time.hours[frame] - self._time.hours[0]
+        for k, wavenumber in enumerate(WAVENUMBERS):
+            angle = wavenumber * self._longitude - self._rate_CK[channel, k] * hours + self._phase_CK[channel, k]
+            profile = self._amplitude_CK[channel, k] * np.cos(latitude) ** wavenumber
+            field_YX += profile[:, None] * np.cos(angle)
+        return field_YX
+
+    def _noise(self, frame: int, channel: int, rows: Span) -> NDArray[np.float64]:
+        """(rows, nlon) of mean 0 and variance 1, from a hash of the cell's number."""
+        nlon = self._longitude.size
+        cells = np.arange(rows[0] * nlon, rows[1] * nlon, dtype=np.uint64).reshape(-1, nlon)
+        start = _mix(np.array([self._options.seed % 2**64], dtype=np.uint64))
+        for number in (frame, channel):
+            start = _mix(start + np.uint64(number))
+        return np.asarray((_uniform(_mix(cells + start)) - 0.5) * np.sqrt(12.0))
+
+
+def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) of the upper 53 bits."""
+    return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _mix(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea & Flood 2014): neighbours in, nothing alike out. Wraps modulo 2^64."""
+    mixed = number + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def synthesise(
+    output: str | Path,
+    options: SyntheticOptions,
+    *,
+    mesh: tuple[int, int] = (1, 1),
+    frames_per_file: int | None = None,
+    compression: int | None = None,
+    overwrite: bool = False,
+    comm: Comm | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> PrepareSummary:
+    """Collective. Writes a synthetic store, slab by slab.
+
+    Raises:
+        InputError: sizes or options that make no sense, or a store that is there already.
+    """
+    started = time.monotonic()
+    comm = comm or SerialComm()
+    with TogetherOrNotAtAll(comm):
+        layout = _plan_together(options, mesh, frames_per_file, compression, command, comm)
+        start_directory(Path(output), comm, overwrite=overwrite)
+        fields = SyntheticFields(layout, options)
+        written = write_store(Path(output), layout, fields, repr(options), comm=comm, progress=progress)
+    return summarise(Path(output), layout, written, time.monotonic() - started, ())
+
+
+def _plan_together(
+    options: SyntheticOptions,
+    mesh: tuple[int, int],
+    frames_per_file: int | None,
+    compression: int | None,
+    command: str,
+    comm: Comm,
+) -> StoreLayout:
+    layout, wrong = None, None
+    try:
+        check_request(frames_per_file, compression)
+        layout = _layout(options, mesh, frames_per_file, compression, command)
+    except InputError as error:
+        wrong = error
+    agree(comm, wrong)
+    assert layout is not None, "no layout and no error"
+    return layout
+
+
+def _layout(
+    options: SyntheticOptions,
+    mesh: tuple[int, int],
+    frames_per_file: int | None,
+    compression: int | None,
+    command: str,
+) -> StoreLayout:
+    shape = options.nlat, options.nlon
+    band_deg = 180.0 / options.nlat
+    start = decode_times(np.zeros(1), f"hours since {options.start}", "standard", "--start").seconds
+    seconds = start + np.rint(np.arange(options.frames) * options.step_hours * SECONDS_PER_HOUR).astype(np.int64)
+    names = [f"wave_{index}" for index in range(options.channels)]
+    return StoreLayout(
+        latitude_deg=90.0 - band_deg * (np.arange(options.nlat, dtype=np.float64) + 0.5),
+        longitude_deg=np.arange(options.nlon, dtype=np.float64) * (360.0 / options.nlon),
+        channels=tuple(Channel(name, "1", f"synthetic planetary waves, {name}") for name in names),
+        time=TimeAxis(seconds, "standard"),
+        chunk=chunk_shape(shape, *mesh, options.channels),
+        mesh=mesh,
+        frames_per_file=frames_per_file or default_frames_per_file(shape, options.channels),
+        compression=compression,
+        provenance={"command": command, "sources": [repr(options)], "versions": versions(), "notes": []},
+    )

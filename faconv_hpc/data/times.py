@@ -1,0 +1,128 @@
+"""The time axis: seconds since 1970 in the calendar of the source, and what follows from them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import cftime
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+
+EPOCH_UNITS = "seconds since 1970-01-01 00:00:00"
+SECONDS_PER_HOUR = 3600
+SECONDS_PER_DAY = 86400
+IRREGULAR_S = 1.5  # times are kept to the second, so steps meant to be equal differ by one at most
+_SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """Instants of the frames, strictly increasing.
+
+    Args:
+        seconds: (time,) int64, since 1970-01-01 00:00 of the ``calendar``.
+        calendar: CF name: ``standard``, ``proleptic_gregorian``, ``noleap``, ``360_day``, ...
+    """
+
+    seconds: NDArray[np.int64]
+    calendar: str
+
+    def __len__(self) -> int:
+        return int(self.seconds.size)
+
+    @cached_property
+    def hours(self) -> NDArray[np.float64]:
+        """(time,) hours since 1970-01-01 00:00."""
+        return self.seconds / SECONDS_PER_HOUR
+
+    @cached_property
+    def year_fraction(self) -> NDArray[np.float64]:
+        """(time,) how much of the calendar's year has passed, in [0, 1)."""
+        years = np.array([date.year for date in self._dates(self.seconds)], dtype=np.int64)
+        known, where = np.unique(years, return_inverse=True)
+        starts, ends = np.array([self._year_limits(int(year)) for year in known], dtype=np.int64).T
+        return np.asarray((self.seconds - starts[where]) / (ends - starts)[where], dtype=np.float64)
+
+    @cached_property
+    def utc_hour(self) -> NDArray[np.float64]:
+        """(time,) hours since midnight, in [0, 24)."""
+        return np.mod(self.seconds, SECONDS_PER_DAY) / SECONDS_PER_HOUR
+
+    def label(self, frame: int) -> str:
+        """Date and time of a frame, for people."""
+        return str(self._dates(self.seconds[frame : frame + 1])[0])
+
+    def _dates(self, seconds: NDArray[np.int64]) -> NDArray[np.object_]:
+        return np.atleast_1d(np.asarray(cftime.num2date(seconds, EPOCH_UNITS, calendar=self.calendar)))
+
+    def _year_limits(self, year: int) -> tuple[int, int]:
+        """Start of a year and of the next one, in seconds."""
+        first = cftime.datetime(year, 1, 1, calendar=self.calendar)
+        december = cftime.datetime(year, 12, 1, calendar=self.calendar)
+        start, last_month = cftime.date2num([first, december], EPOCH_UNITS, calendar=self.calendar)
+        return round(start), round(last_month) + december.daysinmonth * SECONDS_PER_DAY
+
+
+def normal_calendar(name: str) -> str:
+    """One name for calendars that have two."""
+    lower = name.lower()
+    return _SYNONYMS.get(lower, lower)
+
+
+def decode_times(values: NDArray[np.generic], units: str, calendar: str, where: str) -> TimeAxis:
+    """Numbers with CF units as a time axis, rounded to the second.
+
+    Args:
+        values: (time,) numbers.
+        units: such as ``hours since 1940-01-01``.
+        calendar: CF name of the calendar.
+        where: file and variable, for messages.
+
+    Raises:
+        InputError: units or a calendar that mean nothing, or times that are not numbers.
+    """
+    calendar = normal_calendar(calendar)
+    numbers = np.asarray(values, dtype=np.float64) if np.issubdtype(values.dtype, np.floating) else values
+    if not np.issubdtype(numbers.dtype, np.number) or not np.isfinite(numbers).all():
+        raise InputError(
+            f"the times in {where} must be finite numbers, got {values.dtype} with "
+            f"{values.ravel()[:3].tolist()}... Name another time with --time-coordinate."
+        )
+    try:
+        dates = cftime.num2date(numbers, units, calendar=calendar)
+        seconds = cftime.date2num(dates, EPOCH_UNITS, calendar=calendar)
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"the times in {where} cannot be read as {units!r} in calendar {calendar!r} ({error}). "
+            f'Give --time-units "hours since 2000-01-01" (with your date) and, if it is not {calendar}, '
+            f"--calendar, such as proleptic_gregorian, noleap or 360_day."
+        ) from None
+    return TimeAxis(np.rint(np.asarray(seconds, dtype=np.float64)).astype(np.int64), calendar)
+
+
+def check_increasing(axis: TimeAxis, where: str) -> None:
+    """Times that stand still or run backwards are refused.
+
+    Raises:
+        InputError: naming the first such pair.
+    """
+    steps = np.diff(axis.seconds)
+    if np.any(steps <= 0):
+        frame = int(np.argmax(steps <= 0))
+        raise InputError(
+            f"times must increase, but in {where} frame {frame} is at {axis.label(frame)} and frame "
+            f"{frame + 1} at {axis.label(frame + 1)}. Sort the source by time and drop the duplicates."
+        )
+
+
+def describe_steps(hours: NDArray[np.float64]) -> tuple[float, float]:
+    """Smallest and largest step in hours; (0, 0) for a single time."""
+    steps = np.diff(hours)
+    return (float(steps.min()), float(steps.max())) if steps.size else (0.0, 0.0)
+
+
+def is_regular(hours: NDArray[np.float64]) -> bool:
+    """Whether all steps are alike, to the second to which times are kept."""
+    smallest, largest = describe_steps(hours)
+    return (largest - smallest) * SECONDS_PER_HOUR <= IRREGULAR_S

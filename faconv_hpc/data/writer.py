@@ -1,0 +1,339 @@
+"""Writing a store: files of fields shared out over ranks, each in slabs of bounded size."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import h5netcdf
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..spatial.grid import LatLonGrid, Span
+from .comm import Comm
+from .layout import (
+    CONVENTIONS,
+    DIMS,
+    FORMAT_VERSION,
+    STORE_FILE,
+    FileEntry,
+    StoreLayout,
+    file_name,
+    sync_and_rename,
+    write_coordinates,
+    write_store_file,
+)
+from .moments import ChannelMoments, Moments
+
+SLAB_BYTES = 32 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
+LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34
+COMMON_FILL = np.float32(1e20)  # that of CMIP
+MOMENTS = "moments"
+Progress = Callable[[int, int], None]
+"""Called with (files this rank has finished, files it has to write)."""
+
+
+class FieldReader(Protocol):
+    """Where the fields of a new store come from."""
+
+    def read(self, frames: range, channel: int, rows: Span) -> NDArray[np.float32]:
+        """fields_TYX of consecutive frames, one channel, some rows (north first), all columns.
+
+        NaN where data are missing.
+        """
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, over all ranks."""
+
+    files: tuple[FileEntry, ...]
+    kept_files: int
+    has_missing: bool
+
+
+def fingerprint(layout: StoreLayout, request: str) -> str:
+    """SHA-256 of all that determines the content of the files of fields.
+
+    Args:
+        request: what the layout does not tell, such as the sources' sizes and dates.
+    """
+    digest = hashlib.sha256()
+    for values in (layout.latitude_deg, layout.longitude_deg, layout.time.seconds):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    rest = {
+        "version": FORMAT_VERSION,
+        "channels": [asdict(channel) for channel in layout.channels],
+        "calendar": layout.time.calendar,
+        "chunk": layout.chunk.dims,
+        "frames_per_file": layout.frames_per_file,
+        "compression": layout.compression,
+        "request": request,
+    }
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def start_directory(output: Path, comm: Comm, *, overwrite: bool) -> None:
+    """Collective. Makes the directory and takes away what is left of earlier runs.
+
+    Finished files of fields stay where the run was not finished: they may serve again.
+
+    Raises:
+        InputError: a finished store is there and may not be overwritten, or it is a file.
+    """
+    if comm.rank == 0:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"output {output} is a file, but a store is a directory. Give another --output.")
+        if (output / STORE_FILE).exists() and not overwrite:
+            raise InputError(
+                f"{output} is a finished store and is not overwritten. Give another --output, or --overwrite."
+            )
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(output, error) from None
+        finished = [output / STORE_FILE, *output.glob("fields-*.nc")] if overwrite else []
+        for path in [*finished, *output.glob(".*.part")]:  # store.nc goes first: from then on it is unfinished
+            path.unlink(missing_ok=True)
+    comm.barrier()
+
+
+def write_store(
+    output: Path,
+    layout: StoreLayout,
+    reader: FieldReader,
+    request: str,
+    *,
+    comm: Comm,
+    progress: Progress | None = None,
+    slab_bytes: int = SLAB_BYTES,
+) -> Written:
+    """Collective. Writes the files of fields in turn over the ranks, then ``store.nc``.
+
+    A file of this very request that is there already is kept. The statistics of each file are
+    those of its own frames, merged in the order of files, so they do not depend on the ranks.
+    """
+    mark = fingerprint(layout, request)
+    if len(set(comm.allgather(mark))) > 1:
+        raise InputError(
+            f"the {comm.size} ranks see different sources for {output}: a source changes while it is read, or the "
+            f"nodes do not share one file system. Wait until it is complete, and put it where all nodes see it."
+        )
+    mine = range(comm.rank, layout.files, comm.size)
+    kept = 0
+    for done, file in enumerate(mine):
+        if _is_finished(output / file_name(file), mark):
+            kept += 1
+        else:
+            try:
+                _write_file(output, layout, reader, file, mark, slab_bytes)
+            except OSError as error:  # what the reader cannot read is an InputError already
+                raise _cannot_write(output, error) from None
+        if progress is not None:
+            progress(done + 1, len(mine))
+    comm.barrier()
+    kept_files = sum(comm.allgather(kept))
+    written = comm.allgather(_finish(output, layout, kept_files) if comm.rank == 0 else None)[0]
+    assert written is not None, "rank 0 finishes the store and tells the others"
+    return written
+
+
+def _cannot_write(output: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write to {output} ({error}). Check the directory's rights and the space left (df, quota), then run "
+        f"the same command again: what is finished is kept."
+    )
+
+
+def _finish(output: Path, layout: StoreLayout, kept_files: int) -> Written:
+    """Merges the statistics of all files and writes store.nc."""
+    entries, moments = _survey(output, layout)
+    _check_statistics(layout, moments)
+    for path in set(output.glob("fields-*.nc")) - {output / entry.name for entry in entries}:
+        path.unlink()  # of an earlier, unfinished run with more files
+    write_store_file(output, layout, entries, moments)
+    return Written(entries, kept_files, any(moment.valid_cells < moment.cells for moment in moments))
+
+
+def _is_finished(path: Path, mark: str) -> bool:
+    """Whether a file is there, whole, and of the same request."""
+    try:
+        with h5py.File(path, "r", locking=False) as h5:
+            return bool(h5.attrs.get("fingerprint") == mark)
+    except OSError:  # not there, or cut off
+        return False
+
+
+def _survey(output: Path, layout: StoreLayout) -> tuple[tuple[FileEntry, ...], list[ChannelMoments]]:
+    """The table of files, and the moments of all their frames."""
+    entries = []
+    moments = [ChannelMoments() for _ in layout.channels]
+    for file in range(layout.files):
+        path, frames = output / file_name(file), layout.frames_of(file)
+        with h5py.File(path, "r", locking=False) as h5:
+            rows = h5[MOMENTS][:]
+        moments = [moment.merged(ChannelMoments.from_row(row)) for moment, row in zip(moments, rows, strict=True)]
+        entries.append(FileEntry(path.name, frames.start, len(frames), path.stat().st_size))
+    return tuple(entries), moments
+
+
+def _check_statistics(layout: StoreLayout, moments: list[ChannelMoments]) -> None:
+    for channel, moment in zip(layout.channels, moments, strict=True):
+        if moment.valid_cells == 0:
+            raise InputError(
+                f"variable {channel.name!r} has no valid cell in any of {len(layout.time)} frames, so there is nothing "
+                f"to learn from it. Leave it out: name the others with --variables."
+            )
+
+
+def _write_file(output: Path, layout: StoreLayout, reader: FieldReader, file: int, mark: str, slab_bytes: int) -> None:
+    """Writes one file of fields under another name and renames it."""
+    frames = layout.frames_of(file)
+    temporary = output / f".{file_name(file)}.part"
+    with h5netcdf.File(temporary, "w") as nc:
+        write_coordinates(nc, layout, frames)
+        fields = _create(nc, layout, "fields", np.float32, np.float32(np.nan), layout.compression)
+        fields.attrs["long_name"] = "one field per channel, units as in store.nc"
+        moments = _write_slabs(nc, layout, reader, frames, slab_bytes)
+        nc.attrs["Conventions"] = CONVENTIONS
+        rows = np.array([moment.as_row() for moment in moments])
+        nc.dimensions["moment"] = rows.shape[1]
+        nc.create_variable(MOMENTS, ("channel", "moment"), np.float64)[:] = rows  # serve when a killed run goes on
+        nc.attrs["fingerprint"] = mark
+    sync_and_rename(temporary, output / file_name(file))
+
+
+def _create(
+    nc: h5netcdf.File, layout: StoreLayout, name: str, dtype: type, fill: np.generic, compression: int | None
+) -> h5netcdf.Variable:
+    # A channel count or grid smaller than the chunk cannot be: chunks come from the grid itself.
+    filters = {"compression": "gzip", "compression_opts": compression, "shuffle": True} if compression else {}
+    return nc.create_variable(name, DIMS, dtype, chunks=layout.chunk.dims, fillvalue=fill, **filters)
+
+
+def _write_slabs(
+    nc: h5netcdf.File, layout: StoreLayout, reader: FieldReader, frames: range, slab_bytes: int
+) -> list[ChannelMoments]:
+    weights = row_weights(layout)
+    moments = [ChannelMoments() for _ in layout.channels]
+    for channels, rows in _columns_of_work(layout, slab_bytes):
+        collected = [_Stream(weights[slice(*rows)]) for _ in channels]
+        for block in _blocks(frames, layout, channels, rows, slab_bytes):
+            slab_TCYX = _read_slab(layout, reader, block, channels, rows)
+            _store_slab(nc, layout, slab_TCYX, block.start - frames.start, channels, rows)
+            for index, stream in enumerate(collected):
+                stream.add(slab_TCYX[:, index])
+        if frames.stop < len(layout.time):  # the change from this file's last frame to the next file's first
+            after = range(frames.stop, frames.stop + 1)
+            following_TCYX = _read_slab(layout, reader, after, channels, rows)
+            for index, stream in enumerate(collected):
+                stream.add_following(following_TCYX[:, index])
+        for channel, stream in zip(channels, collected, strict=True):
+            moments[channel] = moments[channel].merged(stream.moments)
+    return moments
+
+
+def row_weights(layout: StoreLayout) -> NDArray[np.float64]:
+    """(latitude,) area of a cell of each row, in units of the mean one."""
+    grid = LatLonGrid(
+        *layout.grid_shape,
+        latitude_deg=layout.latitude_deg,
+        longitude_deg=layout.longitude_deg,
+        lon_boundary="zero",
+    )
+    areas = grid.cell_area_sr
+    return np.asarray(areas / areas.mean(), dtype=np.float64)
+
+
+class _Stream:
+    """Collects the moments of one channel of some rows, frame after frame."""
+
+    def __init__(self, weight_Y: NDArray[np.float64]) -> None:
+        self._weight_Y = weight_Y
+        self._last_YX: NDArray[np.float32] | None = None
+        self.moments = ChannelMoments()
+
+    def add(self, fields_TYX: NDArray[np.float32]) -> None:
+        """Takes the next frames."""
+        for field_YX in fields_TYX:
+            valid = int(np.count_nonzero(~np.isnan(field_YX)))
+            found = ChannelMoments(self._of(field_YX), self._change_to(field_YX), field_YX.size, valid)
+            self.moments = self.moments.merged(found)
+            self._last_YX = field_YX
+
+    def add_following(self, fields_TYX: NDArray[np.float32]) -> None:
+        """Takes a frame of the next file: only the change to it belongs here."""
+        self.moments = self.moments.merged(ChannelMoments(tendency=self._change_to(fields_TYX[0])))
+
+    def _of(self, values_YX: NDArray[np.floating]) -> Moments:
+        return Moments.of(values_YX[None], self._weight_Y)
+
+    def _change_to(self, field_YX: NDArray[np.float32]) -> Moments:
+        if self._last_YX is None:
+            return Moments()
+        return self._of(field_YX.astype(np.float64) - self._last_YX.astype(np.float64))
+
+
+def _columns_of_work(layout: StoreLayout, slab_bytes: int) -> Iterator[tuple[range, Span]]:
+    """Channels and rows that are written together: whole chunks, at least one frame within a slab."""
+    nlat, nlon = layout.grid_shape
+    step = layout.chunk.channels
+    row_bytes = nlon * 4 * step
+    height = max(1, slab_bytes // (row_bytes * layout.chunk.rows)) * layout.chunk.rows
+    for channel in range(0, len(layout.channels), step):
+        for row in range(0, nlat, height):
+            yield range(channel, channel + step), (row, min(row + height, nlat))
+
+
+def _blocks(frames: range, layout: StoreLayout, channels: range, rows: Span, slab_bytes: int) -> Iterator[range]:
+    frame_bytes = (rows[1] - rows[0]) * layout.grid_shape[1] * 4 * len(channels)
+    count = max(1, slab_bytes // frame_bytes)
+    for start in range(frames.start, frames.stop, count):
+        yield range(start, min(start + count, frames.stop))
+
+
+def _read_slab(
+    layout: StoreLayout, reader: FieldReader, frames: range, channels: range, rows: Span
+) -> NDArray[np.float32]:
+    """fields_TCYX of a slab, checked."""
+    slab_TCYX = np.empty((len(frames), len(channels), rows[1] - rows[0], layout.grid_shape[1]), dtype=np.float32)
+    for index, channel in enumerate(channels):
+        slab_TCYX[:, index] = reader.read(frames, channel, rows)
+    _check_values(layout, slab_TCYX, frames, channels, rows)
+    return slab_TCYX
+
+
+def _check_values(
+    layout: StoreLayout, slab_TCYX: NDArray[np.float32], frames: range, channels: range, rows: Span
+) -> None:
+    with np.errstate(invalid="ignore"):
+        size = np.abs(slab_TCYX)
+        bad = (size >= LARGEST) | (size == COMMON_FILL)
+    if bad.any():
+        t, c, y, x = (int(index[0]) for index in np.nonzero(bad))
+        raise InputError(
+            f"variable {layout.channels[channels[c]].name!r} is {slab_TCYX[t, c, y, x]} at "
+            f"{layout.time.label(frames[t])} (frame {frames[t]}), latitude {layout.latitude_deg[rows[0] + y]:g}, "
+            f"longitude {layout.longitude_deg[x]:g}: no field is that large. If it marks missing data, set the "
+            f"variable's attribute _FillValue in the source; missing cells must be NaN or _FillValue."
+        )
+
+
+def _store_slab(
+    nc: h5netcdf.File, layout: StoreLayout, slab_TCYX: NDArray[np.float32], frame: int, channels: range, rows: Span
+) -> None:
+    target = np.s_[frame : frame + len(slab_TCYX), channels.start : channels.stop, slice(*rows)]
+    nc["fields"][target] = slab_TCYX
+    missing = np.isnan(slab_TCYX)
+    if missing.any():
+        if "valid" not in nc.variables:
+            # What is not written reads as the fill value 1, valid; as an attribute it would mean missing.
+            valid = _create(nc, layout, "valid", np.uint8, np.uint8(1), 1)
+            del valid.attrs["_FillValue"]
+            valid.attrs.update(long_name="1 where the field is valid, 0 where it is missing")
+        nc["valid"][target] = ~missing

@@ -1,0 +1,56 @@
+"""Figures of a run."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from .skill import Example
+
+matplotlib.use("Agg")  # ranks have no screen
+from matplotlib import pyplot
+
+FIGURE_DPI = 110
+SCALE_PERCENTILE = 99.0  # colours saturate beyond it, so that a few cells do not fade all others
+
+
+def draw_forecast(example: Example, path: Path, title: str) -> Path:
+    """Truth, forecast and error of one step's change, a row per variable, longitude 0 in the middle."""
+    shown = min(len(example.variables), 6)
+    figure, axes = pyplot.subplots(shown, 3, figsize=(12, 2.3 * shown + 0.7), squeeze=False, layout="constrained")
+    longitude, order = _centred(example.longitude_deg)
+    for row in range(shown):
+        truth, forecast = example.truth_CYX[row][:, order], example.forecast_CYX[row][:, order]
+        limit = float(np.nanpercentile(np.abs(truth), SCALE_PERCENTILE)) or 1.0
+        panels = {"truth": truth, "forecast": forecast, "error": forecast - truth}
+        for place, (name, field) in zip(axes[row], panels.items(), strict=True):
+            image = _map(place, longitude, example.latitude_deg, field, limit)
+            place.set_title(f"{example.variables[row]}: {name}", fontsize=9)
+        figure.colorbar(image, ax=list(axes[row]), label=f"change in one step [{example.units[row]}]", pad=0.01)
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=FIGURE_DPI)
+    pyplot.close(figure)
+    return path
+
+
+def _map(
+    place: Axes, longitude: NDArray[np.float64], latitude: NDArray[np.float64], field: NDArray[np.float32], limit: float
+) -> matplotlib.collections.QuadMesh:
+    image = place.pcolormesh(
+        longitude, latitude, field, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest", rasterized=True
+    )
+    place.set_xticks(np.arange(-180, 181, 60) if longitude[0] < -90 and longitude[-1] > 90 else place.get_xticks())
+    place.tick_params(labelsize=7)
+    place.set_xlim(longitude[0], longitude[-1])
+    place.set_ylim(min(latitude[0], latitude[-1]), max(latitude[0], latitude[-1]))
+    return image
+
+
+def _centred(longitude_deg: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Longitudes within [-180, 180) in increasing order, and the order of columns that makes them so."""
+    wrapped = (longitude_deg + 180.0) % 360.0 - 180.0
+    order = np.argsort(wrapped)
+    return wrapped[order], order

@@ -1,0 +1,193 @@
+"""How good the forecasts are: area-weighted RMSE per variable, beside persistence."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..config import RunConfig, load_config
+from ..data.samples import Windows
+from ..errors import InputError
+from ..model.network import FAConvLSTMNetwork
+from ..spatial.domain import Domain
+from ..spatial.mesh import ProcessMesh
+from ..training.checkpoint import checkpoints_of
+from ..training.records import CONFIG_FILE, read_records
+from ..training.setup import Workspace, build_network
+
+SKILL_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Skill:
+    """Errors of one variable's one-step forecasts, in its units."""
+
+    variable: str
+    units: str
+    rmse: float
+    persistence_rmse: float
+
+    @property
+    def ratio(self) -> float:
+        """RMSE over persistence's; below 1 the forecast is better than no change."""
+        return self.rmse / self.persistence_rmse if self.persistence_rmse else float("nan")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One forecast of the whole grid, for a figure: change, not state, where errors can be seen."""
+
+    variables: tuple[str, ...]
+    units: tuple[str, ...]
+    latitude_deg: NDArray[np.float64]
+    longitude_deg: NDArray[np.float64]
+    truth_CYX: NDArray[np.float32]
+    forecast_CYX: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        held_out: whether the forecasts are of frames that training never saw as targets.
+        forecasts: how many.
+        first_loss, last_loss: of the run's first and last steps (mean over a twentieth of it each).
+    """
+
+    held_out: bool
+    forecasts: int
+    first_loss: float
+    last_loss: float
+    skills: tuple[Skill, ...]
+    example: Example
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """The resolved config of a run.
+
+    Raises:
+        InputError: the directory holds no run.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{run_dir} holds no run: it has no {CONFIG_FILE}. Give the run_dir of a `faconv train` that was started."
+        )
+    return load_config(run_dir / CONFIG_FILE)
+
+
+def trained_network(config: RunConfig, windows: Windows, device: torch.device) -> FAConvLSTMNetwork:
+    """The network with the weights of the run's newest checkpoint, in float32.
+
+    Raises:
+        InputError: there is no checkpoint, or it is another network's.
+    """
+    found = checkpoints_of(config.run_dir)
+    if not found:
+        raise InputError(
+            f"{config.run_dir} has no checkpoint yet. Wait for the run to end, or set training.checkpoint_every."
+        )
+    network = build_network(config, windows)
+    network.load_state_dict(found[-1].parameters())
+    return network.to(device).eval()
+
+
+@torch.no_grad()
+def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
+    """Forecasts every held-out frame from the frames before it (every frame, if none was held out). Collective.
+
+    The state is spun up over ``data.window`` frames; what counts is the last step's forecast.
+    """
+    workspace = Workspace.open(config, mesh)
+    windows = _windows(workspace)
+    network = trained_network(config, windows, mesh.device)
+    squares = torch.zeros(2, len(windows.field_channels), dtype=torch.float64)
+    truth = forecast = None
+    for index in range(len(windows)):
+        truth, forecast = _last_step(network, windows, index, workspace.domain)
+        squares += torch.stack(
+            [_area_mean_square(forecast - truth, workspace.domain), _area_mean_square(truth, workspace.domain)]
+        )
+    assert truth is not None and forecast is not None, "a Windows has at least one window"
+    scale = torch.from_numpy(workspace.store.tendency_std[workspace.store.channel_indices(windows.field_channels)])
+    rmse = (squares / len(windows)).sqrt() * scale
+    first, last = _ends([record.loss for record in read_records(config.run_dir)])
+    return Evaluation(
+        held_out=config.data.held_out_frames > 0,
+        forecasts=len(windows),
+        first_loss=first,
+        last_loss=last,
+        skills=_skills(windows, rmse),
+        example=_example(windows, truth, forecast, scale, workspace.domain),
+    )
+
+
+def save_skill(evaluation: Evaluation, run_dir: Path) -> Path:
+    """Writes the numbers of an evaluation beside the run's records."""
+    path = run_dir / SKILL_FILE
+    values = {
+        "held_out": evaluation.held_out,
+        "forecasts": evaluation.forecasts,
+        "first_loss": evaluation.first_loss,
+        "last_loss": evaluation.last_loss,
+        "skills": [asdict(skill) | {"ratio": skill.ratio} for skill in evaluation.skills],
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    return path
+
+
+def _windows(workspace: Workspace) -> Windows:
+    """Windows whose last targets are the held-out frames, or all frames where none was held out."""
+    frames, length = workspace.store.frames, workspace.config.data.window
+    held_out = workspace.config.data.held_out_frames
+    return workspace.windows(range(max(frames - held_out - length, 0) if held_out else 0, frames))
+
+
+def _last_step(network: FAConvLSTMNetwork, windows: Windows, index: int, domain: Domain) -> tuple[Tensor, Tensor]:
+    """True and forecast tendency (C, Y, X) of a window's last step, NaN where the truth is not valid."""
+    batch = windows.read([index]).to(domain.mesh.device)
+    output = network(batch.inputs_BTCYX, batch.year_fraction_BT, domain=domain)
+    truth = batch.target_BTCYX[0, -1]
+    if batch.valid_BTCYX is not None:
+        truth = truth.where(batch.valid_BTCYX[0, -1], float("nan"))
+    return truth, output.tendency_BTCYX[0, -1]
+
+
+def _area_mean_square(x_CYX: Tensor, domain: Domain) -> Tensor:
+    """(C,) area-weighted mean square over the whole grid, in float64, NaN left out."""
+    valid = ~x_CYX.isnan()
+    square = x_CYX.double().nan_to_num().square()
+    weight = domain.row_weights(square)[:, None] * valid
+    return (domain.total((square * weight).sum((-2, -1))) / domain.total(weight.sum((-2, -1)))).cpu()
+
+
+def _skills(windows: Windows, rmse: Tensor) -> tuple[Skill, ...]:
+    units = [windows.store.units[index] for index in windows.store.channel_indices(windows.field_channels)]
+    return tuple(
+        Skill(name, unit, float(own), float(persistence))
+        for name, unit, own, persistence in zip(windows.field_channels, units, *rmse, strict=True)
+    )
+
+
+def _example(windows: Windows, truth: Tensor, forecast: Tensor, scale: Tensor, domain: Domain) -> Example:
+    units = [windows.store.units[index] for index in windows.store.channel_indices(windows.field_channels)]
+    whole = [(domain.assemble(tendency).cpu() * scale[:, None, None]).float().numpy() for tendency in (truth, forecast)]
+    return Example(
+        windows.field_channels,
+        tuple(units),
+        np.rad2deg(domain.grid.latitude),
+        np.rad2deg(domain.grid.longitude),
+        *whole,
+    )
+
+
+def _ends(losses: list[float]) -> tuple[float, float]:
+    """Mean loss of the first and of the last twentieth of the steps."""
+    if not losses:
+        return float("nan"), float("nan")
+    part = max(len(losses) // 20, 1)
+    return float(np.mean(losses[:part])), float(np.mean(losses[-part:]))

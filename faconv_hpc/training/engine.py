@@ -1,0 +1,230 @@
+"""The only place that knows DeepSpeed: forward, backward, step, and the full state of a sharded run."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import TrainingConfig
+from ..model.losses import Loss
+from ..model.network import FAConvLSTMNetwork, NetworkOutput
+from ..spatial.domain import Domain
+from ..spatial.mesh import ProcessMesh
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+
+
+class Engine:
+    """A network under DeepSpeed ZeRO, sharded over all ranks: replicas and tiles alike.
+
+    DeepSpeed is given no mpu and no mesh, and so averages gradients over all ranks; the losses of
+    `model.losses` are made for that. One `forward` and one `backward` per micro-batch.
+
+    Args:
+        network: the same on every rank; rank 0's weights are broadcast.
+        mesh: the ranks, already joined.
+        training: optimizer, ZeRO stage, precision, clipping, accumulation.
+
+    Attributes:
+        gradient_norm: of the last step's whole gradient, before clipping.
+        activation_type: of inputs and activations.
+    """
+
+    def __init__(self, network: FAConvLSTMNetwork, mesh: ProcessMesh, training: TrainingConfig) -> None:
+        with _quiet():
+            import deepspeed  # here, so that only ranks that train pay for the import
+
+            self.network = network.to(mesh.device)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=self.network,
+                optimizer=_optimizer(self.network, training),
+                config=_deepspeed_config(training, mesh.device),
+                dist_init_required=False,
+            )
+        self._training = training
+        self.gradient_norm = float("nan")
+        if training.zero_stage == 0:  # in bf16 DeepSpeed makes the moments by a step of its own, which Adam counts
+            self._prepare_moments(0)
+        self.take_communication_s()  # forget what setting up has cost
+        self.activation_type = torch.bfloat16 if training.precision == "bf16" else torch.float32
+
+    def forward(self, inputs_BTCYX: Tensor, year_fraction_BT: Tensor, domain: Domain) -> NetworkOutput:
+        """The network's output; inputs are cast to the run's precision."""
+        output: NetworkOutput = self._engine(inputs_BTCYX.to(self.activation_type), year_fraction_BT, domain=domain)
+        return output
+
+    def backward(self, loss: Loss) -> None:
+        """Accumulates the gradient of one micro-batch."""
+        self._engine.backward(loss.objective)
+
+    def step(self, learning_rate: float) -> None:
+        """Ends a micro-batch; after the last one of a step, clips and updates with this learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        whole_norm = self._whole_gradient_norm()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        self.gradient_norm = whole_norm if norm is None else float(norm)
+
+    def _whole_gradient_norm(self) -> float:
+        """The norm where every rank holds the whole gradient and DeepSpeed reports none: ZeRO 0 in fp32."""
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        if self._training.zero_stage or not self._engine.is_gradient_accumulation_boundary() or not gradients:
+            return float("nan")
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def take_communication_s(self) -> float:
+        """Seconds in DeepSpeed's own collectives since the last call; on a GPU not measured (0)."""
+        from deepspeed.comm.comm import comms_logger, timers
+
+        comms_logger.reset_data()  # it keeps every latency of the run
+        return float(sum(timer.elapsed(reset=True) for timer in timers.get_timers().values())) / 1e3
+
+    # The state of the run, whole: independent of the mesh and of the ZeRO stage
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 value of every parameter, in the network's order. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = self._masters()
+        for name, parameter in self.network.named_parameters():
+            full = masters[parameter] if parameter in masters else safe_get_full_fp32_param(parameter)
+            yield name, _kept(full)
+
+    def full_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """``moment/parameter`` and value of the optimizer's moments. Collective."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        masters = self._masters()
+        for moment in MOMENTS[self._training.optimizer]:
+            for name, parameter in self.network.named_parameters():
+                if parameter in masters:
+                    full = self._torch_optimizer.state[masters[parameter]][moment]
+                else:
+                    full = safe_get_full_optimizer_state(parameter, moment)
+                yield f"{moment}/{name}", _kept(full)
+
+    def load_full(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
+        """Puts a whole state in place on every rank, each keeping its shard of it.
+
+        Args:
+            parameters, moments: as `full_parameters` and `full_moments` gave them.
+            step: optimizer steps done; Adam's bias correction depends on it.
+        """
+        self._prepare_moments(step)
+        for name, parameter in self.network.named_parameters():
+            self._set(parameter, parameters[name].to(parameter.device))
+            for moment in MOMENTS[self._training.optimizer]:
+                self._set(parameter, moments[f"{moment}/{name}"].to(parameter.device), moment)
+        self._refresh_low_precision()
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        return inner
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """At ZeRO 0, where DeepSpeed's accessors say nothing: the fp32 value behind every parameter."""
+        if self._training.zero_stage:
+            return {}
+        if not hasattr(self._optimizer, "fp32_groups"):  # fp32: the parameters themselves
+            return {parameter: parameter for parameter in self.network.parameters()}
+        used = [one for group in self._optimizer.fp16_groups for one in group]
+        precise = [one for group in self._optimizer.fp32_groups for one in group]
+        return dict(zip(used, precise, strict=True))
+
+    def _set(self, parameter: Tensor, full: Tensor, moment: str | None = None) -> None:
+        """Sets the fp32 value or a moment of one parameter from its full value."""
+        from deepspeed import utils
+
+        if self._training.zero_stage == 0:
+            master = self._masters()[parameter]
+            (master if moment is None else self._torch_optimizer.state[master][moment]).data.copy_(full)
+        elif self._training.zero_stage < 3 and moment is None:
+            utils.safe_set_full_fp32_param(parameter, full)
+        elif self._training.zero_stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, full, moment)
+        elif moment is None:
+            utils.safe_set_local_fp32_param(parameter, _part_of(full))
+        else:
+            utils.safe_set_local_optimizer_state(parameter, _part_of(full), moment)
+
+    def _prepare_moments(self, step: int) -> None:
+        """Makes the optimizer's state, which torch makes at the first step only, and links it to parameters."""
+        inner = self._torch_optimizer
+        flat = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+        for value in flat or [one for group in inner.param_groups for one in group["params"]]:
+            if MOMENTS[self._training.optimizer]:
+                inner.state[value] = {name: torch.zeros_like(value.data) for name in MOMENTS[self._training.optimizer]}
+                inner.state[value]["step"] = torch.tensor(float(step))
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None and MOMENTS[self._training.optimizer]:
+            link()
+
+    def _refresh_low_precision(self) -> None:
+        """Copies the fp32 values that were set into what the forward pass uses."""
+        if self._training.zero_stage == 3:
+            flat = (self._optimizer.fp16_partitioned_groups_flat, self._optimizer.fp32_partitioned_groups_flat)
+            for used, precise in zip(*flat, strict=True):
+                used.data.copy_(precise.data)
+            resident = self._optimizer.persistent_parameters
+            if resident:
+                resident[0].partition(resident)
+                resident[0].all_gather(resident)
+        elif self._training.zero_stage:
+            self._optimizer.update_lp_params()
+        else:
+            for used, precise in self._masters().items():
+                used.data.copy_(precise.data)
+
+
+def _part_of(full: Tensor) -> Tensor:
+    """This rank's part at ZeRO 3, which cuts equal parts for all ranks and fills up the last."""
+    filled = torch.nn.functional.pad(full.flatten(), (0, -full.numel() % dist.get_world_size()))
+    return filled.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A copy in host memory that later steps do not change."""
+    return value.detach().to("cpu", torch.float32, copy=True)
+
+
+def _optimizer(network: FAConvLSTMNetwork, training: TrainingConfig) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _deepspeed_config(training: TrainingConfig, device: torch.device) -> dict[str, Any]:
+    """What DeepSpeed is told. It counts every rank as a replica, so its batch size is not the true one."""
+    return {
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": training.accumulation,
+        "gradient_clipping": training.clip_norm,
+        "zero_optimization": {"stage": training.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "steps_per_print": 2**31,
+        # Times every collective by waiting for it; on a GPU that would stop work from overlapping.
+        "comms_logger": {"enabled": device.type == "cpu", "prof_all": True, "verbose": False},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its build steps; they are shown only if it fails."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        print(printed.getvalue())
+        raise
+    finally:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

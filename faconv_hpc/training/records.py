@@ -1,0 +1,188 @@
+"""What a run leaves behind: one JSON line per step (the truth), progress on the terminal, TensorBoard."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .._version import __version__
+from ..config import RunConfig
+
+STEPS_FILE = "steps.jsonl"
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
+PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "h5netcdf", "xarray", "mpi4py")
+LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a log file
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step. Shares are of the step's wall time, averaged over ranks.
+
+    Attributes:
+        step: optimizer steps done, from 1.
+        loss: of the whole batch: all replicas and micro-batches.
+        forecast_loss: its part from the tendency; 1 is what persistence would have on average.
+        gradient_norm: of the whole gradient, before clipping.
+        learning_rate: of this step.
+        samples: true size of the batch, over replicas and micro-batches.
+        seconds: wall time of the step.
+        samples_per_s: samples / seconds.
+        data_share: waiting for data that was not read ahead in time.
+        exchange_share: held up by exchanges between tiles.
+        reduction_share: held up by DeepSpeed's collectives (on a GPU not measured: 0).
+        peak_memory_gib: of the rank that needed most, so far: host memory on a CPU, else device memory.
+    """
+
+    step: int
+    loss: float
+    forecast_loss: float
+    gradient_norm: float
+    learning_rate: float
+    samples: int
+    seconds: float
+    samples_per_s: float
+    data_share: float
+    exchange_share: float
+    reduction_share: float
+    peak_memory_gib: float
+
+    @property
+    def communication_share(self) -> float:
+        """Share of the step spent communicating, between tiles and inside DeepSpeed."""
+        return self.exchange_share + self.reduction_share
+
+
+class Recorder:
+    """Writes step records; only one rank makes one.
+
+    Args:
+        config: of the run; its resolved form and the versions in use are written beside the records.
+        done: steps that a checkpoint already holds. Records beyond it, of a run that was cut off, are
+            dropped: those steps are done again, and no step stands in the file twice.
+    """
+
+    def __init__(self, config: RunConfig, done: int) -> None:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / CONFIG_FILE).write_text(config.to_yaml())
+        (config.run_dir / VERSIONS_FILE).write_text(json.dumps(versions(), indent=2) + "\n")
+        self._file = _reopened(config.run_dir / STEPS_FILE, done)
+        self._board = _board(config, done)
+        self._display = _Display(config.training.steps, done)
+
+    def __enter__(self) -> "Recorder":
+        self._display.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, record: StepRecord) -> None:
+        """One line, at once on disk: a killed run keeps what it did."""
+        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.flush()
+        self._display.show(record)
+        if self._board is not None:
+            for name, value in asdict(record).items():
+                self._board.add_scalar(name, value, record.step)
+
+
+class _Display:
+    """A progress bar on a terminal; some lines in a log."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self._steps = steps
+        self._console = Console(stderr=True)
+        self._every = max(1, steps // LINES_PER_RUN)
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def start(self) -> None:
+        self._bar.start()
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+    def show(self, record: StepRecord) -> None:
+        text = (
+            f"loss {record.loss:.4f}  {record.samples_per_s:.2f} samples/s  data {record.data_share:.0%}  "
+            f"communication {record.communication_share:.0%}  peak {record.peak_memory_gib:.2f} GiB"
+        )
+        self._bar.update(self._task, completed=record.step, description=text)
+        if not self._console.is_terminal and (record.step % self._every == 0 or record.step == self._steps):
+            print(f"step {record.step}/{self._steps}  {text}", file=sys.stderr, flush=True)
+
+
+def read_records(run_dir: Path) -> Iterator[StepRecord]:
+    """The records of a run, in order."""
+    path = run_dir / STEPS_FILE
+    if path.exists():
+        for line in path.read_text().splitlines():
+            yield StepRecord(**json.loads(line))
+
+
+def versions() -> dict[str, str]:
+    """What was running: this package, Python, the machine's kind, the libraries."""
+    found = {"faconv_hpc": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _reopened(path: Path, done: int) -> TextIO:
+    kept = []
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= done]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; a line that a kill cut short is no record and counts as beyond the end."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _board(config: RunConfig, done: int) -> Any:
+    if not config.training.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(config.run_dir / "tensorboard", purge_step=done + 1)
+
+
+@contextmanager
+def recording(config: RunConfig, done: int, here: bool) -> Iterator[Recorder | None]:
+    """A recorder on the one rank that is ``here``; None on the others."""
+    if not here:
+        yield None
+        return
+    with Recorder(config, done) as recorder:
+        yield recorder

@@ -1,0 +1,122 @@
+"""From a config to the parts of a run: store, grid, samples, network. Used by training and evaluation."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..config import RunConfig
+from ..data.samples import Windows
+from ..data.store import Store
+from ..errors import InputError
+from ..model.network import FAConvLSTMNetwork
+from ..spatial.domain import Domain
+from ..spatial.grid import LatLonGrid, Tile
+from ..spatial.mesh import ProcessMesh
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What every rank of a run works with."""
+
+    config: RunConfig
+    store: Store
+    domain: Domain
+
+    @classmethod
+    def open(cls, config: RunConfig, mesh: ProcessMesh) -> "Workspace":
+        """Opens the store and cuts its grid over the mesh."""
+        store = Store.open(config.data.store)
+        return cls(config, store, Domain(grid_of(config, store), mesh))
+
+    @property
+    def training_frames(self) -> range:
+        """All frames but the held-out last ones."""
+        return range(self.store.frames - self.config.data.held_out_frames)
+
+    @property
+    def held_out_frames(self) -> range:
+        """The last frames, and the one before them, whose change to the first of them is a target."""
+        first = self.store.frames - self.config.data.held_out_frames
+        return range(max(first - 1, 0), self.store.frames)
+
+    def windows(self, frames: range, length: int | None = None, tile: Tile | None = None) -> Windows:
+        """Samples of this rank's tile, or of another."""
+        data = self.config.data
+        return Windows(
+            self.store,
+            tile or self.domain.tile,
+            variables=data.variables,
+            window=length or data.window,
+            frames=frames,
+            forcings=data.forcings,
+            allow_irregular_time=data.allow_irregular_time,
+            grid=self.domain.grid,
+        )
+
+
+def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
+    """The store's grid with the config's boundaries."""
+    return store.grid(lat_boundary=config.data.lat_boundary, lon_boundary=config.data.lon_boundary)
+
+
+def build_network(config: RunConfig, windows: Windows) -> FAConvLSTMNetwork:
+    """The network of the config, drawn from its seed: the same on every rank and every mesh."""
+    model = config.model
+    options = {"kernel_size": model.kernel_size}
+    if model.cell == "faconvlstm":
+        options = model.model_dump(
+            include={
+                "kernel_size", "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole",
+                "attention_every", "attention_heads", "attention_channels", "attention_exchange", "kernels",
+            }
+        )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        return FAConvLSTMNetwork(
+            len(windows.input_channels),
+            len(windows.field_channels),
+            model.hidden_channels,
+            model.layers,
+            embedding_channels=model.embedding_channels,
+            coarse_shape=model.coarse_shape,
+            embedding_weight=model.embedding_weight,
+            checkpoint_steps=model.checkpoint_steps,
+            cell=model.cell,
+            **options,
+        )
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to the final share: a function of the step alone (from 0)."""
+    training = config.training
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
+    floor = training.final_learning_rate_share
+    return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def sample_positions(config: RunConfig, step: int, micro: int, replica: int) -> tuple[int, int]:
+    """(first position, count) of one micro-batch in the run's order of samples.
+
+    A step takes the next ``global_batch`` positions. They are dealt to micro-batches, then replicas, then
+    samples, so that a step sees the same samples on every mesh with the same global batch.
+    """
+    training = config.training
+    per_micro = config.mesh.replicas * training.micro_batch
+    first = step * config.global_batch + micro * per_micro + replica * training.micro_batch
+    return first, training.micro_batch
+
+
+def check_config_fits(config: RunConfig, store: Store) -> None:
+    """Judges what only config and store together can tell, before anything is computed.
+
+    Raises:
+        InputError: more tiles than rows or columns, or no training frames left.
+    """
+    if config.data.held_out_frames >= store.frames:
+        raise InputError(
+            f"data.held_out_frames={config.data.held_out_frames} leaves nothing of the {store.frames} frames of "
+            f"{store.path} to train on. Hold out fewer."
+        )

@@ -1,0 +1,38 @@
+"""A small store and a small config, for tests that train."""
+
+import yaml
+
+from faconv_hpc import load_config
+from faconv_hpc.data.synthetic import SyntheticOptions, synthesise
+
+SMALL = {
+    "data": {"window": 3, "held_out_frames": 3, "lat_boundary": "pole"},
+    "model": {
+        "hidden_channels": 8, "layers": 2, "attention_every": 2, "attention_heads": 2, "embedding_channels": 16,
+        "coarse_shape": [2, 3], "kernels": "eager",
+    },
+    "training": {"steps": 6, "warmup_steps": 2, "micro_batch": 1},
+}  # fmt: skip
+
+
+def make_store(path, **options):
+    """Travelling waves on 11 x 14 cells, 16 frames."""
+    synthesise(path, SyntheticOptions(**({"nlat": 11, "nlon": 14, "channels": 2, "frames": 16} | options)))
+    return path
+
+
+def write_config(directory, store, **sections):
+    """A config file in ``directory`` whose run goes to ``directory / "run"``."""
+    tree = {name: dict(section) for name, section in SMALL.items()}
+    for name, section in sections.items():
+        tree.setdefault(name, {}).update(section)
+    tree["data"]["store"], tree["run_dir"] = str(store), str(directory / "run")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def small_config(directory, store, **sections):
+    """The same, loaded."""
+    return load_config(write_config(directory, store, **sections))

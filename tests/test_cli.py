@@ -1,0 +1,180 @@
+"""The command line as a user meets it: whole processes, exit codes, one message."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from faconv_hpc.training.records import read_records
+from runs import make_store, write_config
+
+SECONDS = 120
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+
+def faconv(*arguments, before=(sys.executable,), environment=None):
+    """Runs ``faconv`` and returns the finished process."""
+    command = [*before, "-m", "faconv_hpc", *map(str, arguments)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=variables)
+
+
+def messages(process):
+    """What the user is told went wrong."""
+    return [line for line in process.stderr.splitlines() if line.startswith("faconv: ")]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+def test_train_on_two_ranks_then_evaluate_then_go_on(tmp_path, store):
+    config = write_config(tmp_path, store, mesh={"lon": 2})
+    trained = faconv("train", config, "--ranks", 2)
+    assert trained.returncode == 0, trained.stderr
+    assert "step 6/6" in trained.stderr and "samples/s" in trained.stderr
+    evaluated = faconv("evaluate", tmp_path / "run", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert {skill["variable"] for skill in json.loads(evaluated.stdout)["skills"]} == {"wave_0", "wave_1"}
+    assert (tmp_path / "run" / "figures" / "forecast.png").is_file()
+    longer = faconv("train", config, "--ranks", 2, "--set", "training.steps=8")
+    assert longer.returncode == 0, longer.stderr
+    assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("start", ["torchrun", "mpiexec"])
+def test_the_same_losses_however_the_ranks_are_started(tmp_path, store, start):
+    if start == "mpiexec" and not MPIEXEC.exists():
+        pytest.skip("no mpiexec beside Python: pip install mpich")
+    before = TORCHRUN if start == "torchrun" else [MPIEXEC, "-n", "2", sys.executable]
+    started = faconv("train", write_config(tmp_path / start, store, mesh={"lon": 2}), before=before)
+    assert started.returncode == 0, started.stderr
+    plain = faconv("train", write_config(tmp_path / "plain", store))
+    assert plain.returncode == 0, plain.stderr
+    losses = [[record.loss for record in read_records(tmp_path / name / "run")] for name in (start, "plain")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def damage_truncate(store):
+    (part,) = store.glob("fields-*.nc")
+    part.write_bytes(part.read_bytes()[:-1000])
+
+
+def damage_nan(store):
+    (part,) = store.glob("fields-*.nc")
+    with h5py.File(part, "r+") as file:
+        file["fields"][5, 1, 3, 12] = np.nan  # a cell of the eastern tile: only the last rank reads it
+
+
+BAD_INPUTS = {
+    "unknown key": (["--set", "training.stepps=3"], None, r"training\.stepps: unknown key\. Did you mean 'steps'"),
+    "another number of ranks": (["--set", "mesh.lat=2"], None, r"needs 4 ranks"),
+    "more tiles than columns": ([], "tiny", r"1 columns cannot be cut over 2 ranks.*mesh\.lon"),
+    "missing variable": (["--set", "data.variables=[wave_0, wav_1]"], None, r"wav_1.*wave_1"),
+    "no store": (["--set", "data.store=nowhere"], None, r"nowhere.*faconv data prepare"),
+    "truncated file": ([], damage_truncate, r"fields-00000\.nc.*"),
+    "NaN on one rank": ([], damage_nan, r"rank 1.*fields-00000\.nc.*wave_1"),
+    "irregular time": ([], "irregular", r"irregular.*data\.allow_irregular_time"),
+    "window too long": (["--set", "data.window=16"], None, r"a window of 16 inputs needs 17 frames"),
+    "wrong boundary": ([], "odd", r"even number of columns"),
+}  # fmt: skip
+
+
+def store_for(kind, directory):
+    """A store with the fault; some faults are damage, others are in what the store holds."""
+    if kind == "tiny":
+        return make_store(directory / "store", nlat=11, nlon=1)
+    if kind == "odd":
+        return make_store(directory / "store", nlon=13)
+    store = make_store(directory / "store")
+    if kind == "irregular":
+        with h5py.File(store / "store.nc", "r+") as file:
+            file["time"][3:] += 3600
+    elif kind is not None:
+        kind(store)
+    return store
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_ends_all_ranks_with_one_message_and_exit_code_2(tmp_path, case):
+    options, fault, message = BAD_INPUTS[case]
+    config = write_config(tmp_path, store_for(fault, tmp_path), mesh={"lon": 2}, training={"steps": 30})
+    process = faconv("train", config, "--ranks", 2, *options)
+    assert process.returncode == 2, process.stderr
+    assert len(re.findall("faconv: ", process.stderr)) == 1 and "Traceback" not in process.stderr
+    assert re.search(message, process.stderr, re.DOTALL)
+
+
+def test_bad_input_under_torchrun_is_told_once(tmp_path):
+    config = write_config(tmp_path, store_for(damage_nan, tmp_path), mesh={"lon": 2}, training={"steps": 30})
+    process = faconv("train", config, before=TORCHRUN)
+    assert process.returncode != 0
+    assert len(messages(process)) == 1 and "rank 1" in messages(process)[0]
+
+
+def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path, store):
+    """A fault of ours, played by breaking the reading on rank 1 only."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from faconv_hpc.data import samples\n"
+        "    def broken(self, indices): raise RuntimeError('played fault')\n"
+        "    samples.Windows.read = broken\n"
+    )
+    config = write_config(tmp_path, store, mesh={"lon": 2})
+    process = faconv("train", config, "--ranks", 2, environment={"PYTHONPATH": str(site)})
+    assert process.returncode == 1
+    assert process.stderr.count("Traceback") == 1
+    assert messages(process) == ["faconv: failed (rank 1): RuntimeError: played fault"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_verify_passes_and_says_so(tmp_path, store, ranks):
+    process = faconv("verify", write_config(tmp_path, store), "--ranks", ranks)
+    assert process.returncode == 0, process.stderr
+    assert "PASS" in process.stdout and "input gradient" in process.stdout and f"1x{ranks}" in process.stdout
+
+
+def test_verify_fails_when_the_exchange_is_broken(tmp_path, store):
+    """West and east swapped: what two ranks on a periodic axis get when messages pair by the wrong order."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "from faconv_hpc.spatial import exchange\n"
+        "fill = exchange.HaloExchange.pad\n"
+        "def broken(self, owned, received):\n"
+        "    return fill(self, owned, {peer: buffer.flip(0) for peer, buffer in received.items()})\n"
+        "exchange.HaloExchange.pad = broken\n"
+    )
+    config = write_config(tmp_path, store)
+    process = faconv("verify", config, "--ranks", 2, "--json", environment={"PYTHONPATH": str(site)})
+    assert process.returncode == 1, process.stderr
+    answer = json.loads(process.stdout)
+    assert not answer["passed"] and not all(row["passed"] for row in answer["rows"])
+
+
+def test_evaluate_without_a_checkpoint(tmp_path, store):
+    config = write_config(tmp_path, store)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.read_text())
+    process = faconv("evaluate", tmp_path / "run")
+    assert process.returncode == 2 and "has no checkpoint yet" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "verb", [[], ["train"], ["verify"], ["evaluate"], ["data"], ["data", "prepare"], ["data", "inspect"]]
+)
+def test_every_verb_has_help(verb):
+    process = faconv(*verb, "--help")
+    assert process.returncode == 0
+    assert not verb or verb == ["data"] or "Example" in process.stdout

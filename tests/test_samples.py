@@ -1,0 +1,388 @@
+"""Windows against the definition written out in numpy, their order, and reading ahead."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from faconv_hpc.data.forcings import FORCINGS, equation_of_time, insolation, solar_declination
+from faconv_hpc.data.prepare import prepare
+from faconv_hpc.data.samples import Batch, ReadAhead, Windows, sample_order
+from faconv_hpc.data.store import Store
+from faconv_hpc.errors import InputError
+from faconv_hpc.spatial.grid import Cuts, Tile
+
+NLAT, NLON, FRAMES = 13, 20, 17
+ALL_FORCINGS = tuple(FORCINGS)
+
+
+def make_store(directory: Path, *, missing: bool, hours: np.ndarray | None = None) -> Store:
+    random = np.random.default_rng(5)
+    hours = np.arange(FRAMES) * 6.0 if hours is None else hours
+    shape = (len(hours), NLAT, NLON)
+    heat = (280 + 10 * random.normal(size=shape)).astype(np.float32)
+    ice = random.normal(size=shape).astype(np.float32)
+    if missing:
+        ice[:, 3:6, 2:9] = np.nan
+        ice[7] = np.nan
+    dims = ("time", "latitude", "longitude")
+    dataset = xr.Dataset(
+        {"heat": (dims, heat), "ice": (dims, ice), "flat": (dims, np.full(shape, 7, np.float32))},
+        {
+            "time": ("time", hours, {"units": "hours since 2003-03-01"}),
+            "latitude": np.linspace(84, -84, NLAT),
+            "longitude": np.arange(NLON) * 18.0,
+        },
+    )
+    dataset.to_netcdf(directory / "source.nc", engine="h5netcdf")
+    prepare([directory / "source.nc"], directory / "store", frames_per_file=5)
+    return Store.open(directory / "store")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("missing"), missing=True)
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("whole"), missing=False)
+
+
+def windows_of(store: Store, tile: Tile | None = None, **options: object) -> Windows:
+    given: dict = {"variables": None, "window": 4, "frames": range(store.frames), **options}
+    tile = tile or Tile((0, NLAT), (0, NLON))
+    return Windows(store, tile, grid=store.grid("zero", "periodic"), **given)
+
+
+def source(store: Store, name: str) -> np.ndarray:
+    with xr.open_dataset(store.path.parent / "source.nc", decode_times=False, engine="h5netcdf") as file:
+        return file[name].values.astype(np.float64)
+
+
+def test_a_batch_is_what_its_docstring_says(store: Store) -> None:
+    tile = Tile((2, 9), (1, 14))
+    windows = windows_of(store, tile, variables=["ice", "heat"], stride=2, frames=range(1, 16), forcings=["step_hours"])
+    assert len(windows) == 6  # starts at 1, 3, 5, 7, 9, 11; the last takes 11..15
+    assert windows.input_channels == ("ice", "heat", "valid_ice", "valid_heat", "step_hours")
+    assert windows.field_channels == ("ice", "heat")
+    batch = windows.read([5, 0, 3])
+    assert batch.windows == (5, 0, 3)
+    assert batch.inputs_BTCYX.shape == (3, 4, 5, 7, 13)
+    assert batch.target_BTCYX.shape == (3, 4, 2, 7, 13)
+    assert batch.inputs_BTCYX.dtype == batch.target_BTCYX.dtype == torch.float32
+    assert batch.valid_BTCYX is not None
+    for sample, start in enumerate((11, 1, 7)):
+        frames = slice(start, start + 4)
+        after = slice(start + 1, start + 5)
+        assert np.array_equal(batch.year_fraction_BT[sample].numpy(), store.year_fraction[frames])
+        for field, name in enumerate(("ice", "heat")):
+            index = store.channels.index(name)
+            values = source(store, name)[:, 2:9, 1:14]
+            known = ~np.isnan(values)
+            normal = np.where(known, (values - store.mean[index]) / store.std[index], 0.0)
+            change = (values[after] - values[frames]) / store.tendency_std[index]
+            both = known[after] & known[frames]
+            got = batch.inputs_BTCYX[sample].numpy()
+            np.testing.assert_allclose(got[:, field], normal[frames], atol=3e-5)
+            assert np.array_equal(got[:, 2 + field], known[frames])
+            assert np.array_equal(batch.valid_BTCYX[sample, :, field].numpy(), both)
+            np.testing.assert_allclose(batch.target_BTCYX[sample, :, field], np.where(both, change, 0.0), atol=3e-5)
+            assert (got[:, 4] == 0.25).all()
+    assert not batch.valid_BTCYX.all()
+    assert torch.isfinite(batch.inputs_BTCYX).all()
+
+
+def test_without_missing_data_there_is_no_mask(whole_store: Store) -> None:
+    windows = windows_of(whole_store)
+    batch = windows.read([0, 1])
+    assert windows.input_channels == ("heat", "ice", "flat")
+    assert batch.valid_BTCYX is None
+    normal = (source(whole_store, "ice") - whole_store.mean[1]) / whole_store.std[1]
+    np.testing.assert_allclose(batch.inputs_BTCYX[1, :, 1], normal[1:5], atol=1e-6)
+
+
+def test_a_field_that_never_changes_is_zero_and_not_nan(whole_store: Store) -> None:
+    batch = windows_of(whole_store).read([3])
+    assert whole_store.tendency_std[2] == 0.0
+    assert (batch.inputs_BTCYX[:, :, 2] == 0).all()
+    assert (batch.target_BTCYX[:, :, 2] == 0).all()
+
+
+def test_the_target_carries_one_input_to_the_next(whole_store: Store) -> None:
+    batch = windows_of(whole_store, variables=["heat"]).read([2])
+    step = batch.target_BTCYX[0, :-1, 0] * whole_store.tendency_std[0] / whole_store.std[0]
+    torch.testing.assert_close(batch.inputs_BTCYX[0, :-1, 0] + step, batch.inputs_BTCYX[0, 1:, 0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("lat", "lon"), [(2, 3), (5, 1), (1, 7)])
+def test_tiles_put_together_are_the_whole(store: Store, lat: int, lon: int) -> None:
+    grid = store.grid("zero", "periodic")
+    cuts = Cuts.even(grid, lat, lon)
+    want = windows_of(store, forcings=ALL_FORCINGS).read([4])
+    for index in range(cuts.tiles):
+        tile = cuts.tile(index)
+        got = windows_of(store, tile, forcings=ALL_FORCINGS).read([4])
+        rows, columns = tile.slices
+        assert torch.equal(got.inputs_BTCYX, want.inputs_BTCYX[..., rows, columns])
+        assert torch.equal(got.target_BTCYX, want.target_BTCYX[..., rows, columns])
+
+
+def test_each_frame_of_a_window_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[range] = []
+    read = Store.read
+
+    def counting(self: Store, frames: range, tile: Tile, channels: list[int]) -> object:
+        asked.append(frames)
+        return read(self, frames, tile, channels)
+
+    monkeypatch.setattr(Store, "read", counting)
+    windows_of(store).read([2])
+    assert asked == [range(2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "window", "stride", "want"), [(17, 4, 1, 13), (5, 4, 1, 1), (17, 4, 5, 3), (2, 1, 9, 1)]
+)
+def test_number_of_windows(store: Store, frames: int, window: int, stride: int, want: int) -> None:
+    windows = windows_of(store, frames=range(frames), window=window, stride=stride)
+    starts = [start for start in range(0, frames, stride) if start + window < frames]
+    assert len(windows) == want == len(starts)
+    assert windows.frames_of(want - 1)[-1] < frames
+    with pytest.raises(IndexError):
+        windows.read([want])
+
+
+def test_too_few_frames_say_what_would_do(store: Store) -> None:
+    with pytest.raises(InputError, match=r"window of 20 inputs needs 21 frames.*are 17\. Use a window of at most 16"):
+        windows_of(store, window=20)
+
+
+def test_frames_outside_the_store_are_refused(store: Store) -> None:
+    with pytest.raises(InputError, match="within the store's 17, got 0 to 18 in steps of 1"):
+        windows_of(store, frames=range(18))
+    with pytest.raises(InputError, match="got 0 to 17 in steps of 2"):
+        windows_of(store, frames=range(0, 17, 2))
+    with pytest.raises(InputError, match="at least 1 frame, got window 0, stride 1"):
+        windows_of(store, window=0)
+
+
+def test_irregular_times_are_refused_unless_allowed(tmp_path: Path) -> None:
+    store = make_store(tmp_path, missing=False, hours=np.array([0, 7, 14, 21, 29, 36, 43, 50.0]))
+    match = r"steps run from 7 to 8 hours.*`data\.allow_irregular_time: true`"
+    with pytest.raises(InputError, match=match):
+        windows_of(store)
+    windows_of(store, window=2, frames=range(4))  # regular among themselves
+    batch = windows_of(store, allow_irregular_time=True, forcings=["step_hours"]).read([1])
+    assert batch.inputs_BTCYX[0, :, -1, 0, 0].tolist() == pytest.approx([7 / 24, 7 / 24, 8 / 24, 7 / 24])
+
+
+def test_times_rounded_to_the_second_count_as_regular(tmp_path: Path) -> None:
+    store = make_store(tmp_path, missing=False, hours=np.arange(9) / 3)  # 20 minutes
+    assert len(windows_of(store)) == 5
+
+
+def test_unknown_names_name_the_nearest(store: Store) -> None:
+    with pytest.raises(InputError, match=r"no forcing 'insolatoin' in data\.forcings\. Did you mean 'insolation'\?"):
+        windows_of(store, forcings=["insolatoin"])
+    with pytest.raises(InputError, match=r"no variable 'icee'.*Did you mean 'ice'\?"):
+        windows_of(store, variables=["icee"])
+
+
+def test_a_batch_moves_as_a_whole(store: Store) -> None:
+    batch = windows_of(store).read([0])
+    moved = batch.to("meta")
+    assert moved.valid_BTCYX is not None
+    assert {moved.inputs_BTCYX.device.type, moved.valid_BTCYX.device.type} == {"meta"}
+    assert moved.windows == (0,)
+
+
+# Forcings
+
+
+@pytest.mark.parametrize(
+    ("day", "declination_deg"),  # of the Astronomical Almanac, at noon of days in 2023
+    [(79, -0.3), (172, 23.44), (266, -0.1), (355, -23.44), (45, -13.1), (320, -18.6)],
+)
+def test_declination_is_that_of_the_almanac(day: int, declination_deg: float) -> None:
+    got = np.rad2deg(solar_declination(np.array([(day - 0.5) / 365])))[0]
+    assert got == pytest.approx(declination_deg, abs=0.45)
+
+
+def test_equation_of_time_has_its_known_extremes() -> None:
+    minutes = 60 * equation_of_time(np.arange(365) / 365)
+    assert minutes.min() == pytest.approx(-14.2, abs=0.3)  # about 11 February
+    assert minutes.max() == pytest.approx(16.4, abs=0.3)  # about 3 November
+    assert abs(int(minutes.argmin()) - 41) <= 3
+    assert abs(int(minutes.argmax()) - 306) <= 3
+
+
+@pytest.mark.parametrize("year_fraction", [0.0, 0.21, 0.47, 0.8])
+def test_insolation_averages_to_the_closed_form_of_a_day(year_fraction: float) -> None:
+    latitude = np.deg2rad(np.array([89.0, 60.0, 23.0, 0.0, -45.0, -80.0]))
+    hours = np.arange(0, 24, 0.02)
+    got = insolation(np.full(hours.shape, year_fraction), hours, latitude, np.array([0.7])).mean(axis=(0, 2))
+    declination = solar_declination(np.array([year_fraction]))[0]
+    sunset = np.arccos(np.clip(-np.tan(latitude) * np.tan(declination), -1, 1))
+    want = sunset * np.sin(latitude) * np.sin(declination) + np.cos(latitude) * np.cos(declination) * np.sin(sunset)
+    np.testing.assert_allclose(got, want / np.pi, atol=1e-5)
+
+
+def test_the_sun_moves_west() -> None:
+    longitude = np.deg2rad(np.arange(360.0))
+    at = insolation(np.full(3, 0.22), np.array([0.0, 6.0, 12.0]), np.zeros(1), longitude)[:, 0]
+    assert [abs(int(noon) - want) <= 3 for noon, want in zip(at.argmax(axis=1), (180, 90, 0), strict=True)] == [
+        True
+    ] * 3
+
+
+def test_forcings_are_of_their_frames(store: Store) -> None:
+    windows = windows_of(store, forcings=ALL_FORCINGS)
+    inputs = windows.read([6]).inputs_BTCYX[0].numpy()
+    named = dict(zip(windows.input_channels, inputs.transpose(1, 0, 2, 3), strict=True))
+    latitude, longitude = np.deg2rad(store.latitude_deg), np.deg2rad(store.longitude_deg)
+    for name, first in (("insolation", 6), ("next_insolation", 7)):
+        span = slice(first, first + 4)
+        want = insolation(store.year_fraction[span], store.utc_hour[span], latitude, longitude)
+        np.testing.assert_allclose(named[name], want, atol=1e-6)
+    assert np.allclose(named["sin_latitude"], np.sin(latitude)[None, :, None])
+    assert np.allclose(named["cos_longitude"] ** 2 + named["sin_longitude"] ** 2, 1)
+    assert np.allclose(np.arctan2(named["sin_longitude"], named["cos_longitude"])[0, 0, :9], longitude[:9])
+
+
+# Order
+
+
+def test_every_epoch_sees_every_window_once() -> None:
+    order = sample_order(3, 0, 5 * 37, 37)
+    epochs = [order[start : start + 37] for start in range(0, len(order), 37)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+@pytest.mark.parametrize(("position", "count"), [(0, 10), (30, 20), (36, 1), (37, 80), (1000, 3)])
+def test_order_is_a_function_of_position(position: int, count: int) -> None:
+    assert sample_order(3, position, count, 37) == sample_order(3, 0, 1100, 37)[position : position + count]
+
+
+def test_seeds_differ_and_order_never_changes_between_versions() -> None:
+    assert sample_order(0, 0, 20, 20) != sample_order(1, 0, 20, 20)
+    assert sample_order(0, 0, 8, 8) == GOLDEN
+    assert sample_order(-1, 0, 8, 8) == sample_order(2**64 - 1, 0, 8, 8)
+
+
+GOLDEN = [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+def test_first_places_are_drawn_evenly() -> None:
+    counts = Counter(sample_order(9, 4 * epoch, 1, 4)[0] for epoch in range(2000))
+    assert all(abs(count - 500) < 100 for count in counts.values())
+
+
+# Reading ahead
+
+
+def batch_of(number: int) -> Batch:
+    empty = torch.empty(0)
+    return Batch(empty, empty, None, empty, (number,))
+
+
+def numbers_of(ahead: ReadAhead[int]) -> list[int]:
+    return [batch.windows[0] for batch in ahead]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7, 50])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_batches_come_in_order(depth: int, count: int) -> None:
+    with ReadAhead(batch_of, range(count), depth) as ahead:
+        assert numbers_of(ahead) == list(range(count))
+        assert list(ahead) == []
+
+
+def test_it_reads_depth_ahead_and_no_further() -> None:
+    read: list[int] = []
+
+    def slow(number: int) -> Batch:
+        read.append(number)
+        return batch_of(number)
+
+    def endless() -> Iterator[int]:
+        number = 0
+        while True:
+            yield number
+            number += 1
+
+    with ReadAhead(slow, endless(), 3) as ahead:
+        wait_until(lambda: len(read) == 3)
+        time.sleep(0.05)
+        assert read == [0, 1, 2]
+        next(ahead)
+        wait_until(lambda: len(read) == 4)
+        assert threading.current_thread() is threading.main_thread()
+
+
+def test_reading_happens_beside_the_consumer() -> None:
+    threads = set()
+
+    def read(number: int) -> Batch:
+        threads.add(threading.current_thread().name)
+        return batch_of(number)
+
+    with ReadAhead(read, range(5)) as ahead:
+        numbers_of(ahead)
+    assert len(threads) == 1
+    assert threading.current_thread().name not in threads
+
+
+def test_an_error_is_raised_where_its_batch_is_taken() -> None:
+    def read(number: int) -> Batch:
+        if number == 2:
+            raise InputError("file 2 is damaged")
+        return batch_of(number)
+
+    with ReadAhead(read, range(9), 4) as ahead:
+        assert next(ahead).windows == (0,)
+        assert next(ahead).windows == (1,)
+        with pytest.raises(InputError, match="file 2 is damaged"):
+            next(ahead)
+
+
+def test_close_does_not_wait_for_what_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("faconv_hpc.data.samples.CLOSE_TIMEOUT_S", 0.2)
+    release = threading.Event()
+
+    def stuck(number: int) -> Batch:
+        release.wait(30)
+        return batch_of(number)
+
+    ahead = ReadAhead(stuck, range(100), 5)
+    started = time.monotonic()
+    ahead.close()
+    ahead.close()
+    assert time.monotonic() - started < 2
+    with pytest.raises(StopIteration):
+        next(ahead)
+    release.set()
+
+
+def test_after_close_no_read_is_under_way(store: Store) -> None:
+    windows = windows_of(store)
+    ahead = ReadAhead(windows.read, ([index % 13] for index in range(10_000)), 4)
+    next(ahead)
+    ahead.close()
+    store.close()  # would race with a read under way
+    assert windows.read([0]).windows == (0,)
+
+
+def wait_until(condition: object) -> None:
+    for _ in range(200):
+        if condition():  # type: ignore[operator]
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing happened for 2 seconds")

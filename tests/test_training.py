@@ -1,0 +1,204 @@
+"""Runs: the same numbers on every mesh, records, checkpoints and continuation, parity of the user's own config."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from ranks import Layout, run_on_ranks
+
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.figures import draw_forecast
+from faconv_hpc.evaluation.skill import evaluate, load_run
+from faconv_hpc.spatial.exchange import HaloExchange
+from faconv_hpc.training.checkpoint import checkpoints_of
+from faconv_hpc.training.parity import layouts_of, verify_parity
+from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, read_records
+from faconv_hpc.training.trainer import train
+from runs import make_store, small_config
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+def losses_of(run_dir):
+    return [record.loss for record in read_records(run_dir)]
+
+
+def train_on(layout, directory, store, **sections):
+    """Trains on a layout of ranks and returns the losses."""
+    sections["mesh"] = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
+    config = small_config(directory, store, **sections)
+    run_on_ranks(layout, lambda mesh: train(config, mesh))
+    return losses_of(config.run_dir)
+
+
+def test_the_losses_do_not_depend_on_the_mesh(tmp_path, store):
+    curves = {}
+    for layout in (Layout(1, 1, 1), Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2)):
+        training = {"micro_batch": 2 // layout.replicas, "zero_stage": 2, "clip_norm": 0.1}
+        curves[layout] = train_on(
+            layout, tmp_path / str(layout), store, training=training, model={"checkpoint_steps": 2}
+        )
+    want = np.array(curves.pop(Layout(1, 1, 1)))
+    assert want[-1] < want[0]
+    for layout, losses in curves.items():
+        np.testing.assert_allclose(losses, want, rtol=1e-5, err_msg=str(layout))
+
+
+def test_accumulation_reports_the_same_losses_as_one_batch(tmp_path, store):
+    one = train_on(Layout(1, 1, 2), tmp_path / "one", store, training={"micro_batch": 2})
+    two = train_on(Layout(1, 1, 2), tmp_path / "two", store, training={"micro_batch": 1, "accumulation": 2})
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 2), Layout(2, 1, 1)], ids=str)
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path, store, layout):
+    whole = train_on(layout, tmp_path / "whole", store, training={"checkpoint_every": 3})
+    train_on(layout, tmp_path / "cut", store, training={"checkpoint_every": 3})
+    run = tmp_path / "cut" / "run"
+    # as a kill after step 5 leaves it: no checkpoint beyond step 3, a record cut short
+    newest = checkpoints_of(run)[-1]
+    newest.path.rename(tmp_path / "away")
+    lines = (run / STEPS_FILE).read_text().splitlines()
+    (run / STEPS_FILE).write_text("\n".join(lines[:5]) + '\n{"step": 6, "lo')
+    again = train_on(layout, tmp_path / "cut", store, training={"checkpoint_every": 3})
+    assert again == whole
+    assert [record.step for record in read_records(run)] == [1, 2, 3, 4, 5, 6]
+    restored, undisturbed = checkpoints_of(run)[-1], checkpoints_of(tmp_path / "whole" / "run")[-1]
+    for name, value in undisturbed.parameters().items():
+        assert torch.equal(restored.parameters()[name], value)
+
+
+def test_a_run_goes_on_at_another_mesh_and_stage(tmp_path, store):
+    whole = train_on(Layout(1, 1, 2), tmp_path / "whole", store, training={"micro_batch": 2})
+    train_on(Layout(1, 1, 2), tmp_path / "moved", store, training={"micro_batch": 2, "checkpoint_every": 3})
+    checkpoints_of(tmp_path / "moved" / "run")[-1].path.rename(tmp_path / "away")
+    moved = train_on(Layout(2, 1, 1), tmp_path / "moved", store, training={"zero_stage": 3})
+    np.testing.assert_allclose(moved, whole, rtol=1e-5)
+
+
+def test_a_run_leaves_config_versions_and_true_batch_sizes(tmp_path, store):
+    train_on(Layout(2, 1, 2), tmp_path, store, training={"accumulation": 2, "tensorboard": True})
+    run = tmp_path / "run"
+    assert load_run(run).training.accumulation == 2 and (run / CONFIG_FILE).is_file()
+    assert json.loads((run / VERSIONS_FILE).read_text())["torch"] == torch.__version__
+    for record in read_records(run):
+        assert record.samples == 4  # 2 replicas x 2 micro-batches; the tiles do not count
+        assert 0 <= record.data_share <= 1 and 0 < record.communication_share < 1 and record.peak_memory_gib > 0.1
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_a_run_that_began_otherwise_is_not_continued(tmp_path, store):
+    train_on(Layout(1, 1, 1), tmp_path, store)
+    with pytest.raises(AssertionError, match=r"holds a run with model\.hidden_channels=8, this config says 12"):
+        train_on(Layout(1, 1, 1), tmp_path, store, model={"hidden_channels": 12})
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, store):
+    train_on(Layout(1, 1, 1), tmp_path, store)
+    damaged = checkpoints_of(tmp_path / "run")[-1].path / "parameters.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(AssertionError, match=r"parameters\.safetensors cannot be read.*Remove the directory"):
+        train_on(Layout(1, 1, 1), tmp_path, store, training={"steps": 8})
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, store):
+    with pytest.raises(
+        AssertionError, match=r"the loss of windows \[\d+\] is (nan|inf).*Lower training\.learning_rate"
+    ):
+        train_on(Layout(1, 1, 2), tmp_path, store, training={"learning_rate": 1e30, "clip_norm": 0})
+
+
+def test_missing_data_is_masked_alike_on_every_mesh(tmp_path):
+    store = make_store(tmp_path / "holes")
+    _punch_holes(store)
+    curves = [
+        train_on(layout, tmp_path / str(layout), store, training={"micro_batch": 2 // layout.replicas})
+        for layout in (Layout(1, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2))
+    ]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-5)
+
+
+def _punch_holes(store):
+    """Prepares the same store again with a third of its cells missing, other ones at other times."""
+    import xarray as xr
+
+    from faconv_hpc.data.prepare import prepare
+
+    (part,) = sorted(store.glob("fields-*.nc"))
+    with xr.open_dataset(part, engine="h5netcdf") as opened:
+        fields = opened["fields"].load()
+    holes = np.random.default_rng(0).random(fields.shape) < 0.3
+    names = [str(name) for name in fields["channel"].values]
+    dataset = xr.Dataset({name: fields.where(~holes).isel(channel=i, drop=True) for i, name in enumerate(names)})
+    source = store.parent / "holes.nc"
+    dataset.to_netcdf(source, engine="h5netcdf")
+    prepare([source], store, overwrite=True)
+
+
+def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, store):
+    sections = {"training": {"steps": 150, "learning_rate": 0.01}, "mesh": {"lon": 2}}
+    config = small_config(tmp_path, store, **sections)
+    run_on_ranks(Layout(1, 1, 2), lambda mesh: train(config, mesh))
+    alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluate(config, mesh))
+    tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluate(config, mesh))
+    assert alone.held_out and alone.forecasts == 3
+    for evaluation in tiled:
+        for skill, want in zip(evaluation.skills, alone.skills, strict=True):
+            assert skill.rmse == pytest.approx(want.rmse, rel=1e-5)
+            assert skill.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
+    assert all(skill.ratio < 0.9 for skill in alone.skills)
+    _check_against_the_files(alone, store)
+    assert draw_forecast(alone.example, tmp_path / "figures" / "forecast.png", "test").stat().st_size > 10_000
+
+
+def _check_against_the_files(evaluation, store):
+    """Persistence's error from the HDF5 file itself."""
+    with h5py.File(sorted(store.glob("fields-*.nc"))[0]) as file:
+        fields, latitude = file["fields"][...].astype(np.float64), file["latitude"][...]
+    edges = np.clip(np.concatenate([[90], (latitude[1:] + latitude[:-1]) / 2, [-90]]), -90, 90)
+    area = np.abs(np.diff(np.sin(np.deg2rad(edges))))[:, None] / fields.shape[-1]
+    square = ((fields[-3:] - fields[-4:-1]) ** 2).mean(0)
+    want = np.sqrt((square * area).sum((-2, -1)) / (area.sum() * fields.shape[-1]))
+    np.testing.assert_allclose([skill.persistence_rmse for skill in evaluation.skills], want, rtol=1e-5)
+
+
+def test_a_directory_without_a_run(tmp_path):
+    with pytest.raises(InputError, match=r"holds no run: it has no config\.yaml"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (4, torch.float64), (3, torch.float64)])
+def test_parity_of_a_users_config(tmp_path, store, ranks, dtype):
+    config = small_config(tmp_path, store, model={"checkpoint_steps": 2})
+    answers = run_on_ranks(Layout(1, 1, ranks), lambda mesh: verify_parity(config, mesh, dtype))
+    assert all(rows == answers[0] for rows in answers)
+    assert {row.layout for row in answers[0]} == {f"{lat}x{lon}" for lat, lon in layouts_of(ranks)}
+    quantities = {row.quantity for row in answers[0]}
+    assert {"loss", "output", "embedding", "input gradient", "gradient of layers.1.attention"} <= quantities
+    assert all(row.passed for row in answers[0]), [row for row in answers[0] if not row.passed]
+
+
+def test_parity_finds_an_error_in_the_exchange(tmp_path, store):
+    config = small_config(tmp_path, store)
+
+    def check(mesh):
+        fill = HaloExchange.start_fill
+
+        def broken(self, owned):
+            finish = fill(self, owned)
+            return lambda: {peer: buffer * 1.001 for peer, buffer in finish().items()}
+
+        HaloExchange.start_fill = broken
+        try:
+            return verify_parity(config, mesh)
+        finally:
+            HaloExchange.start_fill = fill
+
+    for rows in run_on_ranks(Layout(1, 1, 2), check):
+        assert not all(row.passed for row in rows)
