@@ -1,6 +1,7 @@
 """One failed rank ends the job at once, with one message: the first rank that knows speaks."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,12 +24,18 @@ class FailureWatch:
     message, and leaves its exit code there. A thread on every rank asks the store for that code
     and ends its process when it finds one, even inside a collective that would never return. A
     rank that fails later, because its peers are gone, finds the claim taken and stays silent.
+
+    A launcher that sees the first rank leave sends SIGTERM to the others. They must not die of it
+    with a code of their own, which srun would report instead, so SIGTERM ends a rank only if no
+    failure is found in the store.
     """
 
     def __init__(self, store: Store, rank: int) -> None:
         self._store = store
         self._rank = rank
-        self._stopped = threading.Event()
+        self._stopped, self._terminated = threading.Event(), threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: self._terminated.set())
         self._thread = threading.Thread(target=self._poll, name="failure-watch", daemon=True)
         self._thread.start()
 
@@ -84,12 +91,15 @@ class FailureWatch:
 
     def _poll(self) -> None:
         while not self._stopped.wait(POLL_S):
+            terminated = self._terminated.is_set()
             try:
                 failed = self._store.check(["exit_code"])
             except RuntimeError:
                 return  # the host of the store has left; the collectives will notice
             if failed and not self._stopped.is_set():
                 os._exit(int(self._store.get("exit_code")))
+            if terminated:
+                os._exit(128 + signal.SIGTERM)
 
 
 def describe(error: BaseException, rank: int | None = None) -> str:

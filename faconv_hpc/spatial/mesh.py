@@ -57,9 +57,7 @@ class ProcessMesh:
         """
         environment = RankEnvironment.read()
         device = _device(environment)
-        watch = None
-        if environment.world_size > 1 or environment.launcher != "plain":
-            watch = _join(environment, device, timeout_s)
+        watch = _join(environment, device, timeout_s)
         mesh = cls(replicas, lat, lon, environment.rank, device, watch=watch)
         with mesh.guarded():
             mesh.check_size(environment.world_size)

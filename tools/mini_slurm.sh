@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# A real Slurm on this machine: munge, slurmctld and one slurmd per node, in a directory of its own.
+#   tools/mini_slurm.sh start [NODES]    starts them (default 4 nodes) and prints the line to source
+#   tools/mini_slurm.sh status           what runs
+#   tools/mini_slurm.sh stop             ends them and removes the directory
+# MINI_SLURM_DIR chooses the directory (default /tmp/mini_slurm). Needs root, and Debian's packages
+# slurmctld slurmd slurm-client munge.
+set -euo pipefail
+dir=${MINI_SLURM_DIR:-/tmp/mini_slurm}
+export SLURM_CONF=$dir/slurm.conf
+
+need() {
+    local missing=()
+    for program in munged slurmctld slurmd srun; do
+        command -v "$program" > /dev/null || missing+=("$program")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        echo "missing: ${missing[*]}. Install them: apt-get install slurmctld slurmd slurm-client munge" >&2
+        exit 1
+    fi
+    if [ "$(id -u)" != 0 ]; then
+        echo "the daemons run as root here, you are $(id -un). Use root, for example inside a container." >&2
+        exit 1
+    fi
+}
+
+write_config() {
+    local nodes=$1 cpus memory_mib
+    cpus=$(nproc)
+    memory_mib=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 8 / 10))
+    mkdir -p "$dir/state" "$dir/log"
+    cat > "$SLURM_CONF" << CONF
+ClusterName=mini
+SlurmctldHost=$(hostname)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+SlurmctldPort=16817
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/%n
+SlurmctldPidFile=$dir/slurmctld.pid
+SlurmdPidFile=$dir/%n.pid
+SlurmctldLogFile=$dir/log/slurmctld.log
+SlurmdLogFile=$dir/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+SlurmdTimeout=10
+NodeName=n[1-$nodes] NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17001-$((17000 + nodes)) CPUs=$cpus RealMemory=$memory_mib
+PartitionName=debug Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+CONF
+}
+
+start() {
+    local nodes=${1:-4}
+    need
+    if [ -f "$SLURM_CONF" ] && scontrol ping 2> /dev/null | grep -q UP; then
+        echo "already running in $dir" >&2
+    else
+        write_config "$nodes"
+        mkdir -p /run/munge /var/log/munge && chown munge /run/munge /var/log/munge
+        [ -f /etc/munge/munge.key ] || mungekey --create
+        pgrep -x munged > /dev/null || runuser -u munge -- munged
+        slurmctld -f "$SLURM_CONF"
+        for number in $(seq "$nodes"); do slurmd -f "$SLURM_CONF" -N "n$number"; done
+        wait_until_idle "$nodes"
+    fi
+    echo "export SLURM_CONF=$SLURM_CONF"
+}
+
+wait_until_idle() {
+    for _ in $(seq 60); do
+        [ "$(sinfo --noheader --Node --format=%T | grep -c idle || true)" = "$1" ] && return
+        sleep 0.5
+    done
+    echo "the nodes are not idle after 30 s:" >&2
+    sinfo >&2
+    tail -n 5 "$dir"/log/*.log >&2
+    exit 1
+}
+
+end() {
+    local process
+    process=$(cat "$1" 2> /dev/null) || return 0
+    kill "$process" 2> /dev/null || return 0
+    for _ in $(seq 50); do
+        kill -0 "$process" 2> /dev/null || return 0
+        sleep 0.1
+    done
+    kill -9 "$process" 2> /dev/null || true
+}
+
+stop() {
+    if [ -f "$SLURM_CONF" ]; then
+        scancel --state=RUNNING 2> /dev/null || true
+        for file in "$dir"/*.pid; do end "$file"; done
+    fi
+    rm -rf "$dir"
+}
+
+case ${1:-} in
+    start) start "${2:-4}" ;;
+    status) sinfo && squeue ;;
+    stop) stop ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac
