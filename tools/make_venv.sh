@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv beside the project's files and installs the project with the extras given: make_venv.sh EXTRAS
+# Makes .venv beside the project's files and installs the project, with extras if given: make_venv.sh [EXTRAS]
 # A second call changes nothing unless the project's requirements have changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,15 +14,19 @@ command -v c++ > /dev/null || command -v g++ > /dev/null || {
     exit 1
 }
 
-stamp=.venv/installed-with
-wanted="$1 $(cat pyproject.toml tools/constraints.txt | cksum)"
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-    exit 0
-fi
-"$python" -m venv .venv
-pip="$PWD/.venv/bin/python -m pip --disable-pip-version-check"
+extras=${1:-}
+wanted="$(cat pyproject.toml tools/constraints.txt | cksum)"
+for stamp in ".venv/installed-$extras" .venv/installed-test; do # the tests' extras include all others
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        exit 0
+    fi
+done
+
+install() {
+    .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint tools/constraints.txt "$@"
+}
 echo "installing into .venv (a few minutes the first time)"
-# torch first and by itself, so that what builds against it finds the pinned version
-$pip install --quiet --constraint tools/constraints.txt torch 2> >(grep -v '^WARNING: Location' >&2)
-$pip install --quiet --constraint tools/constraints.txt --editable ".[$1]" 2> >(grep -v '^WARNING: Location' >&2)
-echo "$wanted" > "$stamp"
+"$python" -m venv .venv
+install torch # first and by itself, so that what builds against it finds the pinned version
+install --editable ".${extras:+[$extras]}"
+echo "$wanted" > ".venv/installed-$extras"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 config=configs/quickstart_era5.yaml
 store=data/era5_sample
 
-bash tools/make_venv.sh ""
+bash tools/make_venv.sh
 source .venv/bin/activate
 
 if [ ! -f "$store/store.nc" ]; then
