@@ -10,13 +10,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from sources import dataset, save
 
+from faconv_hpc.data.prepare import prepare
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
 
 SECONDS = 120
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def faconv(*arguments, before=(sys.executable,), environment=None):
@@ -77,11 +79,12 @@ def damage_nan(store):
 BAD_INPUTS = {
     "unknown key": (["--set", "training.stepps=3"], None, r"training\.stepps: unknown key\. Did you mean 'steps'"),
     "another number of ranks": (["--set", "mesh.lat=2"], None, r"needs 4 ranks"),
-    "more tiles than columns": ([], "tiny", r"1 columns cannot be cut over 2 ranks.*mesh\.lon"),
+    "more tiles than rows": (["--set", "mesh.lat=2", "--set", "mesh.lon=1"], "tiny", r"1 rows cannot be cut over 2 ranks.*mesh\.lat"),
+    "longitudes that do not close": ([], "region", r"longitudes do not close: 16 columns from 0 to 30.*lon_boundary"),
     "missing variable": (["--set", "data.variables=[wave_0, wav_1]"], None, r"wav_1.*wave_1"),
     "no store": (["--set", "data.store=nowhere"], None, r"nowhere.*faconv data prepare"),
     "truncated file": ([], damage_truncate, r"fields-00000\.nc.*"),
-    "NaN on one rank": ([], damage_nan, r"rank 1.*fields-00000\.nc.*wave_1"),
+    "NaN on one rank": ([], damage_nan, r"rank 1\).*wave_1.*fields-00000\.nc"),
     "irregular time": ([], "irregular", r"irregular.*data\.allow_irregular_time"),
     "window too long": (["--set", "data.window=16"], None, r"a window of 16 inputs needs 17 frames"),
     "wrong boundary": ([], "odd", r"even number of columns"),
@@ -91,7 +94,11 @@ BAD_INPUTS = {
 def store_for(kind, directory):
     """A store with the fault; some faults are damage, others are in what the store holds."""
     if kind == "tiny":
-        return make_store(directory / "store", nlat=11, nlon=1)
+        return make_store(directory / "store", nlat=1)
+    if kind == "region":
+        columns = ("lon", np.arange(16) * 2.0, {"units": "degrees_east"})
+        prepare([save(dataset(lon=columns), directory / "region.nc")], directory / "store")
+        return directory / "store"
     if kind == "odd":
         return make_store(directory / "store", nlon=13)
     store = make_store(directory / "store")

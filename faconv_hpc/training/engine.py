@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,6 +220,7 @@ def _deepspeed_config(training: TrainingConfig, device: torch.device) -> dict[st
 def _quiet() -> Iterator[None]:
     """DeepSpeed prints its build steps; they are shown only if it fails."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's calls
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
