@@ -3,13 +3,22 @@
 from typing import Any
 
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Context = Any
 """What autograd hands to forward and backward; it has no public type."""
 
 
 class Operation(Function):
-    """A `torch.autograd.Function` that is used by `call`."""
+    """A `torch.autograd.Function` that is used by `call`.
+
+    Its backward cannot be differentiated again: what other ranks sent carries no history here, so
+    second derivatives would silently lack their part. Autograd raises instead.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.backward = staticmethod(once_differentiable(cls.backward))  # type: ignore[method-assign,assignment]
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:

@@ -129,17 +129,26 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        from .spatial.environment import RankEnvironment
+        if _job_ranks() > 1:  # found before joining: the ranks agree on who says it
+            from .spatial.mesh import report_before_joining
 
-        if RankEnvironment.rank_hint() == 0:  # every rank reads the same config and finds the same
-            print(f"faconv: error: {error}", file=sys.stderr)
+            report_before_joining(error)
+        print(f"faconv: error: {error}", file=sys.stderr)
         sys.exit(EXIT_INPUT)
 
 
 def _starts_ranks(ranks: int | None) -> bool:
+    """Whether this process is to start ranks, and is not one of them."""
     from .launch.local import inside_a_job
 
-    return ranks is not None and not inside_a_job()
+    if ranks is None or not inside_a_job():
+        return ranks is not None
+    if ranks != _job_ranks():
+        raise InputError(
+            f"--ranks is {ranks}, but this is one of {_job_ranks()} ranks that are already started. "
+            f"Leave --ranks out inside torchrun, srun or mpiexec."
+        )
+    return False
 
 
 def _job_ranks() -> int:

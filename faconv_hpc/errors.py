@@ -4,6 +4,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_NO_REQUEUE = 93
+EXIT_INTERRUPTED = 130  # what shells make of Ctrl-C
 
 
 class InputError(ValueError):
@@ -18,4 +19,6 @@ def exit_code_of(error: BaseException) -> int:
     """The exit code with which a process ends because of this error."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -79,7 +81,7 @@ def damage_nan(store):
 BAD_INPUTS = {
     "unknown key": (["--set", "training.stepps=3"], None, r"training\.stepps: unknown key\. Did you mean 'steps'"),
     "another number of ranks": (["--set", "mesh.lat=2"], None, r"needs 4 ranks"),
-    "more tiles than rows": (["--set", "mesh.lat=2", "--set", "mesh.lon=1"], "tiny", r"1 rows cannot be cut over 2 ranks.*mesh\.lat"),
+    "more tiles than rows": (["--set", "mesh={lat: 2}"], "tiny", r"1 rows cannot be cut over 2 ranks.*mesh\.lat"),
     "longitudes that do not close": ([], "region", r"longitudes do not close: 16 columns from 0 to 30.*lon_boundary"),
     "missing variable": (["--set", "data.variables=[wave_0, wav_1]"], None, r"wav_1.*wave_1"),
     "no store": (["--set", "data.store=nowhere"], None, r"nowhere.*faconv data prepare"),
@@ -88,7 +90,7 @@ BAD_INPUTS = {
     "irregular time": ([], "irregular", r"irregular.*data\.allow_irregular_time"),
     "window too long": (["--set", "data.window=16"], None, r"a window of 16 inputs needs 17 frames"),
     "wrong boundary": ([], "odd", r"even number of columns"),
-}  # fmt: skip
+}
 
 
 def store_for(kind, directory):
@@ -143,6 +145,91 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path, store):
     assert process.returncode == 1
     assert process.stderr.count("Traceback") == 1
     assert messages(process) == ["faconv: failed (rank 1): RuntimeError: played fault"]
+
+
+def start(*arguments):
+    """``faconv train`` as a shell starts it, in a process group of its own."""
+    command = [sys.executable, "-m", "faconv_hpc", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_steps(run_dir, process, steps=2):
+    deadline = time.monotonic() + SECONDS
+    while len(list(read_records(run_dir))) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.1)
+
+
+def ranks_of(process):
+    """Process numbers of the ranks, in order."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    variable = re.compile(rb"FACONV_LOCAL_RANK=(\d+)")
+    found = {int(variable.search(Path(f"/proc/{child}/environ").read_bytes())[1]): int(child) for child in children}
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, store, victim):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000})
+    process = start("train", config, "--ranks", 2)
+    wait_for_steps(tmp_path / "run", process)
+    os.kill(ranks_of(process)[victim], signal.SIGKILL)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 1
+    assert f"faconv: failed: rank {victim} was ended by SIGKILL" in told
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_ranks(tmp_path, store, number, code):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000})
+    process = start("train", config, "--ranks", 2)
+    wait_for_steps(tmp_path / "run", process)
+    ranks = ranks_of(process)
+    os.killpg(process.pid, number)  # as a terminal does
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == code, told
+    assert told.count("interrupted") == (number == signal.SIGINT) and "Traceback" not in told
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path, store):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000})
+    process = start("train", config, "--ranks", 2)
+    wait_for_steps(tmp_path / "run", process)
+    ranks = ranks_of(process)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, "ranks train on without the process that started them"
+        time.sleep(0.1)
+    process.communicate()
+
+
+def test_a_config_that_only_one_rank_lacks(tmp_path, store):
+    """Found before the ranks join: those who wait for it are told and end."""
+    config = write_config(tmp_path, store, mesh={"lon": 2})
+    processes = []
+    for rank, path in enumerate([config, tmp_path / "nowhere.yaml"]):
+        port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
+        variables = os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "faconv_hpc", "train", str(path)]
+        processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    told = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert told.count("faconv: error") == 1 and "nowhere.yaml cannot be read" in told
+
+
+def test_one_rank_has_nothing_to_verify(tmp_path, store):
+    config = write_config(tmp_path, store)
+    process = faconv("verify", config)
+    assert process.returncode == 2 and "one rank has nothing to compare" in process.stderr
+    shell = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # srun --pty bash
+    started = faconv("verify", config, "--ranks", 2, environment=shell)
+    assert started.returncode == 0 and "1x2" in started.stdout, started.stderr
+    inside = faconv("verify", config, "--ranks", 3, before=TORCHRUN)
+    assert "--ranks is 3, but this is one of 2 ranks" in inside.stderr
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

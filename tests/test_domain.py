@@ -162,3 +162,5 @@ def test_a_mesh_of_another_size_is_refused():
         ProcessMesh(1, 2, 2).check_size(2)
     with pytest.raises(InputError, match=r"the cuts make 2 x 1 tiles, the mesh has 1 x 1"):
         Domain(LatLonGrid(6, 8), cuts=Cuts.even(LatLonGrid(6, 8), 2, 1))
+    with pytest.raises(InputError, match=r"row_edges \(0, 5\) must run from 0 to 6 and increase"):
+        Domain(LatLonGrid(6, 8), cuts=Cuts((0, 5), (0, 8)))

@@ -8,6 +8,7 @@ from test_parity import randomized
 
 from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.config import TrainingConfig
+from faconv_hpc.training import engine as engine_module
 from faconv_hpc.training.engine import Engine
 
 LAYOUTS = [Layout(1, 2, 2), Layout(2, 1, 2), Layout(2, 2, 1), Layout(4, 1, 1)]
@@ -85,6 +86,34 @@ def test_one_sgd_update_equals_one_process(layout, stage, clip_norm):
         assert update > 1e-3  # else the test proves nothing
         assert difference <= 1e-6
         assert got_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint_steps", [0, 2])
+def test_zero_3_with_every_parameter_cut(checkpoint_steps):
+    """By default DeepSpeed keeps parameters as small as ours whole on every rank."""
+
+    def check(mesh):
+        config = engine_module._deepspeed_config
+
+        def cut_all(training, device):
+            tree = config(training, device)
+            tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            return tree
+
+        engine_module._deepspeed_config = cut_all
+        try:
+            training = TrainingConfig(
+                steps=100, optimizer="sgd", learning_rate=1.0, zero_stage=3, clip_norm=0, micro_batch=2
+            )
+            engine = Engine(network(checkpoint_steps), mesh, training)
+        finally:
+            engine_module._deepspeed_config = config
+        assert not any(parameter.ds_persist for parameter in engine.network.parameters())
+        sharded_update(engine, Domain(grid(), mesh), 2, 1, 1.0)
+        got, (want, _) = dict(engine.full_parameters()), one_process_update(training, Domain(grid()))
+        return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+    assert max(run_on_ranks(Layout(2, 1, 2), check)) <= 1e-6
 
 
 @pytest.mark.parametrize("stage", [0, 3])

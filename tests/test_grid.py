@@ -48,6 +48,11 @@ def test_longitudes_may_start_anywhere_and_carry_rounding():
         ({"nlat": 3, "nlon": 5, "lat_boundary": "pole"}, "even number of columns.*5 columns"),
         ({"nlat": 3, "nlon": 4, "lat_boundary": "pole", "lon_boundary": "zero"}, "needs periodic longitudes"),
         ({"nlat": 3, "nlon": 4, "lon_boundary": "pole"}, "only rows end at a pole"),
+        ({"nlat": 3, "nlon": 4, "longitude_deg": [0, 80, 180, 270]}, "equally spaced, got steps from 80 to 100"),
+        (
+            {"nlat": 3, "nlon": 4, "latitude_deg": [30, 0, -30], "lat_boundary": "pole"},
+            "in the north is 'pole', but the outermost row lies at 30 degrees, more than a row",
+        ),
         ({"nlat": 3, "nlon": 4, "lat_boundary": ("periodic", "zero")}, "a periodic boundary joins both sides"),
         ({"nlat": 3, "nlon": 4, "lat_boundary": "wall"}, "'wall', which is no boundary. Use one of periodic, pole"),
     ],

@@ -1,5 +1,8 @@
 """Layers on one tile: against Keras, against a plain transcription, and their own promises."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from test_domain import random_like
@@ -105,6 +108,56 @@ def test_compiled_kernels_equal_eager_ones():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_layer_takes_any_number_of_shapes():
+    """More than the eight compilations after which torch gives up by default."""
+    layer = FAConvLSTM2d(3, 8, attention_every=0, kernels="compiled")
+    eager = FAConvLSTM2d(3, 8, attention_every=0)
+    eager.load_state_dict(layer.state_dict())
+    for batch, rows, columns in [
+        (1, 9, 10),
+        (2, 9, 10),
+        (1, 1, 10),
+        (1, 9, 1),
+        (3, 6, 7),
+        (2, 1, 1),
+        (1, 5, 33),
+        (2, 8, 1),
+    ]:
+        x = torch.randn(batch, 2, 3, rows, columns)
+        grads = [torch.autograd.grad(one(x)[0].square().sum(), one.mixing_weight)[0] for one in (layer, eager)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_without_backward_frees_everything():
+    """What checkpointing keeps must not keep itself alive: the garbage collector cannot see such a cycle."""
+    network = FAConvLSTMNetwork(3, 2, 8, 1, embedding_channels=16, checkpoint_steps=1, attention_every=0)
+    domain = Domain(LatLonGrid(8, 12))
+    x = torch.randn(1, 2, 3, 8, 12)
+    kept = []
+    hook = network.layers[0].register_forward_pre_hook(lambda module, inputs: kept.append(weakref.ref(inputs[0])))
+    network(x, torch.zeros(1, 2), domain=domain)
+    hook.remove()
+    gc.collect()
+    assert len(kept) == 2 and all(one() is None for one in kept)
+
+
+def test_second_derivatives_are_refused():
+    domain = Domain(LatLonGrid(6, 8))
+    x = random_like((1, 2, 6, 8), 0).requires_grad_()
+    (gradient,) = torch.autograd.grad(domain.pad(x, 1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_training_after_inference_mode():
+    domain = Domain(LatLonGrid(6, 8))
+    layer = FAConvLSTM2d(3, 8, attention_every=1)
+    x = torch.randn(1, 2, 3, 6, 8)
+    with torch.inference_mode():
+        layer(x, domain=domain)
+    layer(x, domain=domain)[0].sum().backward()
+
+
 @pytest.mark.parametrize("cell", ["faconvlstm", "convlstm"])
 def test_a_sequence_in_pieces_equals_the_whole(cell):
     options = {"attention_every": 3} if cell == "faconvlstm" else {}
@@ -116,6 +169,38 @@ def test_a_sequence_in_pieces_equals_the_whole(cell):
     joined = torch.cat([first.tendency_BTCYX, second.tendency_BTCYX], dim=1)
     torch.testing.assert_close(joined, whole.tendency_BTCYX, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(second.state[1][0], whole.state[1][0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["faconvlstm", "convlstm"])
+def test_sequences_of_different_length_equal_each_by_itself(cell):
+    options = {"attention_every": 2} if cell == "faconvlstm" else {}
+    network = randomized(
+        FAConvLSTMNetwork(3, 2, 8, 2, cell=cell, embedding_channels=16, coarse_shape=(2, 2), **options)
+    )
+    x, season, target = (
+        random_like((2, 5, 3, 6, 8), 0),
+        random_like((2, 5), 1).sigmoid(),
+        random_like((2, 5, 2, 6, 8), 2),
+    )
+    lengths, domain = (3, 5), Domain(LatLonGrid(6, 8))
+    valid_BT = torch.arange(5) < torch.tensor(lengths)[:, None]
+    together = network(x, season, domain=domain, valid_BT=valid_BT)
+    loss = network.loss(together, x, target, domain)
+    losses = []
+    for sample, length in enumerate(lengths):
+        part = (slice(sample, sample + 1), slice(length))
+        alone = network(x[part], season[part], domain=domain)
+        losses.append(network.loss(alone, x[part], target[part], domain).value)
+        torch.testing.assert_close(together.tendency_BTCYX[part], alone.tendency_BTCYX)
+        torch.testing.assert_close(together.embedding_BTE[part], alone.embedding_BTE)
+        torch.testing.assert_close(together.state[1][0][sample], alone.state[1][0][0])
+    torch.testing.assert_close(loss.value, torch.stack(losses).mean())
+    x_beyond = x.clone()
+    x_beyond[0, 3:] = 100.0  # what lies beyond the end changes nothing
+    beyond = network(x_beyond, season, domain=domain, valid_BT=valid_BT)
+    torch.testing.assert_close(
+        network.forecast_loss(beyond, target, domain).value, network.forecast_loss(together, target, domain).value
+    )
 
 
 def test_rotating_the_globe_rotates_the_output():
@@ -161,10 +246,11 @@ def test_peepholes_and_attention_are_trained():
 
 
 def test_bfloat16_activations_keep_a_float32_cell_state():
-    layer = FAConvLSTM2d(3, 8, attention_every=2).to(torch.bfloat16)
-    out, (h, c) = layer(torch.randn(1, 3, 3, 6, 8, dtype=torch.bfloat16))
-    assert out.dtype == h.dtype == torch.bfloat16 and c.dtype == torch.float32
-    out.float().square().sum().backward()
+    for layer in (FAConvLSTM2d(3, 8, attention_every=2), ConvLSTM2d(3, 8)):
+        layer = layer.to(torch.bfloat16)
+        out, (h, c) = layer(torch.randn(1, 3, 3, 6, 8, dtype=torch.bfloat16))
+        assert out.dtype == h.dtype == torch.bfloat16 and c.dtype == torch.float32
+        out.float().square().sum().backward()
 
 
 def test_the_cost_rule_for_attention():
@@ -174,13 +260,24 @@ def test_the_cost_rule_for_attention():
 def test_coarse_means_are_means_over_regions():
     grid = LatLonGrid(7, 9)
     x = random_like((1, 1, 1, 7, 9), 0)
-    got = coarse_means(x, Domain(grid), (2, 3))[0, 0, 0]
+    means, counts = coarse_means(x, Domain(grid), (2, 3))
+    assert counts is None
+    got = means[0, 0, 0]
     area = torch.as_tensor(grid.cell_area_sr)[:, None].expand(7, 9)
     rows, columns = torch.arange(7) * 2 // 7, torch.arange(9) * 3 // 9
     for r in range(2):
         for c in range(3):
             inside = (rows == r)[:, None] & (columns == c)
             torch.testing.assert_close(got[r, c], (x[0, 0, 0] * area)[inside].sum() / area[inside].sum())
+
+
+def test_coarse_means_leave_missing_cells_out():
+    x = torch.full((1, 1, 1, 4, 6), 2.0)
+    known = torch.ones_like(x)
+    known[..., :2, :] = torch.tensor([1.0, 0, 1, 0, 0, 0])  # of the northern regions, the last has no cell
+    means, counts = coarse_means(x * known, Domain(LatLonGrid(4, 6)), (2, 3), known)
+    torch.testing.assert_close(means[0, 0, 0], torch.tensor([[2.0, 2, 0], [2, 2, 2]]))
+    assert counts[0, 0, 0].tolist() == [[True, True, False], [True, True, True]]
 
 
 def test_the_seasonal_encoding_closes_the_year():

@@ -44,6 +44,14 @@ class Batch:
     year_fraction_BT: Tensor
     windows: tuple[int, ...]
 
+    @property
+    def known_BTCYX(self) -> Tensor | None:
+        """1 where a field of the input is known, 0 where it is missing; None if nothing is ever missing."""
+        if self.valid_BTCYX is None:
+            return None
+        fields = self.target_BTCYX.shape[2]
+        return self.inputs_BTCYX[:, :, fields : 2 * fields]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

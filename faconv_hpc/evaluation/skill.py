@@ -92,7 +92,13 @@ def trained_network(config: RunConfig, windows: Windows, device: torch.device) -
             f"{config.run_dir} has no checkpoint yet. Wait for the run to end, or set training.checkpoint_every."
         )
     network = build_network(config, windows)
-    network.load_state_dict(found[-1].parameters())
+    try:
+        network.load_state_dict(found[-1].parameters())
+    except RuntimeError as error:
+        raise InputError(
+            f"{found[-1].path} holds another network than {CONFIG_FILE} describes: {error}. "
+            f"Give the run_dir as `faconv train` left it."
+        ) from None
     return network.to(device).eval()
 
 
@@ -105,16 +111,17 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     workspace = Workspace.open(config, mesh)
     windows = _windows(workspace)
     network = trained_network(config, windows, mesh.device)
-    squares = torch.zeros(2, len(windows.field_channels), dtype=torch.float64)
+    squares, weights = (torch.zeros(2, len(windows.field_channels), dtype=torch.float64) for _ in range(2))
     truth = forecast = None
     for index in range(len(windows)):
         truth, forecast = _last_step(network, windows, index, workspace.domain)
-        squares += torch.stack(
-            [_area_mean_square(forecast - truth, workspace.domain), _area_mean_square(truth, workspace.domain)]
-        )
+        for row, field in enumerate((forecast - truth, truth)):
+            square, weight = _area_square(field, workspace.domain)
+            squares[row] += square
+            weights[row] += weight
     assert truth is not None and forecast is not None, "a Windows has at least one window"
     scale = torch.from_numpy(workspace.store.tendency_std[workspace.store.channel_indices(windows.field_channels)])
-    rmse = (squares / len(windows)).sqrt() * scale
+    rmse = (squares / weights).sqrt() * scale
     first, last = _ends([record.loss for record in read_records(config.run_dir)])
     return Evaluation(
         held_out=config.data.held_out_frames > 0,
@@ -136,7 +143,7 @@ def save_skill(evaluation: Evaluation, run_dir: Path) -> Path:
         "last_loss": evaluation.last_loss,
         "skills": [asdict(skill) | {"ratio": skill.ratio} for skill in evaluation.skills],
     }
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2).replace("NaN", "null") + "\n")  # JSON knows no NaN
     return path
 
 
@@ -157,12 +164,13 @@ def _last_step(network: FAConvLSTMNetwork, windows: Windows, index: int, domain:
     return truth, output.tendency_BTCYX[0, -1]
 
 
-def _area_mean_square(x_CYX: Tensor, domain: Domain) -> Tensor:
-    """(C,) area-weighted mean square over the whole grid, in float64, NaN left out."""
+def _area_square(x_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
+    """(C,) area-weighted sums over the whole grid of the squares that are not NaN, and of their weights."""
     valid = ~x_CYX.isnan()
     square = x_CYX.double().nan_to_num().square()
     weight = domain.row_weights(square)[:, None] * valid
-    return (domain.total((square * weight).sum((-2, -1))) / domain.total(weight.sum((-2, -1)))).cpu()
+    sums = domain.total(torch.stack([(square * weight).sum((-2, -1)), weight.sum((-2, -1))])).cpu()
+    return sums[0], sums[1]
 
 
 def _skills(windows: Windows, rmse: Tensor) -> tuple[Skill, ...]:

@@ -1,11 +1,12 @@
 """Several ranks on this machine, without a scheduler: started, watched, and ended together."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from ..errors import EXIT_FAILED, EXIT_OK
@@ -14,22 +15,31 @@ from ..spatial.environment import RankEnvironment, free_port
 GRACE_S = 10.0  # the others end themselves when they learn of a failure; see spatial/failure.py
 POLL_S = 0.05
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STARTED_BY_US = "FACONV_LOCAL_RANK"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def inside_a_job() -> bool:
-    """Whether this process is already one of several ranks that somebody else started."""
-    return RankEnvironment.launcher_name() != "plain"
+    """Whether this process is one of several ranks, or one that `run_local_ranks` has started.
+
+    An interactive shell on a node (``srun --pty bash``) or a container may set the variables of a job
+    of one rank; starting ranks from there is what the user asks for.
+    """
+    return STARTED_BY_US in os.environ or RankEnvironment.world_size_hint() > 1
 
 
 def run_local_ranks(arguments: Sequence[str], ranks: int) -> int:
     """Runs ``faconv ARGUMENTS`` on so many ranks of this machine and returns the exit code of the first to fail.
 
-    When one fails the others get `GRACE_S` seconds to leave and are then killed. Signals are passed on.
+    When one fails the others get `GRACE_S` seconds to leave and are then killed. Signals are passed on; if
+    this process is killed, the ranks are told to end.
     """
-    port = free_port()
-    workers = [_start(arguments, rank, ranks, port) for rank in range(ranks)]
+    workers: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, _passing_on(workers)) for number in PASSED_ON}
     try:
+        port = free_port()
+        for rank in range(ranks):
+            workers.append(_start(arguments, rank, ranks, port))
         return _wait(workers)
     finally:
         for number, handler in before.items():
@@ -40,13 +50,25 @@ def run_local_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 def _start(arguments: Sequence[str], rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | RankEnvironment(rank, ranks, rank, port=port).variables()
+    variables = RankEnvironment(rank, ranks, rank, port=port).variables() | {STARTED_BY_US: str(rank)}
+    environment = os.environ | variables
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    return subprocess.Popen([sys.executable, "-m", "faconv_hpc", *arguments], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "faconv_hpc", *arguments],
+        env=environment,
+        start_new_session=True,  # so that Ctrl-C reaches the ranks once, through us
+        preexec_fn=_end_with_parent,
+    )
 
 
-def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> "signal._HANDLER":
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the parent dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
     def handler(number: int, frame: FrameType | None) -> None:
         for worker in workers:
             if worker.poll() is None:
@@ -68,7 +90,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     if failed is None and not codes:
         return EXIT_OK
     code = failed if failed is not None else codes[0]
-    if code < 0:
-        print(f"faconv: failed: a rank was ended by {signal.Signals(-code).name}", file=sys.stderr)
-        return EXIT_FAILED
-    return code
+    for rank, worker in enumerate(workers):
+        if worker.returncode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+            name = signal.Signals(-worker.returncode).name
+            print(f"faconv: failed: rank {rank} was ended by {name}", file=sys.stderr)
+    return code if code > 0 else EXIT_FAILED

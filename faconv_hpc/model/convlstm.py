@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .layer import State
+from .layer import State, held
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,  # Keras 3
@@ -64,7 +64,13 @@ class ConvLSTM2d(nn.Module):
             nn.init.ones_(self.bias.data[self.hidden_channels : 2 * self.hidden_channels])
 
     def forward(
-        self, x_BTCYX: Tensor, state: State | None = None, *, domain: Domain | None = None, first_step: int = 0
+        self,
+        x_BTCYX: Tensor,
+        state: State | None = None,
+        *,
+        domain: Domain | None = None,
+        first_step: int = 0,
+        valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
@@ -73,7 +79,10 @@ class ConvLSTM2d(nn.Module):
         h, c = state if state is not None else self._zero_state(gates_BTCYX)
         outputs = []
         for step in range(x_BTCYX.shape[1]):
+            before = h, c
             h, c = self._step(gates_BTCYX[:, step], h, c, inner)
+            if valid_BT is not None:
+                h, c = held((h, c), before, valid_BT[:, step])
             outputs.append(h)
         return torch.stack(outputs, dim=1), (h, c)
 
@@ -92,14 +101,14 @@ class ConvLSTM2d(nn.Module):
 
     def _zero_state(self, gates_BTCYX: Tensor) -> State:
         h = gates_BTCYX.new_zeros(gates_BTCYX.shape[0], self.hidden_channels, *gates_BTCYX.shape[-2:])
-        return h, h.clone()
+        return h, h.to(torch.promote_types(h.dtype, torch.float32))
 
     def _step(self, gates_BCYX: Tensor, h: Tensor, c: Tensor, domain: Domain) -> State:
         recurrent = functional.conv2d(domain.pad(h, self.reach), self.recurrent_weight)
-        i, f, g, o = (gates_BCYX + recurrent).chunk(4, dim=1)
+        i, f, g, o = (gates_BCYX + recurrent).to(c.dtype).chunk(4, dim=1)
         activation = self.recurrent_activation
         c = activation(f) * c + activation(i) * torch.tanh(g)
-        return activation(o) * torch.tanh(c), c
+        return (activation(o) * torch.tanh(c)).to(h.dtype), c
 
 
 def _check(kernel_size: int, padding: str, recurrent_activation: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import _dynamo as dynamo
 from torch.nn import functional
 
 from ..autograd import Context, Operation
@@ -21,6 +22,7 @@ Offsets = tuple[tuple[int, int], ...]
 """(row, column) of each tap in the padded buffer, relative to the cell's own north-western corner."""
 
 KERNEL_MODES = ("eager", "compiled")
+SHAPES = 64  # compilations of one pass before torch gives up; its default of 8 is soon reached by tests of layouts
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def kernels_for(mode: str) -> Kernels:
         raise InputError(f"kernels={mode!r} is not known. Use one of {', '.join(KERNEL_MODES)}.")
     passes: tuple[Any, ...] = (_shifted_sum, _shifted_products, _gate_forward, _gate_backward)
     if mode == "compiled":
-        passes = tuple(torch.compile(one, dynamic=False, fullgraph=True) for one in passes)
+        # A tile shape of its own costs a compilation; from the second on sizes are symbols in the code.
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, SHAPES)
+        passes = tuple(torch.compile(one, fullgraph=True) for one in passes)
     return Kernels(*passes)
 
 

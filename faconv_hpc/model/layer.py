@@ -86,8 +86,9 @@ class FAConvLSTM2d(nn.Module):
             if attention_every
             else None
         )
-        self._owner: Tensor
-        self.register_buffer("_owner", torch.tensor(self.taps.owner), persistent=False)
+        self._owner_DKN: Tensor
+        owner = functional.one_hot(torch.tensor(self.taps.owner), len(self.taps.offsets)).float()
+        self.register_buffer("_owner_DKN", owner, persistent=False)
         self.reset_parameters()
 
     def _add_peephole(self, peephole: bool) -> None:
@@ -109,7 +110,13 @@ class FAConvLSTM2d(nn.Module):
         nn.init.ones_(self.expansion_bias.data[forget])
 
     def forward(
-        self, x_BTCYX: Tensor, state: State | None = None, *, domain: Domain | None = None, first_step: int = 0
+        self,
+        x_BTCYX: Tensor,
+        state: State | None = None,
+        *,
+        domain: Domain | None = None,
+        first_step: int = 0,
+        valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Runs a sequence. A sequence continued in pieces equals the whole.
 
@@ -118,6 +125,8 @@ class FAConvLSTM2d(nn.Module):
             state: (h, c) to start from; zeros by default.
             domain: where the tile lies; default: all there is, a plane with zero boundaries.
             first_step: number of steps before this piece, so that attention keeps its period.
+            valid_BT: bool, for sequences of different length: at a step that is not valid a sample keeps
+                its state and repeats its output, as Keras does with a mask. The same on every tile.
 
         Returns:
             h of every step (B, T, C_h, Y, X), and the state after the last.
@@ -128,9 +137,12 @@ class FAConvLSTM2d(nn.Module):
         padded_BTCYX, mean_BTC = self._input_bottleneck(x_BTCYX, domain)
         outputs = []
         for step in range(x_BTCYX.shape[1]):
-            h, c = self._step(padded_BTCYX[:, step], mean_BTC[:, step], (h, c), domain)
+            before = h, c
+            h, c = self._step(padded_BTCYX[:, step], mean_BTC[:, step], before, domain)
             if self.attention is not None and (first_step + step + 1) % self.attention_every == 0:
                 h = h + self.attention(h, domain)
+            if valid_BT is not None:
+                h, c = held((h, c), before, valid_BT[:, step])
             outputs.append(h)
         return torch.stack(outputs, dim=1), (h, c)
 
@@ -169,10 +181,14 @@ class FAConvLSTM2d(nn.Module):
 
     def _tap_weights(self, weight_BDCK: Tensor, first: int = 0) -> Tensor:
         """(B, C, taps): kernel weights added where kernels of several dilations share a cell."""
-        owner = self._owner[first : first + weight_BDCK.shape[1]].flatten()
-        weights = weight_BDCK.transpose(1, 2).flatten(2)
-        taps = weights.new_zeros(*weights.shape[:2], len(self.taps.offsets))
-        return taps.index_add(2, owner, weights)
+        owner_DKN = self._owner_DKN[first : first + weight_BDCK.shape[1]].to(weight_BDCK.dtype)
+        return torch.einsum("bdck,dkn->bcn", weight_BDCK, owner_DKN)
+
+
+def held(after: State, before: State, valid_B: Tensor) -> State:
+    """The state after a step for samples whose step is valid, the one before it for the others."""
+    valid = valid_B[:, None, None, None]
+    return after[0].where(valid, before[0]), after[1].where(valid, before[1])
 
 
 def _check(kernel_size: int, dilations: Sequence[int], fuse: str, attention_every: int) -> None:

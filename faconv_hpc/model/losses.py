@@ -64,14 +64,20 @@ def area_mean_squared_error(
     return Loss(objective=share * domain.tiles, value=domain.total(share.detach()))
 
 
-def shared_mean_squared_error(predicted: Tensor, target: Tensor, domain: Domain) -> Loss:
-    """Mean squared error of tensors that all tiles hold in full, such as a coarse field.
+def shared_mean_squared_error(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Loss:
+    """Mean squared error of tensors (B, ...) that all tiles hold in full, such as a coarse field.
 
     Each of the P tiles has the whole error, so its share is a P-th of it, and P times that is the error.
+    Each sample is averaged over its own valid entries (bool, default: all).
     """
     precision = at_least_float32(predicted.dtype)
-    error = (predicted.to(precision) - target.to(precision)).square().mean()
-    return Loss(objective=error, value=error.detach())
+    error = (predicted.to(precision) - target.to(precision)).square()
+    if valid is None:
+        loss = error.mean()
+    else:
+        counted_B = valid.flatten(1).sum(1).clamp_min(1)
+        loss = ((error * valid).flatten(1).sum(1) / counted_B).mean()
+    return Loss(objective=loss, value=loss.detach())
 
 
 def _area_sum(x_BTCYX: Tensor, domain: Domain) -> Tensor:

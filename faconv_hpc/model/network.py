@@ -28,12 +28,14 @@ class NetworkOutput:
         embedding_BTE: z, one per step.
         coarse_BTCRS: the field of each step as the embedding knows it, R x S regions.
         state: per layer (h, c) after the last step.
+        valid_BT: the steps that count in the losses; None: all.
     """
 
     tendency_BTCYX: Tensor
     embedding_BTE: Tensor
     coarse_BTCRS: Tensor
     state: tuple[State, ...]
+    valid_BT: Tensor | None = None
 
 
 class FAConvLSTMNetwork(nn.Module):
@@ -91,8 +93,9 @@ class FAConvLSTMNetwork(nn.Module):
         domain: Domain | None = None,
         state: Sequence[State] | None = None,
         first_step: int = 0,
+        valid_BT: Tensor | None = None,
     ) -> NetworkOutput:
-        """Runs a sequence; see `FAConvLSTM2d.forward` for state and first_step.
+        """Runs a sequence; see `FAConvLSTM2d.forward` for state, first_step and valid_BT.
 
         Args:
             x_BTCYX: normalized fields and forcings of this tile.
@@ -104,20 +107,29 @@ class FAConvLSTMNetwork(nn.Module):
         states: Sequence[State | None] = state or [None] * len(self.layers)
         tendencies, means = [], []
         for start in range(0, steps, length):
-            segment = partial(self._segment, domain=domain, first_step=first_step + start)
-            piece = x_BTCYX[:, start : start + length]
+            span = slice(start, start + length)
+            valid = None if valid_BT is None else valid_BT[:, span]
+            segment = partial(self._segment, domain=domain, first_step=first_step + start, valid_BT=valid)
+            piece = x_BTCYX[:, span]
             tendency, mean, states = self._maybe_checkpointed(segment, piece, states, domain)
             tendencies.append(tendency)
             means.append(mean)
-        embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT)
+        embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
         final = tuple(one for one in states if one is not None)
-        return NetworkOutput(torch.cat(tendencies, dim=1), embedding_BTE, coarse, final)
+        return NetworkOutput(torch.cat(tendencies, dim=1), embedding_BTE, coarse, final, valid_BT)
 
     def loss(
-        self, output: NetworkOutput, x_BTCYX: Tensor, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None
+        self,
+        output: NetworkOutput,
+        x_BTCYX: Tensor,
+        target_BTCYX: Tensor,
+        domain: Domain,
+        valid: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Loss:
         """`forecast_loss` plus `embedding_loss`: what training minimizes."""
-        return self.forecast_loss(output, target_BTCYX, domain, valid) + self.embedding_loss(output, x_BTCYX, domain)
+        forecast = self.forecast_loss(output, target_BTCYX, domain, valid)
+        return forecast + self.embedding_loss(output, x_BTCYX, domain, known)
 
     def forecast_loss(
         self, output: NetworkOutput, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None
@@ -129,17 +141,27 @@ class FAConvLSTMNetwork(nn.Module):
             target_BTCYX: the true tendency, in units of its standard deviation.
             valid: bool, like the target: cells that count. Default: all.
         """
+        if output.valid_BT is not None:
+            steps = output.valid_BT[:, :, None, None, None].expand_as(target_BTCYX)
+            valid = steps if valid is None else valid & steps
         return area_mean_squared_error(output.tendency_BTCYX, target_BTCYX, domain, valid)
 
-    def embedding_loss(self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain) -> Loss:
+    def embedding_loss(
+        self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain, known_BTCYX: Tensor | None = None
+    ) -> Loss:
         """Weighed error of the coarse fields that the embeddings map to.
 
         Args:
             output: of `forward` on ``x_BTCYX``, whose first channels are the fields.
+            known_BTCYX: 1 where a field is known, 0 where it is missing; a region's mean is over its
+                known cells, a region without any counts in no loss. Default: all are known.
         """
         fields = x_BTCYX[:, :, : self.field_channels]
-        coarse = coarse_means(fields, domain, self.subspace.coarse_shape)
-        return shared_mean_squared_error(output.coarse_BTCRS, coarse, domain) * self.embedding_weight
+        coarse, counts = coarse_means(fields, domain, self.subspace.coarse_shape, known_BTCYX)
+        if output.valid_BT is not None:
+            steps = output.valid_BT[:, :, None, None, None]
+            counts = steps.expand_as(coarse) if counts is None else counts & steps
+        return shared_mean_squared_error(output.coarse_BTCRS, coarse, counts) * self.embedding_weight
 
     def _maybe_checkpointed(
         self, segment: Any, x_BTCYX: Tensor, states: Sequence[State | None], domain: Domain
@@ -159,12 +181,17 @@ class FAConvLSTMNetwork(nn.Module):
         return result  # type: ignore[no-any-return]
 
     def _segment(
-        self, x_BTCYX: Tensor, states: Sequence[State | None], domain: Domain, first_step: int
+        self,
+        x_BTCYX: Tensor,
+        states: Sequence[State | None],
+        domain: Domain,
+        first_step: int,
+        valid_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[State]]:
         """Some steps through all layers and the forecast; only what later segments need comes out."""
         h_BTCYX, after = x_BTCYX, []
         for layer, state in zip(self.layers, states, strict=True):
-            h_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step)
+            h_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
             after.append(last)
         tendency = self.forecast(h_BTCYX.flatten(0, 1)).unflatten(0, h_BTCYX.shape[:2])
         return tendency, domain.mean(h_BTCYX), after

@@ -51,24 +51,30 @@ class SubspaceHead(nn.Module):
         self.mlp_out = nn.Linear(2 * embedding_channels, embedding_channels)
         self.to_coarse = nn.Linear(embedding_channels, field_channels * math.prod(coarse_shape))
 
-    def forward(self, mean_BTC: Tensor, year_fraction_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, mean_BTC: Tensor, year_fraction_BT: Tensor, valid_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From the mean of h at every step to z (B, T, E) and the coarse field (B, T, C, rows, columns).
 
         Args:
             mean_BTC: area-weighted mean of the last layer's h.
             year_fraction_BT: position in the year, 0 to 1, float64, from real timestamps.
+            valid_BT: bool, steps that others may attend to; default: all.
         """
         e_BTE = self.embed(mean_BTC)
         z_BTE = e_BTE + seasonal_encoding(year_fraction_BT, e_BTE.shape[-1]).to(e_BTE.dtype)
-        z_BTE = z_BTE + self._attend(self.attention_norm(z_BTE))
+        z_BTE = z_BTE + self._attend(self.attention_norm(z_BTE), valid_BT)
         z_BTE = z_BTE + self.mlp_out(functional.silu(self.mlp_in(self.mlp_norm(z_BTE))))
         coarse = self.to_coarse(z_BTE).unflatten(-1, (self.field_channels, *self.coarse_shape))
         return z_BTE, coarse
 
-    def _attend(self, z_BTE: Tensor) -> Tensor:
+    def _attend(self, z_BTE: Tensor, valid_BT: Tensor | None) -> Tensor:
         qkv = self.qkv(z_BTE).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        mixed_BHTD = functional.scaled_dot_product_attention(q, k, v)
+        keys = None
+        if valid_BT is not None:  # a sample without any valid step attends to all: it counts in no loss
+            keys = (valid_BT | ~valid_BT.any(1, keepdim=True))[:, None, None, :]
+        mixed_BHTD = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         attended: Tensor = self.attention_out(mixed_BHTD.transpose(1, 2).flatten(2))
         return attended
 
@@ -80,22 +86,42 @@ def seasonal_encoding(year_fraction_BT: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def coarse_means(x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int]) -> Tensor:
+@torch.no_grad()
+def coarse_means(
+    x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int], known_BTCYX: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Area-weighted means of x over regions of whole cells: (B, T, C, rows, columns) on every tile.
 
     A target, not for use inside the network: gradients do not flow. Row r of the grid belongs to region
     row ``floor(r * rows / nlat)``, columns alike.
+
+    Args:
+        x_BTCYX: this tile's cells; 0 where missing.
+        known_BTCYX: 1 where a cell is known, 0 where it is missing; default: all are known.
+
+    Returns:
+        the means over known cells, and which regions have any (None: all).
     """
-    grid, (rows, columns) = domain.grid, coarse_shape
-    if rows > grid.nlat or columns > grid.nlon:
+    _check_fits(domain, coarse_shape)
+    if known_BTCYX is None:
+        return _region_means(x_BTCYX, domain, coarse_shape), None
+    known = _region_means(known_BTCYX, domain, coarse_shape)
+    means = _region_means(x_BTCYX * known_BTCYX, domain, coarse_shape)
+    return means / known.clamp_min(torch.finfo(known.dtype).eps), known > 0
+
+
+def _check_fits(domain: Domain, coarse_shape: tuple[int, int]) -> None:
+    if coarse_shape[0] > domain.grid.nlat or coarse_shape[1] > domain.grid.nlon:
         raise InputError(
-            f"a coarse field of {rows} x {columns} regions does not fit a grid of {grid.nlat} x {grid.nlon} "
-            f"cells. Use at most as many (key model.coarse_shape)."
+            f"a coarse field of {coarse_shape[0]} x {coarse_shape[1]} regions does not fit a grid of "
+            f"{domain.grid.nlat} x {domain.grid.nlon} cells. Use at most as many (key model.coarse_shape)."
         )
-    with torch.no_grad():
-        row_share = _shares(domain.row_areas(x_BTCYX), rows)[:, slice(*domain.tile.rows)]
-        column_share = _shares(x_BTCYX.new_ones(grid.nlon), columns)[:, slice(*domain.tile.columns)]
-        return domain.total(row_share @ x_BTCYX @ column_share.T)
+
+
+def _region_means(x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int]) -> Tensor:
+    rows = _shares(domain.row_areas(x_BTCYX), coarse_shape[0])[:, slice(*domain.tile.rows)]
+    columns = _shares(x_BTCYX.new_ones(domain.grid.nlon), coarse_shape[1])[:, slice(*domain.tile.columns)]
+    return domain.total(rows @ x_BTCYX @ columns.T)
 
 
 def _shares(weights: Tensor, parts: int) -> Tensor:

@@ -44,6 +44,7 @@ class Domain:
                 f"the cuts make {self.cuts.lat} x {self.cuts.lon} tiles, the mesh has {self.mesh.lat} x "
                 f"{self.mesh.lon} ranks per replica. Cut the grid once for every rank."
             )
+        self.cuts.check_covers(grid)
         self.tile: Tile = self.cuts.tile(self.mesh.tile_index)
         self.clock = Clock()
         self._tape: Tape | None = None
@@ -170,7 +171,10 @@ class Domain:
     # Activation checkpointing
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """``context_fn`` for `torch.utils.checkpoint`: halos and means are kept, not asked for twice."""
+        """``context_fn`` for `torch.utils.checkpoint`: halos and means are kept, not asked for twice.
+
+        What gather and swap bring is as large as what checkpointing saves, and is asked for again.
+        """
         tape = Tape()
         return self._using(tape, tape.recording()), self._using(tape, tape.replaying())
 
@@ -198,8 +202,9 @@ class Domain:
     def _constant(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.dtype, like.device)
         if key not in self._constants:
-            values = torch.from_numpy(self._values(name).copy())
-            self._constants[key] = values.to(dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # constants made while evaluating serve training too
+                values = torch.from_numpy(self._values(name).copy())
+                self._constants[key] = values.to(dtype=like.dtype, device=like.device)
         return self._constants[key]
 
     def _values(self, name: str) -> NDArray[np.float64]:
@@ -240,7 +245,8 @@ class _Mean(Operation):
     @staticmethod
     def forward(ctx: Context, x: Tensor, domain: Domain) -> Tensor:
         ctx.domain, ctx.columns = domain, x.shape[-1]
-        return domain.remembered(lambda: _start_mean(x, domain)()).to(x.dtype)
+        # Detached: what autograd returns must not be the tensor on the tape, or the two keep each other alive.
+        return domain.remembered(lambda: _start_mean(x, domain)()).detach().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None]:
@@ -260,7 +266,7 @@ class _PadAndMean(Operation):
             return halo(), mean()
 
         received, mean = domain.remembered(communicate)
-        return ctx.halo.pad(x, received), mean.to(x.dtype)
+        return ctx.halo.pad(x, received), mean.detach().to(x.dtype)  # detached: see _Mean
 
     @staticmethod
     def backward(ctx: Context, grad_padded: Tensor, grad_mean: Tensor) -> tuple[Tensor, None, None]:

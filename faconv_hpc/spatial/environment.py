@@ -43,11 +43,6 @@ class RankEnvironment:
         return "plain"
 
     @staticmethod
-    def rank_hint() -> int:
-        """This process's rank as far as the environment tells, without joining anything."""
-        return _first_integer("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", default=0)
-
-    @staticmethod
     def world_size_hint() -> int:
         """The number of ranks as far as the environment tells, without joining anything."""
         if RankEnvironment.launcher_name() == "plain":
@@ -104,6 +99,11 @@ def _plain() -> RankEnvironment:
 
 
 def _from_torchrun() -> RankEnvironment:
+    if _integer("MASTER_PORT") == 0:
+        raise InputError(
+            "MASTER_PORT is 0, which is no port that all ranks could meet at. "
+            "Give torchrun --standalone, or --master-port with a number."
+        )
     return RankEnvironment(
         rank=_integer("RANK"),
         world_size=_integer("WORLD_SIZE"),

@@ -8,6 +8,8 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
+from typing import NoReturn
 
 from torch.distributed.distributed_c10d import Store
 
@@ -15,15 +17,26 @@ from ..errors import InputError, exit_code_of
 
 POLL_S = 0.5
 LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
+VERDICT = "verdict"
+SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+
+
+class _Claim(Enum):
+    """Who may speak about the failure."""
+
+    MINE = "mine"
+    TAKEN = "taken"
+    UNREACHABLE = "unreachable"
 
 
 class FailureWatch:
     """Tells all ranks that one has failed, and ends them.
 
-    The first rank to fail claims the right to speak in the job's key-value store, prints its
-    message, and leaves its exit code there. A thread on every rank asks the store for that code
-    and ends its process when it finds one, even inside a collective that would never return. A
-    rank that fails later, because its peers are gone, finds the claim taken and stays silent.
+    The first rank to fail puts its exit code into the job's key-value store, which gives it the right
+    to speak, and prints its message. A thread on every rank asks the store for that code and ends its
+    process when it finds one, even inside a collective that would never return. A rank that fails
+    later, because its peers are gone, finds the code and stays silent. Where the store itself is gone,
+    because rank 0, its host, was killed, every survivor says so.
 
     A launcher that sees the first rank leave sends SIGTERM to the others. They must not die of it
     with a code of their own, which srun would report instead, so SIGTERM ends a rank only if no
@@ -47,59 +60,70 @@ class FailureWatch:
         except BaseException as error:  # KeyboardInterrupt and SystemExit end a rank as well
             if isinstance(error, SystemExit) and not error.code:
                 raise
-            self._stopped.set()
-            self._end(error)
+            self.end(error)
+
+    def end(self, error: BaseException) -> NoReturn:
+        """Ends this process and the job because of this error."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
+        self._stopped.set()
+        code = exit_code_of(error)
+        claim = self._claim(code)
+        if claim is _Claim.TAKEN:
+            leave(self._reported_code() or code)
+        print(describe(error, self._rank), file=sys.stderr, flush=True)
+        if claim is _Claim.UNREACHABLE:
+            print(
+                f"faconv: failed (rank {self._rank}): rank 0, which all ranks meet at, was killed or has left",
+                file=sys.stderr,
+            )
+        time.sleep(LINGER_S)
+        leave(code)
 
     def stop(self) -> None:
         """Stops watching, before the ranks part in peace."""
         self._stopped.set()
         self._thread.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _end(self, error: BaseException) -> None:
-        code = exit_code_of(error)
-        if self._claim():
-            print(describe(error, self._rank), file=sys.stderr, flush=True)
-            self._leave_code(code)
-            time.sleep(LINGER_S)
-        else:
-            code = self._reported_code() or code
-        sys.stdout.flush()
-        os._exit(code)
-
-    def _claim(self) -> bool:
+    def _claim(self, code: int) -> _Claim:
+        mine = f"{code} {self._rank}"
         try:
-            return int(self._store.add("claims", 1)) == 1
-        except RuntimeError:  # the store's host is gone, so somebody else has failed before
-            return False
-
-    def _leave_code(self, code: int) -> None:
-        try:
-            self._store.set("exit_code", str(code))
+            verdict = self._store.compare_set(VERDICT, "", mine).decode()
         except RuntimeError:
-            return
+            return _Claim.UNREACHABLE
+        return _Claim.MINE if verdict == mine else _Claim.TAKEN
 
     def _reported_code(self) -> int | None:
-        deadline = time.monotonic() + LINGER_S
-        while time.monotonic() < deadline:
-            try:
-                if self._store.check(["exit_code"]):
-                    return int(self._store.get("exit_code"))
-            except RuntimeError:
+        """The exit code that a failed rank has left; None if none has, or nobody can be asked."""
+        try:
+            if not self._store.check([VERDICT]):
                 return None
-            time.sleep(POLL_S / 5)
-        return None
+            return int(self._store.get(VERDICT).decode().split()[0])
+        except RuntimeError:
+            return None
 
     def _poll(self) -> None:
         while not self._stopped.wait(POLL_S):
             terminated = self._terminated.is_set()
-            try:
-                failed = self._store.check(["exit_code"])
-            except RuntimeError:
-                return  # the host of the store has left; the collectives will notice
-            if failed and not self._stopped.is_set():
-                os._exit(int(self._store.get("exit_code")))
+            code = self._reported_code()
+            if self._stopped.is_set():
+                return
+            if code is not None:
+                leave(code)
             if terminated:
-                os._exit(128 + signal.SIGTERM)
+                leave(128 + signal.SIGTERM)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process from any thread, whatever the others are doing."""
+    if sys.stderr.isatty():
+        sys.stderr.write(SHOW_CURSOR)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def describe(error: BaseException, rank: int | None = None) -> str:
@@ -107,5 +131,7 @@ def describe(error: BaseException, rank: int | None = None) -> str:
     where = "" if rank is None else f" (rank {rank})"
     if isinstance(error, InputError):
         return f"faconv: error{where}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"faconv: interrupted{where}"
     lines = "".join(traceback.format_exception(error))
     return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"

@@ -143,11 +143,22 @@ class LatLonGrid:
                 f"latitudes must run one way within [-90, 90], got {latitude[0]:g} to {latitude[-1]:g} "
                 f"with steps from {steps.min():g} to {steps.max():g}. Sort the rows of the source."
             )
+        self._check_longitude_steps(longitude)
+
+    def _check_longitude_steps(self, longitude: NDArray[np.float64]) -> None:
+        """Columns must be equally wide: areas and the half turn at a pole count on it."""
         if np.any(np.diff(longitude) <= 0):
             column = int(np.argmax(np.diff(longitude) <= 0))
             raise InputError(
                 f"longitudes must increase from west to east, but {longitude[column]:g} is followed by "
                 f"{longitude[column + 1]:g} at column {column + 1}. Roll or unwrap the source's columns."
+            )
+
+        widths = np.diff(longitude)
+        if self.nlon > 1 and np.ptp(widths) > CLOSURE_TOLERANCE * widths.mean():
+            raise InputError(
+                f"longitudes must be equally spaced, got steps from {widths.min():g} to {widths.max():g} degrees. "
+                f"Regrid the source to regular columns."
             )
 
     def _check_boundaries(self) -> None:
@@ -165,6 +176,19 @@ class LatLonGrid:
             self._check_closure()
         if Boundary.POLE in (self.north, self.south):
             self._check_pole()
+        for name, boundary, row in (("north", self.north, 0), ("south", self.south, -1)):
+            if boundary == Boundary.POLE and self.nlat > 1:
+                self._check_reaches_pole(name, row)
+
+    def _check_reaches_pole(self, side: str, row: int) -> None:
+        """Beyond the last row lies the other side of the pole only if the pole is no further than a row away."""
+        latitude = np.rad2deg(self.latitude)
+        spacing_deg = abs(latitude[row] - latitude[1 if row == 0 else -2])
+        if 90 - abs(latitude[row]) > spacing_deg + POLE_TOLERANCE_DEG:
+            raise InputError(
+                f"the boundary in the {side} is 'pole', but the outermost row lies at {latitude[row]:g} degrees, more "
+                f"than a row ({spacing_deg:g}) from the pole. Use lat_boundary 'zero' or 'replicate' for a region."
+            )
 
     def _check_closure(self) -> None:
         longitude = np.rad2deg(self.longitude)
@@ -253,6 +277,15 @@ class Cuts:
     def even(cls, grid: LatLonGrid, lat: int = 1, lon: int = 1) -> "Cuts":
         """``lat`` x ``lon`` tiles of sizes as equal as `split_evenly` makes them."""
         return cls(split_evenly(grid.nlat, lat, "lat"), split_evenly(grid.nlon, lon, "lon"))
+
+    def check_covers(self, grid: LatLonGrid) -> None:
+        """Raises InputError unless every row and column of the grid belongs to one tile."""
+        for name, edges, size in (("row", self.row_edges, grid.nlat), ("column", self.column_edges, grid.nlon)):
+            if edges[0] != 0 or edges[-1] != size or any(stop <= start for start, stop in pairwise(edges)):
+                raise InputError(
+                    f"{name}_edges {edges} must run from 0 to {size} and increase: every {name} belongs to one tile. "
+                    f"`Cuts.even(grid, lat, lon)` makes such edges."
+                )
 
     @property
     def lat(self) -> int:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError
@@ -35,6 +35,8 @@ class ProcessMesh:
     lon: int = 1
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    job_ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
     tile_group: dist.ProcessGroup | None = None
     axis_groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)
     watch: FailureWatch | None = None
@@ -58,21 +60,33 @@ class ProcessMesh:
         environment = RankEnvironment.read()
         device = _device(environment)
         watch = _join(environment, device, timeout_s)
-        mesh = cls(replicas, lat, lon, environment.rank, device, watch=watch)
-        with mesh.guarded():
-            mesh.check_size(environment.world_size)
-        return mesh._with_groups(range(environment.world_size)) if mesh.ranks > 1 else mesh
+        with watch.guarding():
+            ranks = range(environment.world_size)
+            mesh = cls.arrange(ranks, replicas, lat, lon, device=device, watch=watch)
+        assert mesh is not None, f"rank {environment.rank} is one of {environment.world_size} ranks"
+        return mesh
 
     @classmethod
-    def arrange(cls, ranks: Sequence[int], replicas: int, lat: int, lon: int) -> "ProcessMesh | None":
+    def arrange(
+        cls,
+        ranks: Sequence[int],
+        replicas: int,
+        lat: int,
+        lon: int,
+        *,
+        device: torch.device | None = None,
+        watch: FailureWatch | None = None,
+    ) -> "ProcessMesh | None":
         """A mesh over some ranks of the job that is already joined; None on the others.
 
-        Collective over all ranks of the job, also over those left out.
+        Collective over all ranks of the job, also over those left out. ``device`` and ``watch`` are
+        those of the mesh that `start` gave.
         """
         here = dist.get_rank()
-        mesh = cls(replicas, lat, lon, ranks.index(here) if here in ranks else -1)
+        place = ranks.index(here) if here in ranks else -1
+        mesh = cls(replicas, lat, lon, place, device or torch.device("cpu"), tuple(ranks), watch=watch)
         mesh.check_size(len(ranks))
-        arranged = mesh._with_groups(ranks)
+        arranged = mesh._with_groups()
         return arranged if here in ranks else None
 
     @property
@@ -112,29 +126,23 @@ class ProcessMesh:
                 f"or start {self.ranks} ranks."
             )
 
-    def average(self, values: Sequence[float]) -> list[float]:
-        """Mean of each value over all ranks of the job. Collective."""
-        return [value / self.ranks for value in self._reduced(values, dist.ReduceOp.SUM)]
-
-    def largest(self, value: float) -> float:
-        """Largest of a value over all ranks of the job. Collective."""
-        return self._reduced([value], dist.ReduceOp.MAX)[0]
+    def gathered(self, values: Sequence[float]) -> list[list[float]]:
+        """Some numbers of every rank of the mesh, in the order of ranks, in float64. Collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.group is None:
+            return [mine.tolist()]
+        everyone = mine.new_empty(self.ranks * mine.numel())
+        dist.all_gather_single(everyone, mine, group=self.group)
+        rows: list[list[float]] = everyone.view(self.ranks, -1).tolist()
+        return rows
 
     def from_first(self, value: Value) -> Value:
-        """The value that the job's first rank has, on every rank; anything that pickles. Collective."""
-        if self.ranks == 1:
+        """The value that the mesh's first rank has, on every rank; anything that pickles. Collective."""
+        if self.group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=self.job_ranks[0], group=self.group, device=self.device)
         return box[0]
-
-    def _reduced(self, values: Sequence[float], operation: "dist.ReduceOp.RedOpType") -> list[float]:
-        if self.ranks == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
-        result: list[float] = tensor.tolist()
-        return result
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -152,21 +160,27 @@ class ProcessMesh:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _with_groups(self, ranks: Sequence[int]) -> "ProcessMesh":
-        """The same mesh with its groups. Every rank makes every group, in the same order."""
+    def _with_groups(self) -> "ProcessMesh":
+        """The same mesh with its groups. Every rank of the job makes every group, in the same order."""
+        everyone = self._group(range(self.ranks))
         tile_group: dist.ProcessGroup | None = None
         axis_groups: dict[str, dist.ProcessGroup | None] = {}
         for replica in range(self.replicas):
-            tile_group = _join_group(self, ranks, self._members(replica)) or tile_group
+            tile_group = self._group(self._members(replica)) or tile_group
             for lat_index in range(self.lat):
                 members = self._members(replica, lat_index=lat_index)
-                axis_groups["lon"] = _join_group(self, ranks, members) or axis_groups.get("lon")
+                axis_groups["lon"] = self._group(members) or axis_groups.get("lon")
             for lon_index in range(self.lon):
                 members = self._members(replica, lon_index=lon_index)
-                axis_groups["lat"] = _join_group(self, ranks, members) or axis_groups.get("lat")
-        return ProcessMesh(
-            self.replicas, self.lat, self.lon, self.rank, self.device, tile_group, axis_groups, self.watch
-        )
+                axis_groups["lat"] = self._group(members) or axis_groups.get("lat")
+        return replace(self, group=everyone, tile_group=tile_group, axis_groups=axis_groups)
+
+    def _group(self, members: Sequence[int]) -> dist.ProcessGroup | None:
+        """A group of some places of the mesh; None for one alone, and where this rank is not in it."""
+        if len(members) == 1:
+            return None
+        group = dist.new_group([self.job_ranks[member] for member in members])
+        return group if self.rank in members else None
 
     def _members(self, replica: int, lat_index: int | None = None, lon_index: int | None = None) -> list[int]:
         """Places in the mesh of one replica, of one row of it, or of one column."""
@@ -178,13 +192,6 @@ class ProcessMesh:
         ]
 
 
-def _join_group(mesh: ProcessMesh, ranks: Sequence[int], members: list[int]) -> dist.ProcessGroup | None:
-    if len(members) == 1:
-        return None
-    group = dist.new_group([ranks[member] for member in members])
-    return group if mesh.rank in members else None
-
-
 def _device(environment: RankEnvironment) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -193,19 +200,40 @@ def _device(environment: RankEnvironment) -> torch.device:
     return device
 
 
+def report_before_joining(error: BaseException) -> NoReturn:
+    """Ends a job of several ranks because of an error that this rank found before it joined the others.
+
+    The ranks meet only to agree on who speaks; those that found no error learn of it and end too.
+    """
+    environment = RankEnvironment.read()
+    environment.export()
+    _watch(_meet(environment, TIMEOUT_S), environment.rank).end(error)
+
+
 def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> FailureWatch:
     environment.export()
-    timeout = timedelta(seconds=timeout_s)
-    meeting = rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
-    store, rank, world_size = next(meeting)
-    store.set_timeout(timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = _meet(environment, timeout_s)
+    watch = _watch(store, environment.rank)  # before the ranks wait for each other, so that none waits in vain
     dist.init_process_group(
-        backend,
+        "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("mesh", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-    return FailureWatch(PrefixStore("failure", store.clone()), rank)
+    return watch
+
+
+def _meet(environment: RankEnvironment, timeout_s: float) -> Store:
+    timeout = timedelta(seconds=timeout_s)
+    store: Store
+    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+def _watch(store: Store, rank: int) -> FailureWatch:
+    """With a connection of its own: a rank waits in the other one."""
+    own: Store = store.clone()  # type: ignore[attr-defined]
+    return FailureWatch(PrefixStore("failure", own), rank)

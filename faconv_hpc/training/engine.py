@@ -67,15 +67,17 @@ class Engine:
         """Ends a micro-batch; after the last one of a step, clips and updates with this learning rate."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        whole_norm = self._whole_gradient_norm()
+        updates = self._engine.is_gradient_accumulation_boundary()
+        whole_norm = self._whole_gradient_norm() if updates else float("nan")
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        self.gradient_norm = whole_norm if norm is None else float(norm)
+        if updates:
+            norm = self._engine.get_global_grad_norm()
+            self.gradient_norm = whole_norm if norm is None else float(norm)
 
     def _whole_gradient_norm(self) -> float:
         """The norm where every rank holds the whole gradient and DeepSpeed reports none: ZeRO 0 in fp32."""
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        if self._training.zero_stage or not self._engine.is_gradient_accumulation_boundary() or not gradients:
+        if self._training.zero_stage or not gradients:
             return float("nan")
         return float(torch.nn.utils.get_total_norm(gradients))
 

@@ -1,7 +1,7 @@
 """Proves for a user's own config and data that tiles give the same numbers as one tile."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def verify_parity(config: RunConfig, mesh: ProcessMesh, dtype: torch.dtype = tor
     """Runs one tile on the first rank and every layout of all ranks, and compares. Collective.
 
     The network is the config's, its weights random; the sample is the first window of the store. The
-    rows are those of every rank.
+    rows are those of every rank. One tile must fit the memory of the first rank, and the others wait for it.
 
     Args:
         config: its mesh is not used.
@@ -54,8 +54,12 @@ def verify_parity(config: RunConfig, mesh: ProcessMesh, dtype: torch.dtype = tor
         dtype: float32 (differences up to 1e-5 pass) or float64 (1e-12).
 
     Raises:
-        InputError: no layout of so many ranks fits the grid.
+        InputError: there is one rank only, or no layout of so many ranks fits the grid.
     """
+    if mesh.ranks == 1:
+        raise InputError(
+            "one rank has nothing to compare: tiles beside one tile need two ranks at least. Use --ranks 2 or more."
+        )
     store = Store.open(config.data.store)
     grid = grid_of(config, store)
     fitting = [(lat, lon) for lat, lon in layouts_of(mesh.ranks) if lat <= grid.nlat and lon <= grid.nlon]
@@ -63,10 +67,11 @@ def verify_parity(config: RunConfig, mesh: ProcessMesh, dtype: torch.dtype = tor
         raise InputError(
             f"no arrangement of {mesh.ranks} ranks fits a grid of {grid.nlat} x {grid.nlon} cells. Use fewer ranks."
         )
-    want = _results(Workspace(config, store, Domain(grid)), dtype) if mesh.rank == 0 else None
+    alone = Domain(grid, replace(ProcessMesh.alone(), device=mesh.device))
+    want = _results(Workspace(config, store, alone), dtype) if mesh.rank == 0 else None
     rows: list[ParityRow] = []
     for lat, lon in fitting:
-        arranged = ProcessMesh.arrange(range(mesh.ranks), 1, lat, lon) if mesh.ranks > 1 else mesh
+        arranged = ProcessMesh.arrange(mesh.job_ranks, 1, lat, lon, device=mesh.device, watch=mesh.watch)
         assert arranged is not None, f"rank {mesh.rank} is not part of {lat} x {lon}"
         got = _results(Workspace(config, store, Domain(grid, arranged)), dtype)
         if want is not None:
@@ -78,11 +83,12 @@ def _results(workspace: Workspace, dtype: torch.dtype) -> Values:
     """Loss, outputs and gradients of one sample, assembled from all tiles."""
     domain = workspace.domain
     windows = workspace.windows(range(workspace.store.frames))
-    network = _randomized(build_network(workspace.config, windows), dtype)
-    batch = windows.read([0])
+    network = _randomized(build_network(workspace.config, windows), dtype).to(domain.mesh.device)
+    batch = windows.read([0]).to(domain.mesh.device)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
     output = network(inputs, batch.year_fraction_BT, domain=domain)
-    loss = network.loss(output, inputs, batch.target_BTCYX.to(dtype), domain, batch.valid_BTCYX)
+    known = None if batch.known_BTCYX is None else batch.known_BTCYX.to(dtype)
+    loss = network.loss(output, inputs, batch.target_BTCYX.to(dtype), domain, batch.valid_BTCYX, known)
     named = dict(network.named_parameters())
     share = loss.objective / domain.tiles
     gradients = torch.autograd.grad(share, [inputs, *named.values()], materialize_grads=True)

@@ -155,10 +155,14 @@ def versions() -> dict[str, str]:
 
 
 def _reopened(path: Path, done: int) -> TextIO:
-    kept = []
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= done]
-    path.write_text("".join(f"{line}\n" for line in kept))
+    """The file without the records beyond ``done``; replaced by one rename, so that a kill loses nothing."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= done]
+    if len(kept) < len(lines):
+        print(f"{path}: {len(lines) - len(kept)} steps beyond step {done} are done again", file=sys.stderr)
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.replace(path)
     return path.open("a")
 
 

@@ -34,12 +34,6 @@ class Workspace:
         """All frames but the held-out last ones."""
         return range(self.store.frames - self.config.data.held_out_frames)
 
-    @property
-    def held_out_frames(self) -> range:
-        """The last frames, and the one before them, whose change to the first of them is a target."""
-        first = self.store.frames - self.config.data.held_out_frames
-        return range(max(first - 1, 0), self.store.frames)
-
     def windows(self, frames: range, length: int | None = None, tile: Tile | None = None) -> Windows:
         """Samples of this rank's tile, or of another."""
         data = self.config.data

@@ -1,14 +1,17 @@
 """The training loop: read ahead, forward, backward, step, record."""
 
+import math
 import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
-from ..model.losses import Loss
 from ..observe import Clock
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import resume, save_checkpoint
@@ -28,11 +31,13 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
     check_config_fits(config, workspace.store)
     windows = workspace.windows(workspace.training_frames)
     engine = Engine(build_network(config, windows), mesh, config.training)
-    done = resume(config, engine)
+    done = resume(workspace, engine)
+    if done >= config.training.steps and mesh.rank == 0:
+        print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
     requests = _requests(config, windows, mesh.replica, done)
     with (
         recording(config, done, here=mesh.rank == 0) as recorder,
-        ReadAhead(windows.read, requests, depth=config.data.read_ahead) as batches,
+        ReadAhead(partial(_read, windows, mesh.device), requests, depth=config.data.read_ahead) as batches,
     ):
         Trainer(workspace, engine, batches, recorder).run(done)
 
@@ -45,13 +50,32 @@ def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> I
             yield sample_order(config.training.seed, position, count, len(windows))
 
 
+def _read(windows: Windows, device: torch.device, indices: Sequence[int]) -> Batch:
+    """A batch in memory from which a GPU copies while it computes."""
+    batch = windows.read(indices)
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def check_finite(value: float, name: str, step: int, windows: Sequence[int]) -> None:
+    """Every rank checks the same value and finds the same.
+
+    Raises:
+        FloatingPointError: the value is infinite or not a number.
+    """
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} is {value} at step {step}, in windows {list(windows)}: it must be a finite number. "
+            f"Lower training.learning_rate, or look at these frames with `faconv data inspect`."
+        )
+
+
 class Trainer:
     """Steps through a run; made by `train`."""
 
     def __init__(
         self, workspace: Workspace, engine: Engine, batches: Iterator[Batch], recorder: Recorder | None
     ) -> None:
-        self._config, self._domain = workspace.config, workspace.domain
+        self._workspace, self._config, self._domain = workspace, workspace.config, workspace.domain
         self._engine, self._batches, self._recorder = engine, iter(batches), recorder
         self._clock = Clock()
 
@@ -64,36 +88,39 @@ class Trainer:
                 self._recorder.write(record)
             every = training.checkpoint_every
             if record.step == training.steps or (every and record.step % every == 0):
-                save_checkpoint(self._config, self._engine, record.step, writes=self._recorder is not None)
+                save_checkpoint(self._workspace, self._engine, record.step)
 
     def _step(self, step: int) -> StepRecord:
+        """One optimizer step: the numbers leave the device once, before the update that a NaN would spoil."""
         start = time.perf_counter()
         rate = learning_rate(self._config, step)
-        losses = [self._micro_step(rate) for _ in range(self._config.training.accumulation)]
-        loss, forecast = (sum(values) / len(losses) for values in zip(*losses, strict=True))
-        return self._record(step + 1, float(loss), float(forecast), rate, time.perf_counter() - start)
+        losses: list[Tensor] = []
+        windows: list[int] = []
+        for micro in range(self._config.training.accumulation):
+            if micro:
+                self._engine.step(rate)  # ends the micro-batch before; DeepSpeed updates after the last one only
+            batch = self._next_batch()
+            losses.append(self._backward(batch))
+            windows += batch.windows
+        loss, forecast = torch.stack(losses).mean(0).tolist()
+        check_finite(loss, "loss", step + 1, windows)
+        self._engine.step(rate)
+        check_finite(self._engine.gradient_norm, "norm of the gradient", step + 1, windows)
+        return self._record(step + 1, loss, forecast, rate, time.perf_counter() - start)
 
-    def _micro_step(self, rate: float) -> tuple[float, float]:
-        """One micro-batch: forward, loss, backward; DeepSpeed updates after the last of a step."""
+    def _next_batch(self) -> Batch:
         with self._clock.timing("data"):
             batch = next(self._batches)
-        batch = batch.to(self._domain.mesh.device)
-        output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, self._domain)
-        network = self._engine.network
-        forecast = network.forecast_loss(output, batch.target_BTCYX, self._domain, batch.valid_BTCYX)
-        loss = forecast + network.embedding_loss(output, batch.inputs_BTCYX, self._domain)
-        self._check_finite(loss, batch)
-        self._engine.backward(loss)
-        self._engine.step(rate)
-        return float(loss.value), float(forecast.value)
+        return batch.to(self._domain.mesh.device, non_blocking=True)
 
-    def _check_finite(self, loss: Loss, batch: Batch) -> None:
-        """All tiles of a replica hold the same value, and so find the same."""
-        if not torch.isfinite(loss.value):
-            raise FloatingPointError(
-                f"the loss of windows {list(batch.windows)} is {float(loss.value)}: it must be a finite number. "
-                f"Lower training.learning_rate, or look at these frames with `faconv data inspect`."
-            )
+    def _backward(self, batch: Batch) -> Tensor:
+        """Forward and backward of one micro-batch: (loss, its forecast part), still on the device."""
+        network, domain = self._engine.network, self._domain
+        output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
+        forecast = network.forecast_loss(output, batch.target_BTCYX, domain, batch.valid_BTCYX)
+        loss = forecast + network.embedding_loss(output, batch.inputs_BTCYX, domain, batch.known_BTCYX)
+        self._engine.backward(loss)
+        return torch.stack([loss.value, forecast.value])
 
     def _record(self, step: int, loss: float, forecast: float, rate: float, seconds: float) -> StepRecord:
         mesh, samples = self._domain.mesh, self._config.global_batch
@@ -102,7 +129,9 @@ class Trainer:
             self._domain.clock.take("exchange"),
             self._engine.take_communication_s(),
         ]
-        loss, forecast, *shares = mesh.average([loss, forecast, *(value / seconds for value in waited)])
+        peak_gib = _peak_memory_gib(mesh.device)
+        rows = mesh.gathered([loss, forecast, *(value / seconds for value in waited), peak_gib])
+        loss, forecast, *shares, _ = (sum(column) / mesh.ranks for column in zip(*rows, strict=True))
         return StepRecord(
             step=step,
             loss=loss,
@@ -115,7 +144,7 @@ class Trainer:
             data_share=shares[0],
             exchange_share=shares[1],
             reduction_share=shares[2],
-            peak_memory_gib=mesh.largest(_peak_memory_gib(mesh.device)),
+            peak_memory_gib=max(row[-1] for row in rows),
         )
 
 
