@@ -4,7 +4,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_NO_REQUEUE = 93
-EXIT_INTERRUPTED = 130  # what shells make of Ctrl-C
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # what shells make of Ctrl-C and SIGTERM
 
 
 class InputError(ValueError):

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from torch.distributed.distributed_c10d import Store
 
-from ..errors import InputError, exit_code_of
+from ..errors import EXIT_TERMINATED, InputError, exit_code_of
 
 POLL_S = 0.5
 LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
@@ -114,7 +114,9 @@ class FailureWatch:
             if code is not None:
                 leave(code)
             if terminated:
-                leave(128 + signal.SIGTERM)
+                if self._claim(EXIT_TERMINATED) is _Claim.MINE:
+                    time.sleep(LINGER_S)
+                leave(EXIT_TERMINATED)
 
 
 def leave(code: int) -> NoReturn:
