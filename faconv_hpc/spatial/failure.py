@@ -71,7 +71,7 @@ class FailureWatch:
         code = exit_code_of(error)
         claim = self._claim(code)
         if claim is _Claim.TAKEN:
-            leave(self._reported_code() or code)
+            self._follow(*(self._verdict() or (code, None)))
         print(describe(error, self._rank), file=sys.stderr, flush=True)
         if claim is _Claim.UNREACHABLE:
             print(
@@ -96,27 +96,33 @@ class FailureWatch:
             return _Claim.UNREACHABLE
         return _Claim.MINE if verdict == mine else _Claim.TAKEN
 
-    def _reported_code(self) -> int | None:
-        """The exit code that a failed rank has left; None if none has, or nobody can be asked."""
+    def _verdict(self) -> tuple[int, int | None] | None:
+        """(exit code, rank) of the rank that failed first; None if none has, or nobody can be asked."""
         try:
             if not self._store.check([VERDICT]):
                 return None
-            return int(self._store.get(VERDICT).decode().split()[0])
+            code, rank = self._store.get(VERDICT).decode().split()
         except RuntimeError:
             return None
+        return int(code), int(rank)
+
+    def _follow(self, code: int, speaker: int | None) -> NoReturn:
+        """Leaves with the job's exit code; rank 0, where the store may be, when all have read it."""
+        if self._rank in (0, speaker):
+            time.sleep(LINGER_S)
+        leave(code)
 
     def _poll(self) -> None:
         while not self._stopped.wait(POLL_S):
             terminated = self._terminated.is_set()
-            code = self._reported_code()
+            verdict = self._verdict()
             if self._stopped.is_set():
                 return
-            if code is not None:
-                leave(code)
-            if terminated:
-                if self._claim(EXIT_TERMINATED) is _Claim.MINE:
-                    time.sleep(LINGER_S)
-                leave(EXIT_TERMINATED)
+            if verdict is None and terminated:
+                self._claim(EXIT_TERMINATED)
+                verdict = self._verdict() or (EXIT_TERMINATED, None)
+            if verdict is not None:
+                self._follow(*verdict)
 
 
 def leave(code: int) -> NoReturn:
