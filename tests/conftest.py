@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ranks import close_pools
 
 torch.set_num_threads(1)

@@ -12,11 +12,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from sources import dataset, save
 
 from faconv_hpc.data.prepare import prepare
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
+from sources import dataset, save
 
 SECONDS = 120
 MPIEXEC = Path(sys.executable).with_name("mpiexec")

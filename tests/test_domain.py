@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from ranks import Layout, run_on_ranks
-from test_halo import reference_padded
 
 from faconv_hpc import Domain, LatLonGrid, ProcessMesh
 from faconv_hpc.errors import InputError
 from faconv_hpc.spatial.grid import Cuts
+from ranks import Layout, run_on_ranks
+from test_halo import reference_padded
 
 LAYOUTS = [Layout(1, *cut) for cut in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 2))]
 GRIDS = {

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from ranks import Layout, run_on_ranks
-from test_domain import random_like
-from test_parity import randomized
 
 from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.training import engine as engine_module
 from faconv_hpc.training.engine import Engine
+from ranks import Layout, run_on_ranks
+from test_domain import random_like
+from test_parity import randomized
 
 LAYOUTS = [Layout(1, 2, 2), Layout(2, 1, 2), Layout(2, 2, 1), Layout(4, 1, 1)]
 BATCH = 4

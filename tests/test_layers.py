@@ -5,8 +5,6 @@ import weakref
 
 import pytest
 import torch
-from test_domain import random_like
-from test_parity import randomized, relative_difference
 from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
@@ -14,6 +12,8 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.model.attention import AxialAttention, cheaper_exchange
 from faconv_hpc.model.kernels import Taps, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
+from test_domain import random_like
+from test_parity import randomized, relative_difference
 
 GOLDEN = [[[0.48694518, 0.50237733], [0.5461202, 0.5598283]], [[0.8661607, 0.86909103], [0.8774414, 0.8800861]]]
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from ranks import Layout, run_on_ranks
-from test_domain import LAYOUTS, all_agree, random_like
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.model.attention import AxialAttention
+from ranks import Layout, run_on_ranks
+from test_domain import LAYOUTS, all_agree, random_like
 
 TOLERANCE = 1e-12
 GRIDS = {

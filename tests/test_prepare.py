@@ -8,13 +8,13 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 from faconv_hpc.data.catalogue import unwrap
 from faconv_hpc.data.prepare import PrepareSummary, prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.writer import write_store
 from faconv_hpc.errors import InputError
+from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 
 def test_summary_says_what_was_made(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sources import DIMS, ROOT, dataset, save, values
 
 from faconv_hpc.data.moments import Moments
 from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
+from sources import DIMS, ROOT, dataset, save, values
 
 # Overwriting, killed runs, ranks
 

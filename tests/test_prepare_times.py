@@ -8,12 +8,12 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.times import TimeAxis, decode_times
 from faconv_hpc.errors import InputError
+from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 # Times
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import faconv
 
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
+from test_cli import faconv
 
 TOOL = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
 MISSING = [program for program in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(program) is None]

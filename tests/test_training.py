@@ -6,7 +6,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from ranks import Layout, run_on_ranks
 
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.figures import draw_forecast
@@ -17,6 +16,7 @@ from faconv_hpc.training.parity import layouts_of, verify_parity
 from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, read_records
 from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.trainer import train
+from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
 
 
