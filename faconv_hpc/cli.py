@@ -203,6 +203,9 @@ def _show_parity(rows: "Sequence[ParityRow]", as_json: bool) -> None:
         table.add_row(quantity, *(f"{row.difference:.1e}{'' if row.passed else '  FAIL'}" for row in cells))
     console = Console()
     console.print(table)
+    for row in rows:
+        if row.first:
+            console.print(f"first difference of the {row.quantity} on {row.layout}: {row.first}")
     worst = max(rows, key=lambda row: row.difference if row.difference == row.difference else float("inf"))
     console.print(
         f"{'PASS' if passed else 'FAIL'}: largest difference {worst.difference:.1e} "

@@ -89,6 +89,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    compare_replicas_every: int = Field(
+        100, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
+    )
     timeout_s: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
     tensorboard: bool = Field(False, description="also write TensorBoard events")
 

@@ -149,6 +149,16 @@ def test_recomputation_takes_halos_and_means_from_the_tape():
     run_on_ranks(Layout(1, 2, 2), check)
 
 
+def test_tiles_that_see_another_plan_are_found_before_anything_is_sent():
+    def check(mesh):
+        columns = 16 if mesh.rank != 1 else 18
+        domain = Domain(LatLonGrid(13, columns), mesh)
+        with pytest.raises(InputError, match=r"tile\(s\) 1 differ from tile 0 in grid, cuts or width"):
+            domain.pad(torch.zeros(domain.tile.shape), 1)
+
+    run_on_ranks(Layout(1, 1, 3), check)
+
+
 def test_a_whole_field_is_asked_for_where_a_tile_is_not_enough():
     domain = Domain(LatLonGrid(6, 8))
     with pytest.raises(InputError, match=r"scatter takes a field of the whole grid, 6 x 8, got \(3, 8\)"):

@@ -1,17 +1,22 @@
 """Runs: the same numbers on every mesh, records, checkpoints and continuation, parity of the user's own config."""
 
 import json
+import re
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from faconv_hpc import FAConvLSTMNetwork
+from faconv_hpc.config import TrainingConfig
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run
 from faconv_hpc.spatial.exchange import HaloExchange
 from faconv_hpc.training.checkpoint import check_same_run, checkpoints_of
+from faconv_hpc.training.engine import Engine
+from faconv_hpc.training.guard import ReplicaGuard
 from faconv_hpc.training.parity import layouts_of, verify_parity
 from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, read_records
 from faconv_hpc.training.setup import Workspace
@@ -205,6 +210,7 @@ def test_parity_of_a_users_config(tmp_path, store, ranks, dtype):
     assert all(rows == answers[0] for rows in answers)
     assert {row.layout for row in answers[0]} == {f"{lat}x{lon}" for lat, lon in layouts_of(ranks)}
     quantities = {row.quantity for row in answers[0]}
+    assert ("update (ZeRO 1)" in quantities) == (dtype == torch.float32)
     assert {"loss", "output", "embedding", "input gradient", "gradient of layers.1.attention"} <= quantities
     assert all(row.passed for row in answers[0]), [row for row in answers[0] if not row.passed]
 
@@ -226,4 +232,29 @@ def test_parity_finds_an_error_in_the_exchange(tmp_path, store):
             HaloExchange.start_fill = fill
 
     for rows in run_on_ranks(Layout(1, 1, 2), check):
-        assert not all(row.passed for row in rows)
+        failed = {(row.layout, row.quantity): row.first for row in rows if not row.passed}
+        assert ("1x2", "update (ZeRO 1)") in failed
+        # the cell beside the border between the tiles (columns 6 and 7) is the first to see the other tile
+        assert re.fullmatch(r"rank 0, wave_0, step 0, row 0, column [0-3]", failed["1x2", "output"])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_weight_that_drifts_on_one_rank_is_caught_and_named(stage):
+    def check(mesh):
+        training = TrainingConfig(steps=100, zero_stage=stage, micro_batch=1)
+        engine = Engine(FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2)), mesh, training)
+        guard = ReplicaGuard(engine.network, mesh, every=2)
+        guard.after_step(2)
+        weight = dict(engine.network.named_parameters())["layers.1.expansion_weight"]
+        if mesh.rank == 2:
+            flat = weight.data.view(-1)
+            flat[17] = torch.nextafter(flat[17], torch.tensor(torch.inf))
+        guard.after_step(3)  # not its turn
+        try:
+            guard.after_step(4)
+        except RuntimeError as error:
+            return str(error)
+        return "not caught"
+
+    for told in run_on_ranks(Layout(1, 2, 2), check):
+        assert re.search(r"after step 4 parameter layers\.1\.expansion_weight on rank\(s\) 2 is not", told)

@@ -192,12 +192,28 @@ class Domain:
         return communicate() if self._tape is None else self._tape.value(communicate)
 
     def halo_exchange(self, width: int) -> HaloExchange:
-        """The exchange for one halo width; made once."""
+        """The exchange for one halo width; made once. Collective when it is made: all tiles must see the same plan."""
         if width not in self._halo_exchanges:
+            self._check_same_plan(width)
             self._halo_exchanges[width] = HaloExchange(
                 self.grid, self.cuts, self.mesh.tile_index, width, self.mesh.tile_group, self.clock
             )
         return self._halo_exchanges[width]
+
+    def _check_same_plan(self, width: int) -> None:
+        """Compares a hash of what the plan is made from, before anything is sent that nobody would receive."""
+        group = self.mesh.tile_group
+        if group is None:
+            return
+        plan = f"{self.grid} {self.cuts} {width}"
+        seen = exchange.gathered_hashes(plan, group, self.mesh.device)
+        others = [tile for tile, value in enumerate(seen) if value != seen[0]]
+        if others:
+            raise InputError(
+                f"the tiles do not see the same halo plan: tile(s) {', '.join(map(str, others))} differ from tile 0 in "
+                f"grid, cuts or width (here: {self.grid.nlat} x {self.grid.nlon} cells, {self.cuts.lat} x "
+                f"{self.cuts.lon} tiles, width {width}). Pass the same grid and cuts on every rank."
+            )
 
     def _constant(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.dtype, like.device)

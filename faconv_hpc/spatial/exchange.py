@@ -5,6 +5,7 @@ order. One message per pair and phase leaves no order of messages to get wrong, 
 periodic axis of two ranks, where the western and the eastern neighbour are the same peer.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -170,6 +171,16 @@ def all_to_all(
             group=group,
         )
     return [part.view(shape) for part, shape in zip(incoming.split(counts), shapes, strict=True)]
+
+
+def gathered_hashes(text: str, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """A 63-bit hash of every rank's text."""
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    mine = torch.tensor([digest], dtype=torch.int64, device=device)
+    everyone = mine.new_empty(dist.get_world_size(group))
+    dist.all_gather_single(everyone, mine, group=group)
+    hashes: list[int] = everyone.tolist()
+    return hashes
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

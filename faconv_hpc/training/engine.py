@@ -40,6 +40,9 @@ class Engine:
         with _quiet():
             import deepspeed  # here, so that only ranks that train pay for the import
 
+            # Not compiled: an all-reduce for inference on CPUs that training never calls. Its build takes a
+            # minute, and one that is killed leaves a lock behind at which every later start waits forever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             self.network = network.to(mesh.device)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,

@@ -1,7 +1,9 @@
 """Proves for a user's own config and data that tiles give the same numbers as one tile."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +14,26 @@ from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
+from .engine import Engine
 from .setup import Workspace, build_network, grid_of
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
+FIELD_DIMS = 5  # (B, T, C, Y, X)
 WEIGHT_SCALE = 0.5  # of the random part added to every weight, so that nothing is zero or one
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One quantity on tiles beside one tile; the difference is relative to its largest value."""
+    """One quantity on tiles beside one tile; the difference is relative to its largest value.
+
+    ``first`` says where the first difference beyond the tolerance lies, if there is one in a field.
+    """
 
     layout: str
     quantity: str
     difference: float
     tolerance: float
+    first: str = ""
 
     @property
     def passed(self) -> bool:
@@ -73,10 +81,29 @@ def verify_parity(config: RunConfig, mesh: ProcessMesh, dtype: torch.dtype = tor
     for lat, lon in fitting:
         arranged = ProcessMesh.arrange(mesh.job_ranks, 1, lat, lon, device=mesh.device, watch=mesh.watch)
         assert arranged is not None, f"rank {mesh.rank} is not part of {lat} x {lon}"
-        got = _results(Workspace(config, store, Domain(grid, arranged)), dtype)
+        workspace = Workspace(config, store, Domain(grid, arranged))
+        got = _results(workspace, dtype)
+        if dtype == torch.float32:
+            got |= _update(workspace)
         if want is not None:
-            rows += _compared(f"{lat}x{lon}", got, want, TOLERANCES[dtype])
+            rows += _compared(workspace, got, want, TOLERANCES[dtype])
     return mesh.from_first(rows)
+
+
+def _update(workspace: Workspace) -> Values:
+    """What one SGD step of DeepSpeed at the config's ZeRO stage, learning rate 1, changes of each weight."""
+    changes: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
+    changes |= {"micro_batch": 1, "accumulation": 1, "precision": "fp32"}
+    windows = workspace.windows(range(workspace.store.frames))
+    network = _randomized(build_network(workspace.config, windows), torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
+    batch = windows.read([0]).to(workspace.domain.mesh.device)
+    output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, workspace.domain)
+    inputs, target = batch.inputs_BTCYX, batch.target_BTCYX
+    engine.backward(network.loss(output, inputs, target, workspace.domain, batch.valid_BTCYX, batch.known_BTCYX))
+    engine.step(1.0)
+    return {f"update of {name}": before[name] - after for name, after in engine.full_parameters()}
 
 
 def _results(workspace: Workspace, dtype: torch.dtype) -> Values:
@@ -103,15 +130,31 @@ def _results(workspace: Workspace, dtype: torch.dtype) -> Values:
     return values
 
 
-def _compared(layout: str, got: Values, want: Values, tolerance: float) -> Iterator[ParityRow]:
-    """One row per quantity; parameters by the module they belong to."""
+def _compared(workspace: Workspace, got: Values, want: Values, tolerance: float) -> Iterator[ParityRow]:
+    """One row per quantity; parameters by the module they belong to, updates all together."""
+    wanted = want | {name: want[name.replace("update", "gradient")].cpu() for name in got if name.startswith("update")}
     groups: dict[str, list[str]] = {}
-    for name in want:
-        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    for name in got:
+        group = f"update (ZeRO {workspace.config.training.zero_stage})" if name.startswith("update") else name
+        groups.setdefault(group.rpartition(".")[0] or group, []).append(name)
+    cuts = workspace.domain.cuts
     for group, names in groups.items():
-        largest = max(float(want[name].abs().max()) for name in names)
-        furthest = torch.stack([(got[name] - want[name]).abs().max() for name in names]).max()
-        yield ParityRow(layout, group, float(furthest) / max(largest, 1e-30), tolerance)
+        scale = max(max(float(wanted[name].abs().max()) for name in names), 1e-30)
+        difference = torch.stack([(got[name] - wanted[name]).abs().max() for name in names]).max()
+        row = ParityRow(f"{cuts.lat}x{cuts.lon}", group, float(difference) / scale, tolerance)
+        is_field = not row.passed and got[names[0]].dim() == FIELD_DIMS
+        yield replace(row, first=_place(workspace, got[names[0]], wanted[names[0]], tolerance)) if is_field else row
+
+
+def _place(workspace: Workspace, got: Tensor, want: Tensor, tolerance: float) -> str:
+    """Where the first value lies that differs: step, channel, row and column, and the rank that owns the cell."""
+    cuts = workspace.domain.cuts
+    wrong = ~((got - want).abs() <= tolerance * want.abs().max())  # a NaN is wrong
+    _, step, channel, row, column = wrong.nonzero()[0].tolist()
+    lat_index = bisect_right(cuts.row_edges, row) - 1
+    lon_index = bisect_right(cuts.column_edges, column) - 1
+    name = workspace.windows(range(workspace.store.frames)).input_channels[channel]
+    return f"rank {lat_index * cuts.lon + lon_index}, {name}, step {step}, row {row}, column {column}"
 
 
 def _randomized(network: FAConvLSTMNetwork, dtype: torch.dtype) -> FAConvLSTMNetwork:

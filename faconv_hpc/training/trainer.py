@@ -16,6 +16,7 @@ from ..observe import Clock
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import resume, save_checkpoint
 from .engine import Engine
+from .guard import ReplicaGuard
 from .records import Recorder, StepRecord, recording
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
 
@@ -78,6 +79,8 @@ class Trainer:
         self._workspace, self._config, self._domain = workspace, workspace.config, workspace.domain
         self._engine, self._batches, self._recorder = engine, iter(batches), recorder
         self._clock = Clock()
+        every = workspace.config.training.compare_replicas_every
+        self._guard = ReplicaGuard(engine.network, workspace.domain.mesh, every)
 
     def run(self, done: int) -> None:
         """All steps that are left, with checkpoints on the way and at the end."""
@@ -86,6 +89,7 @@ class Trainer:
             record = self._step(step)
             if self._recorder is not None:
                 self._recorder.write(record)
+            self._guard.after_step(record.step)
             every = training.checkpoint_every
             if record.step == training.steps or (every and record.step % every == 0):
                 save_checkpoint(self._workspace, self._engine, record.step)
