@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import InputError
 
@@ -17,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A part of the config: unknown keys are refused, values cannot be changed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class MeshConfig(Section):
@@ -48,6 +56,16 @@ class DataConfig(Section):
     held_out_frames: int = Field(0, ge=0, description="last frames kept from training, for `faconv evaluate`")
     allow_irregular_time: bool = Field(False, description="train although the time step varies")
     read_ahead: Count = Field(2, description="micro-batches read before they are needed")
+
+    @field_validator("variables", "forcings")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        twice = sorted({name for name in names or () if (names or ()).count(name) > 1})
+        if twice:
+            raise ValueError(f"every name once, but {', '.join(twice)} stands there more often")
+        if info.field_name == "variables" and names is not None and not names:
+            raise ValueError("at least one variable; leave the key out to take all of the store")
+        return names
 
 
 class ModelConfig(Section):
@@ -87,12 +105,12 @@ class TrainingConfig(Section):
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed ZeRO shards over all ranks")
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
     compare_replicas_every: int = Field(
         100, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
     )
-    timeout_s: float = Field(600.0, gt=0, description="a collective that takes longer is an error")
+    timeout_s: float = Field(600.0, ge=10, le=10**7, description="a collective that takes longer is an error")
     tensorboard: bool = Field(False, description="also write TensorBoard events")
 
     @model_validator(mode="after")
@@ -114,6 +132,16 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig
 
+    @model_validator(mode="after")
+    def _attention_is_reached(self) -> "RunConfig":
+        every = self.model.attention_every
+        if self.model.cell == "faconvlstm" and every > self.data.window:
+            raise ValueError(
+                f"model.attention_every={every} is more than the {self.data.window} steps of a window (data.window), "
+                f"so attention would never run. Lower it, or write 0 to leave attention out"
+            )
+        return self
+
     @property
     def global_batch(self) -> int:
         """Samples per optimizer step, over all replicas and micro-batches."""
@@ -134,9 +162,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise InputError(
-            f"the config {path} cannot be read: {error.strerror}. Give the path of a YAML file, "
+            f"the config {path} cannot be read: {reason}. Give the path of a YAML file, "
             f"such as configs/quickstart_era5.yaml."
         ) from None
     tree = _parsed(text, str(path))
@@ -164,7 +193,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Sets one ``a.b=value`` in the tree; the value is read as YAML."""
     name, equals, value = override.partition("=")
-    if not equals or not name:
+    if not equals or not all(name.split(".")):
         raise InputError(f"--set takes section.key=value, got {override!r}. Write for example training.steps=10.")
     *sections, key = name.split(".")
     for section in sections:
@@ -186,13 +215,15 @@ def _findings(error: ValidationError) -> list[str]:
     """One line per finding: where, the rule, the value, the way out."""
     lines = []
     for finding in error.errors():
-        place = ".".join(str(part) for part in finding["loc"])
+        place = ".".join(str(part) for part in finding["loc"]) or "config"
         if finding["type"] == "extra_forbidden":
             lines.append(f"  {place}: unknown key. {_nearest(finding['loc'])}")
         elif finding["type"] == "missing":
             lines.append(f"  {place}: this key is required. Add it.")
         else:
-            lines.append(f"  {place}: {finding['msg']}, got {finding['input']!r}. Change the value.")
+            given = "" if finding["type"] == "value_error" else f", got {finding['input']!r}"
+            remedy = " Write a list: [a, b]." if finding["type"] == "tuple_type" else " Change the value."
+            lines.append(f"  {place}: {finding['msg']}{given}.{remedy}")
     return lines
 
 

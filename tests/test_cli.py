@@ -89,6 +89,16 @@ BAD_INPUTS = {
     "NaN on one rank": ([], damage_nan, r"rank 1\).*wave_1.*fields-00000\.nc"),
     "irregular time": ([], "irregular", r"irregular.*data\.allow_irregular_time"),
     "window too long": (["--set", "data.window=16"], None, r"a window of 16 inputs needs 17 frames"),
+    "too much held out": (
+        ["--set", "data.held_out_frames=13"],
+        None,
+        r"leaves 3 of the 16 frames.*Hold out at most 12",
+    ),
+    "run_dir is a file": (
+        ["--set", "run_dir=pyproject.toml"],
+        None,
+        r"run_dir pyproject\.toml cannot be written: File exists",
+    ),
     "wrong boundary": ([], "odd", r"even number of columns"),
 }
 
@@ -192,6 +202,17 @@ def test_a_signal_ends_all_ranks(tmp_path, store, number, code):
     assert process.returncode == code, told
     assert told.count("interrupted") == (number == signal.SIGINT) and "Traceback" not in told
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_two_jobs_do_not_share_a_run_directory(tmp_path, store):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000})
+    first = start("train", config, "--ranks", 2)
+    wait_for_steps(tmp_path / "run", first)
+    second = faconv("train", config, "--ranks", 2)
+    assert second.returncode == 2
+    assert re.search(r"run is in use by process \d+ on .*two jobs would mix their records", second.stderr)
+    first.kill()
+    first.communicate()
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path, store):

@@ -47,6 +47,14 @@ def test_overrides_are_values_of_the_config(config_file):
         (["training.zero_stage=4"], r"training\.zero_stage: Input should be 0, 1, 2 or 3, got 4"),
         (["data.lat_boundary=wall"], r"data\.lat_boundary: Input should be 'pole', 'zero' or 'replicate', got 'wall'"),
         (["training.warmup_steps=100"], "warmup_steps=100 must be fewer than steps=100"),
+        (["training.learning_rate=.inf"], r"training\.learning_rate: Input should be a finite number, got inf"),
+        (["training.seed=99999999999999999999"], r"training\.seed: Input should be less than 9223372036854775808"),
+        (["training.timeout_s=0.001"], r"training\.timeout_s: Input should be greater than or equal to 10"),
+        (["data.variables=t2m"], r"data\.variables: .*got 't2m'\. Write a list: \[a, b\]"),
+        (["data.variables=[]"], r"data\.variables: .*at least one variable"),
+        (["data.forcings=[insolation, insolation]"], r"data\.forcings: .*every name once, but insolation"),
+        (["data.window=3"], r"model\.attention_every=4 is more than the 3 steps of a window"),
+        (["mesh..lat=2"], r"--set takes section\.key=value, got 'mesh\.\.lat=2'"),
         (["training.steps"], "--set takes section.key=value, got 'training.steps'"),
         (["run_dir.steps=1"], "'run_dir' is a value, not a section"),
         (["training.steps=[1"], "is not a valid YAML value"),
@@ -75,6 +83,12 @@ def test_all_findings_are_listed_at_once(config_file):
 def test_a_file_that_is_no_config(config_file, text, message):
     with pytest.raises(InputError, match=message):
         load_config(config_file(text))
+
+
+def test_a_config_that_is_no_text(tmp_path):
+    (tmp_path / "junk.yaml").write_bytes(b"\x89HDF\xff\xfe")
+    with pytest.raises(InputError, match=r"junk\.yaml cannot be read: it is not a text file"):
+        load_config(tmp_path / "junk.yaml")
 
 
 def test_a_config_that_is_not_there(tmp_path):

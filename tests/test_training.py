@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from faconv_hpc import FAConvLSTMNetwork
+from faconv_hpc import FAConvLSTMNetwork, load_config
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.figures import draw_forecast
@@ -77,6 +77,17 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path, store, layout):
     restored, undisturbed = checkpoints_of(run)[-1], checkpoints_of(tmp_path / "whole" / "run")[-1]
     for name, value in undisturbed.parameters().items():
         assert torch.equal(restored.parameters()[name], value)
+
+
+def test_a_run_keeps_the_config_of_its_earlier_part(tmp_path, store):
+    train_on(Layout(1, 1, 1), tmp_path, store)
+    train_on(Layout(1, 1, 1), tmp_path, store, training={"steps": 8, "learning_rate": 0.02})
+    run = tmp_path / "run"
+    before = (run / CONFIG_FILE).read_text()
+    assert load_config(run / "config-until-step-6.yaml").training.steps == 6
+    assert load_config(run / CONFIG_FILE).training.learning_rate == 0.02
+    train_on(Layout(1, 1, 1), tmp_path, store)  # nothing to do: 6 of 8 steps
+    assert (run / CONFIG_FILE).read_text() == before
 
 
 def test_a_run_goes_on_at_another_mesh_and_stage(tmp_path, store):

@@ -18,6 +18,8 @@ from ..errors import EXIT_TERMINATED, InputError, exit_code_of
 POLL_S = 0.5
 LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
 VERDICT = "verdict"
+LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "emote process exited")  # gloo, NCCL
+LOST_PEER_CHARS = 200
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
@@ -141,5 +143,10 @@ def describe(error: BaseException, rank: int | None = None) -> str:
         return f"faconv: error{where}: {error}"
     if isinstance(error, KeyboardInterrupt):
         return f"faconv: interrupted{where}"
+    if isinstance(error, FloatingPointError):
+        return f"faconv: failed{where}: {error}"
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER):
+        told = str(error)[:LOST_PEER_CHARS]
+        return f"faconv: failed{where}: another rank has left while this one waited for it ({told})"
     lines = "".join(traceback.format_exception(error))
     return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"

@@ -1,7 +1,10 @@
 """What a run leaves behind: one JSON line per step (the truth), progress on the terminal, TensorBoard."""
 
+import fcntl
 import json
+import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .._version import __version__
 from ..config import RunConfig
+from ..errors import InputError
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+LOCK_FILE = ".lock"
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "h5netcdf", "xarray", "mpi4py")
 LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a log file
 
@@ -72,8 +77,7 @@ class Recorder:
     """
 
     def __init__(self, config: RunConfig, done: int) -> None:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / CONFIG_FILE).write_text(config.to_yaml())
+        _write_config(config, done)
         (config.run_dir / VERSIONS_FILE).write_text(json.dumps(versions(), indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
         self._board = _board(config, done)
@@ -131,7 +135,8 @@ class _Display:
             f"communication {record.communication_share:.0%}  peak {record.peak_memory_gib:.2f} GiB"
         )
         self._bar.update(self._task, completed=record.step, description=text)
-        if not self._console.is_terminal and (record.step % self._every == 0 or record.step == self._steps):
+        shown = record.step % self._every == 0 or record.step in (1, self._steps)
+        if shown and not self._console.is_terminal:
             print(f"step {record.step}/{self._steps}  {text}", file=sys.stderr, flush=True)
 
 
@@ -152,6 +157,46 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _write_config(config: RunConfig, done: int) -> None:
+    """The resolved config; the one that led to step ``done``, if it was another, is kept beside it."""
+    path = config.run_dir / CONFIG_FILE
+    if done and path.exists() and path.read_text() != config.to_yaml():
+        path.rename(path.with_name(f"config-until-step-{done}.yaml"))
+    path.write_text(config.to_yaml())
+
+
+@contextmanager
+def claimed(run_dir: Path, here: bool) -> Iterator[None]:
+    """The run directory for this job alone, as long as the block lasts; the kernel frees it if the rank is killed.
+
+    Raises:
+        InputError: another job trains there, or the directory cannot be made.
+    """
+    if not here:
+        yield
+        return
+    lock = run_dir / LOCK_FILE
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    except OSError as error:
+        raise InputError(
+            f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"run_dir {run_dir} is in use by {lock.read_text().strip() or 'another job'}: two jobs would mix "
+                f"their records. Wait for it to end, or give another run_dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def _reopened(path: Path, done: int) -> TextIO:

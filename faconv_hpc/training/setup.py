@@ -107,10 +107,13 @@ def check_config_fits(config: RunConfig, store: Store) -> None:
     """Judges what only config and store together can tell, before anything is computed.
 
     Raises:
-        InputError: more tiles than rows or columns, or no training frames left.
+        InputError: too few frames are left to train on.
     """
-    if config.data.held_out_frames >= store.frames:
+    data = config.data
+    left = store.frames - data.held_out_frames
+    if left < data.window + 1 <= store.frames:
         raise InputError(
-            f"data.held_out_frames={config.data.held_out_frames} leaves nothing of the {store.frames} frames of "
-            f"{store.path} to train on. Hold out fewer."
+            f"data.held_out_frames={data.held_out_frames} leaves {max(left, 0)} of the {store.frames} frames of "
+            f"{store.path} to train on, one window needs {data.window + 1} (data.window and the target of its last "
+            f"step). Hold out at most {store.frames - data.window - 1}."
         )

@@ -17,7 +17,7 @@ from ..spatial.mesh import ProcessMesh
 from .checkpoint import resume, save_checkpoint
 from .engine import Engine
 from .guard import ReplicaGuard
-from .records import Recorder, StepRecord, recording
+from .records import Recorder, StepRecord, claimed, recording
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
 
 
@@ -31,10 +31,17 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
     workspace = Workspace.open(config, mesh)
     check_config_fits(config, workspace.store)
     windows = workspace.windows(workspace.training_frames)
-    engine = Engine(build_network(config, windows), mesh, config.training)
-    done = resume(workspace, engine)
-    if done >= config.training.steps and mesh.rank == 0:
-        print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
+    with claimed(config.run_dir, here=mesh.rank == 0):
+        engine = Engine(build_network(config, windows), mesh, config.training)
+        done = resume(workspace, engine)
+        if done < config.training.steps:
+            _train_from(done, workspace, windows, engine)
+        elif mesh.rank == 0:
+            print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
+
+
+def _train_from(done: int, workspace: Workspace, windows: Windows, engine: Engine) -> None:
+    config, mesh = workspace.config, workspace.domain.mesh
     requests = _requests(config, windows, mesh.replica, done)
     with (
         recording(config, done, here=mesh.rank == 0) as recorder,
