@@ -115,15 +115,18 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     """
     found: dict[str, list[Segment]] = {}
     notes: list[str] = []
+    constant: dict[str, Path] = {}
     for path in paths:
-        for segment in _segments_of(path, options, notes):
+        for segment in _segments_of(path, options, notes, constant):
             found.setdefault(segment.channel.name, []).append(segment)
     if not found:
         raise InputError(
             f"no field with time, latitude and longitude in {', '.join(map(str, paths))}. Look at it with xarray or "
             f"ncdump -h; a dim that is not recognised needs the attribute standard_name (latitude, longitude, time)."
         )
-    chosen = _choose(found, options.variables, paths)
+    if options.variables is None:
+        notes += [f"{path}: {name!r} does not change in time and is left out." for name, path in constant.items()]
+    chosen = _choose(found, options.variables, paths, constant)
     joined = {name: sorted(found[name], key=lambda segment: int(segment.time.seconds[0])) for name in chosen}
     _check_grids([segment for segments in joined.values() for segment in segments])
     axes = {name: _join_times(segments) for name, segments in joined.items()}
@@ -131,13 +134,15 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     return Catalogue(tuple(map(tuple, joined.values())), axes[chosen[0]], tuple(dict.fromkeys(notes)))
 
 
-def _segments_of(path: Path, options: SourceOptions, notes: list[str]) -> list[Segment]:
+def _segments_of(path: Path, options: SourceOptions, notes: list[str], constant: dict[str, Path]) -> list[Segment]:
     dataset = open_source(path)
     segments: list[Segment] = []
     times: dict[Hashable, TimeAxis] = {}
     for name in dataset.data_vars:
         roles = find_roles(dataset, name, options, path)
         if roles is None or dataset[name].dtype.kind not in "fiub":
+            if dataset[name].ndim >= 2:
+                constant[str(name)] = path
             continue
         grid = _source_grid(dataset, roles, options, path)
         if roles.time not in times:
@@ -224,7 +229,9 @@ def _without_repeated_column(longitude: NDArray[np.float64], options: SourceOpti
     return longitude[:-1]
 
 
-def _choose(found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths: Sequence[Path]) -> list[str]:
+def _choose(
+    found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths: Sequence[Path], constant: dict[str, Path]
+) -> list[str]:
     """Names of the channels to take; a variable's name stands for all its levels."""
     if wanted is None:
         return list(found)
@@ -232,6 +239,11 @@ def _choose(found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths
     by_variable = {name: str(segments[0].array.name) for name, segments in found.items()}
     for name in wanted:
         names = [name] if name in found else [key for key, variable in by_variable.items() if variable == name]
+        if not names and name in constant:
+            raise InputError(
+                f"the variable {name!r} of {constant[name]} is no field in time, latitude and longitude: a store holds "
+                f"what changes in time. Leave it out of --variables."
+            )
         if not names:
             raise unknown_name("variable", name, list(found), f"the sources {', '.join(map(str, paths[:3]))}")
         chosen += names
