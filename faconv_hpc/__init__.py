@@ -1,13 +1,32 @@
-"""Sharded recurrent training on large lat/lon grids: public names."""
+"""Sharded recurrent training on large lat/lon grids: public names.
+
+They are loaded when they are first used, so that ``faconv --help`` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ._version import __version__
-from .config import RunConfig, load_config
-from .model.convlstm import ConvLSTM2d
-from .model.layer import FAConvLSTM2d
-from .model.network import FAConvLSTMNetwork
-from .spatial.domain import Domain
-from .spatial.grid import LatLonGrid
-from .spatial.mesh import ProcessMesh
+
+if TYPE_CHECKING:
+    from .config import RunConfig, load_config
+    from .model.convlstm import ConvLSTM2d
+    from .model.layer import FAConvLSTM2d
+    from .model.network import FAConvLSTMNetwork
+    from .spatial.domain import Domain
+    from .spatial.grid import LatLonGrid
+    from .spatial.mesh import ProcessMesh
+
+_HOMES = {
+    "ConvLSTM2d": "model.convlstm",
+    "Domain": "spatial.domain",
+    "FAConvLSTM2d": "model.layer",
+    "FAConvLSTMNetwork": "model.network",
+    "LatLonGrid": "spatial.grid",
+    "ProcessMesh": "spatial.mesh",
+    "RunConfig": "config",
+    "load_config": "config",
+}
 
 __all__ = [
     "ConvLSTM2d",
@@ -20,3 +39,16 @@ __all__ = [
     "__version__",
     "load_config",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name from its home (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
