@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .layer import State, held
+from .layer import State, held, zero_state
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,  # Keras 3
@@ -76,7 +76,7 @@ class ConvLSTM2d(nn.Module):
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         gates_BTCYX = self._input_gates(x_BTCYX, domain)
         inner = domain if self.padding == "same" else Domain.plane(*gates_BTCYX.shape[-2:])
-        h, c = state if state is not None else self._zero_state(gates_BTCYX)
+        h, c = state if state is not None else zero_state(gates_BTCYX, self.hidden_channels)
         outputs = []
         for step in range(x_BTCYX.shape[1]):
             before = h, c
@@ -98,10 +98,6 @@ class ConvLSTM2d(nn.Module):
             )
         gates = functional.conv2d(x, self.input_weight, self.bias)
         return gates.view(*x_BTCYX.shape[:2], *gates.shape[1:])
-
-    def _zero_state(self, gates_BTCYX: Tensor) -> State:
-        h = gates_BTCYX.new_zeros(gates_BTCYX.shape[0], self.hidden_channels, *gates_BTCYX.shape[-2:])
-        return h, h.to(torch.promote_types(h.dtype, torch.float32))
 
     def _step(self, gates_BCYX: Tensor, h: Tensor, c: Tensor, domain: Domain) -> State:
         recurrent = functional.conv2d(domain.pad(h, self.reach), self.recurrent_weight)

@@ -133,7 +133,7 @@ class FAConvLSTM2d(nn.Module):
         """
         _check_input(x_BTCYX, self.in_channels)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        h, c = state if state is not None else self._zero_state(x_BTCYX)
+        h, c = state if state is not None else zero_state(x_BTCYX, self.hidden_channels)
         padded_BTCYX, mean_BTC = self._input_bottleneck(x_BTCYX, domain)
         outputs = []
         for step in range(x_BTCYX.shape[1]):
@@ -145,10 +145,6 @@ class FAConvLSTM2d(nn.Module):
                 h, c = held((h, c), before, valid_BT[:, step])
             outputs.append(h)
         return torch.stack(outputs, dim=1), (h, c)
-
-    def _zero_state(self, x_BTCYX: Tensor) -> State:
-        h = x_BTCYX.new_zeros(x_BTCYX.shape[0], self.hidden_channels, *x_BTCYX.shape[-2:])
-        return h, h.to(torch.promote_types(h.dtype, torch.float32))
 
     def _input_bottleneck(self, x_BTCYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
         """W_x x + b of all steps at once, with its halo and mean: one product, one exchange."""
@@ -183,6 +179,12 @@ class FAConvLSTM2d(nn.Module):
         """(B, C, taps): kernel weights added where kernels of several dilations share a cell."""
         owner_DKN = self._owner_DKN[first : first + weight_BDCK.shape[1]].to(weight_BDCK.dtype)
         return torch.einsum("bdck,dkn->bcn", weight_BDCK, owner_DKN)
+
+
+def zero_state(like_BTCYX: Tensor, hidden_channels: int) -> State:
+    """The state of a sequence that begins, on the cells of ``like_BTCYX``."""
+    h = like_BTCYX.new_zeros(like_BTCYX.shape[0], hidden_channels, *like_BTCYX.shape[-2:])
+    return h, h.to(torch.promote_types(h.dtype, torch.float32))
 
 
 def held(after: State, before: State, valid_B: Tensor) -> State:

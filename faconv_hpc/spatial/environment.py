@@ -23,7 +23,6 @@ class RankEnvironment:
     local_rank: int = 0
     address: str = LOOPBACK
     port: int = 0
-    launcher: str = "plain"
 
     @classmethod
     def read(cls) -> "RankEnvironment":
@@ -110,7 +109,6 @@ def _from_torchrun() -> RankEnvironment:
         local_rank=_integer("LOCAL_RANK", "0"),
         address=os.environ.get("MASTER_ADDR", LOOPBACK),
         port=_integer("MASTER_PORT"),
-        launcher="torchrun",
     )
 
 
@@ -123,7 +121,6 @@ def _from_slurm() -> RankEnvironment:
         local_rank=_integer("SLURM_LOCALID", "0"),
         address=os.environ.get("MASTER_ADDR", first_node(nodes)),
         port=_integer("MASTER_PORT", str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS)),
-        launcher="srun",
     )
 
 
@@ -155,7 +152,7 @@ def _from_mpi() -> RankEnvironment:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     meeting = (LOOPBACK if node.size == world.size else socket.gethostname(), free_port())
     address, port = world.bcast(meeting, root=0)
-    environment = RankEnvironment(world.rank, world.size, node.rank, address, port, launcher="mpiexec")
+    environment = RankEnvironment(world.rank, world.size, node.rank, address, port)
     node.Free()
     MPI.Finalize()
     return environment
