@@ -15,6 +15,7 @@ from faconv_hpc.spatial.environment import RankEnvironment, free_port
 
 TIMEOUT_S = 300.0
 LINGER_S = 5.0
+PRELOADED = ["torch", "deepspeed", "hypothesis", "pytest", "faconv_hpc.training.trainer"]
 
 
 class Layout(NamedTuple):
@@ -51,7 +52,8 @@ class RankPool:
     """Workers that share one process group."""
 
     def __init__(self, ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but done nothing
+        context.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.pipes: list[Connection] = []
         self.workers = []

@@ -1,10 +1,10 @@
-"""The promise: how the grid is cut never changes the result. Layer and network, values and gradients."""
+"""The promise: how the grid is cut never changes the result. Layers and attention, values and gradients."""
 
 import numpy as np
 import pytest
 import torch
 
-from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
+from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, LatLonGrid
 from faconv_hpc.model.attention import AxialAttention
 from ranks import Layout, run_on_ranks
 from test_domain import LAYOUTS, all_agree, random_like
@@ -82,48 +82,6 @@ def test_a_layer_on_tiles_equals_one_tile(layout, grid, layer):
             return out, h, c
 
         compare(domain, run, module, x)
-
-    run_on_ranks(layout, check)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("checkpoint_steps", [0, 2])
-def test_the_network_and_its_loss_on_tiles_equal_one_tile(layout, grid, checkpoint_steps):
-    def check(mesh):
-        domain = Domain(GRIDS[grid](), mesh)
-        network = randomized(
-            FAConvLSTMNetwork(4, 3, 8, 2, attention_every=2, embedding_channels=16, coarse_shape=(2, 3),
-                              checkpoint_steps=checkpoint_steps)
-        )  # fmt: skip
-        shape = (2, 5, 4, domain.grid.nlat, domain.grid.nlon)
-        x, target, season = random_like(shape, 1), random_like(shape, 2)[:, :, :3], torch.rand(2, 5).double()
-        season = random_like((2, 5), 4).sigmoid()
-        valid = random_like(target.shape, 3) > -0.5
-
-        def run(x, domain):
-            output = network(x, season, domain=domain)
-            loss = network.loss(output, x, domain.scatter(target), domain, domain.scatter(valid))
-            return output, loss
-
-        alone = Domain(domain.grid)
-        whole, tile = x.clone().requires_grad_(), domain.scatter(x).clone().requires_grad_()
-        want, want_loss = run(whole, alone)
-        want_grads = torch.autograd.grad(want_loss.objective, [whole, *network.parameters()])
-        got, got_loss = run(tile, domain)
-        got_grads = torch.autograd.grad(got_loss.objective / domain.tiles, [tile, *network.parameters()])
-        differences = [
-            relative_difference(got_loss.value, want_loss.objective.detach()),
-            relative_difference(domain.assemble(got.tendency_BTCYX.detach()), want.tendency_BTCYX),
-            relative_difference(got.embedding_BTE, want.embedding_BTE),
-            relative_difference(got.coarse_BTCRS, want.coarse_BTCRS),
-            relative_difference(domain.assemble(got.state[1][1].detach()), want.state[1][1]),
-            relative_difference(domain.assemble(got_grads[0]), want_grads[0]),
-        ]
-        summed = [domain.total(gradient) for gradient in got_grads[1:]]
-        differences += [relative_difference(a, b) for a, b in zip(summed, want_grads[1:], strict=True)]
-        all_agree(domain, max(differences) <= TOLERANCE)
-        return max(differences)
 
     run_on_ranks(layout, check)
 
