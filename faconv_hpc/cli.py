@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_data import data_app
-from .config import MeshConfig, load_config
+from .config import MeshConfig, RunConfig, load_config
 from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ Ranks = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
+LAYOUT_HELP = (
+    "A layout to compare, LATxLON or REPLICASxLATxLON. May be repeated; without --ranks, starts as many ranks as "
+    "each needs."
+)
+
 
 @app.command()
 def train(config: ConfigPath, set_: Overrides = None, ranks: Ranks = None) -> None:
@@ -62,6 +67,10 @@ def train(config: ConfigPath, set_: Overrides = None, ranks: Ranks = None) -> No
 def verify(
     config: ConfigPath,
     ranks: Ranks = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option("--layout", metavar="[Rx]LATxLON", help=LAYOUT_HELP),
+    ] = None,
     set_: Overrides = None,
     float64: Annotated[
         bool, typer.Option("--float64", help="Compute in float64 and ask for 1e-12 instead of 1e-5.")
@@ -70,21 +79,26 @@ def verify(
 ) -> None:
     """Prove that tiles give the same numbers as one tile, for your own config and data.
 
-    Runs one tile and every layout of the ranks on random weights, and compares loss, output, embedding, and the
-    gradients of the input and of every part of the network. Exit code 0 if all agree, 1 if not.
+    Runs one tile and every layout asked for on random weights and the first windows of the store, and compares loss,
+    output, embedding, the gradients of the input and of every part of the network, and the update by DeepSpeed.
+    Without --layout: every arrangement of the ranks. Says PASS, or where the first difference lies. Exit code 0 if
+    all agree, 1 if not.
 
-    Example: `faconv verify configs/quickstart_era5.yaml --ranks 4`
+    Example: `faconv verify configs/quickstart_era5.yaml --layout 1x2 --layout 2x2 --layout 2x1x2`
     """
     run = load_config(config, set_ or ())
-    if _starts_ranks(ranks):
-        flags = ["--float64"] * float64 + ["--json"] * as_json
-        raise typer.Exit(_run_ranks(["verify", str(config), *_set_options(set_), *flags], ranks))
+    layouts = [MeshConfig.parse(text) for text in layout or ()]
+    arguments = ["verify", str(config), *_set_options(set_), *["--float64"] * float64]
+    if _starts_ranks(ranks) or (layouts and not _inside_a_job()):
+        rows = _rows_of_local_ranks(run, arguments, ranks, layouts)
+        _show_parity(rows, as_json)
+        raise typer.Exit(EXIT_OK if all(row.passed for row in rows) else EXIT_FAILED)
     import torch
 
     from .training.parity import verify_parity
 
     def job(mesh: "ProcessMesh") -> int:
-        rows = verify_parity(run, mesh, torch.float64 if float64 else torch.float32)
+        rows = verify_parity(run, mesh, torch.float64 if float64 else torch.float32, layouts or None)
         if mesh.rank == 0:
             _show_parity(rows, as_json)
         return EXIT_OK if all(row.passed for row in rows) else EXIT_FAILED
@@ -137,11 +151,15 @@ def main() -> None:
         sys.exit(EXIT_INPUT)
 
 
-def _starts_ranks(ranks: int | None) -> bool:
-    """Whether this process is to start ranks, and is not one of them."""
+def _inside_a_job() -> bool:
     from .launch.local import inside_a_job
 
-    if ranks is None or not inside_a_job():
+    return inside_a_job()
+
+
+def _starts_ranks(ranks: int | None) -> bool:
+    """Whether this process is to start ranks, and is not one of them."""
+    if ranks is None or not _inside_a_job():
         return ranks is not None
     if ranks != _job_ranks():
         raise InputError(
@@ -187,16 +205,45 @@ def _in_job(mesh: MeshConfig | None, timeout_s: float, work: "Callable[[ProcessM
     return code or EXIT_OK
 
 
+def _rows_of_local_ranks(
+    run: RunConfig, arguments: Sequence[str], ranks: int | None, layouts: Sequence[MeshConfig]
+) -> "list[ParityRow]":
+    """The layouts' rows, from ranks started here: one start for all layouts of as many ranks."""
+    from .data.store import Store
+    from .launch.local import run_and_read
+    from .training.parity import ParityRow, check_layout
+    from .training.setup import grid_of
+
+    grid = grid_of(run, Store.open(run.data.store))
+    by_ranks: dict[int, list[MeshConfig]] = {ranks: []} if ranks else {}
+    for layout in layouts:
+        check_layout(layout, ranks or layout.ranks, grid)
+        by_ranks.setdefault(layout.ranks, []).append(layout)
+    rows: list[ParityRow] = []
+    for started, group in by_ranks.items():
+        options = [part for layout in group for part in ("--layout", str(layout))]
+        code, printed = run_and_read([*arguments, *options, "--json"], started)
+        answer = printed.rpartition('{"passed"')
+        if not answer[1]:  # no verdict: the ranks have said on stderr what is wrong
+            raise typer.Exit(code or EXIT_FAILED)
+        found = json.loads("".join(answer[1:]))["rows"]
+        rows += [ParityRow(**{name: row[name] for name in row if name != "passed"}) for row in found]
+    return rows
+
+
 def _show_parity(rows: "Sequence[ParityRow]", as_json: bool) -> None:
     passed = all(row.passed for row in rows)
     if as_json:
         print(json.dumps({"passed": passed, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}))
         return
-    table = Table(title="tiles beside one tile: largest difference over largest value")
+    table = Table(
+        title="tiles beside one tile: largest difference over largest value",
+        caption="layouts: tiles along lat x lon, or replicas x lat x lon",
+    )
     layouts = list(dict.fromkeys(row.layout for row in rows))
     table.add_column("quantity")
     for layout in layouts:
-        table.add_column(f"{layout} (lat x lon)", justify="right")
+        table.add_column(layout, justify="right")
     by_place = {(row.quantity, row.layout): row for row in rows}
     for quantity in dict.fromkeys(row.quantity for row in rows):
         cells = [by_place[quantity, layout] for layout in layouts]

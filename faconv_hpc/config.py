@@ -1,9 +1,10 @@
 """The config of a run: frozen, strict, and judged before any rank is started."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -20,6 +21,7 @@ from .errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LatBoundary = Literal["pole", "periodic", "zero", "replicate"]
 
 
 class Section(BaseModel):
@@ -40,6 +42,22 @@ class MeshConfig(Section):
         """Number of ranks."""
         return self.replicas * self.lat * self.lon
 
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """From ``LATxLON`` or ``REPLICASxLATxLON``, such as 2x3 or 2x1x2; raises InputError."""
+        match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([1-9]\d*)", text)
+        if match is None:
+            raise InputError(
+                f"a layout is LATxLON or REPLICASxLATxLON, got {text!r}. Write for example 2x3 (2 tiles along lat, 3 "
+                f"along lon) or 2x1x2 (2 replicas of 1 x 2 tiles)."
+            )
+        replicas, lat, lon = match.groups(default="1")
+        return cls(replicas=int(replicas), lat=int(lat), lon=int(lon))
+
+    def __str__(self) -> str:
+        """What `parse` takes; replicas only where there are several."""
+        return f"{self.replicas}x" * (self.replicas > 1) + f"{self.lat}x{self.lon}"
+
 
 class DataConfig(Section):
     """What is read, and what the network is told about it."""
@@ -51,11 +69,25 @@ class DataConfig(Section):
         ("sin_latitude", "cos_longitude", "sin_longitude", "insolation", "next_insolation"),
         description="known functions of place and time, added to the input",
     )
-    lat_boundary: Literal["pole", "zero", "replicate"] = Field("pole", description="rule beyond the first and last row")
+    lat_boundary: LatBoundary | tuple[LatBoundary, LatBoundary] = Field(
+        "pole", description="rule beyond the first and the last row, or a pair: beyond the first, beyond the last"
+    )
     lon_boundary: Literal["periodic", "zero", "replicate"] = Field("periodic", description="rule beyond the columns")
     held_out_frames: int = Field(0, ge=0, description="last frames kept from training, for `faconv evaluate`")
     allow_irregular_time: bool = Field(False, description="train although the time step varies")
     read_ahead: Count = Field(2, description="micro-batches read before they are needed")
+
+    @field_validator("lat_boundary", mode="before")
+    @classmethod
+    def _one_rule_or_two(cls, value: Any) -> Any:
+        """Judged here, because of a union pydantic would list what is wrong with each of its members."""
+        known = get_args(LatBoundary)
+        sides = [value] if isinstance(value, str) else value
+        if not isinstance(sides, list | tuple) or len(sides) not in (1, 2) or any(side not in known for side in sides):
+            raise ValueError(
+                f"one of {', '.join(known)}, or a pair of them for the first and the last row, got {value!r}"
+            )
+        return sides[0] if sides[0] == sides[-1] else tuple(sides)
 
     @field_validator("variables", "forcings")
     @classmethod

@@ -260,6 +260,29 @@ def test_verify_passes_and_says_so(tmp_path, store, ranks):
     assert "PASS" in process.stdout and "input gradient" in process.stdout and f"1x{ranks}" in process.stdout
 
 
+def test_verify_starts_the_ranks_that_each_layout_needs(tmp_path, store):
+    process = faconv("verify", write_config(tmp_path, store), "--layout", "2x1x1", "--layout", "3x1", "--json")
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout)
+    assert answer["passed"] and {row["layout"] for row in answer["rows"]} == {"2x1x1", "3x1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layout", "1x2", "--layout", "12x1"], r"11 rows cannot be cut over 12 ranks along lat"),
+        (["--layout", "1x1"], r"one rank has nothing to compare.*--layout 1x2"),
+        (["--layout", "2x"], r"a layout is LATxLON or REPLICASxLATxLON, got '2x'"),
+        (["--layout", "1x2", "--ranks", 3], r"the layout 1x2 needs 2 ranks, there are 3"),
+    ],
+)
+def test_layouts_that_verify_refuses_before_anything_is_started(tmp_path, store, options, message):
+    process = faconv("verify", write_config(tmp_path, store), *options)
+    assert process.returncode == 2 and not process.stdout
+    (told,) = messages(process)
+    assert re.search(message, told)
+
+
 def test_verify_fails_when_the_exchange_is_broken(tmp_path, store):
     """West and east swapped: what two ranks on a periodic axis get when messages pair by the wrong order."""
     site = tmp_path / "site"

@@ -38,6 +38,16 @@ def test_overrides_are_values_of_the_config(config_file):
 
 
 @pytest.mark.parametrize(
+    ("text", "sides"),
+    [("[pole, zero]", ("pole", "zero")), ("[zero, zero]", "zero"), ("[pole]", "pole"), ("periodic", "periodic")],
+)
+def test_a_boundary_for_each_side(config_file, text, sides):
+    config = load_config(config_file(MINIMAL), [f"data.lat_boundary={text}"])
+    assert config.data.lat_boundary == sides
+    assert load_config(config_file(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["training.learning_rat=1"], r"training\.learning_rat: unknown key\. Did you mean 'learning_rate'\?"),
@@ -45,7 +55,10 @@ def test_overrides_are_values_of_the_config(config_file):
         (["training.steps=0"], r"training\.steps: Input should be greater than or equal to 1, got 0"),
         (["training.steps=many"], r"training\.steps: .*valid integer.*got 'many'"),
         (["training.zero_stage=4"], r"training\.zero_stage: Input should be 0, 1, 2 or 3, got 4"),
-        (["data.lat_boundary=wall"], r"data\.lat_boundary: Input should be 'pole', 'zero' or 'replicate', got 'wall'"),
+        (["data.lat_boundary=wall"], r"data\.lat_boundary: .*one of pole, periodic, zero, replicate.*got 'wall'"),
+        (["data.lat_boundary=[pole, wall]"], r"data\.lat_boundary: .*a pair of them.*got \['pole', 'wall'\]"),
+        (["data.lat_boundary=[pole, zero, pole]"], r"data\.lat_boundary: .*got \['pole', 'zero', 'pole'\]"),
+        (["data.lat_boundary=3"], r"data\.lat_boundary: .*got 3"),
         (["training.warmup_steps=100"], "warmup_steps=100 must be fewer than steps=100"),
         (["training.learning_rate=.inf"], r"training\.learning_rate: Input should be a finite number, got inf"),
         (["training.seed=99999999999999999999"], r"training\.seed: Input should be less than 9223372036854775808"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from faconv_hpc import FAConvLSTMNetwork, load_config
-from faconv_hpc.config import TrainingConfig
+from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
+from faconv_hpc.config import MeshConfig, TrainingConfig
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run
@@ -43,14 +43,21 @@ def train_on(layout, directory, store, **sections):
 
 
 def test_the_losses_do_not_depend_on_the_mesh(tmp_path, store):
+    """20 steps at the same global batch, six samples."""
     curves = {}
-    for layout in (Layout(1, 1, 1), Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2)):
-        training = {"micro_batch": 2 // layout.replicas, "zero_stage": 2, "clip_norm": 0.1}
+    for layout in (Layout(1, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2), Layout(1, 3, 2)):
+        training = {
+            "micro_batch": 6 // layout.replicas,
+            "zero_stage": 2,
+            "clip_norm": 0.1,
+            "steps": 20,
+            "learning_rate": 0.02,
+        }
         curves[layout] = train_on(
             layout, tmp_path / str(layout), store, training=training, model={"checkpoint_steps": 2}
         )
     want = np.array(curves.pop(Layout(1, 1, 1)))
-    assert want[-1] < want[0]
+    assert len(want) == 20 and want[-1] < 0.9 * want[0]
     for layout, losses in curves.items():
         np.testing.assert_allclose(losses, want, rtol=1e-5, err_msg=str(layout))
 
@@ -219,11 +226,20 @@ def test_parity_of_a_users_config(tmp_path, store, ranks, dtype):
     config = small_config(tmp_path, store, model={"checkpoint_steps": 2})
     answers = run_on_ranks(Layout(1, 1, ranks), lambda mesh: verify_parity(config, mesh, dtype))
     assert all(rows == answers[0] for rows in answers)
-    assert {row.layout for row in answers[0]} == {f"{lat}x{lon}" for lat, lon in layouts_of(ranks)}
+    every = layouts_of(ranks, LatLonGrid(11, 14))
+    assert {row.layout for row in answers[0]} == {str(layout) for layout in every} and len(every) > 1
     quantities = {row.quantity for row in answers[0]}
     assert ("update (ZeRO 1)" in quantities) == (dtype == torch.float32)
     assert {"loss", "output", "embedding", "input gradient", "gradient of layers.1.attention"} <= quantities
     assert all(row.passed for row in answers[0]), [row for row in answers[0] if not row.passed]
+
+
+def test_parity_of_replicas_and_a_boundary_for_each_side(tmp_path, store):
+    config = small_config(tmp_path, store, data={"lat_boundary": ["pole", "replicate"]}, training={"zero_stage": 3})
+    layouts = [MeshConfig(replicas=2, lat=2), MeshConfig(replicas=4), MeshConfig(lat=4)]
+    rows, *_ = run_on_ranks(Layout(1, 1, 4), lambda mesh: verify_parity(config, mesh, layouts=layouts))
+    assert [row.layout for row in rows if row.quantity == "update (ZeRO 3)"] == ["2x2x1", "4x1x1", "4x1"]
+    assert all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 
 def test_parity_finds_an_error_in_the_exchange(tmp_path, store):

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import IO
 
 from ..errors import EXIT_FAILED, EXIT_OK
 from ..spatial.environment import RankEnvironment, free_port
@@ -28,18 +30,18 @@ def inside_a_job() -> bool:
     return STARTED_BY_US in os.environ or RankEnvironment.world_size_hint() > 1
 
 
-def run_local_ranks(arguments: Sequence[str], ranks: int) -> int:
+def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | None = None) -> int:
     """Runs ``faconv ARGUMENTS`` on so many ranks of this machine and returns the exit code of the first to fail.
 
-    When one fails the others get `GRACE_S` seconds to leave and are then killed. Signals are passed on; if
-    this process is killed, the ranks are told to end.
+    What they print goes to ``stdout``, or where this process prints. When one fails the others get `GRACE_S`
+    seconds to leave and are then killed. Signals are passed on; if this process is killed, the ranks are told to end.
     """
     workers: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, _passing_on(workers)) for number in PASSED_ON}
     try:
         port = free_port()
         for rank in range(ranks):
-            workers.append(_start(arguments, rank, ranks, port))
+            workers.append(_start(arguments, rank, ranks, port, stdout))
         return _wait(workers)
     finally:
         for number, handler in before.items():
@@ -49,7 +51,17 @@ def run_local_ranks(arguments: Sequence[str], ranks: int) -> int:
             worker.wait()
 
 
-def _start(arguments: Sequence[str], rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
+def run_and_read(arguments: Sequence[str], ranks: int) -> tuple[int, str]:
+    """`run_local_ranks`; its exit code, and what the ranks printed."""
+    with tempfile.TemporaryFile() as printed:
+        code = run_local_ranks(arguments, ranks, printed)
+        printed.seek(0)
+        return code, printed.read().decode()
+
+
+def _start(
+    arguments: Sequence[str], rank: int, ranks: int, port: int, stdout: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
     variables = RankEnvironment(rank, ranks, rank, port=port).variables() | {STARTED_BY_US: str(rank)}
     environment = os.environ | variables
     cores = len(os.sched_getaffinity(0))
@@ -57,6 +69,7 @@ def _start(arguments: Sequence[str], rank: int, ranks: int, port: int) -> subpro
     return subprocess.Popen(
         [sys.executable, "-m", "faconv_hpc", *arguments],
         env=environment,
+        stdout=stdout,
         start_new_session=True,  # so that Ctrl-C reaches the ranks once, through us
         preexec_fn=_end_with_parent,
     )

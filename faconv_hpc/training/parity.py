@@ -1,24 +1,27 @@
 """Proves for a user's own config and data that tiles give the same numbers as one tile."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import MeshConfig, RunConfig
+from ..data.samples import Batch, Windows
 from ..data.store import Store
 from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
+from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from .engine import Engine
 from .setup import Workspace, build_network, grid_of
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 FIELD_DIMS = 5  # (B, T, C, Y, X)
+GRADIENT, UPDATE = "gradient of ", "update of "
 WEIGHT_SCALE = 0.5  # of the random part added to every weight, so that nothing is zero or one
 
 
@@ -45,49 +48,98 @@ Values = dict[str, Tensor]
 """What is compared: values of the whole grid, and gradients summed over tiles."""
 
 
-def layouts_of(ranks: int) -> list[tuple[int, int]]:
-    """All (lat, lon) with so many tiles, one tile along lat first."""
-    return [(lat, ranks // lat) for lat in range(1, ranks + 1) if ranks % lat == 0]
+def layouts_of(ranks: int, grid: LatLonGrid) -> list[MeshConfig]:
+    """All arrangements of so many tiles that fit a grid, one tile along lat first.
+
+    Raises:
+        InputError: there is none.
+    """
+    every = [MeshConfig(lat=lat, lon=ranks // lat) for lat in range(1, ranks + 1) if ranks % lat == 0]
+    fitting = [one for one in every if one.lat <= grid.nlat and one.lon <= grid.nlon]
+    if not fitting:
+        raise InputError(
+            f"no arrangement of {ranks} ranks fits a grid of {grid.nlat} x {grid.nlon} cells. Use fewer ranks."
+        )
+    return fitting
 
 
-def verify_parity(config: RunConfig, mesh: ProcessMesh, dtype: torch.dtype = torch.float32) -> list[ParityRow]:
-    """Runs one tile on the first rank and every layout of all ranks, and compares. Collective.
+def check_layout(layout: MeshConfig, ranks: int, grid: LatLonGrid) -> None:
+    """Raises InputError unless there is something to compare and the layout fits ranks and grid."""
+    if layout.ranks == 1:
+        raise InputError(
+            "one rank has nothing to compare: tiles beside one tile need two ranks at least. "
+            "Use --ranks 2 or more, or --layout 1x2."
+        )
+    if layout.ranks != ranks:
+        raise InputError(
+            f"the layout {layout} needs {layout.ranks} ranks, there are {ranks}. Leave --ranks out, and "
+            f"`faconv verify` starts as many as each layout needs; or name layouts of {ranks} ranks."
+        )
+    Cuts.even(grid, layout.lat, layout.lon)  # or says which side has too few cells
 
-    The network is the config's, its weights random; the sample is the first window of the store. The
-    rows are those of every rank. One tile must fit the memory of the first rank, and the others wait for it.
+
+def verify_parity(
+    config: RunConfig,
+    mesh: ProcessMesh,
+    dtype: torch.dtype = torch.float32,
+    layouts: Sequence[MeshConfig] | None = None,
+) -> list[ParityRow]:
+    """Runs one tile on the first rank and every layout on all ranks, and compares. Collective.
+
+    The network is the config's, its weights random. Values and gradients are those of the first window of the
+    store; for the update replica r takes window r, and the reference is the mean of the windows' gradients on
+    one tile. The rows are those of every rank. One tile must fit the memory of the first rank, and the others
+    wait for it.
 
     Args:
         config: its mesh is not used.
         mesh: all ranks of the job.
         dtype: float32 (differences up to 1e-5 pass) or float64 (1e-12).
+        layouts: each of as many ranks as the job has. Default: all of one replica that fit the grid.
 
     Raises:
-        InputError: there is one rank only, or no layout of so many ranks fits the grid.
+        InputError: there is one rank only, a layout of another number of ranks, or one that does not fit the grid.
     """
-    if mesh.ranks == 1:
-        raise InputError(
-            "one rank has nothing to compare: tiles beside one tile need two ranks at least. Use --ranks 2 or more."
-        )
     store = Store.open(config.data.store)
     grid = grid_of(config, store)
-    fitting = [(lat, lon) for lat, lon in layouts_of(mesh.ranks) if lat <= grid.nlat and lon <= grid.nlon]
-    if not fitting:
-        raise InputError(
-            f"no arrangement of {mesh.ranks} ranks fits a grid of {grid.nlat} x {grid.nlon} cells. Use fewer ranks."
-        )
-    alone = Domain(grid, replace(ProcessMesh.alone(), device=mesh.device))
-    want = _results(Workspace(config, store, alone), dtype) if mesh.rank == 0 else None
+    reference = _Reference(Workspace(config, store, Domain(grid, replace(ProcessMesh.alone(), device=mesh.device))))
     rows: list[ParityRow] = []
-    for lat, lon in fitting:
-        arranged = ProcessMesh.arrange(mesh.job_ranks, 1, lat, lon, device=mesh.device, watch=mesh.watch)
-        assert arranged is not None, f"rank {mesh.rank} is not part of {lat} x {lon}"
+    for layout in layouts_of(mesh.ranks, grid) if layouts is None else layouts:
+        check_layout(layout, mesh.ranks, grid)
+        sizes = (layout.replicas, layout.lat, layout.lon)
+        arranged = ProcessMesh.arrange(mesh.job_ranks, *sizes, device=mesh.device, watch=mesh.watch)
+        assert arranged is not None, f"rank {mesh.rank} is not part of {layout}"
         workspace = Workspace(config, store, Domain(grid, arranged))
         got = _results(workspace, dtype)
         if dtype == torch.float32:
             got |= _update(workspace)
-        if want is not None:
+        if mesh.rank == 0:
+            want = reference.values(dtype, layout.replicas)
             rows += _compared(workspace, got, want, TOLERANCES[dtype])
     return mesh.from_first(rows)
+
+
+class _Reference:
+    """What one tile computes; each window once."""
+
+    def __init__(self, alone: Workspace) -> None:
+        self._alone = alone
+        self._windows: dict[int, Values] = {}
+
+    def values(self, dtype: torch.dtype, replicas: int) -> Values:
+        """Of window 0, and of the update that so many replicas make together."""
+        values = dict(self._window(dtype, 0))
+        if dtype == torch.float32:
+            gradients = [self._window(dtype, replica) for replica in range(replicas)]
+            for name in [name for name in values if name.startswith(GRADIENT)]:
+                mean = torch.stack([one[name] for one in gradients]).mean(0)
+                values[UPDATE + name.removeprefix(GRADIENT)] = mean.cpu()
+        return values
+
+    def _window(self, dtype: torch.dtype, number: int) -> Values:
+        if number not in self._windows:
+            self._windows[number] = _results(self._alone, dtype, number)
+        return self._windows[number]
 
 
 def _update(workspace: Workspace) -> Values:
@@ -98,20 +150,25 @@ def _update(workspace: Workspace) -> Values:
     network = _randomized(build_network(workspace.config, windows), torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
-    batch = windows.read([0]).to(workspace.domain.mesh.device)
+    batch = _window(workspace, windows, workspace.domain.mesh.replica)
     output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, workspace.domain)
     inputs, target = batch.inputs_BTCYX, batch.target_BTCYX
     engine.backward(network.loss(output, inputs, target, workspace.domain, batch.valid_BTCYX, batch.known_BTCYX))
     engine.step(1.0)
-    return {f"update of {name}": before[name] - after for name, after in engine.full_parameters()}
+    return {f"{UPDATE}{name}": before[name] - after for name, after in engine.full_parameters()}
 
 
-def _results(workspace: Workspace, dtype: torch.dtype) -> Values:
-    """Loss, outputs and gradients of one sample, assembled from all tiles."""
+def _window(workspace: Workspace, windows: Windows, number: int) -> Batch:
+    """A window of the store; from the first again where there are fewer."""
+    return windows.read([number % len(windows)]).to(workspace.domain.mesh.device)
+
+
+def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Values:
+    """Loss, outputs and gradients of one window, assembled from all tiles."""
     domain = workspace.domain
     windows = workspace.windows(range(workspace.store.frames))
     network = _randomized(build_network(workspace.config, windows), dtype).to(domain.mesh.device)
-    batch = windows.read([0]).to(domain.mesh.device)
+    batch = _window(workspace, windows, number)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
     output = network(inputs, batch.year_fraction_BT, domain=domain)
     known = None if batch.known_BTCYX is None else batch.known_BTCYX.to(dtype)
@@ -126,24 +183,24 @@ def _results(workspace: Workspace, dtype: torch.dtype) -> Values:
         "input gradient": domain.assemble(gradients[0]),
     }
     for name, gradient in zip(named, gradients[1:], strict=True):
-        values[f"gradient of {name}"] = domain.total(gradient)
+        values[f"{GRADIENT}{name}"] = domain.total(gradient)
     return values
 
 
 def _compared(workspace: Workspace, got: Values, want: Values, tolerance: float) -> Iterator[ParityRow]:
     """One row per quantity; parameters by the module they belong to, updates all together."""
-    wanted = want | {name: want[name.replace("update", "gradient")].cpu() for name in got if name.startswith("update")}
     groups: dict[str, list[str]] = {}
     for name in got:
-        group = f"update (ZeRO {workspace.config.training.zero_stage})" if name.startswith("update") else name
+        group = f"update (ZeRO {workspace.config.training.zero_stage})" if name.startswith(UPDATE) else name
         groups.setdefault(group.rpartition(".")[0] or group, []).append(name)
-    cuts = workspace.domain.cuts
+    mesh = workspace.domain.mesh
+    layout = MeshConfig(replicas=mesh.replicas, lat=mesh.lat, lon=mesh.lon)
     for group, names in groups.items():
-        scale = max(max(float(wanted[name].abs().max()) for name in names), 1e-30)
-        difference = torch.stack([(got[name] - wanted[name]).abs().max() for name in names]).max()
-        row = ParityRow(f"{cuts.lat}x{cuts.lon}", group, float(difference) / scale, tolerance)
+        scale = max(max(float(want[name].abs().max()) for name in names), 1e-30)
+        difference = torch.stack([(got[name] - want[name]).abs().max() for name in names]).max()
+        row = ParityRow(str(layout), group, float(difference) / scale, tolerance)
         is_field = not row.passed and got[names[0]].dim() == FIELD_DIMS
-        yield replace(row, first=_place(workspace, got[names[0]], wanted[names[0]], tolerance)) if is_field else row
+        yield replace(row, first=_place(workspace, got[names[0]], want[names[0]], tolerance)) if is_field else row
 
 
 def _place(workspace: Workspace, got: Tensor, want: Tensor, tolerance: float) -> str:
