@@ -28,12 +28,16 @@ def cheaper_exchange(ranks: int) -> str:
 
 
 class AxialAttention(nn.Module):
-    """gamma (row attention + column attention), multi-head, with positions from coordinates.
+    """gamma (row attention + cos(latitude) column attention), multi-head, with positions from coordinates.
 
     Row attention joins all cells of a latitude circle. Its rotary angles are integer harmonics of
     longitude, so only differences of longitude count and the circle closes. Column attention joins
     all cells of a meridian, with rotary angles in proportion to latitude; its keys are weighed by cell
     area (log area added to the logits), as a sum over cells stands for an integral over the sphere.
+
+    All meridians meet at a pole, and what each of them adds there belongs to the same point: only what vanishes
+    towards the pole is continuous across it. Hence the cosine of latitude, on grids that end at a pole; on others
+    column attention counts alike in all rows.
 
     Args:
         channels: C of the field that is attended to.
@@ -65,8 +69,8 @@ class AxialAttention(nn.Module):
 
     def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
         """What attention adds to h: (B, C, Y, X)."""
-        added = self._along("lon", h_BCYX, domain) + self._along("lat", h_BCYX, domain)
-        return self.gamma[:, None, None] * added
+        rows, columns = self._along("lon", h_BCYX, domain), self._along("lat", h_BCYX, domain)
+        return self.gamma[:, None, None] * (rows + columns * domain.pole_taper(h_BCYX)[:, None])
 
     def _along(self, axis: str, h_BCYX: Tensor, domain: Domain) -> Tensor:
         qkv = self._parameters[f"{axis}_qkv"]

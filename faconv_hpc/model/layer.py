@@ -28,7 +28,7 @@ class FAConvLSTM2d(nn.Module):
         i, f, g, o = W_a sum_d(s_d m_d) + b_a          1x1
         c = sigmoid(f + p_f c) c + sigmoid(i + p_i c) tanh(g)
         h = sigmoid(o + p_o c) tanh(c)                 with the new c
-        every K-th step: h = h + gamma (row attention(h) + column attention(h))
+        every K-th step: h = h + gamma (row attention(h) + cos(latitude) column attention(h)), see `AxialAttention`
 
     The equations are written from the abstract of Nji and Wang, arXiv 2601.10914.
 

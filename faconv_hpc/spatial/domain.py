@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..observe import Clock
 from . import exchange
 from .exchange import HaloExchange, at_least_float32
-from .grid import Cuts, LatLonGrid, Tile
+from .grid import Boundary, Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
 from .tape import Tape
 
@@ -168,6 +168,10 @@ class Domain:
         """(X,) longitudes of the owned columns, in radians."""
         return self._constant("longitude", like)
 
+    def pole_taper(self, like: Tensor) -> Tensor:
+        """(Y,) cosine of the owned rows' latitudes where the grid ends at a pole, ones on other grids."""
+        return self._constant("taper", like)
+
     # Activation checkpointing
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -226,6 +230,9 @@ class Domain:
     def _values(self, name: str) -> NDArray[np.float64]:
         rows, columns = self.tile.slices
         area = self.grid.cell_area_sr
+        if name == "taper":
+            has_pole = Boundary.POLE in (self.grid.north, self.grid.south)
+            return np.cos(self.grid.latitude[rows]) if has_pole else np.ones(self.tile.shape[0])
         if name in ("latitude", "longitude"):
             return self.grid.latitude[rows] if name == "latitude" else self.grid.longitude[columns]
         scaled: NDArray[np.float64] = area[rows] / self.grid.total_area_sr if name == "weight" else area / area.mean()
