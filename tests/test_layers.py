@@ -5,13 +5,15 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.errors import InputError
-from faconv_hpc.model.attention import AxialAttention, cheaper_exchange
+from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
 from faconv_hpc.model.kernels import Taps, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
+from ranks import Layout, run_on_ranks
 from test_domain import random_like
 from test_parity import randomized, relative_difference
 
@@ -254,7 +256,58 @@ def test_bfloat16_activations_keep_a_float32_cell_state():
 
 
 def test_the_cost_rule_for_attention():
-    assert [cheaper_exchange(ranks) for ranks in (1, 2, 3, 8)] == ["gather", "gather", "swap", "swap"]
+    def rule(ranks, lines=24, dtype=torch.float32):
+        return cheaper_exchange(lines, [5] * ranks, 4, dtype)
+
+    assert [rule(ranks) for ranks in (1, 2, 3, 8)] == ["gather", "gather", "swap", "swap"]
+    assert rule(2, dtype=torch.bfloat16) == "swap"  # the adjoint of gather sums in float32
+    assert rule(8, lines=1) == "gather"  # one rank would have the only line
+    even = exchange_costs(24, [5] * 4, 4, torch.float32)
+    tile_bytes = 24 * 5 * 4 * 4
+    assert even["gather"] == ExchangeCost(12 * tile_bytes, 2, 10 * tile_bytes)
+    assert even["swap"] == ExchangeCost(6 * tile_bytes, 4, 4 * tile_bytes)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "swap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("axis", ["lon", "lat"])
+def test_the_cost_rule_counts_the_bytes_that_the_collectives_bring(exchange, dtype, axis):
+    """On uneven tiles, lines that the ranks do not divide."""
+
+    def check(mesh):
+        domain = Domain(LatLonGrid(7, 11), mesh)
+        attention = AxialAttention(4, heads=1, exchange=exchange).to(dtype)
+        x = torch.randn(2, 4, *domain.tile.shape).to(dtype).requires_grad_()
+        received = dict.fromkeys(("bytes", "phases"), 0)
+
+        def counting(collective, brought):
+            def call(into, source, **options):
+                received["bytes"] += brought(into, options) * into.element_size()
+                received["phases"] += 1
+                return collective(into, source, **options)
+
+            return call
+
+        ranks, index = mesh.size(axis), mesh.index(axis)
+        brought = {
+            "all_gather_single": lambda into, options: into.numel() * (ranks - 1) // ranks,
+            "reduce_scatter_single": lambda into, options: into.numel() * (ranks - 1),
+            "all_to_all_single": lambda into, options: into.numel() - options["output_split_sizes"][index],
+        }
+        originals = {name: getattr(dist, name) for name in brought}
+        try:
+            for name, function in brought.items():
+                setattr(dist, name, counting(originals[name], function))
+            attention._along(axis, x, domain).float().square().sum().backward()
+        finally:
+            for name, original in originals.items():
+                setattr(dist, name, original)
+        lines = 2 * domain.tile.shape[0 if axis == "lon" else 1]
+        return received, exchange_costs(lines, domain.cuts.sizes(axis), 4, dtype)[exchange]
+
+    answers = run_on_ranks(Layout(1, 1, 3) if axis == "lon" else Layout(1, 3, 1), check)
+    assert max(received["bytes"] for received, _ in answers) == answers[0][1].moved_bytes > 0
+    assert {received["phases"] for received, _ in answers} == {answers[0][1].phases}
 
 
 def test_coarse_means_are_means_over_regions():

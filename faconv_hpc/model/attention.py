@@ -1,14 +1,16 @@
 """Axial attention over the whole globe from a tile: along every row, and along every column."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError
-from ..spatial.domain import Domain
+from ..spatial.domain import Domain, line_shares
+from ..spatial.exchange import at_least_float32
 from .kernels import pointwise
 
 EXCHANGES = ("auto", "gather", "swap")
@@ -16,15 +18,63 @@ EXCHANGES = ("auto", "gather", "swap")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def cheaper_exchange(ranks: int) -> str:
-    """``"gather"`` or ``"swap"``, whichever moves fewer numbers along an axis of this many ranks.
+@dataclass(frozen=True, order=True)
+class ExchangeCost:
+    """What attention along one axis costs the rank with most to do, forward and backward together.
 
-    With n numbers per rank and tensor, gather moves the keys and values of all other ranks,
-    2 (P - 1) n received forward, and holds 2 P n; swap moves q, k, v and the result, 4 n (P - 1) / P,
-    and holds 4 n. Swap moves fewer for P > 2. At P = 2 both move 2 n and hold 4 n, and gather wins
-    because it is one phase of communication where swap is two.
+    Attributes:
+        moved_bytes: received from other ranks.
+        phases: collectives, one after the other.
+        held_bytes: q, k, v and the result, kept for backward.
     """
-    return "swap" if ranks > 2 else "gather"
+
+    moved_bytes: int
+    phases: int
+    held_bytes: int
+
+
+def exchange_costs(lines: int, sizes: Sequence[int], channels: int, dtype: torch.dtype) -> dict[str, ExchangeCost]:
+    """The cost of each way to attend along an axis.
+
+    With L lines, C channels, P ranks, n cells of a line on a rank and N on all, counted in numbers:
+
+    * gather receives k and v of all other ranks, 2 C L (P - 1) n, and holds them whole, 2 C L N, beside its own q and
+      result, 2 C L n. Its adjoint receives as many gradients, in float32 or better, as they are summed. 2 phases.
+      Tiles are filled up to the largest.
+    * swap takes s = L / P whole lines: receives 3 C s (N - n) of q, k and v, gives the result back, C (L - s) n, and
+      holds 4 C s N. Its adjoint moves the same numbers the other way. 4 phases. Where L does not divide, the rank
+      with most lines counts.
+
+    Even tiles of n' = C L n numbers: gather moves 4 (P - 1) n' and holds (2 P + 2) n', swap 8 (P - 1) / P n' and 4 n'.
+
+    Args:
+        lines: L, all lines along the axis through this tile, over all samples.
+        sizes: n of every rank of the axis.
+        channels: C, of queries as of keys and values, over all heads.
+        dtype: of the activations.
+    """
+    ranks, whole = len(sizes), sum(sizes)
+    number, summed = dtype.itemsize, at_least_float32(dtype).itemsize
+    gathered = 2 * channels * lines * (ranks - 1) * max(sizes)
+    shares = line_shares(lines, ranks)
+    swapped = max(
+        4 * channels * (share * (whole - size) + (lines - share) * size)
+        for share, size in zip(shares, sizes, strict=True)
+    )
+    return {
+        "gather": ExchangeCost(gathered * (number + summed), 2, 2 * channels * lines * (max(sizes) + whole) * number),
+        "swap": ExchangeCost(swapped * number, 4, 4 * channels * max(shares) * whole * number),
+    }
+
+
+def cheaper_exchange(lines: int, sizes: Sequence[int], channels: int, dtype: torch.dtype) -> str:
+    """``"gather"`` or ``"swap"``: the one of the `exchange_costs` that moves fewer bytes.
+
+    At equal bytes the one with fewer phases, then the one that holds less. So float32 on two even tiles gathers, and
+    holds 6 n' where swap would hold 4 n'; on more tiles, and in bf16, swap moves less and holds less.
+    """
+    costs = exchange_costs(lines, sizes, channels, dtype)
+    return min(costs, key=lambda name: costs[name])
 
 
 class AxialAttention(nn.Module):
@@ -84,16 +134,18 @@ class AxialAttention(nn.Module):
         return pointwise(out, _cells(mixed_LCN, axis, shape))
 
     def _exchanged(self, axis: str, qkv_LCN: Tensor, domain: Domain, bias: Tensor | None, shape: torch.Size) -> Tensor:
-        ranks = domain.mesh.size(axis)
-        exchange = cheaper_exchange(ranks) if self.exchange == "auto" else self.exchange
+        sizes, (lines, channels, _) = domain.cuts.sizes(axis), qkv_LCN.shape
+        exchange = self.exchange
+        if exchange == "auto":  # the same on all ranks of the axis: they share their lines
+            exchange = cheaper_exchange(lines, sizes, channels // 3, qkv_LCN.dtype)
         if exchange == "swap":
             whole = domain.swap(qkv_LCN, axis)
             q, k, v = self._heads(whole)
             mixed = _attend(q, k, v, bias).flatten(1, 2)
-            return domain.swap_back(mixed, axis, qkv_LCN.shape[0])
+            return domain.swap_back(mixed, axis, lines)
         q, k, v = self._heads(qkv_LCN)
-        if ranks > 1:
-            keys_values = qkv_LCN[:, qkv_LCN.shape[1] // 3 :]
+        if len(sizes) > 1:
+            keys_values = qkv_LCN[:, channels // 3 :]
             whole, _ = _lines(domain.gather(_cells(keys_values, axis, shape), axis), axis)
             k, v = whole.unflatten(1, (2, self.heads, self.head_size)).unbind(1)
         return _attend(q, k, v, bias).flatten(1, 2)

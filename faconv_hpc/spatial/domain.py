@@ -376,14 +376,14 @@ def _axis(domain: Domain, axis: str) -> tuple[Any, Clock]:
     return domain.mesh.axis_groups[axis], domain.clock
 
 
-def _shares(lines: int, ranks: int) -> list[int]:
+def line_shares(lines: int, ranks: int) -> list[int]:
     """How many of the lines each rank of the axis takes; some take none where there are too few."""
     return [lines // ranks + (rank < lines % ranks) for rank in range(ranks)]
 
 
 def _to_whole_lines(x_LCN: Tensor, domain: Domain, axis: str) -> Tensor:
     lines, channels, _ = x_LCN.shape
-    shares = _shares(lines, domain.mesh.size(axis))
+    shares = line_shares(lines, domain.mesh.size(axis))
     mine = shares[domain.mesh.index(axis)]
     shapes = [torch.Size((mine, channels, size)) for size in domain.cuts.sizes(axis)]
     return torch.cat(exchange.all_to_all(x_LCN.split(shares), shapes, *_axis(domain, axis)), dim=-1)
@@ -392,5 +392,5 @@ def _to_whole_lines(x_LCN: Tensor, domain: Domain, axis: str) -> Tensor:
 def _to_owned_pieces(x_LCN: Tensor, domain: Domain, axis: str, lines: int) -> Tensor:
     sizes = domain.cuts.sizes(axis)
     owned = sizes[domain.mesh.index(axis)]
-    shapes = [torch.Size((share, x_LCN.shape[1], owned)) for share in _shares(lines, len(sizes))]
+    shapes = [torch.Size((share, x_LCN.shape[1], owned)) for share in line_shares(lines, len(sizes))]
     return torch.cat(exchange.all_to_all(x_LCN.split(sizes, dim=-1), shapes, *_axis(domain, axis)))

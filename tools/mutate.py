@@ -1,0 +1,88 @@
+"""Puts one fault after the other into the code that cuts the globe, and asks whether the tests catch it.
+
+Every fault of tools/faults.yaml changes one line of spatial/ or of the losses in a copy of the tree; the tests named
+here then run until the first that fails. A fault that no test sees is printed as MISSED, and the exit code is 1.
+
+Run: python tools/mutate.py [--only TEXT]      (some 15 minutes on two cores)
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("faconv_hpc", "tests", "configs", "tools", "pyproject.toml")
+TESTS = ("grid", "halo", "domain", "parity", "smoothness", "layers", "properties", "engine", "training")
+TIMEOUT_S = 1800
+FAILED = 1  # pytest's exit code when a test fails; others mean that it could not run them
+
+
+class Fault(NamedTuple):
+    """One line as it is and as it should not be."""
+
+    file: str
+    what: str
+    right: str
+    wrong: str
+
+
+def known_faults() -> list[Fault]:
+    """All of tools/faults.yaml."""
+    return [Fault(**fault) for fault in yaml.safe_load((ROOT / "tools" / "faults.yaml").read_text())]
+
+
+def caught_by(fault: Fault) -> str | None:
+    """The test that fails with the fault in place; None if all pass."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        for name in COPIED:
+            source = ROOT / name
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
+        _put_in(fault, copy / "faconv_hpc" / fault.file)
+        tests = [f"tests/test_{name}.py" for name in TESTS]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
+        environment = os.environ | {"PYTHONPATH": directory}
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    if done.returncode not in (0, FAILED):
+        raise SystemExit(f"pytest could not run (exit code {done.returncode}):\n{done.stdout[-2000:]}{done.stderr}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return lines[0].split()[1] if done.returncode else None
+
+
+def _put_in(fault: Fault, path: Path) -> None:
+    text = path.read_text()
+    places = text.count(fault.right)
+    if places != 1:
+        raise SystemExit(f"{fault.file} has {fault.right!r} {places} times: bring this list up to date.")
+    path.write_text(text.replace(fault.right, fault.wrong))
+
+
+def main() -> None:
+    """Prints one line per fault and ends with the number that was caught."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="faults whose file or description holds this text")
+    chosen = [fault for fault in known_faults() if parser.parse_args().only in f"{fault.file} {fault.what}"]
+    missed = 0
+    for fault in chosen:
+        start = time.monotonic()
+        test = caught_by(fault)
+        missed += test is None
+        verdict = "MISSED" if test is None else f"caught by {test}"
+        print(f"{time.monotonic() - start:4.0f} s  {fault.file}: {fault.what}: {verdict}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
