@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_checkpoint import checkpoint_app
 from .cli_data import data_app
 from .config import MeshConfig, RunConfig, load_config
 from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
@@ -47,20 +49,29 @@ LAYOUT_HELP = (
 
 
 @app.command()
-def train(config: ConfigPath, set_: Overrides = None, ranks: Ranks = None) -> None:
-    """Train a run, from its newest checkpoint if there is one.
+def train(
+    config: ConfigPath,
+    set_: Overrides = None,
+    ranks: Ranks = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a damaged checkpoint instead of going on from the one before it.")
+    ] = False,
+) -> None:
+    """Train a run, from its newest whole checkpoint if there is one.
 
     Trains in the ranks that are there: started by torchrun, srun or mpiexec, or by --ranks on this machine.
+    SIGTERM, SIGUSR1 and SIGUSR2 end it after the step under way, with a checkpoint and exit code 75: start the same
+    command again to go on. Exit code 93: starting again has led nowhere several times.
 
     Example: `faconv train configs/quickstart_era5.yaml --ranks 2 --set training.steps=100`
     """
     run = load_config(config, set_ or ())
     if _starts_ranks(ranks):
         _check_ranks(run.mesh, ranks)
-        raise typer.Exit(_run_ranks(["train", str(config), *_set_options(set_)], ranks))
+        raise typer.Exit(_run_ranks(["train", str(config), *_set_options(set_), *["--strict"] * strict], ranks))
     from .training.trainer import train as train_run
 
-    _in_job(run.mesh, run.training.timeout_s, lambda mesh: train_run(run, mesh))
+    raise typer.Exit(_in_job(run.mesh, run.training.timeout_s, lambda mesh: train_run(run, mesh, strict=strict)))
 
 
 @app.command()

@@ -138,7 +138,16 @@ class TrainingConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed ZeRO shards over all ranks")
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0, lt=2**63)
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: Count = Field(3, description="newest checkpoints that are kept; older ones of this run are removed")
+    keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this stay for good; 0: none do")
+    save_in_background: bool = Field(False, description="train on while a checkpoint is written")
+    on_not_finite: Literal["stop", "skip", "restore"] = Field(
+        "stop", description="a loss or gradient that is no number: end, leave the step out, or go back to a checkpoint"
+    )
+    term_grace_s: float = Field(30.0, ge=0, description="seconds between SIGTERM and SIGKILL, as the cluster is set")
+    usr_grace_s: float = Field(120.0, ge=0, description="seconds between SIGUSR1 or 2 and SIGKILL, `--signal=USR1@120`")
+    give_up_after: int = Field(3, ge=0, description="starts in a row without a newer checkpoint; 0: never give up")
     compare_replicas_every: int = Field(
         100, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
     )

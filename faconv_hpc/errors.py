@@ -1,8 +1,9 @@
-"""The one error a user can mend. Everything else that is raised is ours to mend."""
+"""Errors with a message for the user, and the exit codes. Everything else that is raised is ours to mend."""
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INPUT = 2
+EXIT_STOPPED = 75  # a signal asked for it and the run can go on: sysexits.h's "try again"
 EXIT_NO_REQUEUE = 93
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # what shells make of Ctrl-C and SIGTERM
 
@@ -15,10 +16,23 @@ class InputError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """The run cannot go on for a reason outside the code: a full disk, weights that drift, a rank that is silent.
+
+    The message says what is left and what to do; a traceback would not help.
+    """
+
+
+class NoProgressError(RunError):
+    """Starting again has led nowhere several times, so it is not tried again (exit code `EXIT_NO_REQUEUE`)."""
+
+
 def exit_code_of(error: BaseException) -> int:
     """The exit code with which a process ends because of this error."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
+    if isinstance(error, NoProgressError):
+        return EXIT_NO_REQUEUE
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""Seconds spent by name: what a step record says about waiting and communicating."""
+"""Seconds spent by name, and what a rank is doing: what step records say, and what is told of a rank that is silent."""
 
 import time
 from collections import defaultdict
@@ -6,22 +6,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class Activity:
+    """What the main thread is doing; it writes, a watching thread reads.
+
+    Attributes:
+        step: optimizer step under way, 0 before the first.
+        doing: such as ``"backward"``, or the verb that communicates.
+        since: when it began with that, by `time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.doing = "starting"
+        self.since = time.monotonic()
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Says so inside the ``with`` block."""
+        before = self.doing
+        self._begin(what)
+        try:
+            yield
+        finally:
+            self._begin(before)
+
+    def _begin(self, what: str) -> None:
+        self.doing, self.since = what, time.monotonic()
+
+
 class Clock:
     """Adds up wall-clock seconds under names such as ``"exchange"`` or ``"data"``.
 
     On a GPU an asynchronous exchange returns before it is done; the seconds are then those in
     which the host was held up, a lower bound of the time the device spent communicating.
+
+    Args:
+        activity: told what is going on while time is taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activity: Activity | None = None) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._activity = activity or Activity()
 
     @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside the ``with`` block to ``name``."""
+    def timing(self, name: str, doing: str | None = None) -> Iterator[None]:
+        """Adds the time spent inside the ``with`` block to ``name``; ``doing`` says what it is (default: the name)."""
         start = time.perf_counter()
         try:
-            yield
+            with self._activity.during(doing or name):
+                yield
         finally:
             self._seconds[name] += time.perf_counter() - start
 

@@ -158,7 +158,8 @@ def test_a_state_put_in_place_continues_bit_for_bit(stage, precision):
         second = Engine(
             FAConvLSTMNetwork(4, 3, 8, 2, attention_every=2, embedding_channels=16, coarse_shape=(2, 3)), mesh, training
         )
-        second.load_full(parameters, moments, step=2)
+        stored = {f"parameter/{name}": value for name, value in parameters.items()} | moments
+        second.load_full(stored.__getitem__, updates=2)
         for engine in (first, second):
             for _ in range(2):
                 sharded_update(engine, domain, 2, 1, 1e-2)

@@ -14,12 +14,13 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run
 from faconv_hpc.spatial.exchange import HaloExchange
-from faconv_hpc.training.checkpoint import check_same_run, checkpoints_of
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.guard import ReplicaGuard
+from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import layouts_of, verify_parity
 from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, read_records
 from faconv_hpc.training.setup import Workspace
+from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
@@ -74,14 +75,14 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path, store, layout):
     train_on(layout, tmp_path / "cut", store, training={"checkpoint_every": 3})
     run = tmp_path / "cut" / "run"
     # as a kill after step 5 leaves it: no checkpoint beyond step 3, a record cut short
-    newest = checkpoints_of(run)[-1]
+    newest = checkpoints_in(run)[-1]
     newest.path.rename(tmp_path / "away")
     lines = (run / STEPS_FILE).read_text().splitlines()
     (run / STEPS_FILE).write_text("\n".join(lines[:5]) + '\n{"step": 6, "lo')
     again = train_on(layout, tmp_path / "cut", store, training={"checkpoint_every": 3})
     assert again == whole
     assert [record.step for record in read_records(run)] == [1, 2, 3, 4, 5, 6]
-    restored, undisturbed = checkpoints_of(run)[-1], checkpoints_of(tmp_path / "whole" / "run")[-1]
+    restored, undisturbed = checkpoints_in(run)[-1], checkpoints_in(tmp_path / "whole" / "run")[-1]
     for name, value in undisturbed.parameters().items():
         assert torch.equal(restored.parameters()[name], value)
 
@@ -100,7 +101,7 @@ def test_a_run_keeps_the_config_of_its_earlier_part(tmp_path, store):
 def test_a_run_goes_on_at_another_mesh_and_stage(tmp_path, store):
     whole = train_on(Layout(1, 1, 2), tmp_path / "whole", store, training={"micro_batch": 2})
     train_on(Layout(1, 1, 2), tmp_path / "moved", store, training={"micro_batch": 2, "checkpoint_every": 3})
-    checkpoints_of(tmp_path / "moved" / "run")[-1].path.rename(tmp_path / "away")
+    checkpoints_in(tmp_path / "moved" / "run")[-1].path.rename(tmp_path / "away")
     moved = train_on(Layout(2, 1, 1), tmp_path / "moved", store, training={"zero_stage": 3})
     np.testing.assert_allclose(moved, whole, rtol=1e-5)
 
@@ -136,7 +137,7 @@ def _resume_only(directory, store, sections):
 
     def check(mesh):
         workspace = Workspace.open(config, mesh)
-        check_same_run(workspace, checkpoints_of(config.run_dir)[-1])
+        check_same_run(workspace, checkpoints_in(config.run_dir)[-1].manifest().identity)
 
     run_on_ranks(Layout(1, 1, 1), check)
 
@@ -145,14 +146,6 @@ def test_a_network_of_another_size_is_refused(tmp_path, store):
     train_on(Layout(1, 1, 1), tmp_path, store)
     with pytest.raises(AssertionError, match=r"holds a run with model\.hidden_channels=8, this config says 12"):
         train_on(Layout(1, 1, 1), tmp_path, store, model={"hidden_channels": 12})
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path, store):
-    train_on(Layout(1, 1, 1), tmp_path, store)
-    damaged = checkpoints_of(tmp_path / "run")[-1].path / "parameters.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    with pytest.raises(AssertionError, match=r"parameters\.safetensors cannot be read.*Remove the directory"):
-        train_on(Layout(1, 1, 1), tmp_path, store, training={"steps": 8})
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, store):

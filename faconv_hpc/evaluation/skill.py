@@ -15,9 +15,10 @@ from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
-from ..training.checkpoint import checkpoints_of
+from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network
+from ..training.shards import whole_checkpoints
 
 SKILL_FILE = "evaluation.json"
 
@@ -80,26 +81,23 @@ def load_run(run_dir: Path) -> RunConfig:
     return load_config(run_dir / CONFIG_FILE)
 
 
-def trained_network(config: RunConfig, windows: Windows, device: torch.device) -> FAConvLSTMNetwork:
-    """The network with the weights of the run's newest checkpoint, in float32.
+def trained_network(workspace: Workspace, windows: Windows) -> FAConvLSTMNetwork:
+    """The network with the weights of the run's newest whole checkpoint, in float32. Collective.
 
     Raises:
-        InputError: there is no checkpoint, or it is another network's.
+        InputError: there is no whole checkpoint, or it is another network's.
     """
-    found = checkpoints_of(config.run_dir)
-    if not found:
+    config, mesh = workspace.config, workspace.domain.mesh
+    newest = mesh.from_first(next(whole_checkpoints(config.run_dir), None) if mesh.rank == 0 else None)
+    if newest is None:
         raise InputError(
-            f"{config.run_dir} has no checkpoint yet. Wait for the run to end, or set training.checkpoint_every."
+            f"{config.run_dir} has no whole checkpoint. Wait for the run to end, set training.checkpoint_every, or "
+            f"look at what is there with `faconv checkpoint list {config.run_dir}`."
         )
     network = build_network(config, windows)
-    try:
-        network.load_state_dict(found[-1].parameters())
-    except RuntimeError as error:
-        raise InputError(
-            f"{found[-1].path} holds another network than {CONFIG_FILE} describes: {error}. "
-            f"Give the run_dir as `faconv train` left it."
-        ) from None
-    return network.to(device).eval()
+    check_same_network(network, newest.manifest(), newest.path)
+    network.load_state_dict(newest.parameters())
+    return network.to(mesh.device).eval()
 
 
 @torch.no_grad()
@@ -110,7 +108,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     """
     workspace = Workspace.open(config, mesh)
     windows = _windows(workspace)
-    network = trained_network(config, windows, mesh.device)
+    network = trained_network(workspace, windows)
     squares, weights = (torch.zeros(2, len(windows.field_channels), dtype=torch.float64) for _ in range(2))
     truth = forecast = None
     for index in range(len(windows)):
@@ -122,7 +120,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     assert truth is not None and forecast is not None, "a Windows has at least one window"
     scale = torch.from_numpy(workspace.store.tendency_std[workspace.store.channel_indices(windows.field_channels)])
     rmse = (squares / weights).sqrt() * scale
-    first, last = _ends([record.loss for record in read_records(config.run_dir)])
+    first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])
     return Evaluation(
         held_out=config.data.held_out_frames > 0,
         forecasts=len(windows),

@@ -46,7 +46,7 @@ class Domain:
             )
         self.cuts.check_covers(grid)
         self.tile: Tile = self.cuts.tile(self.mesh.tile_index)
-        self.clock = Clock()
+        self.clock = Clock(self.mesh.activity)
         self._tape: Tape | None = None
         self._halo_exchanges: dict[int, HaloExchange] = {}
         self._constants: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -148,7 +148,7 @@ class Domain:
     def verdict(self, passed: bool) -> bool:
         """Whether all tiles say so: lets every rank agree before anyone raises."""
         votes = torch.tensor(float(not passed), device=self.mesh.device)
-        return not exchange.start_sum(votes, self.mesh.tile_group, self.clock)().item()
+        return not exchange.start_sum(votes, self.mesh.tile_group, self.clock, "verdict")().item()
 
     # Coordinates of the owned cells
 
@@ -345,7 +345,7 @@ class _Total(Operation):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, domain: Domain) -> Tensor:
-        return exchange.start_sum(x.clone(), domain.mesh.tile_group, domain.clock)()
+        return exchange.start_sum(x.clone(), domain.mesh.tile_group, domain.clock, "total")()
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
@@ -354,12 +354,12 @@ class _Total(Operation):
 
 def _start_mean(x: Tensor, domain: Domain) -> exchange.Finish:
     rows = x.sum(-1, dtype=at_least_float32(x.dtype))
-    return exchange.start_sum(rows @ domain.row_weights(rows), domain.mesh.tile_group, domain.clock)
+    return exchange.start_sum(rows @ domain.row_weights(rows), domain.mesh.tile_group, domain.clock, "mean")
 
 
 def _start_grad_sum(grad_mean: Tensor, domain: Domain) -> exchange.Finish:
     share = grad_mean.to(at_least_float32(grad_mean.dtype), copy=True).contiguous()
-    return exchange.start_sum(share, domain.mesh.tile_group, domain.clock)
+    return exchange.start_sum(share, domain.mesh.tile_group, domain.clock, "adjoint of mean")
 
 
 def _spread(total: Tensor, domain: Domain, columns: int) -> Tensor:

@@ -51,7 +51,7 @@ class HaloExchange:
     def start_fill(self, owned: Tensor) -> Callable[[], Received]:
         """Owner to halo: sends what other tiles need of ``owned`` (..., Y, X), receives their cells."""
         outgoing = {peer: _pack([_owned_view(owned, part) for part in parts]) for peer, parts in self._sent.items()}
-        return self._start(owned, outgoing, self._received)
+        return self._start(owned, outgoing, self._received, "pad")
 
     def pad(self, owned: Tensor, received: Received) -> Tensor:
         """The padded tile (..., Y + 2 width, X + 2 width) from owned cells and received ones."""
@@ -69,7 +69,7 @@ class HaloExchange:
             peer: _pack([_turned(_halo_view(padded, part), part) for part in parts])
             for peer, parts in self._received.items()
         }
-        return self._start(padded, outgoing, self._sent)
+        return self._start(padded, outgoing, self._sent, "adjoint of pad")
 
     def add_halo(self, padded: Tensor, received: Received) -> Tensor:
         """The owned cells (..., Y, X) with what came back from all halos they are copied into, added."""
@@ -90,7 +90,7 @@ class HaloExchange:
         return padded
 
     def _start(
-        self, like: Tensor, outgoing: dict[int, Tensor], expected: dict[int, list[Rectangle]]
+        self, like: Tensor, outgoing: dict[int, Tensor], expected: dict[int, list[Rectangle]], verb: str
     ) -> Callable[[], Received]:
         """One grouped exchange, a message each way for every peer."""
         lead = like.shape[:-2].numel()
@@ -100,11 +100,11 @@ class HaloExchange:
             for operation, buffers in ((dist.irecv, incoming), (dist.isend, outgoing))
             for peer, buffer in sorted(buffers.items())
         ]
-        with self._clock.timing("exchange"):
+        with self._clock.timing("exchange", verb):
             works = dist.batch_isend_irecv(operations) if operations else []
 
         def finish() -> Received:
-            with self._clock.timing("exchange"):
+            with self._clock.timing("exchange", verb):
                 for work in works:
                     work.wait()
             outgoing.clear()  # sent; until here the buffers had to live
@@ -113,15 +113,15 @@ class HaloExchange:
         return finish
 
 
-def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock) -> Finish:
-    """Starts the sum of ``value`` over the group; ``value`` is overwritten."""
+def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb: str) -> Finish:
+    """Starts the sum of ``value`` over the group, for a verb; ``value`` is overwritten."""
     if group is None:
         return lambda: value
-    with clock.timing("exchange"):
+    with clock.timing("exchange", verb):
         work = dist.all_reduce(value, group=group, async_op=True)
 
     def finish() -> Tensor:
-        with clock.timing("exchange"):
+        with clock.timing("exchange", verb):
             work.wait()
         return value
 
@@ -136,7 +136,7 @@ def gather(tile: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGrou
     largest = max(sizes)
     part = _filled(tile.movedim(dim, 0), largest)
     parts = part.new_empty(len(sizes) * largest, *part.shape[1:])
-    with clock.timing("exchange"):
+    with clock.timing("exchange", "gather"):
         dist.all_gather_single(parts, part, group=group)
     parts = parts.view(len(sizes), largest, *part.shape[1:])
     return torch.cat([parts[rank, :size] for rank, size in enumerate(sizes)]).movedim(0, dim)
@@ -150,7 +150,7 @@ def reduce_scatter(
     spans = whole.movedim(dim, 0).to(at_least_float32(whole.dtype)).split(list(sizes))
     parts = torch.cat([_filled(span, largest) for span in spans])
     part = parts.new_empty(largest, *parts.shape[1:])
-    with clock.timing("exchange"):
+    with clock.timing("exchange", "adjoint of gather"):
         dist.reduce_scatter_single(part, parts, group=group)
     return part[: sizes[index]].to(whole.dtype).movedim(0, dim)
 
@@ -162,7 +162,7 @@ def all_to_all(
     outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
     counts = [shape.numel() for shape in shapes]
     incoming = outgoing.new_empty(sum(counts))
-    with clock.timing("exchange"):
+    with clock.timing("exchange", "swap"):
         dist.all_to_all_single(
             incoming,
             outgoing,

@@ -1,5 +1,6 @@
 """One failed rank ends the job at once, with one message: the first rank that knows speaks."""
 
+import errno
 import os
 import signal
 import sys
@@ -13,13 +14,18 @@ from typing import NoReturn
 
 from torch.distributed.distributed_c10d import Store
 
-from ..errors import EXIT_TERMINATED, InputError, exit_code_of
+from ..errors import EXIT_FAILED, EXIT_TERMINATED, InputError, RunError, exit_code_of
+from ..observe import Activity
+from .heartbeat import PAUSE_S, Heartbeats
 
 POLL_S = 0.5
+MARGIN_S = 15.0  # between the time-out after which a silent rank is named and that of a collective
 LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
 VERDICT = "verdict"
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "emote process exited")  # gloo, NCCL
 LOST_PEER_CHARS = 200
+TIMED_OUT = ("imed out", "imeout")  # gloo, NCCL, the store
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
@@ -40,19 +46,35 @@ class FailureWatch:
     later, because its peers are gone, finds the code and stays silent. Where the store itself is gone,
     because rank 0, its host, was killed, every survivor says so.
 
+    A rank that stops answering, without having failed, is found by its neighbour (`Heartbeats`); where it is
+    rank 0 and the store with it, rank 1 says so when the store has been silent for as long.
+
     A launcher that sees the first rank leave sends SIGTERM to the others. They must not die of it
     with a code of their own, which srun would report instead, so SIGTERM ends a rank only if no
     failure is found in the store.
+
+    Args:
+        store: a connection of its own to the job's store.
+        rank, ranks: this one, and how many.
+        timeout_s: silence after which a rank is accused.
     """
 
-    def __init__(self, store: Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int, ranks: int = 1, timeout_s: float = float("inf")) -> None:
         self._store = store
         self._rank = rank
+        self._timeout_s = timeout_s
+        self.activity = Activity()
+        self._heartbeats = Heartbeats(store, rank, ranks, timeout_s, self.activity)
+        self._answered = time.monotonic()
         self._stopped, self._terminated = threading.Event(), threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: self._terminated.set())
-        self._thread = threading.Thread(target=self._poll, name="failure-watch", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=work, name=f"failure-watch-{work.__name__}", daemon=True)
+            for work in (self._poll, self._doubt)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
@@ -69,24 +91,24 @@ class FailureWatch:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
-        self._stopped.set()
         code = exit_code_of(error)
+        if _is_timeout(error):
+            error = self._explained(error)
+        self._stopped.set()
         claim = self._claim(code)
         if claim is _Claim.TAKEN:
             self._follow(*(self._verdict() or (code, None)))
         print(describe(error, self._rank), file=sys.stderr, flush=True)
         if claim is _Claim.UNREACHABLE:
-            print(
-                f"faconv: failed (rank {self._rank}): rank 0, which all ranks meet at, was killed or has left",
-                file=sys.stderr,
-            )
+            self._say("rank 0, which all ranks meet at, was killed or has left")
         time.sleep(LINGER_S)
         leave(code)
 
     def stop(self) -> None:
         """Stops watching, before the ranks part in peace."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -125,6 +147,50 @@ class FailureWatch:
                 verdict = self._verdict() or (EXIT_TERMINATED, None)
             if verdict is not None:
                 self._follow(*verdict)
+            self._listen()
+
+    def _listen(self) -> None:
+        """One beat of the heart; speaks if the next rank is silent."""
+        try:
+            accusation = self._heartbeats.accusation()
+        except RuntimeError:  # the store is gone: whoever waits for its host will know
+            return
+        self._answered = time.monotonic()
+        if accusation is not None and self._claim(EXIT_FAILED) is _Claim.MINE:
+            self._say(accusation)
+
+    def _doubt(self) -> None:
+        """Ends this rank when the store does not answer: its host, rank 0, is stopped, and cannot be asked."""
+        looked = time.monotonic()
+        while not self._stopped.wait(POLL_S):
+            now = time.monotonic()
+            if now - looked > PAUSE_S:
+                self._answered = now
+            looked = now
+            if now - self._answered > self._timeout_s:
+                if self._rank == 1:
+                    self._say(
+                        f"rank 0, which all ranks meet at, has not answered for {now - self._answered:.0f} s "
+                        f"(training.timeout_s is {self._timeout_s:g}); this rank is in step {self.activity.step}, "
+                        f"{self.activity.doing}. Its process is stopped or its node is lost: look there, and start "
+                        f"the same command again."
+                    )
+                leave(EXIT_FAILED)
+
+    def _say(self, text: str) -> None:
+        print(f"faconv: failed (rank {self._rank}): {text}", file=sys.stderr, flush=True)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """A collective ran out of time: the rank that is to blame, unless another is found silent meanwhile."""
+        time.sleep(LINGER_S)
+        try:
+            blame = self._heartbeats.blame()
+        except RuntimeError:
+            return error
+        return RunError(
+            f"a collective ran out of time (training.timeout_s is {self._timeout_s:g}): {blame}. Look at what it "
+            f"does there, and start the same command again. This rank, in step {self.activity.step}, was told: {error}"
+        )
 
 
 def leave(code: int) -> NoReturn:
@@ -143,10 +209,19 @@ def describe(error: BaseException, rank: int | None = None) -> str:
         return f"faconv: error{where}: {error}"
     if isinstance(error, KeyboardInterrupt):
         return f"faconv: interrupted{where}"
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | RunError):
         return f"faconv: failed{where}: {error}"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return (
+            f"faconv: failed{where}: {error.strerror}: {error.filename or 'a file of the run'}. The checkpoints that "
+            f"are there stay. Make room, and start the same command again."
+        )
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER):
         told = str(error)[:LOST_PEER_CHARS]
         return f"faconv: failed{where}: another rank has left while this one waited for it ({told})"
     lines = "".join(traceback.format_exception(error))
     return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"
+
+
+def _is_timeout(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TIMED_OUT)

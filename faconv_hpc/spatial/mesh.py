@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError
+from ..observe import Activity
 from .environment import RankEnvironment
-from .failure import FailureWatch
+from .failure import MARGIN_S, FailureWatch
 
 TIMEOUT_S = 600.0
 
@@ -40,6 +41,7 @@ class ProcessMesh:
     tile_group: dist.ProcessGroup | None = None
     axis_groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)
     watch: FailureWatch | None = None
+    activity: Activity = field(default_factory=Activity)
 
     @classmethod
     def alone(cls) -> "ProcessMesh":
@@ -85,6 +87,8 @@ class ProcessMesh:
         here = dist.get_rank()
         place = ranks.index(here) if here in ranks else -1
         mesh = cls(replicas, lat, lon, place, device or torch.device("cpu"), tuple(ranks), watch=watch)
+        if watch is not None:
+            mesh = replace(mesh, activity=watch.activity)
         mesh.check_size(len(ranks))
         arranged = mesh._with_groups()
         return arranged if here in ranks else None
@@ -143,6 +147,23 @@ class ProcessMesh:
         box = [value]
         dist.broadcast_object_list(box, src=self.job_ranks[0], group=self.group, device=self.device)
         return box[0]
+
+    def gathered_objects(self, value: Value) -> list[Value]:
+        """The value of every rank, in the order of ranks; anything small that pickles. Collective."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_rank(self, value: torch.Tensor | None, shape: Sequence[int], rank: int) -> torch.Tensor:
+        """The float32 tensor that one rank has, on every rank; the others pass None. Collective."""
+        if value is None:
+            value = torch.empty(*shape, dtype=torch.float32, device=self.device)
+        value = value.to(self.device).contiguous()
+        if self.group is not None:
+            dist.broadcast(value, src=self.job_ranks[rank], group=self.group)
+        return value
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -207,19 +228,19 @@ def report_before_joining(error: BaseException) -> NoReturn:
     """
     environment = RankEnvironment.read()
     environment.export()
-    _watch(_meet(environment, TIMEOUT_S), environment.rank).end(error)
+    _watch(_meet(environment, TIMEOUT_S), environment, TIMEOUT_S).end(error)
 
 
 def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> FailureWatch:
     environment.export()
     store = _meet(environment, timeout_s)
-    watch = _watch(store, environment.rank)  # before the ranks wait for each other, so that none waits in vain
+    watch = _watch(store, environment, timeout_s)  # before the ranks wait for each other, so that none waits in vain
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("mesh", store),
         rank=environment.rank,
         world_size=environment.world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=timeout_s + MARGIN_S),  # so that a silent rank is named before others give up
         device_id=device if device.type == "cuda" else None,
     )
     return watch
@@ -233,7 +254,7 @@ def _meet(environment: RankEnvironment, timeout_s: float) -> Store:
     return store
 
 
-def _watch(store: Store, rank: int) -> FailureWatch:
+def _watch(store: Store, environment: RankEnvironment, timeout_s: float) -> FailureWatch:
     """With a connection of its own: a rank waits in the other one."""
     own: Store = store.clone()  # type: ignore[attr-defined]
-    return FailureWatch(PrefixStore("failure", own), rank)
+    return FailureWatch(PrefixStore("failure", own), environment.rank, environment.world_size, timeout_s)

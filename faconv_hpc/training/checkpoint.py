@@ -1,177 +1,344 @@
-"""The whole state of a run on disk: independent of mesh, number of ranks and ZeRO stage."""
+"""Saving and loading the whole state of a run, by all ranks together; see shards.py for what is on disk."""
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import heapq
+import secrets
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 from .engine import Engine
+from .identity import check_same_network, check_same_run, identity
+from .records import versions
 from .setup import Workspace
+from .shards import (
+    FORMAT,
+    PARAMETER,
+    RANDOM,
+    Checkpoint,
+    DamagedCheckpointError,
+    Manifest,
+    ShardFile,
+    StoredTensor,
+    checkpoints_in,
+    commit,
+    partial_directory,
+    random_states,
+    remove,
+    remove_unfinished,
+    restore_random_states,
+    write_shard,
+)
 
-PARAMETERS, MOMENTS, STATE = "parameters.safetensors", "moments.safetensors", "state.json"
-PREFIX = "step-"
+RUN_ID_FILE = "run-id"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint directory that is whole: it appears by one rename."""
+class _Report:
+    """What one rank has written, or why it could not."""
 
-    path: Path
+    files: dict[str, ShardFile] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
     step: int
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Name and fp32 value of every parameter."""
-        return _load(self.path / PARAMETERS)
-
-    def moments(self) -> dict[str, Tensor]:
-        """``moment/parameter`` and value of the optimizer's moments."""
-        return _load(self.path / MOMENTS)
+    directory: Path
+    began: float
+    report: "Future[_Report]"
 
 
-def checkpoints_of(run_dir: Path) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob(f"{PREFIX}*/{STATE}")
-    return sorted((_opened(state) for state in found), key=lambda one: one.step)
+class CheckpointWriter:
+    """Saves checkpoints of a run, written by all ranks, and removes old ones.
+
+    Every parameter is written once, with its moments, by one rank; ranks get about the same number of bytes.
+    Training waits for the copy to host memory, and with ``training.save_in_background`` for nothing else: the
+    checkpoint is committed at the first step boundary at which all ranks have written (`written`, `finish`).
+
+    Args:
+        workspace: of the run.
+        engine: whose state is saved.
+    """
+
+    def __init__(self, workspace: Workspace, engine: Engine) -> None:
+        self._workspace, self._engine = workspace, engine
+        self._mesh, self._config = workspace.domain.mesh, workspace.config
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._run = self._mesh.from_first(run_id(self._config.run_dir) if self._mesh.rank == 0 else "")
+        self.saved_step = -1
+        self.last_save_s = 0.0
+
+    def save(self, step: int) -> None:
+        """Saves the state after ``step`` optimizer steps. Collective.
+
+        Raises:
+            FloatingPointError: a parameter is not finite; nothing is written then.
+            RunError: it could not be written; the checkpoints that are there stay.
+        """
+        self.finish()
+        began = time.perf_counter()
+        share = self._share(step)
+        directory = self._new_directory(step)
+        self._pending = _Pending(step, directory, began, self._thread.submit(self._write, directory, share))
+        if not self._config.training.save_in_background:
+            self.finish()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._pending is None or self._pending.report.done()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint waits to be committed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint that is saved or being written; -1: none by this job."""
+        return self.saved_step if self._pending is None else self._pending.step
+
+    def finish(self) -> None:
+        """Waits for what is being written and commits it. Collective. Raises RunError, see `save`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        reports = self._mesh.gathered_objects(pending.report.result())
+        problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(reports) if one.problem]
+        problem = problems[0] if problems else None
+        if self._mesh.rank == 0 and problem is None:
+            problem = _problem_of(lambda: commit(pending.directory, self._manifest(pending.step, reports)))
+        problem = self._mesh.from_first(problem)
+        if problem is not None:
+            if self._mesh.rank == 0:
+                remove(pending.directory, secrets.token_hex(4))
+            self._raise(pending.step, problem)
+        self.saved_step, self.last_save_s = pending.step, time.perf_counter() - pending.began
+        if self._mesh.rank == 0:
+            self._clean_up()
+
+    def close(self) -> None:
+        """Ends the thread that writes. Not collective."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _share(self, step: int) -> dict[str, Tensor]:
+        """What this rank writes, in host memory."""
+        network = self._engine.network
+        sizes = {name: getattr(one, "ds_numel", one.numel()) for name, one in network.named_parameters()}
+        mine = balanced(sizes, self._mesh.ranks)[self._mesh.rank]
+        share = {f"{PARAMETER}/{name}": value for name, value in self._engine.full_parameters(mine)}
+        for name, value in share.items():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"the parameter {name.partition('/')[2]} is not finite after step {step}, so it is not saved. "
+                    f"Lower training.learning_rate and go on from the checkpoint before."
+                )
+        share |= dict(self._engine.full_moments(mine))
+        return share | {f"{RANDOM}/{self._mesh.rank}/{kind}": one for kind, one in random_states().items()}
+
+    def _new_directory(self, step: int) -> Path:
+        directory = partial_directory(self._config.run_dir, step, self._mesh.from_first(secrets.token_hex(4)))
+        problem = _problem_of(lambda: directory.mkdir(parents=True)) if self._mesh.rank == 0 else None
+        problem = self._mesh.from_first(problem)
+        if problem is not None:
+            self._raise(step, problem)
+        return directory
+
+    def _write(self, directory: Path, share: Mapping[str, Tensor]) -> _Report:
+        """In the thread: this rank's shard."""
+        try:
+            files = write_shard(directory, self._mesh.rank, share)
+        except OSError as error:
+            return _Report(problem=_told(error))
+        kinds = ((*name.partition("/"), value) for name, value in share.items())
+        return _Report(files, {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER})
+
+    def _manifest(self, step: int, reports: list[_Report]) -> Manifest:
+        config, mesh = self._config, self._mesh
+        return Manifest(
+            format=FORMAT,
+            run=self._run,
+            step=step,
+            updates=self._engine.updates,
+            seed=config.training.seed,
+            mesh=f"{mesh.replicas}x{mesh.lat}x{mesh.lon}",
+            zero_stage=config.training.zero_stage,
+            versions=versions(),
+            config=config.model_dump(mode="json"),
+            identity=identity(self._workspace),
+            moments=self._engine.moment_names,
+            parameters={
+                name: StoredTensor(file=file, shape=shape)
+                for report in reports
+                for file in report.files
+                for name, shape in report.shapes.items()
+            },
+            files={file: stored for report in reports for file, stored in report.files.items()},
+        )
+
+    def _raise(self, step: int, problem: str) -> None:
+        kept = [one for one in checkpoints_in(self._config.run_dir) if one.step < step]
+        newest = f"the newest checkpoint is still {kept[-1].path}" if kept else "there is no checkpoint before it"
+        raise RunError(
+            f"the checkpoint of step {step} could not be written to {self._config.run_dir} ({problem}); {newest}. "
+            f"Make room or mend the file system, and start the same command again."
+        )
+
+    def _clean_up(self) -> None:
+        """Removes this run's own checkpoints but the last ones, every n-th, and the one just saved."""
+        training = self._config.training
+        others = [one for one in checkpoints_in(self._config.run_dir) if one.step != self.saved_step]
+        mine = [one for one in others if _run_of(one) == self._run]
+        for one in mine[: max(len(mine) - (training.keep_last - 1), 0)]:
+            if not training.keep_every or one.step % training.keep_every:
+                remove(one.path, secrets.token_hex(4))
 
 
-def save_checkpoint(workspace: Workspace, engine: Engine, step: int) -> None:
-    """Saves the state after ``step`` optimizer steps. Collective; the first rank writes it.
+@dataclass(frozen=True)
+class _Held:
+    """A whole checkpoint, each of its files in the memory of one rank."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+
+
+def resume(workspace: Workspace, engine: Engine, *, strict: bool = False) -> int:
+    """Loads the newest whole checkpoint of the run directory into the engine and returns its step; 0 if none.
+
+    Collective: the first rank lists what is there, as others may not yet see what is on a shared disk; every byte is
+    read and checked by one rank. Damaged checkpoints are named and passed over by all ranks together.
+
+    Args:
+        strict: refuse damaged checkpoints instead.
 
     Raises:
-        FloatingPointError: a parameter is not finite; nothing is written then.
+        InputError: all checkpoints are damaged, or (``strict``) one newer than the newest whole one is; or it
+            belongs to another network, other data or another batch.
     """
-    mesh, config = workspace.domain.mesh, workspace.config
-    writes = mesh.rank == 0
-    parameters, moments = _collected(engine.full_parameters(), writes), _collected(engine.full_moments(), writes)
-    if not writes:
-        return
-    _check_finite(parameters, step)
-    final = config.run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
-    partial, replaced = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.replaced")
-    for left_over in (partial, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(parameters, partial / PARAMETERS)
-    save_file(moments, partial / MOMENTS)
-    state = {"step": step, "config": config.model_dump(mode="json"), "identity": identity(workspace)}
-    (partial / STATE).write_text(json.dumps(state, indent=2))
-    for file in partial.iterdir():
-        _flush(file)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def resume(workspace: Workspace, engine: Engine) -> int:
-    """Loads the newest checkpoint of the run directory into the engine and returns its step; 0 if none.
-
-    Collective: the first rank chooses, as others may not yet see what is on a shared disk.
-
-    Raises:
-        InputError: the checkpoint belongs to another network, other data or another batch.
-    """
-    mesh, config = workspace.domain.mesh, workspace.config
-    newest = mesh.from_first(next(reversed(checkpoints_of(config.run_dir)), None))
-    if newest is None:
-        return 0
-    check_same_run(workspace, newest)
-    engine.load_full(newest.parameters(), newest.moments(), newest.step)
-    return newest.step
-
-
-def identity(workspace: Workspace) -> dict[str, Any]:
-    """What a run must keep to go on as it began: network, data, order and number of samples, optimizer."""
-    config, store = workspace.config, workspace.store
-    tree = config.model_dump(mode="json")
-    free = ("kernels", "checkpoint_steps", "attention_exchange")  # other ways to the same numbers
-    kept = {f"model.{key}": value for key, value in tree["model"].items() if key not in free}
-    kept |= {f"data.{key}": tree["data"][key] for key in ("forcings", "window", "lat_boundary", "lon_boundary")}
-    kept |= {f"training.{key}": tree["training"][key] for key in ("optimizer", "seed")}
-    channels = config.data.variables or store.channels
-    indices = store.channel_indices(channels)
-    content = [
-        store.latitude_deg,
-        store.longitude_deg,
-        store.mean[indices],
-        store.std[indices],
-        store.tendency_std[indices],
-    ]
-    return kept | {
-        "channels": list(channels),
-        "training frames": len(workspace.training_frames),
-        "samples per step (replicas x micro_batch x accumulation)": config.global_batch,
-        "store (grid and statistics)": hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()[:16],
-    }
-
-
-def check_same_run(workspace: Workspace, checkpoint: Checkpoint) -> None:
-    """Raises InputError if the run began with another `identity`."""
-    saved = _state(checkpoint.path / STATE).get("identity", {})
-    now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
-    for key, value in now.items():
-        if key in saved and saved[key] != value:
+    mesh, run_dir = workspace.domain.mesh, workspace.config.run_dir
+    if mesh.rank == 0:
+        remove_unfinished(run_dir)
+    found = mesh.from_first(checkpoints_in(run_dir) if mesh.rank == 0 else [])
+    problem = ""
+    for candidate in reversed(found):
+        held = _held_together(workspace, candidate)
+        if isinstance(held, _Held):
+            _load(workspace, engine, held)
+            return candidate.step
+        problem = f"{candidate.path}: {held}"
+        if strict:
             raise InputError(
-                f"{workspace.config.run_dir} holds a run with {key}={saved[key]!r}, this config says {value!r}. "
-                f"A run goes on as it began: change the value back, or give another run_dir."
+                f"a checkpoint is damaged, and --strict was given: {problem}. Remove or mend it, "
+                f"or leave --strict out to go on from the newest whole one."
             )
-
-
-def _check_finite(parameters: dict[str, Tensor], step: int) -> None:
-    for name, value in parameters.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(
-                f"the parameter {name} is not finite after step {step}, so it is not saved. "
-                f"Lower training.learning_rate and go on from the checkpoint before."
-            )
-
-
-def _flush(path: Path) -> None:
-    """Makes sure that a file or a directory's entries are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _collected(values: Iterator[tuple[str, Tensor]], writes: bool) -> dict[str, Tensor]:
-    """All of an iterator that every rank must run through; kept only where they are written."""
-    return {name: value for name, value in values if writes}
-
-
-def _opened(state: Path) -> Checkpoint:
-    return Checkpoint(state.parent, int(_state(state)["step"]))
-
-
-def _state(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if mesh.rank == 0:
+            print(f"faconv: passed over {problem}", file=sys.stderr)
+    if found:
         raise InputError(
-            f"{path} is damaged: it must hold the step of a checkpoint. Remove the directory {path.parent.name} "
-            f"to go on from the one before it."
-        ) from None
-    return state
+            f"none of the {len(found)} checkpoints in {run_dir} is whole; the oldest: {problem}. "
+            f"Bring one back from elsewhere, or give another run_dir to start anew."
+        )
+    return 0
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
+    """The checkpoint, its files read and checked by one rank each; or what is wrong with it, the same on all."""
+    mesh = workspace.domain.mesh
+    manifest = mesh.from_first(_manifest_or_problem(candidate) if mesh.rank == 0 else "")
+    if isinstance(manifest, str):
+        return manifest
+    tensors: dict[str, Tensor] = {}
+    problem = None
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read: {error}. Remove the directory {path.parent.name} to go on from the "
-            f"checkpoint before it."
-        ) from None
+        for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
+            tensors |= candidate.tensors(name, expected)
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    problems = [one for one in mesh.gathered_objects(problem) if one is not None]
+    return problems[0] if problems else _Held(candidate, manifest, tensors)
+
+
+def _manifest_or_problem(candidate: Checkpoint) -> Manifest | str:
+    try:
+        return candidate.manifest()
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
+def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
+    mesh, manifest = workspace.domain.mesh, held.manifest
+    check_same_run(workspace, manifest.identity)
+    check_same_network(engine.network, manifest, held.checkpoint.path)
+    reader = {file: place % mesh.ranks for place, file in enumerate(manifest.files)}
+
+    def value(key: str) -> Tensor:
+        """One tensor, from the rank that has read it."""
+        stored = manifest.parameters[key.partition("/")[2]]
+        return mesh.from_rank(held.tensors.get(key), stored.shape, reader[stored.file])
+
+    engine.load_full(value, manifest.updates)
+    _restore_random_states(workspace, held)
+
+
+def _restore_random_states(workspace: Workspace, held: _Held) -> None:
+    """Each rank's own, where there are as many ranks as when it was saved; else the first rank's on all."""
+    mesh = workspace.domain.mesh
+    mine = {name: value for name, value in held.tensors.items() if name.startswith(f"{RANDOM}/")}
+    states: dict[int, dict[str, Tensor]] = {}
+    for part in mesh.gathered_objects(mine):
+        for name, value in part.items():
+            _, rank, kind = name.split("/")
+            states.setdefault(int(rank), {})[kind] = value
+    restore_random_states(states[mesh.rank if len(states) == mesh.ranks else 0])
+
+
+def run_id(run_dir: Path) -> str:
+    """The name that this run gave itself when it began."""
+    path = run_dir / RUN_ID_FILE
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex + "\n")
+    return path.read_text().strip()
+
+
+def balanced(sizes: Mapping[str, int], shares: int) -> list[set[str]]:
+    """Names dealt to so many shares of about the same total size: the largest first, each to the least full."""
+    filled = [(0, share) for share in range(shares)]
+    dealt: list[set[str]] = [set() for _ in range(shares)]
+    for name in sorted(sizes, key=lambda one: (-sizes[one], one)):
+        total, share = heapq.heappop(filled)
+        dealt[share].add(name)
+        heapq.heappush(filled, (total + sizes[name], share))
+    return dealt
+
+
+def _run_of(checkpoint: Checkpoint) -> str | None:
+    try:
+        return checkpoint.manifest().run
+    except DamagedCheckpointError:
+        return None
+
+
+def _problem_of(work: Callable[[], object]) -> str | None:
+    """Does the work; what went wrong with the disk, or None."""
+    try:
+        work()
+    except OSError as error:
+        return _told(error)
+    return None
+
+
+def _told(error: OSError) -> str:
+    return error.strerror or str(error)

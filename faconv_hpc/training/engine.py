@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
+
+Snapshot = list[tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""Value, its copy, copies of its optimizer state."""
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
@@ -91,42 +94,72 @@ class Engine:
         comms_logger.reset_data()  # it keeps every latency of the run
         return float(sum(timer.elapsed(reset=True) for timer in timers.get_timers().values())) / 1e3
 
+    # A step that turns out to be unsound
+
+    def snapshot(self) -> Snapshot:
+        """This rank's shards of parameters and optimizer state, as they are."""
+        state = self._torch_optimizer.state
+        return [
+            (value, value.data.clone(), {name: one.clone() for name, one in state.get(value, {}).items()})
+            for value in self._shards()
+        ]
+
+    def put_back(self, snapshot: Snapshot) -> None:
+        """Undoes what was done since the snapshot: as if the step had not been. Collective."""
+        for value, data, state in snapshot:
+            value.data.copy_(data)
+            for name, one in self._torch_optimizer.state.get(value, {}).items():  # in place: DeepSpeed has views of it
+                one.copy_(state[name]) if name in state else one.zero_()
+        self._refresh_low_precision()
+
     # The state of the run, whole: independent of the mesh and of the ZeRO stage
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and fp32 value of every parameter, in the network's order. Collective."""
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """Of the optimizer."""
+        return MOMENTS[self._training.optimizer]
+
+    def full_parameters(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 value of every parameter, in the network's order, or of those ``wanted`` here. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters = self._masters()
         for name, parameter in self.network.named_parameters():
             full = masters[parameter] if parameter in masters else safe_get_full_fp32_param(parameter)
-            yield name, _kept(full)
+            if wanted is None or name in wanted:
+                yield name, _kept(full)
 
-    def full_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """``moment/parameter`` and value of the optimizer's moments. Collective."""
+    def full_moments(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """``MOMENT/PARAMETER`` and value of the optimizer's moments, or of those ``wanted`` here. Collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         masters = self._masters()
-        for moment in MOMENTS[self._training.optimizer]:
+        for moment in self.moment_names:
             for name, parameter in self.network.named_parameters():
                 if parameter in masters:
                     full = self._torch_optimizer.state[masters[parameter]][moment]
                 else:
                     full = safe_get_full_optimizer_state(parameter, moment)
-                yield f"{moment}/{name}", _kept(full)
+                if wanted is None or name in wanted:
+                    yield f"{moment}/{name}", _kept(full)
 
-    def load_full(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
+    @property
+    def updates(self) -> int:
+        """How many the optimizer has made, as Adam's bias correction counts them; 0 where it does not count."""
+        return max((int(one["step"]) for one in self._torch_optimizer.state.values() if "step" in one), default=0)
+
+    def load_full(self, value: Callable[[str], Tensor], updates: int) -> None:
         """Puts a whole state in place on every rank, each keeping its shard of it.
 
         Args:
-            parameters, moments: as `full_parameters` and `full_moments` gave them.
-            step: optimizer steps done; Adam's bias correction depends on it.
+            value: gives the tensor for ``parameter/NAME`` and ``MOMENT/NAME``; asked in the same order on all ranks.
+            updates: that the optimizer has made, see `updates`.
         """
-        self._prepare_moments(step)
+        self._prepare_moments(updates)
         for name, parameter in self.network.named_parameters():
-            self._set(parameter, parameters[name].to(parameter.device))
-            for moment in MOMENTS[self._training.optimizer]:
-                self._set(parameter, moments[f"{moment}/{name}"].to(parameter.device), moment)
+            self._set(parameter, value(f"parameter/{name}").to(parameter.device))
+            for moment in self.moment_names:
+                self._set(parameter, value(f"{moment}/{name}").to(parameter.device), moment)
         self._refresh_low_precision()
 
     @property
@@ -160,17 +193,21 @@ class Engine:
         else:
             utils.safe_set_local_optimizer_state(parameter, _part_of(full), moment)
 
-    def _prepare_moments(self, step: int) -> None:
+    def _prepare_moments(self, updates: int) -> None:
         """Makes the optimizer's state, which torch makes at the first step only, and links it to parameters."""
-        inner = self._torch_optimizer
-        flat = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-        for value in flat or [one for group in inner.param_groups for one in group["params"]]:
-            if MOMENTS[self._training.optimizer]:
-                inner.state[value] = {name: torch.zeros_like(value.data) for name in MOMENTS[self._training.optimizer]}
-                inner.state[value]["step"] = torch.tensor(float(step))
+        for value in self._shards() if self.moment_names else ():
+            state = self._torch_optimizer.state[value]
+            for name in self.moment_names:  # in place where there is one: DeepSpeed has views of it
+                state[name] = state[name].zero_() if name in state else torch.zeros_like(value.data)
+            state["step"] = torch.tensor(float(updates))
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None and MOMENTS[self._training.optimizer]:
+        if link is not None and self.moment_names:
             link()
+
+    def _shards(self) -> list[Tensor]:
+        """The fp32 values that the optimizer updates on this rank."""
+        flat: list[Tensor] | None = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+        return flat or [one for group in self._torch_optimizer.param_groups for one in group["params"]]
 
     def _refresh_low_precision(self) -> None:
         """Copies the fp32 values that were set into what the forward pass uses."""

@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
+from ..errors import RunError
 from ..spatial.mesh import ProcessMesh
 
 
@@ -30,7 +31,7 @@ class ReplicaGuard:
         """Compares if it is time. Collective.
 
         Raises:
-            RuntimeError: some rank's copy differs; names parameter and ranks.
+            RunError: some rank's copy differs; names parameter and ranks.
         """
         if self._every and self._mesh.ranks > 1 and step % self._every == 0:
             self.compare(step)
@@ -43,7 +44,7 @@ class ReplicaGuard:
             usual, _ = Counter(copies).most_common(1)[0]
             drifted = [rank for rank, copy in enumerate(copies) if copy != usual]
             if drifted:
-                raise RuntimeError(
+                raise RunError(
                     f"the weights have drifted apart: after step {step} parameter {name} on rank(s) "
                     f"{', '.join(map(str, drifted))} is not what the other ranks have, to the last bit. Look for "
                     f"faulty memory or other library versions there, and go on from the last checkpoint."

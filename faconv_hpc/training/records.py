@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import socket
@@ -46,6 +47,8 @@ class StepRecord:
         exchange_share: held up by exchanges between tiles.
         reduction_share: held up by DeepSpeed's collectives (on a GPU not measured: 0).
         peak_memory_gib: of the rank that needed most, so far: host memory on a CPU, else device memory.
+        update: what became of the step, ``applied``, or ``skipped`` or ``restored`` where loss or gradient was
+            no finite number (written as null).
     """
 
     step: int
@@ -60,6 +63,21 @@ class StepRecord:
     exchange_share: float
     reduction_share: float
     peak_memory_gib: float
+    update: str = "applied"
+
+    def to_json(self) -> str:
+        """One line; numbers that are not finite are null, which every JSON reader takes."""
+        values: dict[str, Any] = asdict(self)
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, line: str) -> "StepRecord":
+        """The inverse of `to_json`; null becomes NaN."""
+        values: dict[str, Any] = json.loads(line)
+        return cls(**(dict.fromkeys(values, math.nan) | {name: one for name, one in values.items() if one is not None}))
 
     @property
     def communication_share(self) -> float:
@@ -97,12 +115,13 @@ class Recorder:
 
     def write(self, record: StepRecord) -> None:
         """One line, at once on disk: a killed run keeps what it did."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.write(record.to_json() + "\n")
         self._file.flush()
         self._display.show(record)
         if self._board is not None:
             for name, value in asdict(record).items():
-                self._board.add_scalar(name, value, record.step)
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, record.step)
 
 
 class _Display:
@@ -145,7 +164,7 @@ def read_records(run_dir: Path) -> Iterator[StepRecord]:
     path = run_dir / STEPS_FILE
     if path.exists():
         for line in path.read_text().splitlines():
-            yield StepRecord(**json.loads(line))
+            yield StepRecord.from_json(line)
 
 
 def versions() -> dict[str, str]:

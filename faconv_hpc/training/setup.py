@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 from ..data.samples import Windows
 from ..data.store import Store
 from ..errors import InputError
@@ -56,29 +57,24 @@ def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
 
 def build_network(config: RunConfig, windows: Windows) -> FAConvLSTMNetwork:
     """The network of the config, drawn from its seed: the same on every rank and every mesh."""
-    model = config.model
-    options = {"kernel_size": model.kernel_size}
-    if model.cell == "faconvlstm":
-        options = model.model_dump(
-            include={
-                "kernel_size", "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole",
-                "attention_every", "attention_heads", "attention_channels", "attention_exchange", "kernels",
-            }
-        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        return FAConvLSTMNetwork(
-            len(windows.input_channels),
-            len(windows.field_channels),
-            model.hidden_channels,
-            model.layers,
-            embedding_channels=model.embedding_channels,
-            coarse_shape=model.coarse_shape,
-            embedding_weight=model.embedding_weight,
-            checkpoint_steps=model.checkpoint_steps,
-            cell=model.cell,
-            **options,
-        )
+        options = network_options(config.model, len(windows.input_channels), len(windows.field_channels))
+        return FAConvLSTMNetwork(**options)
+
+
+def network_options(model: ModelConfig, in_channels: int, field_channels: int) -> dict[str, Any]:
+    """Arguments of `FAConvLSTMNetwork`; plain values, as JSON can hold."""
+    kept = {
+        "hidden_channels", "layers", "embedding_channels", "coarse_shape", "embedding_weight", "checkpoint_steps",
+        "cell", "kernel_size",
+    }  # fmt: skip
+    if model.cell == "faconvlstm":
+        kept |= {
+            "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole", "attention_every",
+            "attention_heads", "attention_channels", "attention_exchange", "kernels",
+        }  # fmt: skip
+    return {"in_channels": in_channels, "field_channels": field_channels} | model.model_dump(include=kept)
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

@@ -1,53 +1,77 @@
 """The training loop: read ahead, forward, backward, step, record."""
 
-import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
+from ..errors import EXIT_OK, EXIT_STOPPED
 from ..observe import Clock
 from ..spatial.mesh import ProcessMesh
-from .checkpoint import resume, save_checkpoint
+from .checkpoint import CheckpointWriter, resume
 from .engine import Engine
 from .guard import ReplicaGuard
+from .health import MicroBatch
+from .mender import Mender
 from .records import Recorder, StepRecord, claimed, recording
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
+from .signals import StopRequest
+from .starts import counted_start
 
 
-def train(config: RunConfig, mesh: ProcessMesh) -> None:
-    """Trains a run to its last step, from its newest checkpoint if there is one. Collective.
+def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False) -> int:
+    """Trains a run to its last step, from its newest whole checkpoint if there is one. Collective.
+
+    Args:
+        strict: refuse a damaged checkpoint instead of going on from the one before it.
+
+    Returns:
+        exit code: `EXIT_OK`, or `EXIT_STOPPED` where a signal asked to stop before the last step.
 
     Raises:
         InputError: config, store and mesh do not fit each other, or the store's data are not as it says.
         FloatingPointError: the loss is not a number.
+        RunError: a checkpoint cannot be written, weights drift, or starting again leads nowhere.
     """
     workspace = Workspace.open(config, mesh)
     check_config_fits(config, workspace.store)
     windows = workspace.windows(workspace.training_frames)
-    with claimed(config.run_dir, here=mesh.rank == 0):
+    here = mesh.rank == 0
+    with claimed(config.run_dir, here=here):
         engine = Engine(build_network(config, windows), mesh, config.training)
-        done = resume(workspace, engine)
+        done = resume(workspace, engine, strict=strict)
         if done < config.training.steps:
-            _train_from(done, workspace, windows, engine)
-        elif mesh.rank == 0:
+            with counted_start(config.run_dir, done, config.training.give_up_after, here=here):
+                return _train_from(done, workspace, windows, engine)
+        if here:
             print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
+    return EXIT_OK
 
 
-def _train_from(done: int, workspace: Workspace, windows: Windows, engine: Engine) -> None:
+def _train_from(done: int, workspace: Workspace, windows: Windows, engine: Engine) -> int:
     config, mesh = workspace.config, workspace.domain.mesh
     requests = _requests(config, windows, mesh.replica, done)
+    writer = CheckpointWriter(workspace, engine)
     with (
+        StopRequest(_grace_s(config)) as stop,
         recording(config, done, here=mesh.rank == 0) as recorder,
         ReadAhead(partial(_read, windows, mesh.device), requests, depth=config.data.read_ahead) as batches,
+        closing(writer),
     ):
-        Trainer(workspace, engine, batches, recorder).run(done)
+        return Trainer(workspace, engine, batches, recorder, writer, stop).run(done)
+
+
+def _grace_s(config: RunConfig) -> dict[signal.Signals, float]:
+    usr_s = config.training.usr_grace_s
+    return {signal.SIGTERM: config.training.term_grace_s, signal.SIGUSR1: usr_s, signal.SIGUSR2: usr_s}
 
 
 def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> Iterator[list[int]]:
@@ -64,86 +88,137 @@ def _read(windows: Windows, device: torch.device, indices: Sequence[int]) -> Bat
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
-def check_finite(value: float, name: str, step: int, windows: Sequence[int]) -> None:
-    """Every rank checks the same value and finds the same.
+@dataclass(frozen=True)
+class Boundary:
+    """What all ranks agree on between two steps.
 
-    Raises:
-        FloatingPointError: the value is infinite or not a number.
+    Attributes:
+        signal: that some rank was sent; 0: none.
+        left_s: until the first rank may be killed.
+        save_s: what the last checkpoint took the slowest rank.
+        written: whether all ranks have written the checkpoint that is under way.
     """
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {name} is {value} at step {step}, in windows {list(windows)}: it must be a finite number. "
-            f"Lower training.learning_rate, or look at these frames with `faconv data inspect`."
-        )
+
+    signal: int
+    left_s: float
+    save_s: float
+    written: bool
+
+    @property
+    def may_save(self) -> bool:
+        """Whether a checkpoint that takes as long as the last one, and half of that more, is done in time."""
+        return 1.5 * self.save_s <= self.left_s
 
 
 class Trainer:
     """Steps through a run; made by `train`."""
 
     def __init__(
-        self, workspace: Workspace, engine: Engine, batches: Iterator[Batch], recorder: Recorder | None
+        self,
+        workspace: Workspace,
+        engine: Engine,
+        batches: Iterator[Batch],
+        recorder: Recorder | None,
+        writer: CheckpointWriter,
+        stop: StopRequest,
     ) -> None:
         self._workspace, self._config, self._domain = workspace, workspace.config, workspace.domain
+        self._mesh, self._activity = workspace.domain.mesh, workspace.domain.mesh.activity
         self._engine, self._batches, self._recorder = engine, iter(batches), recorder
-        self._clock = Clock()
+        self._writer, self._stop = writer, stop
+        self._clock = Clock(self._activity)
         every = workspace.config.training.compare_replicas_every
-        self._guard = ReplicaGuard(engine.network, workspace.domain.mesh, every)
+        self._guard = ReplicaGuard(engine.network, self._mesh, every)
+        self._mender = Mender(workspace, engine, writer)
 
-    def run(self, done: int) -> None:
-        """All steps that are left, with checkpoints on the way and at the end."""
-        training = self._config.training
-        for step in range(done, training.steps):
-            record = self._step(step)
+    def run(self, done: int) -> int:
+        """All steps that are left, with checkpoints on the way and at the end; the exit code."""
+        last = self._config.training.steps
+        for step in range(done + 1, last + 1):
+            record, boundary = self._step(step)
             if self._recorder is not None:
                 self._recorder.write(record)
-            self._guard.after_step(record.step)
-            every = training.checkpoint_every
-            if record.step == training.steps or (every and record.step % every == 0):
-                save_checkpoint(self._workspace, self._engine, record.step)
+            self._guard.after_step(step)
+            with self._activity.during("saving a checkpoint"):
+                self._save_if_due(step, boundary)
+                if boundary.signal:
+                    return self._leave(step, boundary)
+        self._writer.finish()
+        return EXIT_OK
 
-    def _step(self, step: int) -> StepRecord:
-        """One optimizer step: the numbers leave the device once, before the update that a NaN would spoil."""
+    def _save_if_due(self, step: int, boundary: Boundary) -> None:
+        if self._writer.pending and boundary.written:
+            self._writer.finish()
+        training = self._config.training
+        every = training.checkpoint_every
+        if (step == training.steps or (every and step % every == 0)) and boundary.may_save:
+            self._writer.save(step)
+
+    def _leave(self, step: int, boundary: Boundary) -> int:
+        """Saves, if the time left allows it, and says how to go on."""
+        if self._writer.newest_step != step and boundary.may_save:
+            self._writer.save(step)
+        self._writer.finish()
+        saved = self._writer.saved_step
+        if step == saved == self._config.training.steps:
+            return EXIT_OK
+        if self._mesh.rank == 0:
+            name = signal.Signals(boundary.signal).name
+            why = "" if saved == step else f" (a save takes {boundary.save_s:.0f} s, {boundary.left_s:.0f} s were left)"
+            newest = f"the checkpoint of step {saved} is saved" if saved >= 0 else "no checkpoint is saved"
+            print(
+                f"faconv: stopped by {name} after step {step}; {newest}{why}. The same command goes on from there.",
+                file=sys.stderr,
+            )
+        return EXIT_STOPPED
+
+    def _step(self, step: int) -> tuple[StepRecord, Boundary]:
+        """One optimizer step, numbered from 1: the numbers leave the device once, before the update."""
         start = time.perf_counter()
-        rate = learning_rate(self._config, step)
-        losses: list[Tensor] = []
-        windows: list[int] = []
+        self._activity.step = step
+        rate = learning_rate(self._config, step - 1)
+        micros: list[MicroBatch] = []
         for micro in range(self._config.training.accumulation):
             if micro:
                 self._engine.step(rate)  # ends the micro-batch before; DeepSpeed updates after the last one only
-            batch = self._next_batch()
-            losses.append(self._backward(batch))
-            windows += batch.windows
-        loss, forecast = torch.stack(losses).mean(0).tolist()
-        check_finite(loss, "loss", step + 1, windows)
-        self._engine.step(rate)
-        check_finite(self._engine.gradient_norm, "norm of the gradient", step + 1, windows)
-        return self._record(step + 1, loss, forecast, rate, time.perf_counter() - start)
+            micros.append(self._backward(self._next_batch()))
+        loss, forecast = torch.stack([micro.losses for micro in micros]).mean(0).tolist()
+        with self._activity.during("optimizer step"):
+            update = self._mender.step(step, rate, loss, micros)
+        return self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
 
     def _next_batch(self) -> Batch:
-        with self._clock.timing("data"):
+        with self._clock.timing("data", "reading data"):
             batch = next(self._batches)
-        return batch.to(self._domain.mesh.device, non_blocking=True)
+        return batch.to(self._mesh.device, non_blocking=True)
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Forward and backward of one micro-batch: (loss, its forecast part), still on the device."""
+    def _backward(self, batch: Batch) -> MicroBatch:
+        """Forward and backward of one micro-batch; nothing waits for the device."""
         network, domain = self._engine.network, self._domain
-        output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
-        forecast = network.forecast_loss(output, batch.target_BTCYX, domain, batch.valid_BTCYX)
-        loss = forecast + network.embedding_loss(output, batch.inputs_BTCYX, domain, batch.known_BTCYX)
-        self._engine.backward(loss)
-        return torch.stack([loss.value, forecast.value])
+        with self._activity.during("forward"):
+            output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
+            forecast = network.forecast_loss(output, batch.target_BTCYX, domain, batch.valid_BTCYX)
+            loss = forecast + network.embedding_loss(output, batch.inputs_BTCYX, domain, batch.known_BTCYX)
+        with self._activity.during("backward"):
+            self._engine.backward(loss)
+        return MicroBatch.of(torch.stack([loss.value, forecast.value]), output, batch)
 
-    def _record(self, step: int, loss: float, forecast: float, rate: float, seconds: float) -> StepRecord:
-        mesh, samples = self._domain.mesh, self._config.global_batch
+    def _record(
+        self, step: int, loss: float, forecast: float, rate: float, seconds: float, update: str
+    ) -> tuple[StepRecord, Boundary]:
+        mesh, samples = self._mesh, self._config.global_batch
         waited = [
             self._clock.take("data"),
             self._domain.clock.take("exchange"),
             self._engine.take_communication_s(),
         ]
-        peak_gib = _peak_memory_gib(mesh.device)
-        rows = mesh.gathered([loss, forecast, *(value / seconds for value in waited), peak_gib])
-        loss, forecast, *shares, _ = (sum(column) / mesh.ranks for column in zip(*rows, strict=True))
-        return StepRecord(
+        shared = [loss, forecast, *(value / seconds for value in waited)]
+        own = [_peak_memory_gib(mesh.device), self._writer.written]
+        own += [self._stop.number, self._stop.left_s, self._writer.last_save_s]
+        columns = list(zip(*mesh.gathered([*shared, *own]), strict=True))
+        loss, forecast, *shares = (sum(column) / mesh.ranks for column in columns[: len(shared)])
+        peaks, written, signals, left_s, save_s = columns[len(shared) :]
+        record = StepRecord(
             step=step,
             loss=loss,
             forecast_loss=forecast,
@@ -155,8 +230,10 @@ class Trainer:
             data_share=shares[0],
             exchange_share=shares[1],
             reduction_share=shares[2],
-            peak_memory_gib=max(row[-1] for row in rows),
+            peak_memory_gib=max(peaks),
+            update=update,
         )
+        return record, Boundary(int(max(signals)), min(left_s), max(save_s), all(written))
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -1,0 +1,96 @@
+"""``faconv checkpoint``: list, verify, export."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import EXIT_FAILED, EXIT_OK, InputError
+
+if TYPE_CHECKING:
+    from .training.shards import Checkpoint
+
+checkpoint_app = typer.Typer(help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
+
+Where = Annotated[Path, typer.Argument(help="The run_dir of a run, or the directory of one checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+@checkpoint_app.command("list")
+def list_command(where: Where, as_json: Json = False) -> None:
+    """Lists the checkpoints with their sizes and where they come from; reads the manifests only.
+
+    Example: faconv checkpoint list runs/quickstart_era5
+    """
+    from .training.export import summary
+
+    rows = [summary(one) for one in _checkpoints(where)]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"checkpoints of {where}")
+    for column in ("step", "size [MB]", "files", "mesh", "ZeRO", "torch", "manifest"):
+        table.add_column(column, justify="left" if column == "manifest" else "right")
+    for row in rows:
+        if row["problem"]:
+            table.add_row(str(row["step"]), "", "", "", "", "", row["problem"])
+        else:
+            numbers = (f"{row['bytes'] / 1e6:.2f}", str(row["files"]), row["mesh"], str(row["zero_stage"]))
+            table.add_row(str(row["step"]), *numbers, row["versions"].get("torch", ""), "as written")
+    Console().print(table)
+
+
+@checkpoint_app.command("verify")
+def verify_command(where: Where, as_json: Json = False) -> None:
+    """Reads every byte and compares it with what was written. Exit code 1 if anything is damaged.
+
+    Example: faconv checkpoint verify runs/quickstart_era5/checkpoints/step-00000120
+    """
+    found = [(one, one.problem()) for one in _checkpoints(where)]
+    if as_json:
+        print(json.dumps([{"path": str(one.path), "step": one.step, "problem": problem} for one, problem in found]))
+    else:
+        for one, problem in found:
+            print(f"{one.path}: {problem or 'whole'}")
+    raise typer.Exit(EXIT_FAILED if any(problem for _, problem in found) else EXIT_OK)
+
+
+@checkpoint_app.command("export")
+def export_command(
+    where: Where,
+    output: Annotated[Path, typer.Option(help="File to write: .safetensors, or .pt for torch.load.")],
+    as_json: Json = False,
+) -> None:
+    """Writes one plain state dict, for inference on one device, from the newest whole checkpoint.
+
+    A .safetensors file also holds the arguments of the network and the names of its channels.
+
+    Example: faconv checkpoint export runs/quickstart_era5 --output forecast.safetensors
+    """
+    from .training.export import export
+
+    whole = next((one for one in reversed(_checkpoints(where)) if one.problem() is None), None)
+    if whole is None:
+        raise InputError(f"{where} holds no whole checkpoint. `faconv checkpoint verify {where}` says what is wrong.")
+    answer: dict[str, Any] = export(whole, output)
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        print(f"{output}: {answer['tensors']} tensors, {answer['values']} values, of step {whole.step} of {whole.path}")
+
+
+def _checkpoints(where: Path) -> "list[Checkpoint]":
+    """Of a run, or the one whose directory is given; oldest first."""
+    from .training.shards import NAME, Checkpoint, checkpoints_in
+
+    match = NAME.fullmatch(where.name)
+    found = [Checkpoint(where, int(match.group(1)))] if match and where.is_dir() else checkpoints_in(where)
+    if not found:
+        raise InputError(
+            f"{where} holds no checkpoints. Give the run_dir of a run (it has a folder checkpoints/), "
+            f"or a directory step-00000040 in that folder."
+        )
+    return found

@@ -1,0 +1,71 @@
+"""What a checkpoint holds, for people and for other programs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..config import ModelConfig
+from ..errors import InputError
+from .setup import network_options
+from .shards import Checkpoint, DamagedCheckpointError, Manifest
+
+SUFFIXES = (".safetensors", ".pt")
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """One row of a list; ``problem`` says why the manifest cannot be read."""
+    row: dict[str, Any] = {"path": str(checkpoint.path), "step": checkpoint.step, "problem": None}
+    try:
+        manifest = checkpoint.manifest()
+    except DamagedCheckpointError as error:
+        return row | {"problem": str(error)}
+    return row | {
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+        "files": len(manifest.files),
+        "mesh": manifest.mesh,
+        "zero_stage": manifest.zero_stage,
+        "seed": manifest.seed,
+        "versions": manifest.versions,
+    }
+
+
+def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+    """Writes the weights as one plain state dict of `FAConvLSTMNetwork`.
+
+    Args:
+        checkpoint: a whole one.
+        output: ``.safetensors`` (with the network's arguments and its channels as metadata) or ``.pt``.
+
+    Raises:
+        InputError: another suffix, or a directory that is not there.
+    """
+    if output.suffix not in SUFFIXES:
+        raise InputError(f"the output is a file {' or '.join(SUFFIXES)}, got {output}. Change its name.")
+    parameters, manifest = checkpoint.parameters(), checkpoint.manifest()
+    try:
+        if output.suffix == ".pt":
+            torch.save(parameters, output)
+        else:
+            save_file(parameters, output, metadata=_metadata(manifest))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{output} cannot be written: {error}. Give a file where you may write."
+        ) from None
+    values = sum(value.numel() for value in parameters.values())
+    return {"output": str(output), "step": manifest.step, "tensors": len(parameters), "values": values}
+
+
+def _metadata(manifest: Manifest) -> dict[str, str]:
+    """Text, as safetensors wants it; JSON where there is structure."""
+    in_channels = manifest.parameters["layers.0.input_weight"].shape[1]
+    fields = manifest.parameters["forecast.weight"].shape[0]
+    options = network_options(ModelConfig.model_validate(manifest.config["model"]), in_channels, fields)
+    return {
+        "step": str(manifest.step),
+        "network": json.dumps(options),
+        "channels": json.dumps(manifest.identity["channels"]),
+        "faconv_hpc": manifest.versions["faconv_hpc"],
+    }

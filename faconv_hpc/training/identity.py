@@ -1,0 +1,67 @@
+"""What a run must keep to go on as it began."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError
+from .setup import Workspace
+from .shards import Manifest
+
+
+def identity(workspace: Workspace) -> dict[str, Any]:
+    """What a run must keep to go on as it began: network, data, order and number of samples, optimizer."""
+    config, store = workspace.config, workspace.store
+    tree = config.model_dump(mode="json")
+    free = ("kernels", "checkpoint_steps", "attention_exchange")  # other ways to the same numbers
+    kept = {f"model.{key}": value for key, value in tree["model"].items() if key not in free}
+    kept |= {f"data.{key}": tree["data"][key] for key in ("forcings", "window", "lat_boundary", "lon_boundary")}
+    kept |= {f"training.{key}": tree["training"][key] for key in ("optimizer", "seed")}
+    channels = config.data.variables or store.channels
+    indices = store.channel_indices(channels)
+    content = [
+        store.latitude_deg,
+        store.longitude_deg,
+        store.mean[indices],
+        store.std[indices],
+        store.tendency_std[indices],
+    ]
+    return kept | {
+        "channels": list(channels),
+        "training frames": len(workspace.training_frames),
+        "samples per step (replicas x micro_batch x accumulation)": config.global_batch,
+        "store (grid and statistics)": hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()[:16],
+    }
+
+
+def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
+    """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
+    now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
+    for key, value in now.items():
+        if key in saved and saved[key] != value:
+            raise InputError(
+                f"{workspace.config.run_dir} holds a run with {key}={saved[key]!r}, this config says {value!r}. "
+                f"A run goes on as it began: change the value back, or give another run_dir."
+            )
+
+
+def check_same_network(network: nn.Module, manifest: Manifest, path: Path) -> None:
+    """Raises InputError, with the list, unless a checkpoint holds just the parameters of a network, in their shapes."""
+    wanted = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in network.named_parameters()}
+    stored = {name: one.shape for name, one in manifest.parameters.items()}
+    findings = [f"{name} is missing" for name in wanted if name not in stored]
+    findings += [f"{name} is not in the network" for name in stored if name not in wanted]
+    findings += [
+        f"{name} has shape {stored[name]}, the network's is {shape}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name] != shape
+    ]
+    if findings:
+        raise InputError(
+            f"{path} holds another network than the config describes: {'; '.join(findings)}. "
+            f"Change the config back to what the run began with, or give another run_dir."
+        )

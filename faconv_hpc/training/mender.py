@@ -1,0 +1,82 @@
+"""The update of a step, and what is done where loss or gradient are no finite numbers: stop, skip, or restore."""
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import NoProgressError
+from .checkpoint import CheckpointWriter, resume
+from .engine import Engine
+from .health import MicroBatch, is_sound, report
+from .setup import Workspace
+
+SKIPS_IN_A_ROW = 10
+RESTORES = 3
+
+
+class Mender:
+    """Makes updates and follows ``training.on_not_finite``.
+
+    ``stop`` ends the run; the newest checkpoint is from before. ``skip`` leaves the step out: parameters, moments
+    and the optimizer's count stay as they were, and the next samples come. ``restore`` goes back to parameters and
+    moments of the newest whole checkpoint, and on with the next samples: those since that checkpoint are not seen
+    again, so what led to the numbers is left out too. Steps are counted on, and the records say what became of them.
+
+    Args:
+        workspace, engine: of the run.
+        writer: of its checkpoints.
+    """
+
+    def __init__(self, workspace: Workspace, engine: Engine, writer: CheckpointWriter) -> None:
+        self._workspace, self._engine, self._writer = workspace, engine, writer
+        self._mesh = workspace.domain.mesh
+        self._policy = workspace.config.training.on_not_finite
+        self._skipped = self._restored = 0
+        self._restored_from = -1
+
+    def step(self, step: int, rate: float, loss: float, micros: Sequence[MicroBatch]) -> str:
+        """Updates with this learning rate; ``applied``, ``skipped`` or ``restored``. Collective.
+
+        Raises:
+            FloatingPointError: loss or gradient are not finite and the policy is to stop, or has led nowhere.
+            NoProgressError: the same checkpoint was restored too often.
+        """
+        losses = [one for (one,) in self._mesh.gathered([loss])]
+        worst = next((one for one in losses if not is_sound(one)), None)
+        if worst is not None and self._policy == "stop":
+            raise FloatingPointError(self._told("loss", worst, step, micros))
+        snapshot = self._engine.snapshot() if self._policy == "skip" else None
+        self._engine.step(rate)
+        norm = self._engine.gradient_norm
+        if worst is None and is_sound(norm):
+            self._skipped = 0
+            return "applied"
+        what, value = ("norm of the gradient", norm) if worst is None else ("loss", worst)
+        told = self._told(what, value, step, micros)
+        if self._policy == "restore":
+            return self._restore(told)
+        self._skipped += 1
+        if snapshot is None or self._skipped > SKIPS_IN_A_ROW:
+            raise FloatingPointError(told)
+        self._engine.put_back(snapshot)
+        self._say(f"{told} The step is left out.")
+        return "skipped"
+
+    def _restore(self, told: str) -> str:
+        self._writer.finish()
+        saved = resume(self._workspace, self._engine)
+        if not saved:
+            raise FloatingPointError(f"{told} There is no checkpoint yet to restore.")
+        self._restored = self._restored + 1 if saved == self._restored_from else 1
+        self._restored_from = saved
+        if self._restored > RESTORES:
+            raise NoProgressError(f"{told} The checkpoint of step {saved} was restored {RESTORES} times, in vain.")
+        self._say(f"{told} Weights and moments are those of step {saved} again.")
+        return "restored"
+
+    def _told(self, what: str, value: float, step: int, micros: Sequence[MicroBatch]) -> str:
+        variables = self._workspace.config.data.variables or self._workspace.store.channels
+        return report(what, value, step, micros, variables, self._mesh)
+
+    def _say(self, text: str) -> None:
+        if self._mesh.rank == 0:
+            print(f"faconv: {text}", file=sys.stderr)

@@ -1,0 +1,259 @@
+"""A checkpoint on disk: safetensors shards, a manifest, and the SHA-256 of every byte. Knows no ranks.
+
+A checkpoint is a directory ``step-00000040`` that holds::
+
+    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME, random/RANK
+    manifest.json                 step, seed, mesh, ZeRO stage, versions, config; what lies in which file
+    SHA256SUMS                    of all the others; `sha256sum --check SHA256SUMS` reads it too
+
+It is made under another name, flushed to disk, and renamed, so it is there whole or not at all.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import InputError
+
+FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
+FORMAT = "faconv_hpc checkpoint 1"
+NAME = re.compile(r"step-(\d{8,})")
+UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
+PARAMETER, RANDOM = "parameter", "random"
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint that is not, to the last bit, what was written; the message names the file."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardFile(_Section):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class StoredTensor(_Section):
+    """Where a parameter lies; its moments and its fp32 value stand in the same file."""
+
+    file: str
+    shape: tuple[int, ...]
+
+
+class Manifest(_Section):
+    """What a checkpoint holds and where it comes from.
+
+    Attributes:
+        run: which run wrote it; only that run removes it.
+        updates: that the optimizer has made; fewer than steps where some were left out.
+        mesh: REPLICASxLATxLON that it was written on; any other can read it.
+        moments: of the optimizer, stored beside every parameter.
+        identity: what a run must keep to go on as it began.
+    """
+
+    format: Literal["faconv_hpc checkpoint 1"]
+    run: str
+    step: int
+    updates: int
+    seed: int
+    mesh: str
+    zero_stage: int
+    versions: dict[str, str]
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    moments: tuple[str, ...]
+    parameters: dict[str, StoredTensor]
+    files: dict[str, ShardFile]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory; it may still turn out to be damaged."""
+
+    path: Path
+    step: int
+
+    def manifest(self) -> Manifest:
+        """The manifest, if it and the list of sums are what was written.
+
+        Raises:
+            DamagedCheckpointError: they are not, or this is no checkpoint.
+        """
+        raw = self._read(MANIFEST)
+        sums = self._read(SUMS)
+        try:
+            manifest = Manifest.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise DamagedCheckpointError(f"{MANIFEST} is damaged or not ours ({where}: {first['msg']})") from None
+        if _sums(raw, manifest.files) != sums:
+            raise DamagedCheckpointError(f"{MANIFEST} or {SUMS} is damaged: they do not belong together")
+        if manifest.step != self.step:
+            raise DamagedCheckpointError(f"{MANIFEST} is of step {manifest.step}, the directory is {self.path.name}")
+        return manifest
+
+    def checked_bytes(self, name: str, expected: ShardFile) -> bytes:
+        """One file's content, if it is what was written; raises DamagedCheckpointError if not."""
+        raw = self._read(name)
+        if len(raw) != expected.bytes:
+            raise DamagedCheckpointError(f"{name} is damaged: it has {len(raw)} bytes, {expected.bytes} were written")
+        if hashlib.sha256(raw).hexdigest() != expected.sha256:
+            raise DamagedCheckpointError(f"{name} is damaged: its SHA-256 is not that of what was written")
+        return raw
+
+    def tensors(self, name: str, expected: ShardFile) -> dict[str, Tensor]:
+        """The tensors of one shard; raises DamagedCheckpointError if it is not what was written."""
+        try:
+            return load(self.checked_bytes(name, expected))
+        except SafetensorError as error:
+            raise DamagedCheckpointError(f"{name} is no safetensors file: {error}") from None
+
+    def problem(self) -> str | None:
+        """What is wrong with it, every byte of every file looked at; None if it is whole."""
+        try:
+            for name, expected in self.manifest().files.items():
+                self.checked_bytes(name, expected)
+        except DamagedCheckpointError as error:
+            return str(error)
+        return None
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Name and fp32 value of every parameter; raises DamagedCheckpointError."""
+        prefix = f"{PARAMETER}/"
+        return {name.removeprefix(prefix): value for name, value in self._content() if name.startswith(prefix)}
+
+    def moments(self) -> dict[str, Tensor]:
+        """``moment/parameter`` and value of the optimizer's moments; raises DamagedCheckpointError."""
+        kinds = self.manifest().moments
+        return {name: value for name, value in self._content() if name.partition("/")[0] in kinds}
+
+    def _content(self) -> Iterator[tuple[str, Tensor]]:
+        for file, expected in self.manifest().files.items():
+            yield from self.tensors(file, expected).items()
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedCheckpointError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
+    """All directories of a run that are named like a checkpoint, oldest first; damaged ones too."""
+    folder = run_dir / FOLDER
+    found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    named = [Checkpoint(path, int(match.group(1))) for match, path in found if match and path.is_dir()]
+    return sorted(named, key=lambda one: one.step)
+
+
+def whole_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
+    """The whole checkpoints of a run, newest first, each checked when it is asked for."""
+    return (one for one in reversed(checkpoints_in(run_dir)) if one.problem() is None)
+
+
+def directory_name(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def partial_directory(run_dir: Path, step: int, token: str) -> Path:
+    """Where a checkpoint is written before it is committed; ``token`` is 8 hexadecimal digits of its own."""
+    return run_dir / FOLDER / f".{directory_name(step)}.{token}.partial"
+
+
+def write_shard(directory: Path, number: int, tensors: Mapping[str, Tensor]) -> dict[str, ShardFile]:
+    """Writes one shard and flushes it to disk; nothing, if there are no tensors."""
+    if not tensors:
+        return {}
+    raw = save({name: value.contiguous() for name, value in tensors.items()})
+    name = f"shard-{number:05d}.safetensors"
+    _write(directory / name, raw)
+    return {name: ShardFile(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())}
+
+
+def commit(directory: Path, manifest: Manifest) -> Path:
+    """Makes a directory of shards a checkpoint: manifest, sums, flush, one rename. Returns where it is now.
+
+    A directory that has the name already is not written into: it is moved aside, with ``.replaced`` and the
+    token of the new one in its name.
+    """
+    raw = manifest.model_dump_json(indent=1).encode()
+    _write(directory / MANIFEST, raw)
+    _write(directory / SUMS, _sums(raw, manifest.files))
+    _flush_entries(directory)
+    final = directory.with_name(directory_name(manifest.step))
+    if final.exists():
+        final.rename(final.with_name(f"{final.name}.replaced-{directory.name.split('.')[-2]}"))
+    directory.rename(final)
+    _flush_entries(final.parent)
+    return final
+
+
+def remove(directory: Path, token: str) -> None:
+    """Removes a directory so that a half removed one is never taken for a checkpoint."""
+    if UNFINISHED.fullmatch(directory.name) is None:
+        renamed = directory.with_name(f".{directory.name}.{token}.removed")
+        directory = directory.rename(renamed)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Removes what killed runs have left half written or half removed."""
+    folder = run_dir / FOLDER
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of torch's random generators here."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random_states(states: Mapping[str, Tensor]) -> None:
+    """Puts back what `random_states` gave, as far as this machine has such generators."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _sums(manifest: bytes, files: Mapping[str, ShardFile]) -> bytes:
+    """The content of SHA256SUMS, as coreutils write it."""
+    rows = {name: file.sha256 for name, file in files.items()}
+    rows[MANIFEST] = hashlib.sha256(manifest).hexdigest()
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(rows.items())).encode()
+
+
+def _write(path: Path, raw: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_entries(directory: Path) -> None:
+    """Makes sure that a directory's entries are on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

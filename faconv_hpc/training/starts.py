@@ -1,0 +1,53 @@
+"""Counts the starts of a run that led nowhere, so that a job that is always requeued does not fail for ever."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import InputError, NoProgressError
+
+STARTS_FILE = "starts.json"
+
+
+@contextmanager
+def counted_start(run_dir: Path, step: int, give_up_after: int, here: bool) -> Iterator[None]:
+    """Counts this start of a run from ``step``, unless the block ends in an orderly way.
+
+    Orderly ends are the last step, a signal that was followed, and the user's own: Ctrl-C, input to be mended. A
+    process that is killed leaves the count.
+
+    Args:
+        give_up_after: starts in a row from the same step; 0: never give up.
+        here: whether this rank keeps the count.
+
+    Raises:
+        NoProgressError: as many starts as that have led to no newer checkpoint.
+    """
+    if not here:
+        yield
+        return
+    path = run_dir / STARTS_FILE
+    before = _count(path, step)
+    if give_up_after and before >= give_up_after:
+        raise NoProgressError(
+            f"{before} starts in a row have brought {run_dir} no further than step {step}, so it is not tried again "
+            f"(training.give_up_after={give_up_after}). Mend what the log of the last one says, remove {path}, and "
+            f"start the same command again."
+        )
+    path.write_text(json.dumps({"step": step, "starts": before + 1}) + "\n")
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        path.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)
+
+
+def _count(path: Path, step: int) -> int:
+    """Starts from this step that are on record; a record that cannot be read counts none."""
+    try:
+        record = json.loads(path.read_text())
+        return int(record["starts"]) if record["step"] == step else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
