@@ -57,7 +57,7 @@ def caught_by(fault: Fault) -> str | None:
     if done.returncode not in (0, FAILED):
         raise SystemExit(f"pytest could not run (exit code {done.returncode}):\n{done.stdout[-2000:]}{done.stderr}")
     lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    return lines[0].split()[1] if done.returncode else None
+    return lines[0].removeprefix("FAILED ").split(" - ")[0] if done.returncode else None
 
 
 def _put_in(fault: Fault, path: Path) -> None:

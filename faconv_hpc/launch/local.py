@@ -94,8 +94,11 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits until all have ended, or one has failed and the grace is over."""
     failed: int | None = None
     deadline = float("inf")
-    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-        codes = [worker.returncode for worker in workers if worker.returncode]
+    while time.monotonic() < deadline:
+        states = [worker.poll() for worker in workers]  # of all: one that is stopped must not hide one that failed
+        if None not in states:
+            break
+        codes = [code for code in states if code]
         if codes and failed is None:
             failed, deadline = codes[0], time.monotonic() + GRACE_S
         time.sleep(POLL_S)

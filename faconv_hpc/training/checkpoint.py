@@ -51,9 +51,10 @@ class _Report:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint that is being written; the engine may have gone on."""
 
     step: int
+    updates: int
     directory: Path
     began: float
     report: "Future[_Report]"
@@ -91,7 +92,9 @@ class CheckpointWriter:
         began = time.perf_counter()
         share = self._share(step)
         directory = self._new_directory(step)
-        self._pending = _Pending(step, directory, began, self._thread.submit(self._write, directory, share))
+        writing = self._thread.submit(self._write, directory, share)
+        self._pending = _Pending(step, self._engine.updates, directory, began, writing)
+        self._engine.take_communication_s()  # a save's collectives are no step's
         if not self._config.training.save_in_background:
             self.finish()
 
@@ -119,7 +122,7 @@ class CheckpointWriter:
         problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(reports) if one.problem]
         problem = problems[0] if problems else None
         if self._mesh.rank == 0 and problem is None:
-            problem = _problem_of(lambda: commit(pending.directory, self._manifest(pending.step, reports)))
+            problem = _problem_of(lambda: commit(pending.directory, self._manifest(pending, reports)))
         problem = self._mesh.from_first(problem)
         if problem is not None:
             if self._mesh.rank == 0:
@@ -165,13 +168,13 @@ class CheckpointWriter:
         kinds = ((*name.partition("/"), value) for name, value in share.items())
         return _Report(files, {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER})
 
-    def _manifest(self, step: int, reports: list[_Report]) -> Manifest:
+    def _manifest(self, pending: _Pending, reports: list[_Report]) -> Manifest:
         config, mesh = self._config, self._mesh
         return Manifest(
             format=FORMAT,
             run=self._run,
-            step=step,
-            updates=self._engine.updates,
+            step=pending.step,
+            updates=pending.updates,
             seed=config.training.seed,
             mesh=f"{mesh.replicas}x{mesh.lat}x{mesh.lon}",
             zero_stage=config.training.zero_stage,

@@ -51,9 +51,7 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
         else:
             save_file(parameters, output, metadata=_metadata(manifest))
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{output} cannot be written: {error}. Give a file where you may write."
-        ) from None
+        raise InputError(f"{output} cannot be written: {error}. Give a file where you may write.") from None
     values = sum(value.numel() for value in parameters.values())
     return {"output": str(output), "step": manifest.step, "tensors": len(parameters), "values": values}
 

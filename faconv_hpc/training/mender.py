@@ -9,8 +9,7 @@ from .engine import Engine
 from .health import MicroBatch, is_sound, report
 from .setup import Workspace
 
-SKIPS_IN_A_ROW = 10
-RESTORES = 3
+SKIPS, RESTORES = 10, 3  # in a row, then the run ends
 
 
 class Mender:
@@ -30,15 +29,14 @@ class Mender:
         self._workspace, self._engine, self._writer = workspace, engine, writer
         self._mesh = workspace.domain.mesh
         self._policy = workspace.config.training.on_not_finite
-        self._skipped = self._restored = 0
-        self._restored_from = -1
+        self._in_a_row = 0  # steps without an update
 
     def step(self, step: int, rate: float, loss: float, micros: Sequence[MicroBatch]) -> str:
         """Updates with this learning rate; ``applied``, ``skipped`` or ``restored``. Collective.
 
         Raises:
             FloatingPointError: loss or gradient are not finite and the policy is to stop, or has led nowhere.
-            NoProgressError: the same checkpoint was restored too often.
+            NoProgressError: restoring has led nowhere.
         """
         losses = [one for (one,) in self._mesh.gathered([loss])]
         worst = next((one for one in losses if not is_sound(one)), None)
@@ -48,14 +46,14 @@ class Mender:
         self._engine.step(rate)
         norm = self._engine.gradient_norm
         if worst is None and is_sound(norm):
-            self._skipped = 0
+            self._in_a_row = 0
             return "applied"
         what, value = ("norm of the gradient", norm) if worst is None else ("loss", worst)
         told = self._told(what, value, step, micros)
+        self._in_a_row += 1
         if self._policy == "restore":
             return self._restore(told)
-        self._skipped += 1
-        if snapshot is None or self._skipped > SKIPS_IN_A_ROW:
+        if snapshot is None or self._in_a_row > SKIPS:
             raise FloatingPointError(told)
         self._engine.put_back(snapshot)
         self._say(f"{told} The step is left out.")
@@ -66,10 +64,8 @@ class Mender:
         saved = resume(self._workspace, self._engine)
         if not saved:
             raise FloatingPointError(f"{told} There is no checkpoint yet to restore.")
-        self._restored = self._restored + 1 if saved == self._restored_from else 1
-        self._restored_from = saved
-        if self._restored > RESTORES:
-            raise NoProgressError(f"{told} The checkpoint of step {saved} was restored {RESTORES} times, in vain.")
+        if self._in_a_row > RESTORES:
+            raise NoProgressError(f"{told} A checkpoint was restored {RESTORES} times in a row, in vain.")
         self._say(f"{told} Weights and moments are those of step {saved} again.")
         return "restored"
 

@@ -1,0 +1,444 @@
+"""Checkpoints: whole or not at all, every byte checked, any mesh and ZeRO stage, bit for bit where nothing changed."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from itertools import cycle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from faconv_hpc import FAConvLSTMNetwork
+from faconv_hpc.errors import InputError, NoProgressError, RunError
+from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
+from faconv_hpc.training.export import export
+from faconv_hpc.training.records import STEPS_FILE, read_records
+from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
+from faconv_hpc.training.starts import counted_start
+from faconv_hpc.training.trainer import Trainer, train
+from ranks import Layout, run_on_ranks
+from runs import make_store, small_config
+from test_training import train_on
+
+FOUR = Layout(1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, store):
+    """Six steps on four ranks, checkpoints of steps 2, 4 and 6; tests copy it."""
+    directory = tmp_path_factory.mktemp("whole")
+    train_on(FOUR, directory, store, training={"checkpoint_every": 2})
+    return directory / "run"
+
+
+@pytest.fixture
+def copied(tmp_path, run):
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state_of(checkpoint):
+    return checkpoint.parameters() | checkpoint.moments()
+
+
+def assert_same_state(one, other):
+    got, want = state_of(one), state_of(other)
+    assert got.keys() == want.keys() and len(want) > 100
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# On disk
+
+
+def test_each_rank_writes_about_the_same_number_of_bytes_and_every_tensor_once(run):
+    manifest = checkpoints_in(run)[-1].manifest()
+    sizes = [file.bytes for name, file in sorted(manifest.files.items())]
+    assert len(sizes) == 4 and max(sizes) < 1.5 * min(sizes)
+    names = [name for file in manifest.files for name in load_file(checkpoints_in(run)[-1].path / file)]
+    assert len(names) == len(set(names)) == 3 * len(manifest.parameters) + 4  # value, two moments; random states
+    assert manifest.mesh == "1x2x2" and manifest.step == manifest.updates == 6 and manifest.zero_stage == 1
+    assert {"torch", "deepspeed", "python"} <= manifest.versions.keys()
+
+
+def test_coreutils_agree_on_the_sums(run):
+    for one in checkpoints_in(run):
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=one.path, check=True, capture_output=True
+        )
+
+
+@pytest.mark.parametrize("shares", [1, 3, 8])
+def test_sizes_are_dealt_evenly(shares):
+    sizes = {f"p{i}": size for i, size in enumerate([100, 90, 40, 40, 30, 20, 9, 1])}
+    dealt = balanced(sizes, shares)
+    assert sorted(name for share in dealt for name in share) == sorted(sizes)
+    totals = [sum(sizes[name] for name in share) for share in dealt]
+    assert max(totals) <= max(100, 1.2 * sum(sizes.values()) / shares)
+
+
+def test_every_flipped_bit_is_found_and_its_file_named(copied):
+    checkpoint = checkpoints_in(copied)[-1]
+    files = sorted(checkpoint.path.iterdir())
+    rng = random.Random(0)
+    turns = cycle(files)  # the small ones as often as the large
+    for _ in range(1000):
+        path = next(turns)
+        raw = path.read_bytes()
+        position = rng.randrange(len(raw))
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :])
+        problem = checkpoint.problem()
+        assert problem is not None and path.name in problem, (path.name, position, problem)
+        path.write_bytes(raw)
+    assert checkpoint.problem() is None
+
+
+def swap_two_shards(path):
+    one, other, *_ = sorted(path.glob("shard-*"))
+    one.rename(path / "aside")
+    other.rename(one)
+    (path / "aside").rename(other)
+
+
+def shard(path):
+    return sorted(path.glob("shard-*"))[1]
+
+
+DAMAGE = {
+    "truncated": (lambda path: os.truncate(shard(path), 1000), r"shard-00001\S+ is damaged: it has 1000 bytes"),
+    "deleted": (lambda path: shard(path).unlink(), r"shard-00001\S+ is missing"),
+    "swapped": (swap_two_shards, r"shard-0000\d\S+ is damaged"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), r"manifest\.json is missing"),
+    "no sums": (lambda path: (path / "SHA256SUMS").unlink(), r"SHA256SUMS is missing"),
+    "foreign": (lambda path: (path / "manifest.json").write_text('{"epoch": 3}'), r"manifest\.json is damaged or not"),
+    "of another step": (lambda path: path.rename(path.with_name("step-00000005")), r"is of step 6, the directory is"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(copied, run, store, kind, capfd):
+    damage, told = DAMAGE[kind]
+    damage(checkpoints_in(copied)[-1].path)
+    assert [one.step for one in whole_checkpoints(copied)] == [4, 2]
+    with pytest.raises(AssertionError, match=r"--strict was given: .*" + told):
+        resume_strictly(copied.parent, store)
+    train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+    assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
+    assert [record.step for record in read_records(copied)] == [1, 2, 3, 4, 5, 6]
+
+
+def resume_strictly(directory, store):
+    config = small_config(directory, store, mesh={"lat": 2, "lon": 2}, training={"checkpoint_every": 2})
+    run_on_ranks(FOUR, lambda mesh: train(config, mesh, strict=True))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(copied, store):
+    for one in checkpoints_in(copied):
+        os.truncate(shard(one.path), 10)
+    lines = (copied / STEPS_FILE).read_text()
+    with pytest.raises(AssertionError, match=r"none of the 3 checkpoints in \S+ is whole.*shard-00001.*another run"):
+        train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+    assert (copied / STEPS_FILE).read_text() == lines
+
+
+def test_another_network_is_refused_with_the_list(copied):
+    from faconv_hpc.training.identity import check_same_network
+
+    newest = checkpoints_in(copied)[-1]
+    network = FAConvLSTMNetwork(7, 2, 8, 2, peephole=False, attention_every=2, attention_heads=2, embedding_channels=16,
+                                coarse_shape=(2, 4))  # fmt: skip
+    message = (
+        r"layers\.0\.peephole_weight is not in the network; .*subspace\.to_coarse\.weight has shape \(12, 16\), "
+        r"the network's is \(16, 16\)"
+    )
+    with pytest.raises(InputError, match=message):
+        check_same_network(network, newest.manifest(), newest.path)
+    del network.layers[1].attention.gamma
+    network.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(InputError, match=r"extra is missing"):
+        check_same_network(network, newest.manifest(), newest.path)
+
+
+def test_export_is_a_plain_state_dict_with_all_that_builds_the_network(run, tmp_path):
+    newest = checkpoints_in(run)[-1]
+    export(newest, tmp_path / "weights.safetensors")
+    export(newest, tmp_path / "weights.pt")
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        about = file.metadata()
+    network = FAConvLSTMNetwork(**json.loads(about["network"]))
+    network.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert json.loads(about["channels"]) == ["wave_0", "wave_1"] and about["step"] == "6"
+    for name, value in torch.load(tmp_path / "weights.pt").items():
+        assert torch.equal(value, network.get_parameter(name))
+    with pytest.raises(InputError, match=r"\.safetensors or \.pt, got \S+weights\.h5"):
+        export(newest, tmp_path / "weights.h5")
+    with pytest.raises(InputError, match=r"cannot be written"):
+        export(newest, tmp_path / "nowhere" / "weights.pt")
+
+
+# Continuation
+
+PLACES = [
+    (1, 1, 1, 0),
+    (1, 1, 2, 1),
+    (2, 1, 1, 2),
+    (1, 2, 2, 3),
+    (2, 1, 2, 1),
+    (4, 1, 1, 3),
+    (1, 3, 1, 0),
+    (2, 2, 1, 2),
+]
+PAIRS = [(0, 3), (3, 0), (1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (6, 2), (0, 7), (7, 6), (4, 0), (2, 3), (5, 1), (7, 1)]
+GLOBAL_BATCH = 4
+BEFORE, AFTER = 3, 10
+
+
+def train_until(layout, config, last):
+    """Trains, and is interrupted in the step after ``last``, which is done and lost."""
+
+    def check(mesh):
+        step = Trainer._step
+
+        def interrupting(self, number):
+            if number == last + 1:
+                step(self, number)
+                raise KeyboardInterrupt
+            return step(self, number)
+
+        Trainer._step = interrupting
+        try:
+            train(config, mesh)
+        except KeyboardInterrupt:
+            return
+        finally:
+            Trainer._step = step
+
+    run_on_ranks(layout, check)
+
+
+def config_at(place, directory, store):
+    *layout, stage = place
+    mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
+    training = {
+        "steps": BEFORE + AFTER,
+        "micro_batch": GLOBAL_BATCH // layout[0],
+        "zero_stage": stage,
+        "checkpoint_every": BEFORE,
+    }
+    return small_config(directory, store, mesh=mesh, training=training)
+
+
+def losses_of(directory):
+    return [record.loss for record in read_records(directory / "run")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, store):
+    """The losses of one process that nothing stops."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    train_until(Layout(1, 1, 1), config_at((1, 1, 1, 0), directory, store), BEFORE + AFTER)
+    return losses_of(directory)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, store):
+    """The first steps at every place, once."""
+    runs = {}
+
+    def at(number):
+        if number not in runs:
+            runs[number] = tmp_path_factory.mktemp(f"place{number}")
+            train_until(Layout(*PLACES[number][:3]), config_at(PLACES[number], runs[number], store), BEFORE)
+        return runs[number] / "run"
+
+    return at
+
+
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=[f"{PLACES[a]} to {PLACES[b]}" for a, b in PAIRS])
+def test_saved_at_one_mesh_and_stage_loaded_at_another(tmp_path, store, undisturbed, begun, saved, loaded):
+    shutil.copytree(begun(saved), tmp_path / "run")
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [BEFORE]
+    train_until(Layout(*PLACES[loaded][:3]), config_at(PLACES[loaded], tmp_path, store), BEFORE + AFTER)
+    losses = losses_of(tmp_path)
+    assert len(losses) == BEFORE + AFTER
+    for got, want in zip(losses[BEFORE:], undisturbed[BEFORE:], strict=True):
+        assert abs(got / want - 1) <= 1e-6
+
+
+def test_three_resumes_in_a_row_are_bit_identical(tmp_path, store):
+    """Twelve windows, two a step: an epoch has six steps. Interrupted in its middle, and a resumed run again."""
+    layout = Layout(1, 1, 2)
+    training = {"steps": 14, "micro_batch": 2, "checkpoint_every": 2}
+    whole = train_on(layout, tmp_path / "whole", store, training=training)
+    for interrupted in (4, 6, 10, 14):
+        train_until(layout, small_config(tmp_path / "cut", store, mesh={"lon": 2}, training=training), interrupted)
+        losses = losses_of(tmp_path / "cut")
+        assert len(losses) == interrupted
+    assert losses == whole
+    assert_same_state(checkpoints_in(tmp_path / "cut" / "run")[-1], checkpoints_in(tmp_path / "whole" / "run")[-1])
+
+
+def test_random_states_are_restored(tmp_path, store):
+    def check(mesh):
+        torch.manual_seed(100 + mesh.rank)
+        train(small_config(tmp_path, store, mesh={"lon": 2}, training={"checkpoint_every": 3}), mesh)
+        want = torch.rand(3)
+        torch.manual_seed(0)
+        longer = small_config(tmp_path, store, mesh={"lon": 2}, training={"checkpoint_every": 3, "steps": 7})
+        train(longer, mesh)
+        return torch.equal(torch.rand(3), want), want
+
+    answers = run_on_ranks(Layout(1, 1, 2), check)
+    assert all(equal for equal, _ in answers) and not torch.equal(answers[0][1], answers[1][1])
+
+
+# Writing
+
+
+def test_writing_in_the_background_gives_the_same_checkpoints(tmp_path, run, store):
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2, "save_in_background": True})
+    found = checkpoints_in(tmp_path / "run")
+    assert [one.step for one in found] == [2, 4, 6]
+    for one, other in zip(found, checkpoints_in(run), strict=True):
+        assert_same_state(one, other)
+        assert one.manifest().updates == one.step
+
+
+def test_a_step_that_is_slow_to_write_is_committed_before_the_next_save(tmp_path, run, store):
+    """The writer of one rank takes longer than two steps."""
+    config = small_config(tmp_path, store, mesh={"lat": 2, "lon": 2},
+                          training={"checkpoint_every": 2, "save_in_background": True})  # fmt: skip
+
+    def check(mesh):
+        import time
+
+        write = CheckpointWriter._write
+
+        def slowly(self, directory, share):
+            time.sleep(1.5 if mesh.rank == 3 else 0)
+            return write(self, directory, share)
+
+        CheckpointWriter._write = slowly
+        try:
+            train(config, mesh)
+        finally:
+            CheckpointWriter._write = write
+
+    run_on_ranks(FOUR, check)
+    assert [one.step for one in whole_checkpoints(tmp_path / "run")] == [6, 4, 2]
+    assert_same_state(checkpoints_in(tmp_path / "run")[-1], checkpoints_in(run)[-1])
+
+
+def test_old_checkpoints_are_removed_but_for_the_last_and_every_nth(tmp_path, store):
+    training = {"checkpoint_every": 1, "keep_last": 2, "keep_every": 4, "steps": 10}
+    train_on(Layout(1, 1, 1), tmp_path, store, training=training)
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [4, 8, 9, 10]
+
+
+def test_only_what_this_run_wrote_is_removed(tmp_path, copied, store):
+    folder = copied / "checkpoints"
+    other = json.loads((folder / "step-00000002" / "manifest.json").read_text())["run"]
+    (copied / "run-id").write_text("0" * 32 + "\n")  # the three checkpoints are another run's from here on
+    for name in ("step-00000001", "step-00000003-best", "notes"):
+        (folder / name).mkdir()
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 1, "steps": 9})
+    names = sorted(path.name for path in folder.iterdir())
+    steps = [f"step-{step:08d}" for step in (1, 2, 4, 6, 9)]
+    assert names == sorted([*steps, "step-00000003-best", "notes"]) and other != "0" * 32
+
+
+def test_what_a_kill_left_half_written_is_removed_and_never_loaded(tmp_path, copied, store):
+    half = copied / "checkpoints" / ".step-00000008.0123abcd.partial"
+    shutil.copytree(checkpoints_in(copied)[-1].path, half)
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2})
+    assert not half.exists() and [one.step for one in checkpoints_in(copied)] == [2, 4, 6]
+
+
+def test_a_checkpoint_is_never_written_into_a_directory_that_is_there(tmp_path, copied, run, store):
+    damaged = checkpoints_in(copied)[-1]
+    (damaged.path / "manifest.json").write_text("not ours")
+    (damaged.path / "precious").write_text("kept")
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2})
+    assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
+    (aside,) = (copied / "checkpoints").glob("step-00000006.replaced-*")
+    assert (aside / "precious").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, store, background):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
+    try:
+        training = {"checkpoint_every": 3, "steps": 12, "save_in_background": background}
+        config = small_config(disk, store, training=training)
+
+        def check(mesh):
+            step = Trainer._step
+
+            def filling(self, number):
+                if number == 4:
+                    fill(disk)
+                return step(self, number)
+
+            Trainer._step = filling
+            try:
+                train(config, mesh)
+            except RunError as error:
+                return str(error)
+            finally:
+                Trainer._step = step
+
+        (told,) = run_on_ranks(Layout(1, 1, 1), check)
+        assert "step 6 could not be written" in told and "No space left on device" in told
+        assert f"the newest checkpoint is still {disk}/run/checkpoints/step-00000003" in told
+        assert [one.step for one in whole_checkpoints(disk / "run")] == [3]
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+        (disk / "ballast").unlink()
+        train_on(Layout(1, 1, 1), disk, store, training=training)
+        assert [record.step for record in read_records(disk / "run")] == list(range(1, 13))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk):
+    """Leaves a few KiB for the log of steps."""
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+        file.truncate(file.tell() - 16384)
+
+
+# Starts
+
+
+def test_starts_that_lead_nowhere_are_counted_and_then_refused(tmp_path):
+    def killed(step):
+        with pytest.raises(ZeroDivisionError), counted_start(tmp_path, step, 3, here=True):
+            raise ZeroDivisionError
+
+    killed(4)
+    with counted_start(tmp_path, 4, 3, here=True):
+        pass  # an orderly end wipes the slate
+    for error in (InputError, KeyboardInterrupt):  # and so does what the user did
+        with pytest.raises(error), counted_start(tmp_path, 4, 3, here=True):
+            raise error
+    for _ in range(3):
+        killed(4)
+    with pytest.raises(NoProgressError, match=r"3 starts in a row have brought \S+ no further than step 4.*remove"):
+        killed(4)
+    killed(6)  # a newer checkpoint is progress
+    with counted_start(tmp_path, 6, 1, here=False):
+        pass  # only one rank counts

@@ -1,0 +1,279 @@
+"""Signals, silent ranks, and numbers that are no numbers: whole processes, and ranks from the pool."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED
+from faconv_hpc.observe import Activity
+from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
+from faconv_hpc.training import trainer as trainer_module
+from faconv_hpc.training.health import MicroBatch
+from faconv_hpc.training.records import STEPS_FILE, read_records
+from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.signals import StopRequest
+from faconv_hpc.training.trainer import Boundary, Trainer, train
+from ranks import Layout, run_on_ranks
+from runs import make_store, small_config, write_config
+from test_checkpoint import assert_same_state
+from test_cli import faconv, messages
+
+TWO = Layout(1, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+# Signals
+
+
+def sent(directory, store, number, ranks, at_step, training=None, layout=TWO):
+    """Trains on the pool, ``number`` sent to some ranks in one step; exit codes, and what the first rank printed."""
+    config = small_config(directory, store, mesh={"lon": 2}, training=training or {})
+
+    def check(mesh):
+        step = Trainer._step
+
+        def signalled(self, now):
+            if now == at_step and mesh.rank in ranks:
+                os.kill(os.getpid(), number)
+            return step(self, now)
+
+        Trainer._step = signalled
+        told = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(told):
+                return train(config, mesh), told.getvalue()
+        finally:
+            Trainer._step = step
+
+    answers = run_on_ranks(layout, check)
+    return [code for code, _ in answers], answers[0][1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM], ids=lambda one: one.name)
+def test_a_signal_on_one_rank_saves_on_all_at_one_step_and_leaves(tmp_path, store, number):
+    codes, told = sent(tmp_path / "cut", store, number, {1}, 3)
+    assert codes == [EXIT_STOPPED] * 2
+    assert f"stopped by {number.name} after step 3; the checkpoint of step 3 is saved" in told
+    assert [one.step for one in checkpoints_in(tmp_path / "cut" / "run")] == [3]
+    assert not (tmp_path / "cut" / "run" / "starts.json").exists()  # an orderly end
+    assert sent(tmp_path / "cut", store, number, {}, 0)[0] == [0, 0]
+    assert sent(tmp_path / "whole", store, number, {}, 0)[0] == [0, 0]
+    assert_same_state(*(checkpoints_in(tmp_path / name / "run")[-1] for name in ("cut", "whole")))
+    lines = [[record.loss for record in read_records(tmp_path / name / "run")] for name in ("cut", "whole")]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+
+
+def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store):
+    training = {"checkpoint_every": 2, "term_grace_s": 0.0}
+    codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 3, training)
+    assert codes == [EXIT_STOPPED] * 2
+    assert re.search(r"after step 3; the checkpoint of step 2 is saved \(a save takes", told)
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [2]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, store):
+    assert sent(tmp_path, store, signal.SIGUSR1, {0, 1}, 6)[0] == [0, 0]
+
+
+def test_the_grace_that_ends_first_counts():
+    with StopRequest({signal.SIGUSR1: 100.0, signal.SIGTERM: 5.0}) as stop:
+        assert stop.number == 0 and stop.left_s == float("inf")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.number == signal.SIGUSR1 and 95 < stop.left_s <= 100
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM and 4 < stop.left_s <= 5
+    assert Boundary(15, 5.0, 3.0, True).may_save and not Boundary(15, 5.0, 3.5, True).may_save
+
+
+def launched(config, *options):
+    """``faconv train --ranks 2`` as a user starts it, still running."""
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", "2", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(run_dir, step, process, timeout_s=90):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run_dir / STEPS_FILE
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[1])
+
+
+def children(process):
+    """Process ids of the ranks, in the order they were started."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
+    )
+    return sorted(int(pid) for pid in listed.stdout.split())
+
+
+def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(tmp_path, store):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 1000})
+    process = launched(config)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, told
+    stopped_after = int(re.search(r"stopped by SIGTERM after step (\d+); the checkpoint of step \1 is saved", told)[1])
+    again = faconv("train", config, "--ranks", 2, "--set", f"training.steps={stopped_after + 2}")
+    assert again.returncode == 0, again.stderr
+    assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, stopped_after + 3))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_answering_is_named_with_its_step_and_what_it_did(tmp_path, store, rank):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000, "timeout_s": 10})
+    process = launched(config)
+    wait_for_step(tmp_path / "run", 3, process)
+    time.sleep(3 * BEAT_S)  # so that the ranks have said that they are training
+    stopped = children(process)[rank]
+    began = time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    _, told = process.communicate(timeout=80)
+    assert time.monotonic() - began < 70
+    assert process.returncode == EXIT_FAILED
+    first = messages(subprocess.CompletedProcess([], 1, "", told))[0]
+    assert re.search(rf"rank {rank}\b.* has not answered for 1\d s \(training\.timeout_s is 10\)", first), told
+    assert re.search(r" in step \d+, [a-z]", first), told
+    assert "the same command again" in first
+
+
+def test_a_rank_that_hangs_while_its_process_lives_is_named():
+    """Beats go on, but say the same for longest."""
+
+    class Store(dict):
+        def check(self, keys):
+            return all(key in self for key in keys)
+
+        def get(self, key):
+            return self[key].encode()
+
+        def set(self, key, value):
+            self[key] = value
+
+    store, activity = Store(), Activity()
+    beats = Heartbeats(store, 0, 3, 600.0, activity)
+    assert beats.blame() == "no rank has said what it was doing"
+    beats_said = [Beat(9, 12, 580.0, "gather"), Beat(9, 12, 599.0, "reading data"), Beat(9, 12, 580.1, "pad")]
+    for rank, beat in enumerate(beats_said):
+        store.set(f"beat/{rank}", str(beat))
+    assert beats.blame() == "rank 1 is furthest behind: in step 12, reading data, for 599 s"
+    store.set("beat/2", str(Beat(9, 11, 1.0, "backward")))
+    assert beats.blame().startswith("rank 2 is furthest behind: in step 11, backward")
+    assert Beat.parse(str(Beat(3, 0, 0.5, "adjoint of pad"))).where == "before the first step, adjoint of pad"
+
+
+def test_restarts_without_progress_end_with_the_code_that_is_not_requeued(tmp_path, store):
+    config = write_config(tmp_path, store, training={"steps": 50})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "starts.json").write_text('{"step": 0, "starts": 3}')
+    process = faconv("train", config)
+    assert process.returncode == EXIT_NO_REQUEUE
+    assert "3 starts in a row" in process.stderr and "Traceback" not in process.stderr
+
+
+# Numbers that are no numbers
+
+
+def with_nan(directory, store, layout, training, bad_steps, channel=1, rate_zero=()):
+    """Trains; in some steps the loss of the first replica is not a number, because of one variable of one sample."""
+    mesh_sizes = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
+    config = small_config(directory, store, mesh=mesh_sizes, training=training)
+
+    def check(mesh):
+        backward, rate = Trainer._backward, trainer_module.learning_rate
+
+        def spoiled(self, batch):
+            if self._activity.step in bad_steps and mesh.replica == 0:
+                batch.target_BTCYX[0, 1, channel, 0, 0] = torch.nan
+            return backward(self, batch)
+
+        def sometimes_zero(config, step):
+            return 0.0 if step + 1 in rate_zero else rate(config, step)
+
+        Trainer._backward, trainer_module.learning_rate = spoiled, sometimes_zero
+        try:
+            return train(config, mesh)
+        except FloatingPointError as error:
+            return str(error)
+        finally:
+            Trainer._backward, trainer_module.learning_rate = backward, rate
+
+    answers = run_on_ranks(layout, check)
+    return answers[0]
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 2)], ids=str)
+def test_stop_names_step_variable_and_sample(tmp_path, store, layout):
+    told = with_nan(tmp_path, store, layout, {"checkpoint_every": 1}, {4})
+    assert re.search(
+        r"the loss is nan at step 4, in the forecast of wave_1 of window \d+ \(rank 0(, 1, 2, 3)?\): it", told
+    )
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_skipped_leaves_no_trace(tmp_path, store, stage, precision):
+    """As if its learning rate had been zero, with plain SGD; Adam's count and moments stay as they were."""
+    layout, common = Layout(2, 1, 2), {"zero_stage": stage, "precision": precision, "checkpoint_every": 6}
+    sgd = common | {"optimizer": "sgd", "learning_rate": 0.1}
+    assert with_nan(tmp_path / "skip", store, layout, sgd | {"on_not_finite": "skip"}, {3, 4}) == 0
+    assert with_nan(tmp_path / "zero", store, layout, sgd, {}, rate_zero={3, 4}) == 0
+    got, want = (checkpoints_in(tmp_path / name / "run")[-1].parameters() for name in ("skip", "zero"))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    updates = [record.update for record in read_records(tmp_path / "skip" / "run")]
+    assert updates == ["applied"] * 2 + ["skipped"] * 2 + ["applied"] * 2
+    assert with_nan(tmp_path / "adam", store, layout, common | {"on_not_finite": "skip"}, {3}) == 0
+    newest = checkpoints_in(tmp_path / "adam" / "run")[-1]
+    assert newest.manifest().updates == 5 and all(torch.isfinite(value).all() for value in newest.moments().values())
+
+
+def test_restore_goes_back_to_the_checkpoint_and_on_with_the_next_samples(tmp_path, store):
+    training = {"checkpoint_every": 2, "on_not_finite": "restore", "steps": 8, "keep_last": 9}
+    assert with_nan(tmp_path, store, TWO, training, {5}) == 0
+    records = list(read_records(tmp_path / "run"))
+    assert [record.update for record in records] == ["applied"] * 4 + ["restored"] + ["applied"] * 3
+    assert [record.step for record in records] == list(range(1, 9))
+    found = {one.step: one for one in checkpoints_in(tmp_path / "run")}
+    assert found[4].manifest().updates == 4 and found[6].manifest().updates == 5 and found[8].manifest().updates == 7
+    assert '"loss": null' in (tmp_path / "run" / STEPS_FILE).read_text()
+
+
+def test_restoring_in_vain_ends(tmp_path, store):
+    training = {"checkpoint_every": 2, "on_not_finite": "restore", "steps": 20}
+    with pytest.raises(AssertionError, match=r"NoProgressError.* at step 6.*restored 3 times in a row, in vain"):
+        with_nan(tmp_path, store, TWO, training, set(range(3, 20)))
+
+
+def test_nothing_to_restore_is_said(tmp_path, store):
+    told = with_nan(tmp_path, store, TWO, {"on_not_finite": "restore"}, {2})
+    assert "at step 2" in told and "There is no checkpoint yet to restore" in told
+
+
+def test_what_is_not_finite_is_found_without_the_rest():
+    class Output:
+        tendency_BTCYX = torch.zeros(2, 3, 2, 4, 5)
+
+    class Target:
+        target_BTCYX = torch.zeros(2, 3, 2, 4, 5)
+        windows = (7, 9)
+
+    Target.target_BTCYX[1, 2, 0, 3, 4] = torch.inf
+    micro = MicroBatch.of(torch.zeros(2), Output(), Target())
+    assert micro.unsound_BC.tolist() == [[False, False], [True, False]]
