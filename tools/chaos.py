@@ -411,6 +411,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=100, help="other faults, of all kinds in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     options = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # for the fork server
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, small_disk() as disk:
         chaos = Chaos(options.config, Path(directory), options.seed, options.saves, options.others, disk)
