@@ -1,5 +1,7 @@
 """Runs: the same numbers on every mesh, records, checkpoints and continuation, parity of the user's own config."""
 
+import errno
+import fcntl
 import json
 import re
 
@@ -18,7 +20,7 @@ from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.guard import ReplicaGuard
 from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import layouts_of, verify_parity
-from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, read_records
+from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, claimed, read_records
 from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
@@ -207,6 +209,15 @@ def _check_against_the_files(evaluation, store):
     square = ((fields[-3:] - fields[-4:-1]) ** 2).mean(0)
     want = np.sqrt((square * area).sum((-2, -1)) / (area.sum() * fields.shape[-1]))
     np.testing.assert_allclose([skill.persistence_rmse for skill in evaluation.skills], want, rtol=1e-5)
+
+
+def test_a_file_system_without_locks_is_no_reason_not_to_train(tmp_path, monkeypatch, capsys):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claimed(tmp_path, here=True):
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_a_directory_without_a_run(tmp_path):

@@ -205,17 +205,23 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
             f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"run_dir {run_dir} is in use by {lock.read_text().strip() or 'another job'}: two jobs would mix "
-                f"their records. Wait for it to end, or give another run_dir."
-            ) from None
+        _lock(file, run_dir, lock)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"run_dir {run_dir} is in use by {lock.read_text().strip() or 'another job'}: two jobs would mix "
+            f"their records. Wait for it to end, or give another run_dir."
+        ) from None
+    except OSError as error:  # some parallel file systems are mounted without locks
+        print(f"{lock} cannot be locked ({error.strerror}): see to it that no other job trains there", file=sys.stderr)
 
 
 def _reopened(path: Path, done: int) -> TextIO:
