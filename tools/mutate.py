@@ -21,7 +21,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 COPIED = ("faconv_hpc", "tests", "configs", "tools", "pyproject.toml")
 TESTS = (  # those that end soonest first
-    "grid", "halo", "domain", "parity", "smoothness", "layers", "network_matrix", "properties", "engine", "training",
+    "grid", "halo", "losses", "domain", "parity", "smoothness", "layers", "network_matrix", "properties", "engine",
+    "training",
 )  # fmt: skip
 TIMEOUT_S = 1800
 FAILED = 1  # pytest's exit code when a test fails; others mean that it could not run them
