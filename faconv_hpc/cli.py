@@ -69,9 +69,15 @@ def train(
     if _starts_ranks(ranks):
         _check_ranks(run.mesh, ranks)
         raise typer.Exit(_run_ranks(["train", str(config), *_set_options(set_), *["--strict"] * strict], ranks))
-    from .training.trainer import train as train_run
+    from .training.signals import StopRequest, grace_s
 
-    raise typer.Exit(_in_job(run.mesh, run.training.timeout_s, lambda mesh: train_run(run, mesh, strict=strict)))
+    with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
+        from .training.trainer import train as train_run
+
+        def job(mesh: "ProcessMesh") -> int:
+            return train_run(run, mesh, strict=strict, stop=stop)
+
+        raise typer.Exit(_in_job(run.mesh, run.training.timeout_s, job))
 
 
 @app.command()
@@ -151,6 +157,9 @@ def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> 
 
 def main() -> None:
     """Entry point: a mistake of the user's ends with one message and exit code 2."""
+    from .training.signals import hold_signals
+
+    hold_signals()
     try:
         app()
     except InputError as error:

@@ -5,6 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+READING, SAVING = "reading data", "saving a checkpoint"
+FILE_ACTIVITIES = (READING, SAVING)
+"""What a rank does while it waits for files, not for other ranks."""
+
 
 class Activity:
     """What the main thread is doing; it writes, a watching thread reads.

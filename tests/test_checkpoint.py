@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, every byte checked, any mesh and ZeRO stage, bit for bit where nothing changed."""
 
+import errno
 import json
 import os
 import random
@@ -180,8 +181,9 @@ def test_export_is_a_plain_state_dict_with_all_that_builds_the_network(run, tmp_
         assert torch.equal(value, network.get_parameter(name))
     with pytest.raises(InputError, match=r"\.safetensors or \.pt, got \S+weights\.h5"):
         export(newest, tmp_path / "weights.h5")
-    with pytest.raises(InputError, match=r"cannot be written"):
-        export(newest, tmp_path / "nowhere" / "weights.pt")
+    for name in ("weights.pt", "weights.safetensors"):
+        with pytest.raises(InputError, match=r"cannot be written"):
+            export(newest, tmp_path / "nowhere" / name)
 
 
 # Continuation
@@ -353,6 +355,52 @@ def test_only_what_this_run_wrote_is_removed(tmp_path, copied, store):
     names = sorted(path.name for path in folder.iterdir())
     steps = [f"step-{step:08d}" for step in (1, 2, 4, 6, 9)]
     assert names == sorted([*steps, "step-00000003-best", "notes"]) and other != "0" * 32
+
+
+def test_the_whole_ones_are_kept_beside_a_damaged_newer_one(tmp_path, copied, store):
+    (checkpoints_in(copied)[-1].path / "manifest.json").write_text("not ours")
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 2, "steps": 6})
+    assert [one.step for one in whole_checkpoints(copied)] == [6, 5]
+    copied.joinpath("checkpoints", "step-00000009").mkdir()
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 2, "steps": 7})
+    assert [one.step for one in whole_checkpoints(copied)] == [7, 6]
+
+
+def test_a_checkpoint_that_cannot_be_read_here_is_not_taken_for_damaged(copied, store, monkeypatch):
+    newest = checkpoints_in(copied)[-1]
+    (directory,) = {newest.path}
+    read = type(directory).read_bytes
+
+    def unreadable(path):
+        if path.name == "shard-00001.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(type(directory), "read_bytes", unreadable)
+    with pytest.raises(RunError, match=r"shard-00001\.safetensors cannot be read: Input/output error.*same command"):
+        newest.parameters()
+    assert "cannot be read" in newest.problem()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, store):
+    config = small_config(tmp_path, store, training={"checkpoint_every": 1, "keep_last": 1})
+
+    def check(mesh):
+        from faconv_hpc.training import checkpoint
+
+        remove = checkpoint.remove
+
+        def stale(directory, token):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        checkpoint.remove = stale
+        try:
+            return train(config, mesh)
+        finally:
+            checkpoint.remove = remove
+
+    assert run_on_ranks(Layout(1, 1, 1), check) == [0]
+    assert len(checkpoints_in(tmp_path / "run")) == 6
 
 
 def test_what_a_kill_left_half_written_is_removed_and_never_loaded(tmp_path, copied, store):

@@ -2,18 +2,21 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED
-from faconv_hpc.observe import Activity
+from faconv_hpc.observe import SAVING, Activity
+from faconv_hpc.spatial import failure
 from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
 from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.health import MicroBatch
@@ -24,7 +27,7 @@ from faconv_hpc.training.trainer import Boundary, Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config
 from test_checkpoint import assert_same_state
-from test_cli import faconv, messages
+from test_cli import faconv, messages, ranks_of
 
 TWO = Layout(1, 1, 2)
 
@@ -32,6 +35,19 @@ TWO = Layout(1, 1, 2)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+class PlainStore(dict):
+    """A job's store without a job."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key].encode()
+
+    def set(self, key, value):
+        self[key] = value
 
 
 # Signals
@@ -83,6 +99,20 @@ def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store):
     assert [one.step for one in checkpoints_in(tmp_path / "run")] == [2]
 
 
+def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_path, store):
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 1000})
+    process = launched(config)
+    deadline = time.monotonic() + 60
+    while len(started := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(int(started[1]), signal.SIGUSR1)  # while it imports: nobody listens yet
+    _, told = process.communicate(timeout=90)
+    assert process.returncode == EXIT_STOPPED, told
+    assert "stopped by SIGUSR1 after step 0; there is no checkpoint" in told
+    assert json.loads((tmp_path / "run" / "starts.json").read_text())["starts"] == 1  # it has led nowhere
+
+
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, store):
     assert sent(tmp_path, store, signal.SIGUSR1, {0, 1}, 6)[0] == [0, 0]
 
@@ -97,9 +127,9 @@ def test_the_grace_that_ends_first_counts():
     assert Boundary(15, 5.0, 3.0, True).may_save and not Boundary(15, 5.0, 3.5, True).may_save
 
 
-def launched(config, *options):
+def launched(config, ranks=2):
     """``faconv train --ranks 2`` as a user starts it, still running."""
-    command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", "2", *options]
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -112,14 +142,6 @@ def wait_for_step(run_dir, step, process, timeout_s=90):
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate()[1])
-
-
-def children(process):
-    """Process ids of the ranks, in the order they were started."""
-    listed = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
-    )
-    return sorted(int(pid) for pid in listed.stdout.split())
 
 
 def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(tmp_path, store):
@@ -141,7 +163,7 @@ def test_a_rank_that_stops_answering_is_named_with_its_step_and_what_it_did(tmp_
     process = launched(config)
     wait_for_step(tmp_path / "run", 3, process)
     time.sleep(3 * BEAT_S)  # so that the ranks have said that they are training
-    stopped = children(process)[rank]
+    stopped = ranks_of(process)[rank]
     began = time.monotonic()
     os.kill(stopped, signal.SIGSTOP)
     _, told = process.communicate(timeout=80)
@@ -156,17 +178,7 @@ def test_a_rank_that_stops_answering_is_named_with_its_step_and_what_it_did(tmp_
 def test_a_rank_that_hangs_while_its_process_lives_is_named():
     """Beats go on, but say the same for longest."""
 
-    class Store(dict):
-        def check(self, keys):
-            return all(key in self for key in keys)
-
-        def get(self, key):
-            return self[key].encode()
-
-        def set(self, key, value):
-            self[key] = value
-
-    store, activity = Store(), Activity()
+    store, activity = PlainStore(), Activity()
     beats = Heartbeats(store, 0, 3, 600.0, activity)
     assert beats.blame() == "no rank has said what it was doing"
     beats_said = [Beat(9, 12, 580.0, "gather"), Beat(9, 12, 599.0, "reading data"), Beat(9, 12, 580.1, "pad")]
@@ -176,6 +188,55 @@ def test_a_rank_that_hangs_while_its_process_lives_is_named():
     store.set("beat/2", str(Beat(9, 11, 1.0, "backward")))
     assert beats.blame().startswith("rank 2 is furthest behind: in step 11, backward")
     assert Beat.parse(str(Beat(3, 0, 0.5, "adjoint of pad"))).where == "before the first step, adjoint of pad"
+
+
+def test_a_rank_that_cannot_join_ends_the_others_at_once(tmp_path, store):
+    """An interface that is not there, on one rank only."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n    os.environ['GLOO_SOCKET_IFNAME'] = 'ib77'\n"
+    )
+    config = write_config(tmp_path, store, mesh={"lon": 2})
+    began = time.monotonic()
+    process = faconv("train", config, "--ranks", 2, environment={"PYTHONPATH": str(site)})
+    assert process.returncode == EXIT_FAILED and time.monotonic() - began < 60
+    (told,) = messages(process)
+    assert told.startswith("faconv: failed (rank 1)") and "ib77" in told
+
+
+def test_the_first_rank_stopped_and_another_killed_leaves_nobody_waiting(tmp_path, store):
+    """Whoever fails asks the store who may speak; its host does not answer."""
+    config = write_config(tmp_path, store, mesh={"lon": 3}, training={"steps": 100000, "timeout_s": 10})
+    process = launched(config, ranks=3)
+    wait_for_step(tmp_path / "run", 3, process)
+    first, second, third = ranks_of(process)
+    os.kill(first, signal.SIGSTOP)
+    os.kill(third, signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == EXIT_FAILED and "rank 2 was ended by SIGKILL" in told
+    assert not Path(f"/proc/{second}").exists()
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(failure, "ANSWER_S", 0.2)
+    assert failure._asked(lambda: "yes") == "yes"
+    with pytest.raises(RuntimeError, match=r"the store has not answered within 0\.2 s"):
+        failure._asked(lambda: time.sleep(5))
+
+
+def test_a_rank_that_waits_for_files_for_too_long_ends_the_job(monkeypatch):
+    watch = failure.FailureWatch(PlainStore(), 0, 1, timeout_s=10.0)
+    try:
+        watch.activity.step, watch.activity.since = 7, time.monotonic() - 100
+        watch.activity.doing = "backward"
+        assert watch._stuck() is None  # a collective's own time-out sees to that
+        watch.activity.doing = SAVING
+        assert re.search(r"saving a checkpoint in step 7 for 100 s \(training\.timeout_s is 10\)", watch._stuck())
+        watch.activity.since = time.monotonic()
+        assert watch._stuck() is None
+    finally:
+        watch.stop()
 
 
 def test_restarts_without_progress_end_with_the_code_that_is_not_requeued(tmp_path, store):
@@ -264,6 +325,15 @@ def test_restoring_in_vain_ends(tmp_path, store):
 def test_nothing_to_restore_is_said(tmp_path, store):
     told = with_nan(tmp_path, store, TWO, {"on_not_finite": "restore"}, {2})
     assert "at step 2" in told and "There is no checkpoint yet to restore" in told
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_first_step_that_is_skipped_can_be_saved(tmp_path, store, stage):
+    training = {"zero_stage": stage, "on_not_finite": "skip", "checkpoint_every": 1, "steps": 3}
+    assert with_nan(tmp_path, store, TWO, training, {1}) == 0
+    first, *_, last = checkpoints_in(tmp_path / "run")
+    assert first.manifest().updates == 0 and last.manifest().updates == 2
+    assert all(not value.any() for value in first.moments().values())
 
 
 def test_what_is_not_finite_is_found_without_the_rest():

@@ -38,7 +38,7 @@ from faconv_hpc.spatial.environment import RankEnvironment, free_port
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import UNFINISHED, Checkpoint, checkpoints_in
 
-RANKS, STEPS, INTERVAL = 4, 30, 3
+RANKS, STEPS, INTERVAL = 4, 24, 2
 TIMEOUT_S = 10  # of the run, the least it allows
 HANG_S = TIMEOUT_S + 60  # what is promised for a rank that stops answering
 GRACE_S = 8  # a launcher kills those who do not leave after the first
@@ -72,6 +72,7 @@ class Job:
         arguments = ["train", str(config), *(part for item in options.items() for part in ("--set", "=".join(item)))]
         port = free_port()
         self.log = run_dir.with_suffix(".log")
+        self.signalled = False
         self.stopped: list[int] = []
         self.killed: list[int] = []
         self.ranks = [
@@ -85,6 +86,7 @@ class Job:
         """A signal to one rank."""
         pid = self.ranks[rank].pid
         assert pid is not None, f"rank {rank} was not started"
+        self.signalled = True
         os.kill(pid, number)
 
     @property
@@ -166,24 +168,32 @@ class Chaos:
         run_dir = (self.disk if full and self.disk is not None else self.directory) / f"run-{number}"
         background = number % 2 == 0
         damaged: set[str] = set()
+        ever: set[str] = set()
+        passed_over: set[str] = set()
         while True:
             self.starts += 1
             kind = self._next_kind()
-            before = _last_step(run_dir)
             left_over = set(_unfinished(run_dir))
             job = Job(self.config, run_dir, background)
             injected = bool(kind) and self._wait_and_inject(kind, job, run_dir, damaged, left_over)
             codes = job.wait()
+            ever |= damaged
             self._undo(run_dir)
-            self._check(run_dir, damaged, background, kind, before)
+            self._check(run_dir, damaged, background, kind)
             if injected:
                 self.left[kind] -= 1
                 self.done[kind] += 1
                 self._say(kind, run_dir, codes)
+            told = job.log.read_text()
+            if kind == "stopped rank" and injected and "has not answered for" not in told:
+                raise BrokenPromiseError(f"a stopped rank is not named in {job.log}")
+            passed_over |= {name for name in ever if f"passed over {run_dir}/checkpoints/{name}" in told}
             if all(code == EXIT_OK for code in codes):
                 break
-            if not injected and set(codes) - {EXIT_OK, EXIT_FAILED, EXIT_STOPPED, -signal.SIGKILL}:
+            if any(codes) and not job.signalled and not injected:
                 raise BrokenPromiseError(f"exit codes {codes} without a fault; see {job.log}")
+        if ever != passed_over:
+            raise BrokenPromiseError(f"{ever - passed_over} were not passed over by name; see {job.log}")
         final = checkpoints_in(run_dir)[-1]
         if final.step != STEPS or final.problem():
             raise BrokenPromiseError(f"{run_dir} ended without the checkpoint of step {STEPS}")
@@ -205,7 +215,7 @@ class Chaos:
             done = self._kill_in_save(job, run_dir, rank, left_over)
         else:
             wanted = first + self.random.randint(1, 2 * INTERVAL)
-            while not job.over and _last_step(run_dir) < wanted:
+            while kind != "kill at the start" and not job.over and _last_step(run_dir) < wanted:
                 time.sleep(0.002)
             time.sleep(self.random.uniform(0, 0.1))
             done = not job.over and FAULTS[kind](self, job, run_dir, rank, damaged)
@@ -232,7 +242,7 @@ class Chaos:
     def _undo(self, run_dir: Path) -> None:
         (run_dir.parent / "ballast").unlink(missing_ok=True)
 
-    def _check(self, run_dir: Path, damaged: set[str], background: bool, kind: str, before: int) -> None:
+    def _check(self, run_dir: Path, damaged: set[str], background: bool, kind: str) -> None:
         """All promises about what is on disk."""
         newest = 0
         for one in checkpoints_in(run_dir):
@@ -241,6 +251,7 @@ class Chaos:
                 if one.path.name not in damaged:
                     raise BrokenPromiseError(f"{one.path} is not whole, and was not damaged by this tool: {problem}")
                 continue
+            damaged.discard(one.path.name)  # written anew
             if not _equal(_state(one), self.reference[one.step]):
                 raise BrokenPromiseError(f"{one.path} holds other numbers than the undisturbed run at that step")
             newest = one.step
@@ -258,6 +269,14 @@ class Chaos:
 
 def _kill(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
     job.send(rank, signal.SIGKILL)
+    return True
+
+
+def _kill_at_start(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
+    """Before the ranks have met, while they load, or soon after: those who wait for it are ended by their launcher."""
+    time.sleep(chaos.random.uniform(0, 4))
+    job.send(rank, signal.SIGKILL)
+    job.stopped += range(RANKS)
     return True
 
 
@@ -344,6 +363,7 @@ def _swap(shards: list[Path], rng: random.Random) -> None:
 
 FAULTS: dict[str, Callable[..., bool]] = {
     "kill during a step": _kill,
+    "kill at the start": _kill_at_start,
     "stopped rank": _stop,
     "SIGTERM": _terminate,
     "exception": _except,
@@ -355,7 +375,7 @@ FAULTS: dict[str, Callable[..., bool]] = {
 }
 FILE_FAULTS = ("truncated shard", "flipped bit", "deleted shard", "swapped shards")
 ORDER = [
-    "kill during a step", "SIGTERM", "exception", "flipped bit", "kill during a step", "truncated shard", "full disk",
+    "kill during a step", "SIGTERM", "exception", "flipped bit", "kill at the start", "truncated shard", "full disk",
     "stopped rank", "kill during a step", "deleted shard", "SIGTERM", "swapped shards",
 ]  # fmt: skip
 

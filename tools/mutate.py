@@ -42,7 +42,7 @@ def known_faults() -> list[Fault]:
     return [Fault(**fault) for fault in yaml.safe_load((ROOT / "tools" / "faults.yaml").read_text())]
 
 
-def caught_by(fault: Fault) -> str | None:
+def caught_by(fault: Fault | None) -> str | None:
     """The test that fails with the fault in place; None if all pass."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
@@ -50,17 +50,23 @@ def caught_by(fault: Fault) -> str | None:
             source = ROOT / name
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
-        _put_in(fault, copy / "faconv_hpc" / fault.file)
+        if fault is not None:
+            _put_in(fault, copy / "faconv_hpc" / fault.file)
         tests = [f"tests/test_{name}.py" for name in TESTS]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
         environment = os.environ | {"PYTHONPATH": directory}
-        done = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    if done.returncode not in (0, FAILED):
+        try:
+            done = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"no test in particular: they hung for {TIMEOUT_S} s"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if done.returncode != FAILED or not lines:
         raise SystemExit(f"pytest could not run (exit code {done.returncode}):\n{done.stdout[-2000:]}{done.stderr}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    return lines[0].removeprefix("FAILED ").split(" - ")[0] if done.returncode else None
+    return lines[0].partition(" ")[2].split(" - ")[0]
 
 
 def _put_in(fault: Fault, path: Path) -> None:
@@ -75,7 +81,11 @@ def main() -> None:
     """Prints one line per fault and ends with the number that was caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="faults whose file or description holds this text")
-    chosen = [fault for fault in known_faults() if parser.parse_args().only in f"{fault.file} {fault.what}"]
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="do not run without a fault first")
+    options = parser.parse_args()
+    chosen = [fault for fault in known_faults() if options.only in f"{fault.file} {fault.what}"]
+    if options.baseline and (failed := caught_by(None)):
+        raise SystemExit(f"{failed} fails without any fault: mend it first, or every fault would count as caught.")
     missed = 0
     for fault in chosen:
         start = time.monotonic()

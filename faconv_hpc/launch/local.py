@@ -13,6 +13,7 @@ from typing import IO
 
 from ..errors import EXIT_FAILED, EXIT_OK
 from ..spatial.environment import RankEnvironment, free_port
+from ..training.signals import hold_signals, release_signals
 
 GRACE_S = 10.0  # the others end themselves when they learn of a failure; see spatial/failure.py
 POLL_S = 0.05
@@ -38,10 +39,13 @@ def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | No
     """
     workers: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, _passing_on(workers)) for number in PASSED_ON}
+    release_signals()
     try:
         port = free_port()
         for rank in range(ranks):
+            hold_signals()  # a rank inherits this; and none may be lost between its birth and its first line
             workers.append(_start(arguments, rank, ranks, port, stdout))
+            release_signals()
         return _wait(workers)
     finally:
         for number, handler in before.items():
@@ -107,7 +111,7 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
         return EXIT_OK
     code = failed if failed is not None else codes[0]
     for rank, worker in enumerate(workers):
-        if worker.returncode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+        if worker.returncode is not None and worker.returncode < 0:
             name = signal.Signals(-worker.returncode).name
             print(f"faconv: failed: rank {rank} was ended by {name}", file=sys.stderr)
     return code if code > 0 else EXIT_FAILED

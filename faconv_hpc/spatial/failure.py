@@ -7,25 +7,28 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
 from ..errors import EXIT_FAILED, EXIT_TERMINATED, InputError, RunError, exit_code_of
-from ..observe import Activity
+from ..observe import FILE_ACTIVITIES, Activity
 from .heartbeat import PAUSE_S, Heartbeats
 
 POLL_S = 0.5
 MARGIN_S = 15.0  # between the time-out after which a silent rank is named and that of a collective
+ANSWER_S = 5.0  # for the store to answer a rank that is about to leave: its host may be stopped
 LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
 VERDICT = "verdict"
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "emote process exited")  # gloo, NCCL
 LOST_PEER_CHARS = 200
 TIMED_OUT = ("imed out", "imeout")  # gloo, NCCL, the store
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+Value = TypeVar("Value")
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
@@ -47,7 +50,8 @@ class FailureWatch:
     because rank 0, its host, was killed, every survivor says so.
 
     A rank that stops answering, without having failed, is found by its neighbour (`Heartbeats`); where it is
-    rank 0 and the store with it, rank 1 says so when the store has been silent for as long.
+    rank 0 and the store with it, a rank of every node says so when the store has been silent for as long. A rank
+    that waits for files for as long ends the job itself.
 
     A launcher that sees the first rank leave sends SIGTERM to the others. They must not die of it
     with a code of their own, which srun would report instead, so SIGTERM ends a rank only if no
@@ -57,17 +61,22 @@ class FailureWatch:
         store: a connection of its own to the job's store.
         rank, ranks: this one, and how many.
         timeout_s: silence after which a rank is accused.
+        speaks: whether this rank says so if the store falls silent; one of every node does.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int = 1, timeout_s: float = float("inf")) -> None:
+    def __init__(
+        self, store: Store, rank: int, ranks: int = 1, timeout_s: float = float("inf"), *, speaks: bool = True
+    ) -> None:
         self._store = store
         self._rank = rank
+        self._speaks = speaks
         self._timeout_s = timeout_s
         self.activity = Activity()
         self._heartbeats = Heartbeats(store, rank, ranks, timeout_s, self.activity)
         self._answered = time.monotonic()
         self._stopped, self._terminated = threading.Event(), threading.Event()
-        if threading.current_thread() is threading.main_thread():
+        self._takes_sigterm = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._takes_sigterm:  # training follows it otherwise
             signal.signal(signal.SIGTERM, lambda number, frame: self._terminated.set())
         self._threads = [
             threading.Thread(target=work, name=f"failure-watch-{work.__name__}", daemon=True)
@@ -88,7 +97,7 @@ class FailureWatch:
 
     def end(self, error: BaseException) -> NoReturn:
         """Ends this process and the job because of this error."""
-        if threading.current_thread() is threading.main_thread():
+        if _in_main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
         code = exit_code_of(error)
@@ -108,14 +117,14 @@ class FailureWatch:
         """Stops watching, before the ranks part in peace."""
         self._stopped.set()
         for thread in self._threads:
-            thread.join()
-        if threading.current_thread() is threading.main_thread():
+            thread.join(ANSWER_S)
+        if self._takes_sigterm and _in_main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _claim(self, code: int) -> _Claim:
         mine = f"{code} {self._rank}"
         try:
-            verdict = self._store.compare_set(VERDICT, "", mine).decode()
+            verdict = _asked(lambda: self._store.compare_set(VERDICT, "", mine).decode())
         except RuntimeError:
             return _Claim.UNREACHABLE
         return _Claim.MINE if verdict == mine else _Claim.TAKEN
@@ -123,12 +132,11 @@ class FailureWatch:
     def _verdict(self) -> tuple[int, int | None] | None:
         """(exit code, rank) of the rank that failed first; None if none has, or nobody can be asked."""
         try:
-            if not self._store.check([VERDICT]):
-                return None
-            code, rank = self._store.get(VERDICT).decode().split()
+            found = self._store.get(VERDICT).decode().split() if self._store.check([VERDICT]) else None
         except RuntimeError:
             return None
-        return int(code), int(rank)
+        self._answered = time.monotonic()
+        return None if found is None else (int(found[0]), int(found[1]))
 
     def _follow(self, code: int, speaker: int | None) -> NoReturn:
         """Leaves with the job's exit code; rank 0, where the store may be, when all have read it."""
@@ -152,12 +160,22 @@ class FailureWatch:
     def _listen(self) -> None:
         """One beat of the heart; speaks if the next rank is silent."""
         try:
-            accusation = self._heartbeats.accusation()
+            accusation = self._heartbeats.accusation() or self._stuck()
         except RuntimeError:  # the store is gone: whoever waits for its host will know
             return
-        self._answered = time.monotonic()
         if accusation is not None and self._claim(EXIT_FAILED) is _Claim.MINE:
             self._say(accusation)
+
+    def _stuck(self) -> str | None:
+        """A message, if this rank has been waiting for files for too long: no collective would run out of time."""
+        doing, for_s = self.activity.doing, time.monotonic() - self.activity.since
+        if doing not in FILE_ACTIVITIES or for_s < self._timeout_s + MARGIN_S:
+            return None
+        return (
+            f"this rank has been {doing} in step {self.activity.step} for {for_s:.0f} s (training.timeout_s is "
+            f"{self._timeout_s:g}). Its file system does not answer, or is slow: look there or raise the time-out, and "
+            f"start the same command again."
+        )
 
     def _doubt(self) -> None:
         """Ends this rank when the store does not answer: its host, rank 0, is stopped, and cannot be asked."""
@@ -168,7 +186,7 @@ class FailureWatch:
                 self._answered = now
             looked = now
             if now - self._answered > self._timeout_s:
-                if self._rank == 1:
+                if self._speaks:
                     self._say(
                         f"rank 0, which all ranks meet at, has not answered for {now - self._answered:.0f} s "
                         f"(training.timeout_s is {self._timeout_s:g}); this rank is in step {self.activity.step}, "
@@ -184,7 +202,7 @@ class FailureWatch:
         """A collective ran out of time: the rank that is to blame, unless another is found silent meanwhile."""
         time.sleep(LINGER_S)
         try:
-            blame = self._heartbeats.blame()
+            blame = _asked(self._heartbeats.blame)
         except RuntimeError:
             return error
         return RunError(
@@ -225,3 +243,27 @@ def describe(error: BaseException, rank: int | None = None) -> str:
 
 def _is_timeout(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TIMED_OUT)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _asked(question: Callable[[], Value]) -> Value:
+    """The store's answer. Against a stopped host some questions wait without limit, whatever the store's time-out.
+
+    Raises:
+        RuntimeError: there was none within `ANSWER_S`, or the connection is gone.
+    """
+    answers: list[Value] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(question())
+
+    thread = threading.Thread(target=ask, name="failure-question", daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if not answers:
+        raise RuntimeError(f"the store has not answered within {ANSWER_S:g} s")
+    return answers[0]

@@ -60,9 +60,12 @@ class ProcessMesh:
             InputError: the product is not the number of ranks that were started.
         """
         environment = RankEnvironment.read()
-        device = _device(environment)
-        watch = _join(environment, device, timeout_s)
+        environment.export()
+        store = _meet(environment, timeout_s)
+        watch = _watch(store, environment, timeout_s)  # first, so that none waits in vain for one that fails here
         with watch.guarding():
+            device = _device(environment)
+            _join(environment, store, device, timeout_s)
             ranks = range(environment.world_size)
             mesh = cls.arrange(ranks, replicas, lat, lon, device=device, watch=watch)
         assert mesh is not None, f"rank {environment.rank} is one of {environment.world_size} ranks"
@@ -175,7 +178,9 @@ class ProcessMesh:
             yield
 
     def stop(self) -> None:
-        """Leaves the job. Collective. Nothing may be communicated afterwards."""
+        """Leaves the job, when all ranks are ready to. Collective. Nothing may be communicated afterwards."""
+        with self.guarded():
+            self.gathered([0.0])
         if self.watch is not None:
             self.watch.stop()
         if dist.is_initialized():
@@ -231,10 +236,7 @@ def report_before_joining(error: BaseException) -> NoReturn:
     _watch(_meet(environment, TIMEOUT_S), environment, TIMEOUT_S).end(error)
 
 
-def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> FailureWatch:
-    environment.export()
-    store = _meet(environment, timeout_s)
-    watch = _watch(store, environment, timeout_s)  # before the ranks wait for each other, so that none waits in vain
+def _join(environment: RankEnvironment, store: Store, device: torch.device, timeout_s: float) -> None:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("mesh", store),
@@ -243,7 +245,6 @@ def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) 
         timeout=timedelta(seconds=timeout_s + MARGIN_S),  # so that a silent rank is named before others give up
         device_id=device if device.type == "cuda" else None,
     )
-    return watch
 
 
 def _meet(environment: RankEnvironment, timeout_s: float) -> Store:
@@ -257,4 +258,5 @@ def _meet(environment: RankEnvironment, timeout_s: float) -> Store:
 def _watch(store: Store, environment: RankEnvironment, timeout_s: float) -> FailureWatch:
     """With a connection of its own: a rank waits in the other one."""
     own: Store = store.clone()  # type: ignore[attr-defined]
-    return FailureWatch(PrefixStore("failure", own), environment.rank, environment.world_size, timeout_s)
+    speaks = environment.rank == 1 or environment.local_rank == 0
+    return FailureWatch(PrefixStore("failure", own), environment.rank, environment.world_size, timeout_s, speaks=speaks)

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,13 +28,16 @@ from .shards import (
     Manifest,
     ShardFile,
     StoredTensor,
+    UnreadableCheckpointError,
     checkpoints_in,
     commit,
+    flush_entries,
     partial_directory,
     random_states,
     remove,
     remove_unfinished,
     restore_random_states,
+    write_durably,
     write_shard,
 )
 
@@ -46,6 +50,7 @@ class _Report:
 
     files: dict[str, ShardFile] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    seconds: float = 0.0
     problem: str | None = None
 
 
@@ -56,7 +61,7 @@ class _Pending:
     step: int
     updates: int
     directory: Path
-    began: float
+    copying_s: float
     report: "Future[_Report]"
 
 
@@ -70,15 +75,20 @@ class CheckpointWriter:
     Args:
         workspace: of the run.
         engine: whose state is saved.
+        resumed: step of the checkpoint that the run goes on from; 0: none.
+
+    Attributes:
+        saved_step: of the newest checkpoint that is in place; 0: none.
+        last_save_s: what the last one took the slowest rank: copying, writing, committing.
     """
 
-    def __init__(self, workspace: Workspace, engine: Engine) -> None:
+    def __init__(self, workspace: Workspace, engine: Engine, resumed: int = 0) -> None:
         self._workspace, self._engine = workspace, engine
         self._mesh, self._config = workspace.domain.mesh, workspace.config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._run = self._mesh.from_first(run_id(self._config.run_dir) if self._mesh.rank == 0 else "")
-        self.saved_step = -1
+        self.saved_step = resumed
         self.last_save_s = 0.0
 
     def save(self, step: int) -> None:
@@ -91,9 +101,10 @@ class CheckpointWriter:
         self.finish()
         began = time.perf_counter()
         share = self._share(step)
+        copying_s = time.perf_counter() - began
         directory = self._new_directory(step)
         writing = self._thread.submit(self._write, directory, share)
-        self._pending = _Pending(step, self._engine.updates, directory, began, writing)
+        self._pending = _Pending(step, self._engine.updates, directory, copying_s, writing)
         self._engine.take_communication_s()  # a save's collectives are no step's
         if not self._config.training.save_in_background:
             self.finish()
@@ -110,7 +121,7 @@ class CheckpointWriter:
 
     @property
     def newest_step(self) -> int:
-        """Step of the newest checkpoint that is saved or being written; -1: none by this job."""
+        """Step of the newest checkpoint that is in place or being written; 0: none."""
         return self.saved_step if self._pending is None else self._pending.step
 
     def finish(self) -> None:
@@ -119,6 +130,7 @@ class CheckpointWriter:
         if pending is None:
             return
         reports = self._mesh.gathered_objects(pending.report.result())
+        began = time.perf_counter()
         problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(reports) if one.problem]
         problem = problems[0] if problems else None
         if self._mesh.rank == 0 and problem is None:
@@ -128,7 +140,9 @@ class CheckpointWriter:
             if self._mesh.rank == 0:
                 remove(pending.directory, secrets.token_hex(4))
             self._raise(pending.step, problem)
-        self.saved_step, self.last_save_s = pending.step, time.perf_counter() - pending.began
+        writing_s = max(report.seconds for report in reports)
+        self.last_save_s = pending.copying_s + writing_s + time.perf_counter() - began
+        self.saved_step = pending.step
         if self._mesh.rank == 0:
             self._clean_up()
 
@@ -142,18 +156,19 @@ class CheckpointWriter:
         sizes = {name: getattr(one, "ds_numel", one.numel()) for name, one in network.named_parameters()}
         mine = balanced(sizes, self._mesh.ranks)[self._mesh.rank]
         share = {f"{PARAMETER}/{name}": value for name, value in self._engine.full_parameters(mine)}
-        for name, value in share.items():
-            if not torch.isfinite(value).all():
-                raise FloatingPointError(
-                    f"the parameter {name.partition('/')[2]} is not finite after step {step}, so it is not saved. "
-                    f"Lower training.learning_rate and go on from the checkpoint before."
-                )
+        unsound = [name.partition("/")[2] for name, value in share.items() if not torch.isfinite(value).all()]
+        everywhere = sorted(name for names in self._mesh.gathered_objects(unsound) for name in names)
+        if everywhere:
+            raise FloatingPointError(
+                f"the parameter {everywhere[0]} ({len(everywhere)} in all) is not finite after step {step}, so it is "
+                f"not saved. Lower training.learning_rate and go on from the checkpoint before."
+            )
         share |= dict(self._engine.full_moments(mine))
         return share | {f"{RANDOM}/{self._mesh.rank}/{kind}": one for kind, one in random_states().items()}
 
     def _new_directory(self, step: int) -> Path:
         directory = partial_directory(self._config.run_dir, step, self._mesh.from_first(secrets.token_hex(4)))
-        problem = _problem_of(lambda: directory.mkdir(parents=True)) if self._mesh.rank == 0 else None
+        problem = _problem_of(lambda: _make(directory)) if self._mesh.rank == 0 else None
         problem = self._mesh.from_first(problem)
         if problem is not None:
             self._raise(step, problem)
@@ -161,12 +176,14 @@ class CheckpointWriter:
 
     def _write(self, directory: Path, share: Mapping[str, Tensor]) -> _Report:
         """In the thread: this rank's shard."""
+        began = time.perf_counter()
         try:
             files = write_shard(directory, self._mesh.rank, share)
         except OSError as error:
             return _Report(problem=_told(error))
         kinds = ((*name.partition("/"), value) for name, value in share.items())
-        return _Report(files, {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER})
+        shapes = {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER}
+        return _Report(files, shapes, time.perf_counter() - began)
 
     def _manifest(self, pending: _Pending, reports: list[_Report]) -> Manifest:
         config, mesh = self._config, self._mesh
@@ -192,7 +209,7 @@ class CheckpointWriter:
         )
 
     def _raise(self, step: int, problem: str) -> None:
-        kept = [one for one in checkpoints_in(self._config.run_dir) if one.step < step]
+        kept = checkpoints_in(self._config.run_dir)
         newest = f"the newest checkpoint is still {kept[-1].path}" if kept else "there is no checkpoint before it"
         raise RunError(
             f"the checkpoint of step {step} could not be written to {self._config.run_dir} ({problem}); {newest}. "
@@ -200,13 +217,18 @@ class CheckpointWriter:
         )
 
     def _clean_up(self) -> None:
-        """Removes this run's own checkpoints but the last ones, every n-th, and the one just saved."""
+        """Removes this run's own checkpoints before the last ones and the one just saved, but for every n-th.
+
+        One that cannot be removed is no reason to end a run: it is told, and tried again next time.
+        """
         training = self._config.training
-        others = [one for one in checkpoints_in(self._config.run_dir) if one.step != self.saved_step]
-        mine = [one for one in others if _run_of(one) == self._run]
+        older = [one for one in checkpoints_in(self._config.run_dir) if one.step < self.saved_step]
+        mine = [one for one in older if _run_of(one) == self._run]
         for one in mine[: max(len(mine) - (training.keep_last - 1), 0)]:
             if not training.keep_every or one.step % training.keep_every:
-                remove(one.path, secrets.token_hex(4))
+                problem = _problem_of(partial(remove, one.path, secrets.token_hex(4)))
+                if problem is not None:
+                    print(f"faconv: {one.path} could not be removed ({problem})", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -264,13 +286,19 @@ def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
     if isinstance(manifest, str):
         return manifest
     tensors: dict[str, Tensor] = {}
-    problem = None
+    damaged = unreadable = None
     try:
         for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
             tensors |= candidate.tensors(name, expected)
     except DamagedCheckpointError as error:
-        problem = str(error)
-    problems = [one for one in mesh.gathered_objects(problem) if one is not None]
+        damaged = str(error)
+    except UnreadableCheckpointError as error:
+        unreadable = str(error)
+    everywhere = mesh.gathered_objects((damaged, unreadable))
+    for rank, (_, problem) in enumerate(everywhere):
+        if problem is not None:
+            raise UnreadableCheckpointError(f"on rank {rank} {problem}")
+    problems = [problem for problem, _ in everywhere if problem is not None]
     return problems[0] if problems else _Held(candidate, manifest, tensors)
 
 
@@ -290,7 +318,8 @@ def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
     def value(key: str) -> Tensor:
         """One tensor, from the rank that has read it."""
         stored = manifest.parameters[key.partition("/")[2]]
-        return mesh.from_rank(held.tensors.get(key), stored.shape, reader[stored.file])
+        rank = reader[stored.file]
+        return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, stored.shape, rank)
 
     engine.load_full(value, manifest.updates)
     _restore_random_states(workspace, held)
@@ -312,7 +341,7 @@ def run_id(run_dir: Path) -> str:
     """The name that this run gave itself when it began."""
     path = run_dir / RUN_ID_FILE
     if not path.exists():
-        path.write_text(uuid.uuid4().hex + "\n")
+        write_durably(path, uuid.uuid4().hex + "\n")
     return path.read_text().strip()
 
 
@@ -330,8 +359,15 @@ def balanced(sizes: Mapping[str, int], shares: int) -> list[set[str]]:
 def _run_of(checkpoint: Checkpoint) -> str | None:
     try:
         return checkpoint.manifest().run
-    except DamagedCheckpointError:
+    except (DamagedCheckpointError, UnreadableCheckpointError):
         return None
+
+
+def _make(directory: Path) -> None:
+    """A new directory whose entry, and its parent's, are on disk."""
+    directory.mkdir(parents=True)
+    flush_entries(directory.parent)
+    flush_entries(directory.parent.parent)
 
 
 def _problem_of(work: Callable[[], object]) -> str | None:

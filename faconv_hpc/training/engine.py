@@ -55,8 +55,9 @@ class Engine:
             )
         self._training = training
         self.gradient_norm = float("nan")
-        if training.zero_stage == 0:  # in bf16 DeepSpeed makes the moments by a step of its own, which Adam counts
-            self._prepare_moments(0)
+        # Torch makes the moments at the first update, which may be left out; and in bf16 at ZeRO 0 DeepSpeed makes
+        # them by a step of its own, which Adam counts.
+        self._prepare_moments(0)
         self.take_communication_s()  # forget what setting up has cost
         self.activation_type = torch.bfloat16 if training.precision == "bf16" else torch.float32
 
@@ -238,9 +239,9 @@ def _kept(value: Tensor) -> Tensor:
 
 
 def _optimizer(network: FAConvLSTMNetwork, training: TrainingConfig) -> torch.optim.Optimizer:
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    """Without a learning rate, which every step brings: DeepSpeed may make a step of its own when it starts."""
+    kind = torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW
+    return kind(network.parameters(), lr=0.0, weight_decay=training.weight_decay)
 
 
 def _deepspeed_config(training: TrainingConfig, device: torch.device) -> dict[str, Any]:
@@ -249,7 +250,8 @@ def _deepspeed_config(training: TrainingConfig, device: torch.device) -> dict[st
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.clip_norm,
-        "zero_optimization": {"stage": training.zero_stage},
+        # At ZeRO 3 DeepSpeed would replace torch's linear layers, in all of the process, by others that round otherwise.
+        "zero_optimization": {"stage": training.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": training.precision == "bf16"},
         # Gradients are summed over ranks in float32, whatever the activations' type. Over micro-batches only at

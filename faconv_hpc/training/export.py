@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..config import ModelConfig
@@ -50,7 +51,7 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
             torch.save(parameters, output)
         else:
             save_file(parameters, output, metadata=_metadata(manifest))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{output} cannot be written: {error}. Give a file where you may write.") from None
     values = sum(value.numel() for value in parameters.values())
     return {"output": str(output), "step": manifest.step, "tensors": len(parameters), "values": values}

@@ -44,7 +44,8 @@ class Mender:
             raise FloatingPointError(self._told("loss", worst, step, micros))
         snapshot = self._engine.snapshot() if self._policy == "skip" else None
         self._engine.step(rate)
-        norm = self._engine.gradient_norm
+        norms = [one for (one,) in self._mesh.gathered([self._engine.gradient_norm])]
+        norm = next((one for one in norms if not is_sound(one)), norms[0])  # the same on all ranks
         if worst is None and is_sound(norm):
             self._in_a_row = 0
             return "applied"

@@ -113,6 +113,10 @@ class Recorder:
         if self._board is not None:
             self._board.close()
 
+    def flush(self) -> None:
+        """Makes sure that all records are on disk, so that no checkpoint is ahead of them."""
+        os.fsync(self._file.fileno())
+
     def write(self, record: StepRecord) -> None:
         """One line, at once on disk: a killed run keeps what it did."""
         self._file.write(record.to_json() + "\n")
@@ -181,8 +185,9 @@ def versions() -> dict[str, str]:
 def _write_config(config: RunConfig, done: int) -> None:
     """The resolved config; the one that led to step ``done``, if it was another, is kept beside it."""
     path = config.run_dir / CONFIG_FILE
-    if done and path.exists() and path.read_text() != config.to_yaml():
-        path.rename(path.with_name(f"config-until-step-{done}.yaml"))
+    until = path.with_name(f"config-until-step-{done}.yaml")
+    if done and path.exists() and path.read_text() != config.to_yaml() and not until.exists():
+        path.rename(until)
     path.write_text(config.to_yaml())
 
 

@@ -9,6 +9,7 @@ A checkpoint is a directory ``step-00000040`` that holds::
 It is made under another name, flushed to disk, and renamed, so it is there whole or not at all.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
 FORMAT = "faconv_hpc checkpoint 1"
@@ -35,6 +36,10 @@ PARAMETER, RANDOM = "parameter", "random"
 
 class DamagedCheckpointError(InputError):
     """A checkpoint that is not, to the last bit, what was written; the message names the file."""
+
+
+class UnreadableCheckpointError(RunError):
+    """A checkpoint that cannot be read here and now: this says nothing about what it holds."""
 
 
 class _Section(BaseModel):
@@ -129,7 +134,7 @@ class Checkpoint:
         try:
             for name, expected in self.manifest().files.items():
                 self.checked_bytes(name, expected)
-        except DamagedCheckpointError as error:
+        except (DamagedCheckpointError, UnreadableCheckpointError) as error:
             return str(error)
         return None
 
@@ -150,10 +155,13 @@ class Checkpoint:
     def _read(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedCheckpointError(f"{name} is missing") from None
         except OSError as error:
-            raise DamagedCheckpointError(f"{name} cannot be read: {error.strerror}") from None
+            raise UnreadableCheckpointError(
+                f"{self.path / name} cannot be read: {error.strerror}. Look at its file system and permissions, and "
+                f"start the same command again."
+            ) from None
 
 
 def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
@@ -198,12 +206,12 @@ def commit(directory: Path, manifest: Manifest) -> Path:
     raw = manifest.model_dump_json(indent=1).encode()
     _write(directory / MANIFEST, raw)
     _write(directory / SUMS, _sums(raw, manifest.files))
-    _flush_entries(directory)
+    flush_entries(directory)
     final = directory.with_name(directory_name(manifest.step))
     if final.exists():
         final.rename(final.with_name(f"{final.name}.replaced-{directory.name.split('.')[-2]}"))
     directory.rename(final)
-    _flush_entries(final.parent)
+    flush_entries(final.parent)
     return final
 
 
@@ -250,10 +258,22 @@ def _write(path: Path, raw: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_entries(directory: Path) -> None:
-    """Makes sure that a directory's entries are on disk."""
+def flush_entries(directory: Path) -> None:
+    """Makes sure that a directory's entries are on disk, where its file system can."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a small file by one rename, on disk before and after."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.unlink(missing_ok=True)
+    _write(beside, text.encode())
+    beside.replace(path)
+    flush_entries(path.parent)

@@ -3,19 +3,28 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, NoProgressError
+from .shards import write_durably
 
 STARTS_FILE = "starts.json"
 
 
-@contextmanager
-def counted_start(run_dir: Path, step: int, give_up_after: int, here: bool) -> Iterator[None]:
-    """Counts this start of a run from ``step``, unless the block ends in an orderly way.
+@dataclass
+class Start:
+    """One start of a run; ``led_nowhere`` says, at its orderly end, that it counts all the same."""
 
-    Orderly ends are the last step, a signal that was followed, and the user's own: Ctrl-C, input to be mended. A
-    process that is killed leaves the count.
+    led_nowhere: bool = False
+
+
+@contextmanager
+def counted_start(run_dir: Path, step: int, give_up_after: int, here: bool) -> Iterator[Start]:
+    """Counts this start of a run, whose newest checkpoint is of ``step``, unless it ends in an orderly way.
+
+    Orderly ends are the last step, a signal that was followed with a checkpoint, and the user's own: Ctrl-C, input to
+    be mended. A process that is killed leaves the count.
 
     Args:
         give_up_after: starts in a row from the same step; 0: never give up.
@@ -24,8 +33,9 @@ def counted_start(run_dir: Path, step: int, give_up_after: int, here: bool) -> I
     Raises:
         NoProgressError: as many starts as that have led to no newer checkpoint.
     """
+    start = Start()
     if not here:
-        yield
+        yield start
         return
     path = run_dir / STARTS_FILE
     before = _count(path, step)
@@ -35,13 +45,14 @@ def counted_start(run_dir: Path, step: int, give_up_after: int, here: bool) -> I
             f"(training.give_up_after={give_up_after}). Mend what the log of the last one says, remove {path}, and "
             f"start the same command again."
         )
-    path.write_text(json.dumps({"step": step, "starts": before + 1}) + "\n")
+    write_durably(path, json.dumps({"step": step, "starts": before + 1}) + "\n")
     try:
-        yield
+        yield start
     except (InputError, KeyboardInterrupt):
         path.unlink(missing_ok=True)
         raise
-    path.unlink(missing_ok=True)
+    if not start.led_nowhere:
+        path.unlink(missing_ok=True)
 
 
 def _count(path: Path, step: int) -> int:

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ import torch
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
 from ..errors import EXIT_OK, EXIT_STOPPED
-from ..observe import Clock
+from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import CheckpointWriter, resume
 from .engine import Engine
@@ -23,15 +23,17 @@ from .health import MicroBatch
 from .mender import Mender
 from .records import Recorder, StepRecord, claimed, recording
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
-from .signals import StopRequest
+from .shards import checkpoints_in
+from .signals import StopRequest, grace_s
 from .starts import counted_start
 
 
-def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False) -> int:
+def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False, stop: StopRequest | None = None) -> int:
     """Trains a run to its last step, from its newest whole checkpoint if there is one. Collective.
 
     Args:
         strict: refuse a damaged checkpoint instead of going on from the one before it.
+        stop: one that has been listening since the process began. Default: listens from here on.
 
     Returns:
         exit code: `EXIT_OK`, or `EXIT_STOPPED` where a signal asked to stop before the last step.
@@ -45,33 +47,32 @@ def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False) -> int:
     check_config_fits(config, workspace.store)
     windows = workspace.windows(workspace.training_frames)
     here = mesh.rank == 0
-    with claimed(config.run_dir, here=here):
+    with claimed(config.run_dir, here=here), ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
+        newest = max((one.step for one in checkpoints_in(config.run_dir)), default=0) if here else 0
+        start = stack.enter_context(counted_start(config.run_dir, newest, config.training.give_up_after, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
         done = resume(workspace, engine, strict=strict)
         if done < config.training.steps:
-            with counted_start(config.run_dir, done, config.training.give_up_after, here=here):
-                return _train_from(done, workspace, windows, engine)
+            writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, done)))
+            code = _train_from(done, workspace, windows, engine, writer, stop)
+            start.led_nowhere = code == EXIT_STOPPED and writer.saved_step <= done
+            return code
         if here:
             print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
     return EXIT_OK
 
 
-def _train_from(done: int, workspace: Workspace, windows: Windows, engine: Engine) -> int:
+def _train_from(
+    done: int, workspace: Workspace, windows: Windows, engine: Engine, writer: CheckpointWriter, stop: StopRequest
+) -> int:
     config, mesh = workspace.config, workspace.domain.mesh
     requests = _requests(config, windows, mesh.replica, done)
-    writer = CheckpointWriter(workspace, engine)
     with (
-        StopRequest(_grace_s(config)) as stop,
         recording(config, done, here=mesh.rank == 0) as recorder,
         ReadAhead(partial(_read, windows, mesh.device), requests, depth=config.data.read_ahead) as batches,
-        closing(writer),
     ):
         return Trainer(workspace, engine, batches, recorder, writer, stop).run(done)
-
-
-def _grace_s(config: RunConfig) -> dict[signal.Signals, float]:
-    usr_s = config.training.usr_grace_s
-    return {signal.SIGTERM: config.training.term_grace_s, signal.SIGUSR1: usr_s, signal.SIGUSR2: usr_s}
 
 
 def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> Iterator[list[int]]:
@@ -134,16 +135,20 @@ class Trainer:
     def run(self, done: int) -> int:
         """All steps that are left, with checkpoints on the way and at the end; the exit code."""
         last = self._config.training.steps
+        asked = max(number for (number,) in self._mesh.gathered([self._stop.number]))
+        if asked:
+            return self._leave(done, Boundary(int(asked), left_s=0.0, save_s=0.0, written=True))
         for step in range(done + 1, last + 1):
             record, boundary = self._step(step)
             if self._recorder is not None:
                 self._recorder.write(record)
             self._guard.after_step(step)
-            with self._activity.during("saving a checkpoint"):
+            with self._activity.during(SAVING):
                 self._save_if_due(step, boundary)
                 if boundary.signal:
                     return self._leave(step, boundary)
-        self._writer.finish()
+        with self._activity.during(SAVING):
+            self._writer.finish()
         return EXIT_OK
 
     def _save_if_due(self, step: int, boundary: Boundary) -> None:
@@ -152,12 +157,17 @@ class Trainer:
         training = self._config.training
         every = training.checkpoint_every
         if (step == training.steps or (every and step % every == 0)) and boundary.may_save:
-            self._writer.save(step)
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        if self._recorder is not None:
+            self._recorder.flush()
+        self._writer.save(step)
 
     def _leave(self, step: int, boundary: Boundary) -> int:
         """Saves, if the time left allows it, and says how to go on."""
         if self._writer.newest_step != step and boundary.may_save:
-            self._writer.save(step)
+            self._save(step)
         self._writer.finish()
         saved = self._writer.saved_step
         if step == saved == self._config.training.steps:
@@ -165,7 +175,7 @@ class Trainer:
         if self._mesh.rank == 0:
             name = signal.Signals(boundary.signal).name
             why = "" if saved == step else f" (a save takes {boundary.save_s:.0f} s, {boundary.left_s:.0f} s were left)"
-            newest = f"the checkpoint of step {saved} is saved" if saved >= 0 else "no checkpoint is saved"
+            newest = f"the checkpoint of step {saved} is saved" if saved else "there is no checkpoint"
             print(
                 f"faconv: stopped by {name} after step {step}; {newest}{why}. The same command goes on from there.",
                 file=sys.stderr,
@@ -188,7 +198,7 @@ class Trainer:
         return self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
 
     def _next_batch(self) -> Batch:
-        with self._clock.timing("data", "reading data"):
+        with self._clock.timing("data", READING):
             batch = next(self._batches)
         return batch.to(self._mesh.device, non_blocking=True)
 
