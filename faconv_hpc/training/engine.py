@@ -250,7 +250,7 @@ def _deepspeed_config(training: TrainingConfig, device: torch.device) -> dict[st
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.clip_norm,
-        # At ZeRO 3 DeepSpeed would replace torch's linear layers, in all of the process, by others that round otherwise.
+        # At ZeRO 3 DeepSpeed would replace torch's linear layers by others, which round differently, for good.
         "zero_optimization": {"stage": training.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": training.precision == "bf16"},
