@@ -40,7 +40,7 @@ class Engine:
     """
 
     def __init__(self, network: FAConvLSTMNetwork, mesh: ProcessMesh, training: TrainingConfig) -> None:
-        with _quiet():
+        with _quiet(), _without_compiler():
             import deepspeed  # here, so that only ranks that train pay for the import
 
             # Not compiled: an all-reduce for inference on CPUs that training never calls. Its build takes a
@@ -262,6 +262,17 @@ def _deepspeed_config(training: TrainingConfig, device: torch.device) -> dict[st
         # Times every collective by waiting for it; on a GPU that would stop work from overlapping.
         "comms_logger": {"enabled": device.type == "cpu", "prof_all": True, "verbose": False},
     }
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed imports an optimizer (Muon) whose decorators load all of torch's compiler: 3 s of every start."""
+    compiler = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda one: one)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 @contextlib.contextmanager
