@@ -66,6 +66,8 @@ def test_each_rank_writes_about_the_same_number_of_bytes_and_every_tensor_once(r
     assert len(sizes) == 4 and max(sizes) < 1.5 * min(sizes)
     names = [name for file in manifest.files for name in load_file(checkpoints_in(run)[-1].path / file)]
     assert len(names) == len(set(names)) == 3 * len(manifest.parameters) + 4  # value, two moments; random states
+    stored = manifest.parameters["layers.0.expansion_weight"]
+    assert stored.shape == (32, 4) and stored.dtype == "float32" and stored.file in manifest.files
     assert manifest.mesh == "1x2x2" and manifest.step == manifest.updates == 6 and manifest.zero_stage == 1
     assert {"torch", "deepspeed", "python"} <= manifest.versions.keys()
 

@@ -54,10 +54,11 @@ class ShardFile(_Section):
 
 
 class StoredTensor(_Section):
-    """Where a parameter lies; its moments and its fp32 value stand in the same file."""
+    """Where a parameter lies, its value in full precision; its moments, of the same shape and type, stand beside it."""
 
     file: str
     shape: tuple[int, ...]
+    dtype: Literal["float32"] = "float32"
 
 
 class Manifest(_Section):
