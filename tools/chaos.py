@@ -64,13 +64,16 @@ class BrokenPromiseError(AssertionError):
 class Job:
     """One start of the run: a process for every rank, forked from one that has imported everything."""
 
-    def __init__(self, config: Path, run_dir: Path, background: bool, interval: int = INTERVAL) -> None:
+    def __init__(
+        self, config: Path, run_dir: Path, background: bool, patience: float, interval: int = INTERVAL
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         options = SMALL | {"run_dir": str(run_dir), "training.save_in_background": str(background).lower()}
         options["training.checkpoint_every"] = str(interval)
         arguments = ["train", str(config), *(part for item in options.items() for part in ("--set", "=".join(item)))]
         port = free_port()
+        self.run_dir, self.patience = run_dir, patience
         self.log = run_dir.with_suffix(".log")
         self.signalled = False
         self.stopped: list[int] = []
@@ -94,11 +97,13 @@ class Job:
         return all(process.exitcode is not None for process in self.ranks)
 
     def wait(self) -> list[int]:
-        """Exit codes of all ranks, ended as a launcher would; raises where none leaves in time."""
-        deadline = time.monotonic() + HANG_S
+        """Exit codes of all ranks, ended as a launcher would; raises where some do not leave, or make no step."""
+        deadline, last, failed = time.monotonic() + HANG_S, 0, False
         while not self.over and time.monotonic() < deadline and not self.killed:
-            if any(process.exitcode not in (None, 0) for process in self.ranks):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
+            if not failed and any(process.exitcode not in (None, 0) for process in self.ranks):
+                failed, deadline = True, time.monotonic() + GRACE_S * self.patience
+            elif not failed and (step := _last_step(self.run_dir)) != last:
+                last, deadline = step, time.monotonic() + HANG_S * self.patience
             time.sleep(0.02)
         self.killed = [rank for rank, process in enumerate(self.ranks) if process.exitcode is None]
         for process in self.ranks:
@@ -129,10 +134,11 @@ def _raise(number: int, frame: object) -> None:
 class Chaos:
     """The faults that are still to come, and what has been seen so far."""
 
-    def __init__(self, config: Path, directory: Path, seed: int, saves: int, others: int, disk: Path | None) -> None:
-        self.config, self.directory, self.disk = config, directory, disk
-        self.random = random.Random(seed)
-        self.left = collections.Counter({"kill during a save": saves, **self._dealt(others)})
+    def __init__(self, options: argparse.Namespace, directory: Path, disk: Path | None) -> None:
+        self.config, self.directory, self.disk = options.config, directory, disk
+        self.patience = options.patience
+        self.random = random.Random(options.seed)
+        self.left = collections.Counter({"kill during a save": options.saves, **self._dealt(options.others)})
         self.done: collections.Counter[str] = collections.Counter()
         self.most_lost = 0
         self.starts = 0
@@ -157,7 +163,7 @@ class Chaos:
 
     def _undisturbed(self) -> None:
         run_dir = self.directory / "undisturbed"
-        codes = Job(self.config, run_dir, background=False, interval=1).wait()
+        codes = Job(self.config, run_dir, False, self.patience, interval=1).wait()
         if any(codes):
             raise BrokenPromiseError(f"the undisturbed run failed: {codes}; see {run_dir.with_suffix('.log')}")
         for one in checkpoints_in(run_dir):
@@ -174,7 +180,7 @@ class Chaos:
             self.starts += 1
             kind = self._next_kind()
             left_over = set(_unfinished(run_dir))
-            job = Job(self.config, run_dir, background)
+            job = Job(self.config, run_dir, background, self.patience)
             injected = bool(kind) and self._wait_and_inject(kind, job, run_dir, damaged, left_over)
             codes = job.wait()
             ever |= damaged
@@ -302,7 +308,7 @@ def _except(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str])
     job.send(rank, signal.SIGRTMIN)
     codes = job.wait()
     seconds = time.monotonic() - began
-    if any(codes) and (seconds > 10 or set(codes) != {EXIT_FAILED}):
+    if any(codes) and (seconds > 10 * job.patience or set(codes) != {EXIT_FAILED}):
         raise BrokenPromiseError(f"exit codes {codes} {seconds:.1f} s after an exception; see {job.log}")
     return any(codes)
 
@@ -429,12 +435,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart_era5.yaml"), help="gives the data")
     parser.add_argument("--saves", type=int, default=200, help="kills during saves")
     parser.add_argument("--others", type=int, default=100, help="other faults, of all kinds in turn")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor on all time limits, for a busy machine")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # for the fork server
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, small_disk() as disk:
-        chaos = Chaos(options.config, Path(directory), options.seed, options.saves, options.others, disk)
+        chaos = Chaos(options, Path(directory), disk)
         try:
             chaos.run()
         except BrokenPromiseError as error:
