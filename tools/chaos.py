@@ -337,7 +337,7 @@ def _damage(how: Callable[[list[Path], random.Random], object]) -> Callable[...,
     def fault(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
         job.send(rank, signal.SIGKILL)
         job.wait()
-        sound = [one for one in checkpoints_in(run_dir) if one.path.name not in damaged]
+        sound = [one for one in checkpoints_in(run_dir) if one.problem() is None]
         if len(sound) < 2:
             return False  # one must be left to go on from
         how(sorted(sound[-1].path.glob("shard-*")), chaos.random)
