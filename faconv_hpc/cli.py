@@ -14,7 +14,7 @@ from rich.table import Table
 from .cli_checkpoint import checkpoint_app
 from .cli_data import data_app
 from .config import MeshConfig, RunConfig, load_config
-from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError
+from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError, RunError, exit_code_of
 
 if TYPE_CHECKING:
     from .evaluation.skill import Evaluation
@@ -162,6 +162,9 @@ def main() -> None:
     hold_signals()
     try:
         app()
+    except RunError as error:
+        print(f"faconv: failed: {error}", file=sys.stderr)
+        sys.exit(exit_code_of(error))
     except InputError as error:
         if _job_ranks() > 1:  # found before joining: the ranks agree on who says it
             from .spatial.mesh import report_before_joining
@@ -244,7 +247,10 @@ def _rows_of_local_ranks(
         options = [part for layout in group for part in ("--layout", str(layout))]
         code, printed = run_and_read([*arguments, *options, "--json"], started)
         answer = printed.rpartition('{"passed"')
-        if not answer[1]:  # no verdict: the ranks have said on stderr what is wrong
+        if not answer[1] or code not in (
+            EXIT_OK,
+            EXIT_FAILED,
+        ):  # no verdict: stderr says why
             raise typer.Exit(code or EXIT_FAILED)
         found = json.loads("".join(answer[1:]))["rows"]
         rows += [ParityRow(**{name: row[name] for name in row if name != "passed"}) for row in found]

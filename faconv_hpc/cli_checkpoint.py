@@ -71,8 +71,9 @@ def export_command(
     Example: faconv checkpoint export runs/quickstart_era5 --output forecast.safetensors
     """
     from .training.export import export
+    from .training.shards import whole_of
 
-    whole = next((one for one in reversed(_checkpoints(where)) if one.problem() is None), None)
+    whole = next(whole_of(_checkpoints(where)), None)
     if whole is None:
         raise InputError(f"{where} holds no whole checkpoint. `faconv checkpoint verify {where}` says what is wrong.")
     answer: dict[str, Any] = export(whole, output)
@@ -87,7 +88,10 @@ def _checkpoints(where: Path) -> "list[Checkpoint]":
     from .training.shards import NAME, Checkpoint, checkpoints_in
 
     match = NAME.fullmatch(where.name)
-    found = [Checkpoint(where, int(match.group(1)))] if match and where.is_dir() else checkpoints_in(where)
+    try:
+        found = [Checkpoint(where, int(match.group(1)))] if match and where.is_dir() else checkpoints_in(where)
+    except OSError as error:  # a name that no file can have
+        raise InputError(f"{where} cannot be looked at: {error.strerror}. Give the run_dir of a run.") from None
     if not found:
         raise InputError(
             f"{where} holds no checkpoints. Give the run_dir of a run (it has a folder checkpoints/), "

@@ -147,7 +147,7 @@ class TrainingConfig(Section):
     )
     term_grace_s: float = Field(30.0, ge=0, description="seconds between SIGTERM and SIGKILL, as the cluster is set")
     usr_grace_s: float = Field(120.0, ge=0, description="seconds between SIGUSR1 or 2 and SIGKILL, `--signal=USR1@120`")
-    give_up_after: int = Field(3, ge=0, description="starts in a row without a newer checkpoint; 0: never give up")
+    give_up_after: int = Field(3, ge=0, description="starts in a row that save no checkpoint; 0: never give up")
     compare_replicas_every: int = Field(
         100, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
     )

@@ -19,7 +19,7 @@ from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
 from faconv_hpc.training.export import export
 from faconv_hpc.training.records import STEPS_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
-from faconv_hpc.training.starts import counted_start
+from faconv_hpc.training.starts import counted_start, made_progress
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
@@ -475,20 +475,71 @@ def fill(disk):
 
 
 def test_starts_that_lead_nowhere_are_counted_and_then_refused(tmp_path):
-    def killed(step):
-        with pytest.raises(ZeroDivisionError), counted_start(tmp_path, step, 3, here=True):
+    def killed(saves=False):
+        with pytest.raises(ZeroDivisionError), counted_start(tmp_path, 3, here=True):
+            if saves:
+                made_progress(tmp_path)
             raise ZeroDivisionError
 
-    killed(4)
-    with counted_start(tmp_path, 4, 3, here=True):
-        pass  # an orderly end wipes the slate
-    for error in (InputError, KeyboardInterrupt):  # and so does what the user did
-        with pytest.raises(error), counted_start(tmp_path, 4, 3, here=True):
+    killed()
+    for error in (InputError, KeyboardInterrupt):  # what the user did does not count
+        with pytest.raises(error), counted_start(tmp_path, 3, here=True):
             raise error
+    for _ in range(2):
+        killed()
+    killed(saves=True)  # a checkpoint is progress
     for _ in range(3):
-        killed(4)
-    with pytest.raises(NoProgressError, match=r"3 starts in a row have brought \S+ no further than step 4.*remove"):
-        killed(4)
-    killed(6)  # a newer checkpoint is progress
-    with counted_start(tmp_path, 6, 1, here=False):
+        killed()
+    with pytest.raises(NoProgressError, match=r"3 starts in a row .* have saved no checkpoint.*remove"):
+        killed()
+    with counted_start(tmp_path, 1, here=False):
         pass  # only one rank counts
+
+
+def test_a_run_that_saves_and_is_killed_again_and_again_is_not_given_up(tmp_path, store):
+    """Although a damaged checkpoint of a later step lies there."""
+    training = {"checkpoint_every": 1, "steps": 30, "give_up_after": 2}
+    config = small_config(tmp_path, store, training=training)
+    (tmp_path / "run" / "checkpoints" / "step-00000099").mkdir(parents=True)
+
+    def check(mesh, last):
+        step = Trainer._step
+
+        def killed(self, number):
+            if number > last:
+                raise ZeroDivisionError
+            return step(self, number)
+
+        Trainer._step = killed
+        try:
+            train(config, mesh)
+        except ZeroDivisionError:
+            return True
+        finally:
+            Trainer._step = step
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000099")
+    assert run_on_ranks(Layout(1, 1, 1), check, 1) == [True]
+    (tmp_path / "run" / "checkpoints" / "step-00000099").mkdir()
+    for last in (2, 3, 4, 5):
+        assert run_on_ranks(Layout(1, 1, 1), check, last) == [True]
+
+
+def test_records_survive_damage_and_a_run_begun_anew(tmp_path, store):
+    train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3})
+    path = tmp_path / "run" / STEPS_FILE
+    path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
+    assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 7))
+    train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3, "steps": 7})
+    assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 8))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3, "steps": 4})
+    assert len((tmp_path / "run" / "steps-before-0.jsonl").read_text().splitlines()) == 7
+    assert [record.step for record in read_records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_export_never_writes_into_a_checkpoint(copied):
+    newest = checkpoints_in(copied)[-1]
+    with pytest.raises(InputError, match=r"lies in the directory of a checkpoint"):
+        export(newest, newest.path / "shard-00000.safetensors")
+    assert newest.problem() is None

@@ -40,6 +40,7 @@ from .shards import (
     write_durably,
     write_shard,
 )
+from .starts import made_progress
 
 RUN_ID_FILE = "run-id"
 
@@ -144,6 +145,7 @@ class CheckpointWriter:
         self.last_save_s = pending.copying_s + writing_s + time.perf_counter() - began
         self.saved_step = pending.step
         if self._mesh.rank == 0:
+            made_progress(self._config.run_dir)
             self._clean_up()
 
     def close(self) -> None:

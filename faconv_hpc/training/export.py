@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ..config import ModelConfig
 from ..errors import InputError
 from .setup import network_options
-from .shards import Checkpoint, DamagedCheckpointError, Manifest
+from .shards import NAME, Checkpoint, DamagedCheckpointError, Manifest, UnreadableCheckpointError
 
 SUFFIXES = (".safetensors", ".pt")
 
@@ -21,7 +21,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     row: dict[str, Any] = {"path": str(checkpoint.path), "step": checkpoint.step, "problem": None}
     try:
         manifest = checkpoint.manifest()
-    except DamagedCheckpointError as error:
+    except (DamagedCheckpointError, UnreadableCheckpointError) as error:
         return row | {"problem": str(error)}
     return row | {
         "bytes": sum(file.bytes for file in manifest.files.values()),
@@ -45,6 +45,10 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
     """
     if output.suffix not in SUFFIXES:
         raise InputError(f"the output is a file {' or '.join(SUFFIXES)}, got {output}. Change its name.")
+    if any(NAME.fullmatch(parent.name) for parent in output.absolute().parents):
+        raise InputError(
+            f"{output} lies in the directory of a checkpoint, which must stay as it is. Give another place."
+        )
     parameters, manifest = checkpoint.parameters(), checkpoint.manifest()
     try:
         if output.suffix == ".pt":
@@ -52,7 +56,9 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
         else:
             save_file(parameters, output, metadata=_metadata(manifest))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{output} cannot be written: {error}. Give a file where you may write.") from None
+        raise InputError(
+            f"{output} cannot be written: {str(error).rstrip('.')}. Give a file where you may write."
+        ) from None
     values = sum(value.numel() for value in parameters.values())
     return {"output": str(output), "step": manifest.step, "tensors": len(parameters), "values": values}
 

@@ -167,8 +167,9 @@ def read_records(run_dir: Path) -> Iterator[StepRecord]:
     """The records of a run, in order."""
     path = run_dir / STEPS_FILE
     if path.exists():
-        for line in path.read_text().splitlines():
-            yield StepRecord.from_json(line)
+        for line in _lines(path):
+            if math.isfinite(_step_of(line)):  # a kill may have cut the last line short
+                yield StepRecord.from_json(line)
 
 
 def versions() -> dict[str, str]:
@@ -186,7 +187,7 @@ def _write_config(config: RunConfig, done: int) -> None:
     """The resolved config; the one that led to step ``done``, if it was another, is kept beside it."""
     path = config.run_dir / CONFIG_FILE
     until = path.with_name(f"config-until-step-{done}.yaml")
-    if done and path.exists() and path.read_text() != config.to_yaml() and not until.exists():
+    if done and path.exists() and path.read_text(errors="replace") != config.to_yaml() and not until.exists():
         path.rename(until)
     path.write_text(config.to_yaml())
 
@@ -203,7 +204,7 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
         return
     lock = run_dir / LOCK_FILE
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         file = lock.open("a+")
     except OSError as error:
         raise InputError(
@@ -230,15 +231,29 @@ def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
 
 
 def _reopened(path: Path, done: int) -> TextIO:
-    """The file without the records beyond ``done``; replaced by one rename, so that a kill loses nothing."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= done]
+    """The file without the records beyond ``done``; replaced by one rename, so that a kill loses nothing.
+
+    Where a run begins anew, the records of what was there before are kept aside.
+    """
+    lines = _lines(path) if path.exists() else []
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, step in zip(lines, steps, strict=True) if step <= done]
+    unreadable = sum(not math.isfinite(step) for step in steps)
     if len(kept) < len(lines):
-        print(f"{path}: {len(lines) - len(kept)} steps beyond step {done} are done again", file=sys.stderr)
+        again = len(lines) - len(kept) - unreadable
+        damage = f", {unreadable} lines that cannot be read are left out" if unreadable else ""
+        print(f"{path}: {again} steps beyond step {done} are done again{damage}", file=sys.stderr)
+        if done == 0:
+            number = sum(1 for _ in path.parent.glob("steps-before-*.jsonl"))
+            path.rename(path.with_name(f"steps-before-{number}.jsonl"))
         beside = path.with_suffix(".partial")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.replace(path)
     return path.open("a")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
 
 
 def _step_of(line: str) -> float:

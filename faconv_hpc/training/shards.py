@@ -14,7 +14,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,14 +169,29 @@ class Checkpoint:
 def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
     """All directories of a run that are named like a checkpoint, oldest first; damaged ones too."""
     folder = run_dir / FOLDER
-    found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise UnreadableCheckpointError(
+            f"{folder} cannot be read: {error.strerror}. Look at its file system and permissions."
+        ) from None
     named = [Checkpoint(path, int(match.group(1))) for match, path in found if match and path.is_dir()]
     return sorted(named, key=lambda one: one.step)
 
 
 def whole_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
-    """The whole checkpoints of a run, newest first, each checked when it is asked for."""
-    return (one for one in reversed(checkpoints_in(run_dir)) if one.problem() is None)
+    """The whole checkpoints of a run, newest first, each checked when it is asked for; says which are passed over."""
+    return whole_of(checkpoints_in(run_dir))
+
+
+def whole_of(checkpoints: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """The whole ones, from the last to the first; see `whole_checkpoints`."""
+    for one in reversed(checkpoints):
+        problem = one.problem()
+        if problem is None:
+            yield one
+        else:
+            print(f"faconv: passed over {one.path}: {problem}", file=sys.stderr)
 
 
 def directory_name(step: int) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, NoProgressError
@@ -12,53 +11,52 @@ from .shards import write_durably
 STARTS_FILE = "starts.json"
 
 
-@dataclass
-class Start:
-    """One start of a run; ``led_nowhere`` says, at its orderly end, that it counts all the same."""
-
-    led_nowhere: bool = False
-
-
 @contextmanager
-def counted_start(run_dir: Path, step: int, give_up_after: int, here: bool) -> Iterator[Start]:
-    """Counts this start of a run, whose newest checkpoint is of ``step``, unless it ends in an orderly way.
+def counted_start(run_dir: Path, give_up_after: int, here: bool) -> Iterator[None]:
+    """Counts this start of a run, until it saves a checkpoint (`made_progress`) or ends by what the user did.
 
-    Orderly ends are the last step, a signal that was followed with a checkpoint, and the user's own: Ctrl-C, input to
-    be mended. A process that is killed leaves the count.
+    The user's own ends are Ctrl-C and input to be mended. A process that is killed leaves the count.
 
     Args:
-        give_up_after: starts in a row from the same step; 0: never give up.
+        give_up_after: starts in a row that save no checkpoint; 0: never give up.
         here: whether this rank keeps the count.
 
     Raises:
-        NoProgressError: as many starts as that have led to no newer checkpoint.
+        NoProgressError: there have been as many as that.
+        InputError: the count cannot be written.
     """
-    start = Start()
     if not here:
-        yield start
+        yield
         return
     path = run_dir / STARTS_FILE
-    before = _count(path, step)
+    before = _count(path)
     if give_up_after and before >= give_up_after:
         raise NoProgressError(
-            f"{before} starts in a row have brought {run_dir} no further than step {step}, so it is not tried again "
+            f"{before} starts in a row of the run in {run_dir} have saved no checkpoint, so it is not tried again "
             f"(training.give_up_after={give_up_after}). Mend what the log of the last one says, remove {path}, and "
             f"start the same command again."
         )
-    write_durably(path, json.dumps({"step": step, "starts": before + 1}) + "\n")
     try:
-        yield start
+        write_durably(path, json.dumps({"starts": before + 1}) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
+        ) from None
+    try:
+        yield
     except (InputError, KeyboardInterrupt):
-        path.unlink(missing_ok=True)
+        made_progress(run_dir)
         raise
-    if not start.led_nowhere:
-        path.unlink(missing_ok=True)
 
 
-def _count(path: Path, step: int) -> int:
-    """Starts from this step that are on record; a record that cannot be read counts none."""
+def made_progress(run_dir: Path) -> None:
+    """Wipes the slate: a checkpoint is saved, or there was nothing left to do."""
+    (run_dir / STARTS_FILE).unlink(missing_ok=True)
+
+
+def _count(path: Path) -> int:
+    """Starts on record; a record that cannot be read counts none."""
     try:
-        record = json.loads(path.read_text())
-        return int(record["starts"]) if record["step"] == step else 0
+        return int(json.loads(path.read_text())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

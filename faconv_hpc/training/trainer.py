@@ -23,9 +23,8 @@ from .health import MicroBatch
 from .mender import Mender
 from .records import Recorder, StepRecord, claimed, recording
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
-from .shards import checkpoints_in
 from .signals import StopRequest, grace_s
-from .starts import counted_start
+from .starts import counted_start, made_progress
 
 
 def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False, stop: StopRequest | None = None) -> int:
@@ -49,16 +48,14 @@ def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False, stop: S
     here = mesh.rank == 0
     with claimed(config.run_dir, here=here), ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
-        newest = max((one.step for one in checkpoints_in(config.run_dir)), default=0) if here else 0
-        start = stack.enter_context(counted_start(config.run_dir, newest, config.training.give_up_after, here=here))
+        stack.enter_context(counted_start(config.run_dir, config.training.give_up_after, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
         done = resume(workspace, engine, strict=strict)
         if done < config.training.steps:
             writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, done)))
-            code = _train_from(done, workspace, windows, engine, writer, stop)
-            start.led_nowhere = code == EXIT_STOPPED and writer.saved_step <= done
-            return code
+            return _train_from(done, workspace, windows, engine, writer, stop)
         if here:
+            made_progress(config.run_dir)
             print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
     return EXIT_OK
 
