@@ -288,7 +288,8 @@ def _show_parity(rows: "Sequence[ParityRow]", as_json: bool) -> None:
 
 def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
     what = "held-out" if evaluation.held_out else "training"
-    table = Table(title=f"one-step forecasts of {evaluation.forecasts} {what} frames, area-weighted RMSE")
+    title = f"one-step forecasts of {evaluation.forecasts} {what} frames by the checkpoint of step {evaluation.step}"
+    table = Table(title=f"{title}, area-weighted RMSE")
     for column in ("variable", "units", "forecast", "persistence", "ratio"):
         table.add_column(column, justify="left" if column in ("variable", "units") else "right")
     for skill in evaluation.skills:

@@ -55,11 +55,13 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
+        step: of the checkpoint that forecast.
         held_out: whether the forecasts are of frames that training never saw as targets.
         forecasts: how many.
         first_loss, last_loss: of the run's first and last steps (mean over a twentieth of it each).
     """
 
+    step: int
     held_out: bool
     forecasts: int
     first_loss: float
@@ -81,8 +83,8 @@ def load_run(run_dir: Path) -> RunConfig:
     return load_config(run_dir / CONFIG_FILE)
 
 
-def trained_network(workspace: Workspace, windows: Windows) -> FAConvLSTMNetwork:
-    """The network with the weights of the run's newest whole checkpoint, in float32. Collective.
+def trained_network(workspace: Workspace, windows: Windows) -> tuple[FAConvLSTMNetwork, int]:
+    """The network with the weights of the run's newest whole checkpoint, in float32, and its step. Collective.
 
     Raises:
         InputError: there is no whole checkpoint, or it is another network's.
@@ -97,7 +99,7 @@ def trained_network(workspace: Workspace, windows: Windows) -> FAConvLSTMNetwork
     network = build_network(config, windows)
     check_same_network(network, newest.manifest(), newest.path)
     network.load_state_dict(newest.parameters())
-    return network.to(mesh.device).eval()
+    return network.to(mesh.device).eval(), newest.step
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     """
     workspace = Workspace.open(config, mesh)
     windows = _windows(workspace)
-    network = trained_network(workspace, windows)
+    network, step = trained_network(workspace, windows)
     squares, weights = (torch.zeros(2, len(windows.field_channels), dtype=torch.float64) for _ in range(2))
     truth = forecast = None
     for index in range(len(windows)):
@@ -122,6 +124,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     rmse = (squares / weights).sqrt() * scale
     first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])
     return Evaluation(
+        step=step,
         held_out=config.data.held_out_frames > 0,
         forecasts=len(windows),
         first_loss=first,
@@ -135,6 +138,7 @@ def save_skill(evaluation: Evaluation, run_dir: Path) -> Path:
     """Writes the numbers of an evaluation beside the run's records."""
     path = run_dir / SKILL_FILE
     values = {
+        "step": evaluation.step,
         "held_out": evaluation.held_out,
         "forecasts": evaluation.forecasts,
         "first_loss": evaluation.first_loss,
