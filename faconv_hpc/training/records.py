@@ -204,7 +204,8 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
         return
     lock = run_dir / LOCK_FILE
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)  # now, and not when the first one is due
         file = lock.open("a+")
     except OSError as error:
         raise InputError(
