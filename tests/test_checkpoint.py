@@ -205,8 +205,8 @@ GLOBAL_BATCH = 4
 BEFORE, AFTER = 3, 10
 
 
-def train_until(layout, config, last):
-    """Trains, and is interrupted in the step after ``last``, which is done and lost."""
+def train_until(layout, config, last, error=KeyboardInterrupt):
+    """Trains, and is ended by an error in the step after ``last``, which is done and lost."""
 
     def check(mesh):
         step = Trainer._step
@@ -214,13 +214,13 @@ def train_until(layout, config, last):
         def interrupting(self, number):
             if number == last + 1:
                 step(self, number)
-                raise KeyboardInterrupt
+                raise error
             return step(self, number)
 
         Trainer._step = interrupting
         try:
             train(config, mesh)
-        except KeyboardInterrupt:
+        except error:
             return
         finally:
             Trainer._step = step
@@ -504,29 +504,11 @@ def test_a_run_that_saves_and_is_killed_again_and_again_is_not_given_up(tmp_path
     """Although a damaged checkpoint of a later step lies there."""
     training = {"checkpoint_every": 1, "steps": 30, "give_up_after": 2}
     config = small_config(tmp_path, store, training=training)
-    (tmp_path / "run" / "checkpoints" / "step-00000099").mkdir(parents=True)
-
-    def check(mesh, last):
-        step = Trainer._step
-
-        def killed(self, number):
-            if number > last:
-                raise ZeroDivisionError
-            return step(self, number)
-
-        Trainer._step = killed
-        try:
-            train(config, mesh)
-        except ZeroDivisionError:
-            return True
-        finally:
-            Trainer._step = step
-
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000099")
-    assert run_on_ranks(Layout(1, 1, 1), check, 1) == [True]
+    train_until(Layout(1, 1, 1), config, 1, ZeroDivisionError)
     (tmp_path / "run" / "checkpoints" / "step-00000099").mkdir()
     for last in (2, 3, 4, 5):
-        assert run_on_ranks(Layout(1, 1, 1), check, last) == [True]
+        train_until(Layout(1, 1, 1), config, last, ZeroDivisionError)
+        assert next(whole_checkpoints(tmp_path / "run")).step == last
 
 
 def test_records_survive_damage_and_a_run_begun_anew(tmp_path, store):

@@ -55,6 +55,7 @@ SMALL = {
 }
 PRELOADED = ["torch", "deepspeed", "faconv_hpc.cli", "faconv_hpc.training.trainer"]
 DISK_MIB = 24
+SAVE_S = 0.024  # kills fall within so long after a save has begun to write
 
 
 class BrokenPromiseError(AssertionError):
@@ -142,7 +143,6 @@ class Chaos:
         self.done: collections.Counter[str] = collections.Counter()
         self.most_lost = 0
         self.starts = 0
-        self.save_s = 0.02
         self.turn = 0
         self.reference: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -230,7 +230,7 @@ class Chaos:
 
     def _kill_in_save(self, job: Job, run_dir: Path, rank: int, seen: set[str]) -> bool:
         """Counts only if the checkpoint was neither finished nor unbegun: its unfinished directory is left."""
-        delay_s = self.random.uniform(0, 1.2 * self.save_s)
+        delay_s = self.random.uniform(0, SAVE_S)
         skipped = self.random.randint(0, 2)
         while not job.over:
             new = set(_unfinished(run_dir)) - seen
