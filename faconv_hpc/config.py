@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -28,6 +28,9 @@ class Section(BaseModel):
     """A part of the config: unknown keys are refused, values cannot be changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class MeshConfig(Section):
@@ -164,14 +167,41 @@ class TrainingConfig(Section):
         return self
 
 
+class SlurmConfig(Section):
+    """How `faconv submit` and `faconv study` ask Slurm for the ranks; it decides nothing about a run's result."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_min: Count = Field(60, description="time limit of one start; a longer run is requeued as often as it takes")
+    tasks_per_node: Count = Field(4, description="ranks on one node, one per GPU")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs asked for on each node; 0: none are")
+    cpus_per_task: Count = 1
+    mem: str | None = Field(None, description="memory of a node, such as 200GB; default: what the cluster gives")
+    setup: tuple[str, ...] = Field((), description="shell lines before the ranks start, such as `module load cuda`")
+    sbatch: dict[str, str | int | bool] = Field({}, description="any other option of sbatch, such as reservation: name")
+
+    def nodes(self, ranks: int) -> int:
+        """Nodes for so many ranks; raises InputError where they do not fill the nodes evenly."""
+        per_node = min(self.tasks_per_node, ranks)
+        if ranks % per_node:
+            raise InputError(
+                f"{ranks} ranks do not fill nodes of {per_node} evenly (slurm.tasks_per_node={self.tasks_per_node}). "
+                f"Choose a number that divides {ranks}, or another mesh."
+            )
+        return ranks // per_node
+
+
 class RunConfig(Section):
-    """Everything that decides a run's result."""
+    """Everything that decides a run's result, and how Slurm is asked for its ranks."""
 
     run_dir: Path = Field(description="records, checkpoints and figures go here")
     mesh: MeshConfig = MeshConfig()
     data: DataConfig
     model: ModelConfig = ModelConfig()
     training: TrainingConfig
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _attention_is_reached(self) -> "RunConfig":
@@ -194,12 +224,17 @@ class RunConfig(Section):
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML config, applies ``section.key=value`` overrides, and checks all of it.
+    """Reads the YAML config of a run, applies ``section.key=value`` overrides, and checks all of it.
 
     Raises:
         InputError: no such file, no valid YAML, an unknown key (with the nearest known one), or a
             value that breaks a rule. All findings are listed at once.
     """
+    return load_yaml(RunConfig, path, overrides)
+
+
+def load_yaml(model: type[AnySection], path: Path | str, overrides: Sequence[str] = ()) -> AnySection:
+    """The same for any model: a run's, a study's."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -209,23 +244,29 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
             f"the config {path} cannot be read: {reason}. Give the path of a YAML file, "
             f"such as configs/quickstart_era5.yaml."
         ) from None
-    tree = _parsed(text, str(path))
+    tree = _parsed(text, str(path), model)
     for override in overrides:
         _apply(tree, override)
+    return validated(model, tree, str(path))
+
+
+def validated(model: type[AnySection], tree: dict[str, Any], where: str) -> AnySection:
+    """A model from plain values; ``where`` they stand is named in the InputError that lists what is wrong."""
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{path} is not a valid config:\n" + "\n".join(_findings(error))) from None
+        findings = "\n".join(_findings(error, model))
+        raise InputError(f"{where} is not a valid config:\n{findings}") from None
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parsed(text: str, where: str, model: type[Section]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not valid YAML: {error}. Mend the line it names.") from None
     if not isinstance(tree, dict):
         raise InputError(
-            f"{where} must hold keys and values ({', '.join(RunConfig.model_fields)}), got {type(tree).__name__}. "
+            f"{where} must hold keys and values ({', '.join(model.model_fields)}), got {type(tree).__name__}. "
             f"See configs/quickstart_era5.yaml."
         )
     return tree
@@ -252,13 +293,13 @@ def _value(text: str, override: str) -> Any:
         raise InputError(f"--set {override}: {text!r} is not a valid YAML value. Quote it.") from None
 
 
-def _findings(error: ValidationError) -> list[str]:
+def _findings(error: ValidationError, model: type[Section]) -> list[str]:
     """One line per finding: where, the rule, the value, the way out."""
     lines = []
     for finding in error.errors():
         place = ".".join(str(part) for part in finding["loc"]) or "config"
         if finding["type"] == "extra_forbidden":
-            lines.append(f"  {place}: unknown key. {_nearest(finding['loc'])}")
+            lines.append(f"  {place}: unknown key. {_nearest(model, finding['loc'])}")
         elif finding["type"] == "missing":
             lines.append(f"  {place}: this key is required. Add it.")
         else:
@@ -268,10 +309,12 @@ def _findings(error: ValidationError) -> list[str]:
     return lines
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
-    model: Any = RunConfig
+def _nearest(model: Any, location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation
+        if isinstance(part, int):  # of a list: its members' model
+            (model,) = (one for one in get_args(model) if hasattr(one, "model_fields"))
+        else:
+            model = model.model_fields[part].annotation
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     return (f"Did you mean {close[0]!r}? " if close else "") + f"Known keys here: {', '.join(known)}."
