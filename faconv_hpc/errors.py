@@ -3,7 +3,7 @@
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INPUT = 2
-EXIT_STOPPED = 75  # a signal asked for it and the run can go on: sysexits.h's "try again"
+EXIT_STOPPED = 75  # a signal asked for it or a rank was lost; the run can go on: sysexits.h's "try again"
 EXIT_NO_REQUEUE = 93
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # what shells make of Ctrl-C and SIGTERM
 
@@ -23,6 +23,10 @@ class RunError(RuntimeError):
     """
 
 
+class LostRankError(RunError):
+    """A rank is silent or was killed: nothing is wrong with the run, it can go on (exit code `EXIT_STOPPED`)."""
+
+
 class NoProgressError(RunError):
     """Starting again has led nowhere several times, so it is not tried again (exit code `EXIT_NO_REQUEUE`)."""
 
@@ -35,4 +39,6 @@ def exit_code_of(error: BaseException) -> int:
         return EXIT_INTERRUPTED
     if isinstance(error, NoProgressError):
         return EXIT_NO_REQUEUE
+    if isinstance(error, LostRankError):
+        return EXIT_STOPPED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED

@@ -168,7 +168,7 @@ def test_a_rank_that_stops_answering_is_named_with_its_step_and_what_it_did(tmp_
     os.kill(stopped, signal.SIGSTOP)
     _, told = process.communicate(timeout=80)
     assert time.monotonic() - began < 70
-    assert process.returncode == EXIT_FAILED
+    assert process.returncode == EXIT_STOPPED
     first = messages(subprocess.CompletedProcess([], 1, "", told))[0]
     assert re.search(rf"rank {rank}\b.* has not answered for 1\d s \(training\.timeout_s is 10\)", first), told
     assert re.search(r" in step \d+, [a-z]", first), told
@@ -214,7 +214,7 @@ def test_the_first_rank_stopped_and_another_killed_leaves_nobody_waiting(tmp_pat
     os.kill(first, signal.SIGSTOP)
     os.kill(third, signal.SIGKILL)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == EXIT_FAILED and "rank 2 was ended by SIGKILL" in told
+    assert process.returncode == EXIT_STOPPED and "rank 2 was ended by SIGKILL" in told
     assert not Path(f"/proc/{second}").exists()
 
 

@@ -35,6 +35,8 @@ SlurmctldHost=$(hostname)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=5
+SchedulerParameters=sched_interval=5,sched_min_interval=1000000
 SlurmctldPort=16817
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/%n

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import IO
 
-from ..errors import EXIT_FAILED, EXIT_OK
+from ..errors import EXIT_OK, EXIT_STOPPED
 from ..spatial.environment import RankEnvironment, free_port
 from ..training.signals import hold_signals, release_signals
 
@@ -75,11 +75,11 @@ def _start(
         env=environment,
         stdout=stdout,
         start_new_session=True,  # so that Ctrl-C reaches the ranks once, through us
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: SIGTERM when the parent dies, however it dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -114,4 +114,4 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
         if worker.returncode is not None and worker.returncode < 0:
             name = signal.Signals(-worker.returncode).name
             print(f"faconv: failed: rank {rank} was ended by {name}", file=sys.stderr)
-    return code if code > 0 else EXIT_FAILED
+    return code if code > 0 else EXIT_STOPPED

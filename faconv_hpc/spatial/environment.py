@@ -5,24 +5,28 @@ import re
 import shutil
 import socket
 import subprocess
-import zlib
 from dataclasses import dataclass
 
 from ..errors import InputError
 
 LOOPBACK = "127.0.0.1"
-FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out ports (32768)
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Rank, number of ranks, place on the node, and where the ranks meet."""
+    """Rank, number of ranks, place on the node, and where the ranks meet.
+
+    Attributes:
+        port: that all ranks agreed on; 0: none is, they look for one by the name of the ``job``.
+        job: unlike that of any other job, or start of this one, at the same address.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     address: str = LOOPBACK
     port: int = 0
+    job: str = ""
 
     @classmethod
     def read(cls) -> "RankEnvironment":
@@ -113,14 +117,16 @@ def _from_torchrun() -> RankEnvironment:
 
 
 def _from_slurm() -> RankEnvironment:
-    job = f"{os.environ.get('SLURM_JOB_ID', '0')}.{os.environ['SLURM_STEP_ID']}"
+    names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job = ".".join(os.environ.get(name, "0") for name in names)
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
     return RankEnvironment(
         rank=_integer("SLURM_PROCID"),
         world_size=_integer("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")),
         local_rank=_integer("SLURM_LOCALID", "0"),
         address=os.environ.get("MASTER_ADDR", first_node(nodes)),
-        port=_integer("MASTER_PORT", str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS)),
+        port=_integer("MASTER_PORT", "0"),
+        job="" if "MASTER_PORT" in os.environ else job,
     )
 
 

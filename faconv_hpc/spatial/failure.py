@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from ..errors import EXIT_FAILED, EXIT_TERMINATED, InputError, RunError, exit_code_of
+from ..errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, InputError, LostRankError, RunError, exit_code_of
 from ..observe import FILE_ACTIVITIES, Activity
 from .heartbeat import PAUSE_S, Heartbeats
 
@@ -100,9 +100,9 @@ class FailureWatch:
         if _in_main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
-        code = exit_code_of(error)
         if _is_timeout(error):
             error = self._explained(error)
+        code = EXIT_STOPPED if _is_lost_peer(error) else exit_code_of(error)
         self._stopped.set()
         claim = self._claim(code)
         if claim is _Claim.TAKEN:
@@ -110,6 +110,7 @@ class FailureWatch:
         print(describe(error, self._rank), file=sys.stderr, flush=True)
         if claim is _Claim.UNREACHABLE:
             self._say("rank 0, which all ranks meet at, was killed or has left")
+            code = EXIT_STOPPED if code == EXIT_FAILED else code
         time.sleep(LINGER_S)
         leave(code)
 
@@ -163,7 +164,7 @@ class FailureWatch:
             accusation = self._heartbeats.accusation() or self._stuck()
         except RuntimeError:  # the store is gone: whoever waits for its host will know
             return
-        if accusation is not None and self._claim(EXIT_FAILED) is _Claim.MINE:
+        if accusation is not None and self._claim(EXIT_STOPPED) is _Claim.MINE:
             self._say(accusation)
 
     def _stuck(self) -> str | None:
@@ -193,7 +194,7 @@ class FailureWatch:
                         f"{self.activity.doing}. Its process is stopped or its node is lost: look there, and start "
                         f"the same command again."
                     )
-                leave(EXIT_FAILED)
+                leave(EXIT_STOPPED)
 
     def _say(self, text: str) -> None:
         print(f"faconv: failed (rank {self._rank}): {text}", file=sys.stderr, flush=True)
@@ -205,7 +206,7 @@ class FailureWatch:
             blame = _asked(self._heartbeats.blame)
         except RuntimeError:
             return error
-        return RunError(
+        return LostRankError(
             f"a collective ran out of time (training.timeout_s is {self._timeout_s:g}): {blame}. Look at what it "
             f"does there, and start the same command again. This rank, in step {self.activity.step}, was told: {error}"
         )
@@ -234,11 +235,15 @@ def describe(error: BaseException, rank: int | None = None) -> str:
             f"faconv: failed{where}: {error.strerror}: {error.filename or 'a file of the run'}. The checkpoints that "
             f"are there stay. Make room, and start the same command again."
         )
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER):
+    if _is_lost_peer(error):
         told = str(error)[:LOST_PEER_CHARS]
         return f"faconv: failed{where}: another rank has left while this one waited for it ({told})"
     lines = "".join(traceback.format_exception(error))
     return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
 
 
 def _is_timeout(error: BaseException) -> bool:

@@ -9,12 +9,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError
 from ..observe import Activity
 from .environment import RankEnvironment
 from .failure import MARGIN_S, FailureWatch
+from .meeting import meet
 
 TIMEOUT_S = 600.0
 
@@ -60,8 +60,7 @@ class ProcessMesh:
             InputError: the product is not the number of ranks that were started.
         """
         environment = RankEnvironment.read()
-        environment.export()
-        store = _meet(environment, timeout_s)
+        store = meet(environment, timeout_s)
         watch = _watch(store, environment, timeout_s)  # first, so that none waits in vain for one that fails here
         with watch.guarding():
             device = _device(environment)
@@ -232,8 +231,7 @@ def report_before_joining(error: BaseException) -> NoReturn:
     The ranks meet only to agree on who speaks; those that found no error learn of it and end too.
     """
     environment = RankEnvironment.read()
-    environment.export()
-    _watch(_meet(environment, TIMEOUT_S), environment, TIMEOUT_S).end(error)
+    _watch(meet(environment, TIMEOUT_S), environment, TIMEOUT_S).end(error)
 
 
 def _join(environment: RankEnvironment, store: Store, device: torch.device, timeout_s: float) -> None:
@@ -245,14 +243,6 @@ def _join(environment: RankEnvironment, store: Store, device: torch.device, time
         timeout=timedelta(seconds=timeout_s + MARGIN_S),  # so that a silent rank is named before others give up
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _meet(environment: RankEnvironment, timeout_s: float) -> Store:
-    timeout = timedelta(seconds=timeout_s)
-    store: Store
-    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    return store
 
 
 def _watch(store: Store, environment: RankEnvironment, timeout_s: float) -> FailureWatch:

@@ -1,0 +1,48 @@
+"""``faconv submit``: a run as a Slurm job."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .config import load_config
+from .errors import EXIT_OK
+
+
+def submit_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/global_era5_025.yaml.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script, to the letter; start nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job is over; its exit code.")] = False,
+    preflight: Annotated[bool, typer.Option(help="Let `faconv doctor` look at the nodes before every start.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+) -> None:
+    """Train a run as a Slurm job that is requeued at its time limit, as often as it takes.
+
+    Nodes and tasks come from the mesh, all else from section `slurm` of the config. Before a time limit the ranks save
+    together at the end of a step and the job goes back to the queue; the same when a rank is killed or a node lost.
+    A mistake in the config never requeues. The resolved config, the script and the log stand in RUN_DIR/slurm.
+    `scancel JOB` ends a run for good.
+
+    Example: `faconv submit configs/global_era5_025.yaml --set slurm.account=climate --wait`
+    """
+    from .launch.slurm import follow
+    from .launch.submit import script, submit
+
+    run = load_config(config, set_ or ())
+    if dry_run:
+        print(script(run, preflight=preflight))
+        raise typer.Exit(EXIT_OK)
+    job = submit(run, preflight=preflight)
+    if as_json:
+        print(json.dumps({"job": job.job, "script": str(job.script), "log": str(job.log)}))
+    else:
+        print(f"job {job.job}, script {job.script}, log {job.log}")
+    if wait:
+        raise typer.Exit(follow(job.job, job.log))

@@ -1,0 +1,50 @@
+"""Where the points of a study run: as jobs of their own on Slurm, or one after the other on this machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from ..config import RunConfig
+from .local import end_with_parent
+from .slurm import is_alive
+from .submit import submit
+
+
+class SlurmCluster:
+    """Jobs of Slurm, through submitit."""
+
+    at_once: int | None = None
+
+    def submit(self, config: Path, run: RunConfig, log: Path) -> str:
+        """Starts `faconv train` as a job; what it prints goes to ``log``; the job's number."""
+        return submit(run, preflight=False, log=log).job
+
+    def alive(self, job: str) -> bool:
+        """Whether the job waits or runs."""
+        return is_alive(job)
+
+
+class LocalCluster:
+    """Ranks of this machine; they end with the process that started them."""
+
+    at_once: int | None = 1
+
+    def __init__(self) -> None:
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def submit(self, config: Path, run: RunConfig, log: Path) -> str:
+        """Starts `faconv train CONFIG` on as many ranks as its mesh has; what it prints goes to ``log``; its pid."""
+        command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", str(run.mesh.ranks)]
+        with log.open("ab") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+        self._started[str(process.pid)] = process
+        return str(process.pid)
+
+    def alive(self, job: str) -> bool:
+        """Whether the ranks run; those of an earlier process have ended with it, or are about to."""
+        if job in self._started:
+            return self._started[job].poll() is None
+        try:
+            return b"faconv_hpc" in Path(f"/proc/{job}/cmdline").read_bytes()
+        except OSError:
+            return False

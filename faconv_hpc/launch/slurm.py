@@ -1,0 +1,129 @@
+"""What Slurm's own client says of a job; no accounting database is needed."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import EXIT_FAILED, EXIT_OK, InputError
+
+CLIENT_S = 60  # for an answer; a busy controller takes its time
+POLL_S = 2.0
+OVER = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
+UNKNOWN_JOB = "nvalid job id"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Where a job stands.
+
+    Attributes:
+        name: Slurm's word, such as ``RUNNING``.
+        reason: why it waits, such as ``Resources``.
+        restarts: how often it was requeued.
+        exit_code: of its script; 0 while it has none.
+    """
+
+    name: str
+    reason: str
+    restarts: int
+    exit_code: int
+
+    @property
+    def over(self) -> bool:
+        """Whether it will not run again."""
+        return self.name in OVER
+
+
+def job_state(job: str) -> JobState | None:
+    """A job's state; None if Slurm does not know it, or no longer (some minutes after its end).
+
+    Raises:
+        subprocess.SubprocessError: the controller does not answer.
+    """
+    command = ["scontrol", "show", "job", "--oneliner", job]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_S, check=False)
+    if shown.returncode:
+        if UNKNOWN_JOB in shown.stderr:
+            return None
+        raise subprocess.SubprocessError(shown.stderr.strip())
+    fields = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+    code, _, number = fields["ExitCode"].partition(":")
+    return JobState(
+        name=fields["JobState"],
+        reason=fields.get("Reason", "None"),
+        restarts=int(fields.get("Restarts", 0)),
+        exit_code=int(code) or (128 + int(number) if int(number) else 0),
+    )
+
+
+def is_alive(job: str) -> bool:
+    """Whether a job waits or runs; while the controller does not answer, it is taken to be."""
+    try:
+        state = job_state(job)
+    except (subprocess.SubprocessError, OSError):
+        return True
+    return state is not None and not state.over
+
+
+def check_client() -> None:
+    """Raises InputError unless Slurm's commands are here."""
+    missing = [name for name in ("sbatch", "scontrol", "srun") if shutil.which(name) is None]
+    if missing:
+        raise InputError(
+            f"Slurm's commands are not here (missing: {', '.join(missing)}). Run this on a login node of the cluster; "
+            f"on one machine use `faconv train CONFIG --ranks N`, or tools/mini_slurm.sh for a Slurm of its own."
+        )
+
+
+def follow(job: str, log: Path) -> int:
+    """Prints a job's log as it grows, and its state as it changes, until it is over; its exit code."""
+    shown, said, last = 0, "", None
+    while True:
+        try:
+            state = job_state(job)
+        except (subprocess.SubprocessError, OSError):
+            state = last
+        shown = _print_from(log, shown)
+        if state is None:
+            return last.exit_code if last is not None else EXIT_FAILED
+        if (told := _told(state)) != said:
+            said = told
+            print(f"job {job}: {told}", file=sys.stderr, flush=True)
+        if state.over:
+            return state.exit_code or (EXIT_OK if state.name == "COMPLETED" else EXIT_FAILED)
+        last = state
+        time.sleep(POLL_S)
+
+
+def _told(state: JobState) -> str:
+    waits = f" ({state.reason})" if state.name == "PENDING" and state.reason != "None" else ""
+    again = f", requeued {state.restarts} time(s)" if state.restarts else ""
+    code = f", exit code {state.exit_code}" if state.over else ""
+    return f"{state.name.lower()}{waits}{again}{code}"
+
+
+def _print_from(log: Path, start: int) -> int:
+    """Prints what was added to a file; where it ends now."""
+    try:
+        with log.open("rb") as file:
+            file.seek(start)
+            added = file.read()
+    except FileNotFoundError:
+        return start
+    sys.stdout.write(added.decode(errors="replace"))
+    sys.stdout.flush()
+    return start + len(added)

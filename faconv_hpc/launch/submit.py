@@ -1,0 +1,166 @@
+"""A run as a Slurm job, through submitit; the only importer of it.
+
+The job is `faconv train` itself, not a pickled function: the script can be read, kept and submitted by hand. submitit's
+own way of going on after a time limit is not used: it saves inside a signal handler, on rank 0 alone, and gives up
+after three times. Here the ranks save together at the next step boundary and leave with exit code 75, and the script
+requeues its job, as often as it takes.
+"""
+
+import hashlib
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from ..config import RunConfig
+from ..errors import InputError
+from .slurm import check_client
+
+SRUN = ("--kill-on-bad-exit=1", "--wait=60")
+REQUEUE = (
+    "# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. The newest checkpoint is gone on from.",
+    "# Never on 2 (a mistake in config or data), 1 (failed) or 93 (starting again leads nowhere).",
+    'if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then',
+    '    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # meanwhile Slurm ends this script',
+    "fi",
+    'exit "$code"',
+)
+PREFLIGHT = "if [ $? -eq 2 ]; then exit 2; fi"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that was given to Slurm.
+
+    Attributes:
+        job: Slurm's number of it.
+        script: the batch script.
+        log: what the job prints, over all its starts.
+    """
+
+    job: str
+    script: Path
+    log: Path
+
+
+class TrainingExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    """submitit's executor for jobs that run one command on all ranks.
+
+    Args:
+        folder: for scripts and logs.
+        command: what every rank runs.
+    """
+
+    def __init__(self, folder: Path, command: str) -> None:
+        super().__init__(folder)
+        self._command = command
+
+    @classmethod
+    def affinity(cls) -> int:
+        """A script can be written where there is no Slurm, too."""
+        return 2
+
+    @classmethod
+    def name(cls) -> str:
+        """What submitit calls the plugin."""
+        return "slurm"
+
+    def script(self) -> str:
+        """The batch script, to the letter."""
+        return str(self._make_submission_file_text(self._command, ""))
+
+    def start(self) -> str:
+        """Gives the script to sbatch; the job's number."""
+        return str(self._submit_command(self._command).job_id)
+
+
+def submit(config: RunConfig, *, preflight: bool = True, log: Path | None = None) -> Submission:
+    """Gives a run to Slurm.
+
+    Raises:
+        InputError: there is no Slurm here, it refuses the job, or the ranks do not fill the nodes evenly.
+    """
+    check_client()
+    executor = _executor(config, preflight, log)
+    try:
+        job = executor.start()
+    except submitit.core.utils.FailedJobError as error:
+        raise InputError(
+            f"sbatch refused the job: {str(error).strip().splitlines()[-1]}. Change section slurm of the config "
+            f"(`--set slurm.partition=NAME`, account, time_min, gpus_per_node ...); --dry-run shows the script."
+        ) from None
+    folder = _folder(config)
+    return Submission(job, folder / f"{job}_submission.sh", Path(str(_log(config, log)).replace("%j", job)))
+
+
+def script(config: RunConfig, *, preflight: bool = True) -> str:
+    """The batch script that `submit` would give to sbatch. The config it names is written too, so that it can run.
+
+    Raises:
+        InputError: the ranks do not fill the nodes evenly.
+    """
+    return _executor(config, preflight, None).script()
+
+
+def _executor(config: RunConfig, preflight: bool, log: Path | None) -> TrainingExecutor:
+    slurm, ranks = config.slurm, config.mesh.ranks
+    nodes = slurm.nodes(ranks)
+    copy = _written(config)
+    executor = TrainingExecutor(_folder(config), _faconv("train", copy))
+    output = str(_log(config, log))
+    options: dict[str, Any] = {
+        "job_name": f"faconv-{config.run_dir.name}",
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "time": slurm.time_min,
+        "nodes": nodes,
+        "ntasks_per_node": ranks // nodes,
+        "cpus_per_task": slurm.cpus_per_task,
+        "gpus_per_node": slurm.gpus_per_node or None,
+        "mem": slurm.mem,
+        "signal_delay_s": max(1, round(config.training.usr_grace_s)),
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "srun_args": [f"--output={output}", "--open-mode=append", *SRUN],
+        "setup": [*slurm.setup, *(_preflight(copy) if preflight else ())],
+        "teardown": ["code=$?", *REQUEUE],  # its first line stands directly behind srun
+        "additional_parameters": {"output": output, "requeue": True, "chdir": str(Path.cwd()), **slurm.sbatch},
+    }
+    executor.update_parameters(**options)
+    return executor
+
+
+def _preflight(config: Path) -> tuple[str, ...]:
+    """What cannot work is found before the ranks start, and is no reason to requeue."""
+    return shlex.join(["srun", *SRUN]) + " " + _faconv("doctor", config, "--quick"), PREFLIGHT
+
+
+def _faconv(*arguments: str | Path) -> str:
+    return shlex.join([sys.executable, "-u", "-m", "faconv_hpc", *map(str, arguments)])
+
+
+def _folder(config: RunConfig) -> Path:
+    return (config.run_dir / "slurm").absolute()
+
+
+def _log(config: RunConfig, log: Path | None) -> Path:
+    return log.absolute() if log is not None else _folder(config) / "%j.log"
+
+
+def _written(config: RunConfig) -> Path:
+    """The resolved config beside the run: what the job trains does not change with the file it was made from."""
+    text = config.to_yaml()
+    path = _folder(config) / f"config-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(
+            f"run_dir {config.run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
+        ) from None
+    return path
