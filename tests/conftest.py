@@ -1,14 +1,40 @@
 """Shared by all tests."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 from ranks import close_pools
 
 torch.set_num_threads(1)
+MINI_SLURM = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _pools_end_with_the_session():
     yield
     close_pools()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """Four nodes of real daemons; ``SLURM_CONF`` for those who talk to them. CI installs them, and fails without."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(name) is None]
+    if (missing or os.geteuid() != 0) and not os.environ.get("CI"):
+        pytest.skip(
+            f"needs root and Slurm's daemons (missing: {missing}): apt-get install slurmctld slurmd slurm-client munge"
+        )
+    directory = str(tmp_path_factory.mktemp("slurm") / "mini")
+    environment = os.environ | {"MINI_SLURM_DIR": directory}
+    subprocess.run(["bash", MINI_SLURM, "start", "4"], env=environment, check=True, timeout=120)
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = f"{directory}/slurm.conf"
+    yield {"SLURM_CONF": f"{directory}/slurm.conf"}
+    subprocess.run(["bash", MINI_SLURM, "stop"], env=environment, check=True, timeout=60)
+    os.environ.pop("SLURM_CONF")
+    if before is not None:
+        os.environ["SLURM_CONF"] = before

@@ -1,34 +1,12 @@
 """Real Slurm daemons on this machine; see tools/mini_slurm.sh."""
 
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
 from test_cli import faconv
-
-TOOL = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
-MISSING = [program for program in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(program) is None]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """Four nodes; ``SLURM_CONF`` for those who talk to them. CI installs the daemons, and fails without."""
-    if (MISSING or os.geteuid() != 0) and not os.environ.get("CI"):
-        pytest.skip(
-            f"needs root and Slurm's daemons (missing: {MISSING}): apt-get install slurmctld slurmd slurm-client munge"
-        )
-    directory = str(tmp_path_factory.mktemp("slurm") / "mini")
-    environment = os.environ | {"MINI_SLURM_DIR": directory}
-    subprocess.run(["bash", TOOL, "start", "4"], env=environment, check=True, timeout=120)
-    yield {"SLURM_CONF": f"{directory}/slurm.conf"}
-    subprocess.run(["bash", TOOL, "stop"], env=environment, check=True, timeout=60)
 
 
 def test_srun_on_four_nodes_gives_the_same_losses(tmp_path, slurm):

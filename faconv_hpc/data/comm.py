@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from ..errors import EXIT_FAILED, EXIT_INPUT, InputError
+from ..spatial.environment import RankEnvironment
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -80,12 +81,25 @@ def mpi_comm() -> Comm:
     """The ranks of the MPI job, or a job of one where mpi4py or an MPI library is missing.
 
     mpi4py is imported here and nowhere else: the import starts MPI.
+
+    Raises:
+        InputError: several ranks were started, but MPI does not know of each other's: all would do the whole work.
     """
+    comm: Comm
     try:
         from mpi4py import MPI
+
+        comm = MpiComm(MPI.COMM_WORLD)
     except (ImportError, RuntimeError):  # RuntimeError: mpi4py is there, the MPI library is not
-        return SerialComm()
-    return MpiComm(MPI.COMM_WORLD)
+        comm = SerialComm()
+    started = RankEnvironment.world_size_hint()
+    if comm.size != started > 1:
+        raise InputError(
+            f"{started} ranks were started by {RankEnvironment.launcher_name()}, but MPI knows of {comm.size}: each "
+            f"would do the whole work. Under Slurm use srun --mpi=pmi2 (or the kind that `srun --mpi=list` names and "
+            f"your MPI was built for), otherwise mpiexec of the MPI that mpi4py uses."
+        )
+    return comm
 
 
 class TogetherOrNotAtAll:

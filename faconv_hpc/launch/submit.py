@@ -19,10 +19,10 @@ from ..config import RunConfig
 from ..errors import InputError
 from .slurm import check_client
 
-SRUN = ("--kill-on-bad-exit=1", "--wait=60")
+SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # or one dead rank leaves the others hanging
 REQUEUE = (
-    "# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. The newest checkpoint is gone on from.",
-    "# Never on 2 (a mistake in config or data), 1 (failed) or 93 (starting again leads nowhere).",
+    "# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config",
+    "# or the data), 1 (failed) or 93 (starting again leads nowhere).",
     'if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then',
     '    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # meanwhile Slurm ends this script',
     "fi",
@@ -126,8 +126,8 @@ def _executor(config: RunConfig, preflight: bool, log: Path | None) -> TrainingE
         "signal_delay_s": max(1, round(config.training.usr_grace_s)),
         "wckey": None,
         "stderr_to_stdout": True,
-        "srun_args": [f"--output={output}", "--open-mode=append", *SRUN],
-        "setup": [*slurm.setup, *(_preflight(copy) if preflight else ())],
+        "srun_args": [f"--output={output}", "--open-mode=append", *_srun(config)],
+        "setup": [*slurm.setup, *(_preflight(config, copy) if preflight else ())],
         "teardown": ["code=$?", *REQUEUE],  # its first line stands directly behind srun
         "additional_parameters": {"output": output, "requeue": True, "chdir": str(Path.cwd()), **slurm.sbatch},
     }
@@ -135,9 +135,13 @@ def _executor(config: RunConfig, preflight: bool, log: Path | None) -> TrainingE
     return executor
 
 
-def _preflight(config: Path) -> tuple[str, ...]:
+def _srun(config: RunConfig) -> tuple[str, ...]:
+    return *SRUN, f"--cpus-per-task={config.slurm.cpus_per_task}"  # since Slurm 22.05 srun does not take it from sbatch
+
+
+def _preflight(config: RunConfig, copy: Path) -> tuple[str, ...]:
     """What cannot work is found before the ranks start, and is no reason to requeue."""
-    return shlex.join(["srun", *SRUN]) + " " + _faconv("doctor", config, "--quick"), PREFLIGHT
+    return shlex.join(["srun", *_srun(config)]) + " " + _faconv("doctor", copy, "--quick"), PREFLIGHT
 
 
 def _faconv(*arguments: str | Path) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,14 +174,30 @@ def read_records(run_dir: Path) -> Iterator[StepRecord]:
 
 
 def versions() -> dict[str, str]:
-    """What was running: this package, Python, the machine's kind, the libraries."""
-    found = {"faconv_hpc": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    """What was running: this package and its commit, Python, the host of the first rank, the libraries."""
+    found = {"faconv_hpc": __version__, "commit": _commit(), "python": platform.python_version()}
+    found |= {"machine": platform.machine(), "host": socket.gethostname()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _commit() -> str:
+    """Of the checkout this package is run from, ``-dirty`` with changes that are not committed."""
+    package = Path(__file__).parent
+    answers = []
+    for question in ("ls-files --error-unmatch records.py", "describe --always --dirty --abbrev=40 --exclude=*"):
+        try:
+            asked = subprocess.run(
+                ["git", "-C", package, *question.split()], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):  # no git, or installed from a wheel
+            return "not in a checkout"
+        answers.append(asked.stdout.strip())
+    return answers[-1]
 
 
 def _write_config(config: RunConfig, done: int) -> None:

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Trains configs/global_era5_025.yaml, or another config, and goes on over any number of time limits.
+#   sbatch slurm/train_global.sh                                       from the project's root
+#   sbatch slurm/train_global.sh my.yaml --set training.steps=50000    another config, other values
+# Edit the site lines, or leave them: options of sbatch (`sbatch --account=climate --nodes=2 ...`) win over them.
+# slurm/README.md says what to look at. `scancel JOB` ends a run for good.
+
+# ---- site -----------------------------------------------------------------------------------------------------------
+##SBATCH --partition=gpu
+##SBATCH --account=climate
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=4          # one rank per GPU; nodes x this = replicas x lat x lon of the config
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+# ---- the same everywhere --------------------------------------------------------------------------------------------
+#SBATCH --job-name=faconv-global
+#SBATCH --signal=USR1@120            # seconds before the limit; training.usr_grace_s of the config says the same
+#SBATCH --requeue
+#SBATCH --open-mode=append           # one log over all starts
+#SBATCH --output=slurm-%j.log
+
+module_lines() {                     # site: what a login shell has and a job lacks
+    # module load cuda gcc
+    if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+}
+
+config=${1:-configs/global_era5_025.yaml}
+[ $# -gt 0 ] && shift
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+module_lines
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # since Slurm 22.05 srun does not take it from sbatch
+echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
+
+# What cannot work is found before the ranks train, and is no reason to requeue. PREFLIGHT=no leaves it out.
+if [ "${PREFLIGHT:-yes}" != no ]; then
+    srun --kill-on-bad-exit=1 --wait=60 faconv doctor "$config" "$@" --quick
+    if [ $? -eq 2 ]; then exit 2; fi
+fi
+
+srun --kill-on-bad-exit=1 --wait=60 faconv train "$config" "$@"
+code=$?
+# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config
+# or the data), 1 (failed) or 93 (starting again leads nowhere).
+if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # meanwhile Slurm ends this script
+fi
+exit "$code"

@@ -1,0 +1,209 @@
+"""sbatch, submitit and requeue on real daemons: users walk away and find a finished run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faconv_hpc.launch.slurm import job_state
+from faconv_hpc.launch.submit import REQUEUE
+from faconv_hpc.training.records import read_records
+from faconv_hpc.training.shards import checkpoints_in
+from runs import make_store, write_config
+from slurms import (
+    MINUTES_S,
+    ROOT,
+    job_environment,
+    left_behind,
+    over,
+    ranks_of_job,
+    saved_step,
+    sbatch,
+    shorten,
+    slow_steps,
+    step_of,
+    wait_for,
+)
+from test_checkpoint import assert_same_state
+from test_cli import faconv, messages
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+LONG = {"steps": 100_000, "final_learning_rate_share": 1.0, "checkpoint_every": 10, "keep_last": 1000}
+INTERVAL = LONG["checkpoint_every"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+def config_of(directory, store, training=None, slurm=None):
+    sections = {"mesh": {"lat": 2, "lon": 2}, "training": training or {}, "slurm": slurm or {}}
+    return write_config(directory, store, **sections)
+
+
+def losses_of(run_dir):
+    return [(record.step, record.loss) for record in read_records(run_dir)]
+
+
+def assert_as_undisturbed(directory, store, run_dir, steps):
+    """The run's records and final weights are, to the last bit, those of a run that nobody disturbed."""
+    config = config_of(directory, store, LONG | {"steps": steps})
+    process = faconv("train", config, "--ranks", 4, environment={"OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    assert losses_of(run_dir) == losses_of(directory / "run")
+    newest = checkpoints_in(directory / "run")[0]
+    assert newest.step == steps == checkpoints_in(run_dir)[0].step
+    assert_same_state(checkpoints_in(run_dir)[0], newest)
+
+
+def test_the_script_trains_on_four_nodes_as_torchrun_does(tmp_path, slurm, store):
+    config = config_of(tmp_path / "slurm", store)
+    job = sbatch(tmp_path / "slurm", config, "--set", "training.steps=8", preflight="yes")
+    log = tmp_path / "slurm" / "job.log"
+    state = over(job, log)
+    assert (state.name, state.restarts) == ("COMPLETED", 0), log.read_text()
+    assert "start 1, on n[1-4]" in log.read_text() and "step 8/8" in log.read_text()
+    other = config_of(tmp_path / "torchrun", store)
+    process = faconv("train", other, "--set", "training.steps=8", before=TORCHRUN)
+    assert process.returncode == 0, process.stderr
+    assert len(losses_of(tmp_path / "slurm" / "run")) == 8
+    assert losses_of(tmp_path / "slurm" / "run") == losses_of(tmp_path / "torchrun" / "run")
+
+
+def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm, store):
+    """Both ways of starting, side by side: each meets its limit at least five times."""
+    training = LONG | {"usr_grace_s": 25}
+    slow = slow_steps(tmp_path / "site", 0.3)
+    by_sbatch = config_of(tmp_path / "sbatch", store, training)
+    log = tmp_path / "sbatch" / "job.log"
+    jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=["--time=1", "--signal=USR1@25"], **slow): by_sbatch}
+    by_submit = config_of(tmp_path / "submit", store, training, {"time_min": 1, "tasks_per_node": 1})
+    sent = faconv("submit", by_submit, "--no-preflight", "--json", environment=job_environment(**slow))
+    assert sent.returncode == 0, sent.stderr
+    (copy,) = (tmp_path / "submit" / "run" / "slurm").glob("config-*.yaml")
+    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy
+    for job, config in jobs.items():
+        wait_for(f"job {job} is requeued 5 times", lambda job=job: job_state(job).restarts >= 5, 15 * MINUTES_S, log)
+        run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
+        shorten(config, step_of(run_dir) + 60)
+    for job, config in jobs.items():
+        state = over(job, log, 5 * MINUTES_S)
+        run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
+        assert state.name == "COMPLETED" and state.restarts >= 5
+        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir))
+
+
+def test_requeue_a_killed_rank_and_a_lost_node_lose_nothing(tmp_path, slurm, store):
+    config = config_of(tmp_path, store, LONG)
+    run_dir, log = tmp_path / "run", tmp_path / "job.log"
+    job = sbatch(tmp_path, config, **slow_steps(tmp_path / "site", 0.1))
+    nodes = []
+    faults = [lambda: subprocess.run(["scontrol", "requeue", job], check=True), lambda: _kill_a_rank(job)]
+    faults.append(lambda: nodes.append(_lose_a_node(job, slurm)))
+    for number, fault in enumerate(faults):
+        before = step_of(run_dir)
+        wait_for("progress", lambda before=before: step_of(run_dir) >= before + 2 * INTERVAL, 3 * MINUTES_S, log)
+        ranks = ranks_of_job(job)
+        assert len(ranks) == 4
+        fault()
+        reached = step_of(run_dir)
+        wait_for("the ranks end", lambda ranks=ranks: not any(map(_lives, ranks)), MINUTES_S, log)
+        if nodes:
+            _start_node(nodes[0], slurm)
+        wait_for("it is requeued", lambda number=number: job_state(job).restarts == number + 1, MINUTES_S, log)
+        assert saved_step(run_dir) >= reached - INTERVAL
+    steps = step_of(run_dir) + 2 * INTERVAL
+    shorten(config, steps)
+    wait_for("progress", lambda: step_of(run_dir) >= steps, 3 * MINUTES_S, log)
+    assert over(job, log).name == "COMPLETED"
+    assert not left_behind(job)
+    assert_as_undisturbed(tmp_path / "undisturbed", store, run_dir, steps)
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _kill_a_rank(job):
+    os.kill(ranks_of_job(job)[2], signal.SIGKILL)
+
+
+def _lose_a_node(job, slurm):
+    """A node goes dark: its daemon, the one that watches its part of the step, and its rank."""
+    directory = Path(slurm["SLURM_CONF"]).parent
+    node = "n3"
+    daemon = int((directory / f"{node}.pid").read_text())
+    rank = ranks_of_job(job)[2]
+    watcher = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (daemon, watcher, rank):
+        os.kill(pid, signal.SIGKILL)
+    return node
+
+
+def _start_node(node, slurm):
+    subprocess.run(["slurmd", "-f", slurm["SLURM_CONF"], "-N", node], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("preflight", ["yes", "no"])
+def test_a_config_error_is_one_message_and_never_requeued(tmp_path, slurm, store, preflight):
+    config = config_of(tmp_path, store)
+    job = sbatch(tmp_path, config, "--set", "training.stepz=8", preflight=preflight)
+    log = tmp_path / "job.log"
+    state = over(job, log)
+    assert (state.name, state.exit_code, state.restarts) == ("FAILED", 2, 0), log.read_text()
+    assert log.read_text().count("faconv: error") == 1 and "Did you mean 'steps'" in log.read_text()
+
+
+def test_submit_names_what_is_wrong_before_there_is_a_job(tmp_path, slurm, store):
+    config = config_of(tmp_path, store, slurm={"tasks_per_node": 3})
+    process = faconv("submit", config, environment=job_environment())
+    assert process.returncode == 2
+    assert "4 ranks do not fill nodes of 3 evenly (slurm.tasks_per_node=3)" in messages(process)[0]
+    settings = ["--set", "slurm.tasks_per_node=1", "--set", "slurm.partition=nowhere"]
+    process = faconv("submit", config, *settings, environment=job_environment())
+    assert process.returncode == 2 and len(messages(process)) == 1
+    assert "sbatch refused the job" in process.stderr and "invalid partition" in process.stderr
+
+
+def test_the_dry_run_is_what_sbatch_gets(tmp_path, slurm, store):
+    config = config_of(tmp_path, store, slurm={"tasks_per_node": 1})
+    printed = faconv("submit", config, "--dry-run", environment=job_environment())
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "dry.sh").write_text(printed.stdout)
+    options = ["--parsable", f"--output={tmp_path}/job.log"]
+    command = ["sbatch", *options, str(tmp_path / "dry.sh")]
+    by_hand = subprocess.run(command, env=job_environment(), capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert over(by_hand.stdout.strip(), tmp_path / "job.log").name == "COMPLETED"
+    assert len(losses_of(tmp_path / "run")) == 6
+    waited = faconv("submit", config, "--wait", "--set", "training.steps=8", environment=job_environment())
+    assert waited.returncode == 0, waited.stdout + waited.stderr
+    assert "step 8/8" in waited.stdout and "completed" in waited.stderr
+    script = Path(re.search(r"script (\S+),", waited.stdout)[1]).read_text()
+    lines, others = ({*text.strip().splitlines()} for text in (script, printed.stdout))
+    assert all("config-" in line for line in lines ^ others) and len(lines ^ others) == 4  # the config's copy, twice
+    assert (tmp_path / "run" / "versions.json").is_file()
+
+
+def test_both_scripts_requeue_by_the_same_rule():
+    text = (ROOT / "slurm" / "train_global.sh").read_text()
+    for line in (one for one in REQUEUE if not one.startswith("#")):
+        assert line in text
+
+
+def test_a_job_that_is_cancelled_does_not_come_back(tmp_path, slurm, store):
+    config = config_of(tmp_path, store, LONG)
+    job = sbatch(tmp_path, config, **slow_steps(tmp_path / "site", 0.1))
+    wait_for("steps", lambda: step_of(tmp_path / "run") > 3, 3 * MINUTES_S, tmp_path / "job.log")
+    subprocess.run(["scancel", job], check=True)
+    state = over(job, tmp_path / "job.log", MINUTES_S)
+    assert (state.name, state.restarts) == ("CANCELLED", 0)
+    wait_for("its ranks end", lambda: not left_behind(job), MINUTES_S)
+    assert saved_step(tmp_path / "run") == step_of(tmp_path / "run") > 3
