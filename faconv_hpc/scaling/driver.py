@@ -1,0 +1,207 @@
+"""Running a study: each point a job, at most so many at a time; what was done before is kept."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import InputError, RunError
+from .points import DONE, FAILED, Attempt, Outcome, Outcomes, PointFiles, replace_whole
+from .results import LOCAL, write_results
+from .study import Cluster, Point, StudyConfig
+
+WAITING, RUNNING = "waiting", "running"
+STUDY_FILE = "study.yaml"
+POLL_S = {LOCAL: 0.5, "slurm": 5.0}
+SETTLE_S = {LOCAL: 1.0, "slurm": 20.0}
+"""How long after a job's end its last records may still be on their way over a shared file system."""
+NAP_S = 0.2  # a signal is noticed that soon
+
+
+class Stop(Protocol):
+    """Tells whether a signal has asked to stop."""
+
+    @property
+    def number(self) -> int:
+        """Of the signal; 0: none has come."""
+
+
+@dataclass
+class PointState:
+    """Where a point stands.
+
+    Attributes:
+        status: ``waiting``, ``running`` (its job waits in the queue or runs), ``done`` or ``failed``.
+        attempt: the one under way, or the last.
+        ours: whether this process started it.
+        ended_at: when its job was first found to have ended, by the monotonic clock.
+        steps: on record.
+        why: of a point that failed.
+    """
+
+    point: Point
+    files: PointFiles
+    status: str = WAITING
+    attempt: Attempt | None = None
+    ours: bool = False
+    ended_at: float | None = None
+    steps: int = 0
+    why: str = ""
+
+
+Show = Callable[[Sequence[PointState]], None]
+
+
+class StudyDriver:
+    """Brings the points of a study to their ends.
+
+    Args:
+        points: of the study.
+        cluster: takes the jobs.
+        where: ``slurm`` or ``local``. Local jobs end with the process that started them.
+        retry_failed: start points again that have failed.
+        show: is told where the points stand, after every look.
+        poll_s, settle_s: seconds between looks, and until the end of a job without all steps is believed; by default
+            as long as ``where`` needs.
+    """
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        points: Sequence[Point],
+        cluster: Cluster,
+        where: str,
+        *,
+        retry_failed: bool = False,
+        show: Show = lambda states: None,
+        poll_s: float | None = None,
+        settle_s: float | None = None,
+    ) -> None:
+        self._study, self._points, self._cluster, self._where = study, points, cluster, where
+        self._retry_failed, self._show = retry_failed, show
+        self._poll_s = POLL_S[where] if poll_s is None else poll_s
+        self._settle_s = SETTLE_S[where] if settle_s is None else settle_s
+        self._outcomes = Outcomes(study.study_dir)
+        self._at_once = min(limit for limit in (cluster.at_once, study.at_once, len(points)) if limit is not None)
+
+    def run(self, stop: Stop) -> list[PointState]:
+        """Until every point is done or has failed, or a signal came; where they stand then.
+
+        Raises:
+            InputError: what is on disk was run with another config or cluster, or belongs to somebody else.
+        """
+        states = [self._found(point) for point in self._points]
+        replace_whole(self._study.study_dir / STUDY_FILE, self._study.to_yaml())
+        write_results(self._study, self._points)
+        while not stop.number:
+            for state in states:
+                if state.status == RUNNING:
+                    self._look_at(state, stop)
+            self._start_next(states, stop)
+            self._show(states)
+            if all(state.status in (DONE, FAILED) for state in states):
+                break
+            _nap(self._poll_s, stop)
+        return states
+
+    def _found(self, point: Point) -> PointState:
+        """Where a point stands before this process has done anything."""
+        state = standing(point, self._outcomes)
+        if state.status == FAILED and self._retry_failed:
+            state.status = WAITING
+        if state.status == WAITING and not self._retries(state):
+            self._attach(state)
+        if state.status in (DONE, RUNNING):
+            state.files.check_same()
+        return state
+
+    def _retries(self, state: PointState) -> bool:
+        return self._outcomes.of(state.point.name, state.attempt) is not None
+
+    def _attach(self, state: PointState) -> None:
+        """A job of an earlier process that still lives, or has done all steps unseen."""
+        attempt = state.attempt
+        if attempt is None:
+            return
+        held = state.files.is_trained_in()  # by a job whose id was lost, it may be
+        if attempt.job is None and not (held or state.files.complete):
+            return
+        if attempt.cluster != self._where and not state.files.complete:
+            raise InputError(
+                f"point {state.point.name} was started on {attempt.cluster} as job {attempt.job}, and has not ended as "
+                f"far as the study knows. Go on with --cluster {attempt.cluster}; or see that the job has ended and "
+                f"remove {state.point.directory}."
+            )
+        alive = attempt.cluster == self._where and attempt.job is not None and self._cluster.alive(attempt.job)
+        if alive or held or state.files.complete:
+            state.status = RUNNING
+
+    def _look_at(self, state: PointState, stop: Stop) -> None:
+        """Whether the job of a running point has ended, and how."""
+        assert state.attempt is not None, "a point that runs was started"
+        state.steps = len(state.files.records())
+        if self._lives(state):
+            state.ended_at = None
+            return
+        state.ended_at = state.ended_at or time.monotonic()
+        if state.files.complete:
+            self._end(state, state.files.outcome(state.attempt))
+        elif time.monotonic() - state.ended_at >= self._settle_s:
+            if self._where == LOCAL and (stop.number or not state.ours):
+                state.status = WAITING  # it ended because the process that started it did
+            else:
+                self._end(state, state.files.outcome(state.attempt))
+
+    def _lives(self, state: PointState) -> bool:
+        attempt = state.attempt
+        assert attempt is not None, "a point that runs was started"
+        known = attempt.job is not None and attempt.cluster == self._where
+        return (known and self._cluster.alive(str(attempt.job))) or state.files.is_trained_in()
+
+    def _start_next(self, states: Sequence[PointState], stop: Stop) -> None:
+        running = sum(state.status == RUNNING for state in states)
+        for state in states:
+            if running >= self._at_once or stop.number:
+                return
+            if state.status == WAITING and not state.files.is_trained_in():
+                self._start(state, stop)
+                running += state.status == RUNNING
+
+    def _start(self, state: PointState, stop: Stop) -> None:
+        """The attempt is on disk before its job can be, and the job's id right after."""
+        attempt = state.files.begin(self._where)
+        state.attempt, state.steps, state.ended_at, state.ours, state.why = attempt, 0, None, True, ""
+        try:
+            job = self._cluster.submit(state.files.config, state.point.run, state.files.log(attempt.number))
+        except (InputError, RunError) as error:
+            if not stop.number:  # else Ctrl-C ended what was submitting
+                self._end(state, state.files.outcome(attempt, f"not started: {error}"))
+            return
+        state.attempt = Attempt(attempt.number, job, attempt.cluster, attempt.date)
+        state.files.save(state.attempt)
+        state.status = RUNNING
+
+    def _end(self, state: PointState, outcome: Outcome) -> None:
+        """The results first: from an outcome on, nobody looks at the point again."""
+        state.status, state.steps, state.why = outcome.status, outcome.steps, outcome.why
+        if outcome.status == DONE:
+            write_results(self._study, self._points)
+        self._outcomes.add(outcome)
+
+
+def standing(point: Point, outcomes: Outcomes) -> PointState:
+    """Where a point stands by what is on disk, without asking a cluster: done, failed, or still to do."""
+    files = PointFiles(point)
+    state = PointState(point, files, attempt=files.attempt(), steps=len(files.records()))
+    outcome = outcomes.of(point.name, state.attempt)
+    if outcome is not None and outcome.status == FAILED and not files.complete:
+        state.status, state.why = FAILED, outcome.why
+    elif outcome is not None and files.complete:
+        state.status = DONE
+    return state
+
+
+def _nap(seconds: float, stop: Stop) -> None:
+    until = time.monotonic() + seconds
+    while not stop.number and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, NAP_S))

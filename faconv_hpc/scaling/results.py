@@ -1,0 +1,132 @@
+"""The timed repeats of a study's points, derived from what the runs recorded."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..training.records import LOCK_FILE, STEPS_FILE, VERSIONS_FILE, StepRecord
+from .points import PointFiles, write_lines
+from .study import Point, StudyConfig
+
+RESULTS_FILE = "results.jsonl"
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One timed block of steps of one point: a line of results.jsonl. Shares are of the block's wall time.
+
+    Attributes:
+        nodes: machines that were asked for; 1 where the ranks were started on this one.
+        repeat: from 1.
+        first_step, last_step: of the block.
+        seconds_per_step: mean over the block.
+        samples_per_s: all samples of the block over its time.
+        communication_share: exchanges between tiles and DeepSpeed's collectives.
+        peak_memory_gib: of the rank that needed most, until the end of the block.
+        date: when the point's last step was recorded.
+        hosts: machines the ranks ran on, as far as the run says; the first rank's at least.
+        versions: what was running.
+    """
+
+    study: str
+    scaling: str
+    point: str
+    mesh: str
+    ranks: int
+    nodes: int
+    repeat: int
+    first_step: int
+    last_step: int
+    seconds_per_step: float
+    samples_per_s: float
+    exchange_share: float
+    reduction_share: float
+    communication_share: float
+    data_share: float
+    peak_memory_gib: float
+    date: str
+    cluster: str
+    hosts: tuple[str, ...]
+    versions: dict[str, Any]
+
+
+def repeats_of(study: StudyConfig, point: Point) -> list[Repeat]:
+    """The repeats of a point, all of them or, unless all its steps are on record, none."""
+    files = PointFiles(point)
+    records = files.records()
+    attempt = files.attempt()
+    if len(records) < study.steps or attempt is None:
+        return []
+    about: dict[str, Any] = {
+        "study": study.name,
+        "scaling": study.scaling,
+        "point": point.name,
+        "mesh": str(point.run.mesh),
+        "ranks": point.ranks,
+        "nodes": 1 if attempt.cluster == LOCAL else point.nodes,
+        "date": _last_written(files.run_dir / STEPS_FILE),
+        "cluster": attempt.cluster,
+        "hosts": _hosts(files.run_dir),
+        "versions": _versions(files.run_dir),
+    }
+    found = []
+    for repeat in range(study.repeats):
+        first = study.warm_up_steps + repeat * study.steps_per_repeat
+        block = records[first : first + study.steps_per_repeat]
+        found.append(Repeat(repeat=repeat + 1, **about, **_measured(block)))
+    return found
+
+
+def write_results(study: StudyConfig, points: Sequence[Point]) -> list[Repeat]:
+    """Derives results.jsonl anew from the records of all points that are done, and returns it.
+
+    The file is replaced as a whole, so that no repeat stands there twice whenever this is cut short.
+    """
+    found = [repeat for point in points for repeat in repeats_of(study, point)]
+    write_lines(study.study_dir / RESULTS_FILE, [asdict(repeat) for repeat in found])
+    return found
+
+
+def _measured(block: Sequence[StepRecord]) -> dict[str, Any]:
+    """Means over the steps of a block; of shares, weighted by the steps' seconds."""
+    seconds = sum(record.seconds for record in block)
+
+    def share(name: str) -> float:
+        return float(sum(getattr(record, name) * record.seconds for record in block) / seconds)
+
+    shares = {name: share(name) for name in ("exchange_share", "reduction_share", "communication_share", "data_share")}
+    return shares | {
+        "first_step": block[0].step,
+        "last_step": block[-1].step,
+        "seconds_per_step": seconds / len(block),
+        "samples_per_s": sum(record.samples for record in block) / seconds,
+        "peak_memory_gib": max(record.peak_memory_gib for record in block),
+    }
+
+
+def _last_written(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+
+
+def _versions(run_dir: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run_dir / VERSIONS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in found.items() if name != "hosts"}
+
+
+def _hosts(run_dir: Path) -> tuple[str, ...]:
+    """As the run's versions.json says; else that of the first rank, from the lock it held."""
+    try:
+        return tuple(json.loads((run_dir / VERSIONS_FILE).read_text())["hosts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        return tuple((run_dir / LOCK_FILE).read_text().split()[-1:])
+    except OSError:
+        return ()
