@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .cli_checkpoint import checkpoint_app
 from .cli_data import data_app
+from .cli_study import study_command
 from .cli_submit import submit_command
 from .config import MeshConfig, RunConfig, load_config
 from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError, RunError, exit_code_of
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
+app.command("study")(study_command)
 app.command("submit")(submit_command)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]

@@ -1,0 +1,194 @@
+"""``faconv study``: the same run on several meshes, each a job of its own, then the table and the figure."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .config import load_yaml
+from .errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, InputError
+
+if TYPE_CHECKING:
+    from .scaling.driver import PointState
+    from .scaling.report import StudyReport
+    from .scaling.study import Cluster, Point, StudyConfig
+
+ANSWER_S = 30  # for Slurm's controller
+FILE_WIDTH = 130  # of the table where it is not printed on a terminal
+FOR_THE_PAGE = ("min to max", "samples/s", "data")  # columns that report.md has and the terminal has no room for
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Where(StrEnum):
+    """What takes the jobs."""
+
+    SLURM = "slurm"
+    LOCAL = "local"
+
+
+def study_command(
+    study: Annotated[Path, typer.Argument(help="YAML file of a study, such as configs/study_strong.yaml.")],
+    cluster: Annotated[
+        Where | None,
+        typer.Option(help="slurm, or local: ranks of this machine, one point at a time. Default: slurm if it answers."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the study's file. May be repeated."),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run points again that have failed. Else they stay as they are.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Start nothing: table and figure of what is done.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure strong or weak scaling: one config at several meshes, each point a job of its own.
+
+    Points that are done are kept. Stopped or killed, the same command goes on: it finds the jobs that still wait or
+    run. Exit code 0: all points are done; 1: some have failed, or are still to do; 2: wrong input; 75: stopped by a
+    signal.
+
+    Example: `faconv study configs/study_strong.yaml --cluster slurm`
+    """
+    from .scaling.report import report_of, write_report
+    from .scaling.study import StudyConfig, points_of
+
+    config = load_yaml(StudyConfig, study, set_ or ())
+    points = points_of(config)
+    if report_only:
+        _check_begun(config)
+    else:
+        _run(config, points, cluster or _default_cluster(), retry_failed)
+    report = report_of(config, points)
+    write_report(report, config.study_dir)
+    print(report.to_json()) if as_json else _show_report(report, config.study_dir)
+    raise typer.Exit(EXIT_OK if report.all_done else EXIT_FAILED)
+
+
+def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_failed: bool) -> None:
+    """Until all points have ended; leaves with exit code 75 if a signal came."""
+    from .scaling.driver import StudyDriver
+    from .scaling.points import locked
+    from .scaling.stores import check_stores, make_stores
+    from .training.signals import StopRequest
+
+    console = Console(stderr=True)
+    with locked(config.study_dir):
+        make_stores(config, points, lambda text: console.print(text, highlight=False, soft_wrap=True))
+        check_stores(points)
+        display = _Display(console)
+        with StopRequest(dict.fromkeys(SIGNALS, 0.0)) as stop, display.live:
+            driver = StudyDriver(
+                config, points, _cluster(where), where.value, retry_failed=retry_failed, show=display.show
+            )
+            driver.run(stop)
+        if stop.number:
+            _say_how_to_go_on(where, stop.number, config.study_dir)
+            raise typer.Exit(EXIT_STOPPED)
+
+
+def _cluster(where: Where) -> "Cluster":
+    from .launch.cluster import LocalCluster, SlurmCluster
+
+    return SlurmCluster() if where is Where.SLURM else LocalCluster()
+
+
+def _default_cluster() -> Where:
+    """Slurm, if its client is here and its controller answers."""
+    if shutil.which("srun") is None or shutil.which("scontrol") is None:
+        return Where.LOCAL
+    try:
+        ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return Where.LOCAL
+    return Where.SLURM if ping.returncode == 0 and " UP" in ping.stdout else Where.LOCAL
+
+
+def _check_begun(config: "StudyConfig") -> None:
+    if not config.study_dir.is_dir():
+        raise InputError(
+            f"there is nothing to report: study_dir {config.study_dir} does not exist. Leave --report-only out, and "
+            f"the study is run."
+        )
+
+
+def _say_how_to_go_on(where: Where, number: int, study_dir: Path) -> None:
+    jobs = "its jobs go on in Slurm" if where is Where.SLURM else "the point that ran ends, and is run again"
+    print(
+        f"faconv: stopped by {signal.Signals(number).name}; {jobs}. What is done is kept in {study_dir}: "
+        f"the same command goes on from there.",
+        file=sys.stderr,
+    )
+
+
+class _Display:
+    """Which points wait, run, and are done: a table on a terminal, a line for every change in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said: dict[str, str] = {}
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.live: AbstractContextManager[object] = self._live or nullcontext()
+
+    def show(self, states: "Sequence[PointState]") -> None:
+        """What has changed."""
+        if self._live is not None:
+            self._live.update(_progress_table(states), refresh=True)
+            return
+        for state in states:
+            text = _told(state)
+            if self._said.get(state.point.name) != text:
+                self._said[state.point.name] = text
+                self._console.print(f"point {state.point.name}: {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _told(state: "PointState") -> str:
+    job = f", job {state.attempt.job}" if state.attempt and state.attempt.job else ""
+    why = f": {state.why}" if state.why else ""
+    return f"{state.status}{job if state.status == 'running' else ''}{why}"
+
+
+def _progress_table(states: "Sequence[PointState]") -> Table:
+    table = Table()
+    for column in ("point", "ranks", "status", "steps", "job"):
+        table.add_column(column, justify="right" if column in ("ranks", "steps") else "left")
+    for state in states:
+        steps = f"{state.steps}/{state.point.run.training.steps}"
+        job = state.attempt.job if state.attempt and state.attempt.job else ""
+        table.add_row(state.point.name, str(state.point.ranks), state.status, steps, job)
+    return table
+
+
+def _show_report(report: "StudyReport", study_dir: Path) -> None:
+    from .scaling.report import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
+
+    left_out = () if any(one.point != one.mesh for one in report.points) else ("mesh",)
+    shown = [place for place, column in enumerate(COLUMNS) if column not in (*FOR_THE_PAGE, *left_out)]
+    table = Table(title=f"study {report.study}: {report.scaling} scaling", box=SIMPLE)
+    for place in shown:
+        table.add_column(COLUMNS[place], justify="left" if place < TEXT_COLUMNS else "right")
+    for row in rows_of(report):
+        table.add_row(*(row[place] for place in shown))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    console.print(table)
+    lines = [report.caption, f"measured on: {report.machine}", *(f"note: {note}" for note in report.notes)]
+    lines += [f"{one.point} failed: {one.why} (log: {one.log})" for one in report.points if one.status == "failed"]
+    figure = f", {study_dir / FIGURE}" if report.base is not None else ""
+    lines.append(f"written: {study_dir / REPORT_MD}{figure}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,272 @@
+"""What a study found: statistics over repeats, speed-up and efficiency, and the table."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .driver import PointState, standing
+from .points import DONE, FAILED, Outcomes, replace_whole
+from .results import LOCAL, Repeat, write_results
+from .study import Point, StudyConfig
+
+REPORT_JSON, REPORT_MD, FIGURE = "report.json", "report.md", "scaling.png"
+COLUMNS = (
+    "point", "mesh", "ranks", "nodes", "s per step", "quartiles", "min to max", "samples/s", "speed-up", "efficiency",
+    "communication", "data", "GiB per rank",
+)  # fmt: skip
+TEXT_COLUMNS = 2  # the first ones; the others are numbers
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one figure over the repeats."""
+
+    median: float
+    quartile_1: float
+    quartile_3: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Quartiles are interpolated linearly between repeats."""
+        least, low, median, high, most = np.quantile(np.asarray(values, dtype=np.float64), [0, 0.25, 0.5, 0.75, 1])
+        return cls(float(median), float(low), float(high), float(least), float(most))
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """A row of the table. What was not measured is None.
+
+    Attributes:
+        status: ``done``, ``failed`` or ``waiting`` (to be run or running).
+        seconds_per_step: over the repeats.
+        speed_up: how much more work per second than the base; of medians.
+        efficiency: speed-up over the ranks' ratio: 1 is ideal.
+        communication_share, data_share: of the time, medians.
+        peak_memory_gib: of the rank that needed most.
+        why: of a point that failed.
+        log: of the last attempt.
+    """
+
+    point: str
+    mesh: str
+    ranks: int
+    nodes: int
+    status: str
+    repeats: int = 0
+    seconds_per_step: Spread | None = None
+    samples_per_s: float | None = None
+    speed_up: float | None = None
+    efficiency: float | None = None
+    communication_share: float | None = None
+    data_share: float | None = None
+    peak_memory_gib: float | None = None
+    why: str = ""
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """All that is told of a study.
+
+    Attributes:
+        base: the point that speed-up and efficiency refer to; None: none is done.
+        machine: what it was measured on.
+        notes: what to know before believing the figures.
+    """
+
+    study: str
+    scaling: str
+    base: str | None
+    points: tuple[PointResult, ...]
+    machine: str
+    notes: tuple[str, ...]
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every point is."""
+        return all(point.status == DONE for point in self.points)
+
+    def to_json(self) -> str:
+        """For programs."""
+        return json.dumps(asdict(self), indent=2)
+
+    @property
+    def caption(self) -> str:
+        """How to read the table."""
+        if self.base is None:
+            return "no point is done yet"
+        ratio = "T(base) / T" if self.scaling == "strong" else "ranks / ranks(base) x T(base) / T"
+        return (
+            f"{self.scaling} scaling; base: {self.base}, of the fewest ranks that are done. T: median s per step; "
+            f"speed-up: {ratio}; efficiency: speed-up x ranks(base) / ranks; communication, data: shares of the time."
+        )
+
+
+def report_of(study: StudyConfig, points: Sequence[Point]) -> StudyReport:
+    """From what is on disk: repeats are derived from the runs' records, results.jsonl with them."""
+    repeats = write_results(study, points)
+    outcomes = Outcomes(study.study_dir)
+    states = [standing(point, outcomes) for point in points]
+    by_point = {point.name: [one for one in repeats if one.point == point.name] for point in points}
+    base = base_of(repeats)
+    results = tuple(_result(study, state, by_point[state.point.name], by_point.get(base or "")) for state in states)
+    return StudyReport(study.name, study.scaling, base, results, _machine(repeats), _notes(repeats))
+
+
+def base_of(repeats: Sequence[Repeat]) -> str | None:
+    """The point of the fewest ranks; of several, the fastest, which makes the strictest base."""
+    medians = {
+        (one.ranks, one.point): Spread.of([other.seconds_per_step for other in repeats if other.point == one.point])
+        for one in repeats
+    }
+    return min(medians, key=lambda key: (key[0], medians[key].median))[1] if medians else None
+
+
+def _result(
+    study: StudyConfig, state: PointState, repeats: Sequence[Repeat], base: Sequence[Repeat] | None
+) -> PointResult:
+    point = state.point
+    nodes = repeats[0].nodes if repeats else _nodes(state)
+    row: dict[str, Any] = {"point": point.name, "mesh": str(point.run.mesh), "ranks": point.ranks, "nodes": nodes}
+    if not repeats or not base:
+        status = FAILED if state.status == FAILED else "waiting"
+        log = str(state.files.log(state.attempt.number)) if state.attempt else ""
+        return PointResult(**row, status=status, why=state.why, log=log)
+    seconds = Spread.of([one.seconds_per_step for one in repeats])
+    base_s = Spread.of([one.seconds_per_step for one in base]).median
+    growth = point.ranks / base[0].ranks
+    efficiency = base_s / seconds.median / (growth if study.scaling == "strong" else 1)
+    return PointResult(
+        **row,
+        status=DONE,
+        repeats=len(repeats),
+        seconds_per_step=seconds,
+        samples_per_s=_median(repeats, "samples_per_s"),
+        speed_up=efficiency * growth,
+        efficiency=efficiency,
+        communication_share=_median(repeats, "communication_share"),
+        data_share=_median(repeats, "data_share"),
+        peak_memory_gib=max(one.peak_memory_gib for one in repeats),
+    )
+
+
+def _nodes(state: PointState) -> int:
+    return 1 if state.attempt and state.attempt.cluster == LOCAL else state.point.nodes
+
+
+def _median(repeats: Sequence[Repeat], name: str) -> float:
+    return Spread.of([getattr(one, name) for one in repeats]).median
+
+
+def _machine(repeats: Sequence[Repeat]) -> str:
+    """What the runs say of the machine; where they ran on this one, what it is."""
+    if not repeats:
+        return "nothing was measured"
+    hosts = sorted({host for one in repeats for host in one.hosts})
+    kinds = sorted({f"{one.cluster}" for one in repeats})
+    versions = repeats[0].versions
+    libraries = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "deepspeed", "faconv_hpc") if name in versions
+    )
+    text = f"{' and '.join(kinds)}, host {', '.join(hosts) or 'unknown'}"
+    if hosts == [platform.node()]:
+        text += f" ({_processor()}, {os.cpu_count()} cores)"
+    devices = sorted({str(one.versions["device"]) for one in repeats if "device" in one.versions})
+    return "; ".join(
+        [text, *devices, libraries, f"{min(one.date for one in repeats)} to {max(one.date for one in repeats)}"]
+    )
+
+
+def _processor() -> str:
+    """The processor's name, on Linux; else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _notes(repeats: Sequence[Repeat]) -> tuple[str, ...]:
+    """What makes figures of a study something else than they seem."""
+    notes = []
+    largest = max(repeats, key=lambda one: one.ranks, default=None)
+    if largest is None:
+        return ()
+    if any(one.cluster == LOCAL and one.ranks > 1 for one in repeats):
+        notes.append(
+            "The ranks were started on one machine and share its cores and memory: this shows what cutting and "
+            "communicating cost there. It is no scaling figure."
+        )
+    shared = [one for one in repeats if one.cluster != LOCAL and len(one.hosts) < one.nodes]
+    if any(len(one.hosts) > 1 or one.nodes > 1 for one in shared):
+        worst = max(shared, key=lambda one: one.nodes)
+        notes.append(
+            f"Point {worst.point} asked for {worst.nodes} nodes, its records name {len(worst.hosts)} host "
+            f"({', '.join(worst.hosts) or 'none'}). If several nodes are one machine, their ranks share its cores, "
+            f"and this is no scaling figure."
+        )
+    if largest.ranks > 1 and all(one.reduction_share == 0 for one in repeats):
+        notes.append(
+            "DeepSpeed's collectives were not measured (on a GPU they are not), so communication is exchanges."
+        )
+    if len({json.dumps(one.versions, sort_keys=True) for one in repeats}) > 1:
+        notes.append("The points ran with different versions of the software; see results.jsonl.")
+    return tuple(notes)
+
+
+def rows_of(report: StudyReport) -> list[list[str]]:
+    """The table's cells, one row per point, in the order of ``COLUMNS``."""
+    return [_cells(point) for point in report.points]
+
+
+def _cells(point: PointResult) -> list[str]:
+    cells = [point.point, point.mesh, str(point.ranks), str(point.nodes)]
+    seconds = point.seconds_per_step
+    if seconds is None:
+        return [*cells, point.status, *[""] * (len(COLUMNS) - len(cells) - 1)]
+    return [
+        *cells,
+        f"{seconds.median:.4g}",
+        f"{seconds.quartile_1:.4g} to {seconds.quartile_3:.4g}",
+        f"{seconds.least:.4g} to {seconds.most:.4g}",
+        f"{point.samples_per_s:.4g}",
+        f"{point.speed_up:.2f}",
+        f"{point.efficiency:.0%}",
+        f"{point.communication_share:.1%}",
+        f"{point.data_share:.1%}",
+        f"{point.peak_memory_gib:.2f}",
+    ]
+
+
+def write_report(report: StudyReport, study_dir: Path) -> None:
+    """report.json, report.md, and the figure if any point is done."""
+    from .figure import draw_scaling  # here, so that a study that is going on does not load matplotlib
+
+    replace_whole(study_dir / REPORT_JSON, report.to_json() + "\n")
+    drawn = draw_scaling(report, study_dir / FIGURE) if report.base is not None else None
+    replace_whole(study_dir / REPORT_MD, markdown(report, drawn.name if drawn else None))
+
+
+def markdown(report: StudyReport, figure: str | None) -> str:
+    """The report as a page."""
+    rule = ["---" if place < TEXT_COLUMNS else "---:" for place in range(len(COLUMNS))]
+    table = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, rule, *rows_of(report))]
+    failed = [f"- {one.point} failed: {one.why} (log: {one.log})" for one in report.points if one.status == FAILED]
+    parts = [
+        f"# Study {report.study}: {report.scaling} scaling",
+        "\n".join(table),
+        report.caption,
+        f"Measured on: {report.machine}.",
+        *report.notes,
+        "\n".join(failed),
+        f"![{report.scaling} scaling]({figure})" if figure else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
