@@ -80,7 +80,7 @@ class MpiComm:
 def mpi_comm() -> Comm:
     """The ranks of the MPI job, or a job of one where mpi4py or an MPI library is missing.
 
-    mpi4py is imported here and nowhere else: the import starts MPI.
+    mpi4py is imported here and not before: the import starts MPI.
 
     Raises:
         InputError: several ranks were started, but MPI does not know of each other's: all would do the whole work.
@@ -100,6 +100,22 @@ def mpi_comm() -> Comm:
             f"your MPI was built for), otherwise mpiexec of the MPI that mpi4py uses."
         )
     return comm
+
+
+def mpi_library() -> str | None:
+    """Name and version of the MPI library that mpi4py loads, such as ``MPICH Version: 4.2.1``; None if there is none.
+
+    Loads it without starting MPI. A library that does not suit its process ends it: ask in a process of its own.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return None
+    described = str(MPI.Get_library_version()).splitlines()[0]  # what follows is how it was built
+    return " ".join(described.partition(",")[0].split())
 
 
 class TogetherOrNotAtAll:
