@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .cli_checkpoint import checkpoint_app
 from .cli_data import data_app
+from .cli_doctor import doctor_command
 from .cli_study import study_command
 from .cli_submit import submit_command
 from .config import MeshConfig, RunConfig, load_config
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
+app.command("doctor")(doctor_command)
 app.command("study")(study_command)
 app.command("submit")(submit_command)
 
