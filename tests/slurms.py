@@ -21,7 +21,7 @@ import importlib.util, sys, time
 
 class Slow:
     def find_spec(self, name, path, target=None):
-        if name != "faconv_hpc.training.trainer":
+        if name != "{module}":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -29,13 +29,15 @@ class Slow:
 
         def exec_module(module):
             run(module)
-            step = module.Trainer._step
+            *outer, last = "{name}".split(".")
+            owner = getattr(module, outer[0]) if outer else module
+            function = getattr(owner, last)
 
-            def slow(self, number):
+            def slow(*arguments):
                 time.sleep({seconds})
-                return step(self, number)
+                return function(*arguments)
 
-            module.Trainer._step = slow
+            setattr(owner, last, slow)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -50,11 +52,16 @@ def job_environment(**variables):
     return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path} | variables
 
 
-def slow_steps(directory, seconds):
-    """A variable that makes every optimizer step wait first: a run that takes long without keeping a core busy."""
+def slowed(directory, module, name, seconds):
+    """Variables with which a function of ours waits first: what takes long, without keeping a core busy."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "sitecustomize.py").write_text(SLOW.format(seconds=seconds))
+    (directory / "sitecustomize.py").write_text(SLOW.format(module=f"faconv_hpc.{module}", name=name, seconds=seconds))
     return {"PYTHONPATH": str(directory)}
+
+
+def slow_steps(directory, seconds):
+    """The same for every optimizer step."""
+    return slowed(directory, "training.trainer", "Trainer._step", seconds)
 
 
 def sbatch(directory, *arguments, options=(), preflight="no", **variables):

@@ -59,7 +59,8 @@ class FakeCluster:
         self.submitted, self.left, self.most = [], {}, 0
 
     def submit(self, config, run, log):
-        assert config.exists() and json.loads((config.parent / "job.json").read_text())["job"] is None
+        assert config.exists() and not run.run_dir.exists(), "a point begins from nothing"
+        assert json.loads((config.parent / "job.json").read_text())["job"] is None
         name = config.parent.name
         self.submitted.append(name)
         self.acts.get(name, finish)(run, log)

@@ -275,12 +275,19 @@ def test_weak_efficiency_from_a_base_of_several_ranks_the_fastest_of_them(tmp_pa
 
 
 def test_report_names_the_base_the_machine_and_what_is_no_scaling_figure(tmp_path):
-    seconds = {"1x1": 6 * [8], "1x2": 6 * [5], "2x2": 6 * [4]}
+    seconds = {"1x1": [9, 7, 8, 8, 8, 9], "1x2": [9, 5, 5, 5, 5, 5], "2x2": [9, 3, 4, 4, 4.1, 6]}
     study, points = measured_study(tmp_path, seconds)
     report = report_of(study, points)
     write_report(report, study.study_dir)
     page = (study.study_dir / "report.md").read_text()
-    for expected in ("base: 1x1", "host node-a", "| 2x2 | 2x2 | 4 | 4 | 4 |", "50%", "15.0%", "(scaling.png)"):
+    for expected in (
+        "base: 1x1",
+        "host node-a",
+        "| 2x2 | 2x2 | 4 | 4 | 4 | 4 to 4.1 | 3 to 6 |",
+        "50%",
+        "15.0%",
+        "(scaling.png)",
+    ):
         assert expected in page, page
     assert "Point 2x2 asked for 4 nodes, its records name 1 host (node-a)" in page  # four nodes, one machine
     assert json.loads((study.study_dir / "report.json").read_text())["points"][1]["speed_up"] == 1.6

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from ..errors import EXIT_FAILED, EXIT_INPUT, InputError
-from ..spatial.environment import RankEnvironment
+from ..spatial.environment import RankEnvironment, choose_steady_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -86,6 +86,7 @@ def mpi_comm() -> Comm:
         InputError: several ranks were started, but MPI does not know of each other's: all would do the whole work.
     """
     comm: Comm
+    choose_steady_mpi()
     try:
         from mpi4py import MPI
 

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 
 from ..errors import InputError
 
@@ -74,6 +75,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+def choose_steady_mpi() -> None:
+    """Before mpi4py's MPI is imported: lets PyPI's MPICH talk over OFI under srun, unless the user chose otherwise.
+
+    Over UCX, its default, 8 of 15 jobs of 4 ranks on 2 nodes failed as they started (mpich 5.0.2, Slurm 22.05, pmi2:
+    addresses reach the other ranks damaged); over OFI none of 15. Preparing sends a few numbers, so it costs nothing.
+    """
+    if RankEnvironment.launcher_name() == "srun" and _has_pypi_mpich():
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+
+
+def _has_pypi_mpich() -> bool:
+    try:
+        return bool(metadata.version("mpich"))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _cuda_is_available() -> bool:

@@ -1,5 +1,6 @@
 """ProcessMesh: the arrangement of ranks, replica x lat x lon, and the groups they talk in."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -230,6 +231,7 @@ def report_before_joining(error: BaseException) -> NoReturn:
 
     The ranks meet only to agree on who speaks; those that found no error learn of it and end too.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by a launcher that sees another rank leave; it would hide why
     environment = RankEnvironment.read()
     _watch(meet(environment, TIMEOUT_S), environment, TIMEOUT_S).end(error)
 
