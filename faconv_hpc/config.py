@@ -119,7 +119,7 @@ class ModelConfig(Section):
     attention_heads: Count = 4
     attention_channels: Count | None = None
     attention_exchange: Literal["auto", "gather", "swap"] = "auto"
-    embedding_channels: Count = 32
+    embedding_channels: Annotated[int, Field(ge=8, multiple_of=8, description="4 heads, an even number in each")] = 32
     embedding_weight: float = Field(0.1, ge=0)
     coarse_shape: tuple[Count, Count] = (6, 12)
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")

@@ -223,6 +223,7 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "checkpoints").mkdir(exist_ok=True)  # now, and not when the first one is due
+        (run_dir / STEPS_FILE).open("a").close()
         file = lock.open("a+")
     except OSError as error:
         raise InputError(
