@@ -9,15 +9,17 @@ from contextlib import ExitStack
 import pytest
 from torch.distributed import TCPStore
 
-from faconv_hpc.errors import RunError
+from faconv_hpc.errors import InputError, RunError
 from faconv_hpc.spatial.environment import RankEnvironment
 from faconv_hpc.spatial.meeting import _opened, candidate_ports, meet
+from faconv_hpc.training.records import claimed
 
 SLURM = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 JOB = f"c.{os.getpid()}.0.0"
 MEET = """
 from faconv_hpc.spatial.environment import RankEnvironment
 from faconv_hpc.spatial.meeting import meet
+from faconv_hpc.training.records import claimed
 environment = RankEnvironment.read()
 for turn in "first", "second":
     store = meet(environment, 30.0)
@@ -88,3 +90,19 @@ def test_no_free_port_is_said():
             stack.enter_context(listening(port))
         with pytest.raises(RunError, match=r"none of the 16 ports .* is free .* Set MASTER_ADDR and MASTER_PORT"):
             meet(RankEnvironment(world_size=2, job="crowded"), 1.0)
+
+
+def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path, monkeypatch, capfd):
+    """A node that is lost may keep its lock on a network file system."""
+    for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with claimed(tmp_path, here=True):
+        with pytest.raises(InputError, match=r"in use by process \d+ on .*, Slurm job c\.\d+, start 1: two jobs"):
+            claimed(tmp_path, here=True).__enter__()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with claimed(tmp_path, here=True):
+            assert "held by an earlier start of this job" in capfd.readouterr().err
+            assert (tmp_path / ".lock").read_text().endswith(f"Slurm job c.{os.getpid()}, start 2\n")
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        with pytest.raises(InputError, match="two jobs would mix"):
+            claimed(tmp_path, here=True).__enter__()

@@ -47,6 +47,14 @@ class RankEnvironment:
         return "plain"
 
     @staticmethod
+    def slurm_start() -> tuple[str, int] | None:
+        """(cluster and number of the Slurm job this is a rank of, which start of it from 1); None outside."""
+        if RankEnvironment.launcher_name() != "srun":
+            return None
+        job = ".".join(os.environ.get(name, "0") for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID"))
+        return job, 1 + _integer("SLURM_RESTART_COUNT", "0")
+
+    @staticmethod
     def world_size_hint() -> int:
         """The number of ranks as far as the environment tells, without joining anything."""
         if RankEnvironment.launcher_name() == "plain":

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .._version import __version__
 from ..config import RunConfig
 from ..errors import InputError
+from ..spatial.environment import RankEnvironment
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -232,17 +234,33 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
     with file:
         _lock(file, run_dir, lock)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n")
         file.flush()
         yield
+
+
+def _slurm_job() -> str:
+    start = RankEnvironment.slurm_start()
+    return f", Slurm job {start[0]}, start {start[1]}" if start else ""
+
+
+def _is_earlier_start(holder: str) -> bool:
+    """Whether a lock is held by a start of this very job, which Slurm has ended; NFS may keep that of a lost node."""
+    start = RankEnvironment.slurm_start()
+    found = re.search(r", Slurm job (\S+), start (\d+)$", holder)
+    return start is not None and found is not None and found[1] == start[0] and int(found[2]) < start[1]
 
 
 def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        holder = lock.read_text().strip()
+        if _is_earlier_start(holder):
+            print(f"{lock} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
+            return
         raise InputError(
-            f"run_dir {run_dir} is in use by {lock.read_text().strip() or 'another job'}: two jobs would mix "
+            f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
             f"their records. Wait for it to end, or give another run_dir."
         ) from None
     except OSError as error:  # some parallel file systems are mounted without locks
