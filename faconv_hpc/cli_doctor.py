@@ -44,7 +44,7 @@ def doctor_command(
     Looks at versions, the backend, GPUs, compiler, MPI, Slurm, and the directory of the run; with a config, also at
     its store and mesh. In a job of several ranks it looks at every node, compares the ranks, their clocks and their
     messages, and prints one report. Exit code 0 all is well, 1 something works worse than it could, 2 something that
-    a run needs does not work.
+    a run needs does not work; 75 as elsewhere: a rank was lost.
 
     Example: `srun faconv doctor configs/quickstart_era5.yaml && srun faconv train configs/quickstart_era5.yaml`
     """

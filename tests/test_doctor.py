@@ -396,11 +396,21 @@ def test_ranks_are_compared(tmp_path):
     found = named(first.findings)
     only([found["torch"]], FAILURE, r"^2\.14\.0 on n1 \(rank 1\); 2\.13\S* on the 2 others$", "install the same")
     only([found["numpy"]], WARNING, r"^9\.9 on n1")
+    assert "host" not in found  # which differs by right
     only([found["free space"]], WARNING, r"1 GiB on n1, the least of 3", "Make room")
     only([found["shared directory"]], FAILURE, rf"writes to {tmp_path} is not seen by n1 \(rank 1\)", "nodes share")
     only([found["ranks"]], OK, r"3 on n0 \(rank 0\), n1 \(rank 1\), n2 \(rank 2\)")
     assert [name for name, finding in found.items() if finding.group == NETWORK] == ["all-reduce 64 KiB"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_closest_bounds_of_all_rounds_are_kept():
+    class Played:
+        def gathered(self, values):
+            """Two rounds, entered and left: rank 1 is 10 s ahead; it is held up on its way in, then on its way out."""
+            return [values] if len(values) == 1 else [[0.0, 5.0, 0.4, 5.1], [10.3, 14.9, 10.5, 15.9]]
+
+    assert bandwidth.clock_bounds_s(Played(), rounds=2)[1] == pytest.approx((9.9, 10.5))
 
 
 def test_clocks_that_are_apart():
@@ -558,6 +568,21 @@ def test_ranks_that_cannot_join_are_told_and_end(tmp_path):
     assert codes == [2, 2] and printed[1] == "", told
     (joining,) = [finding for finding in json.loads(printed[0])["findings"] if finding["name"] == "joining"]
     assert joining["verdict"] == "failure" and "no GPU for n1 (rank 0)" in joining["value"]
+
+
+def test_a_fault_of_ours_on_one_rank_ends_all(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from faconv_hpc.launch import checks\n"
+        "    def versions(): raise TypeError('played fault')\n"
+        "    checks.versions = versions\n"
+    )
+    codes, printed, told = processes_of_a_job(tmp_path, [[], []], PYTHONPATH=str(site))
+    assert codes == [1, 1] and printed == ["", ""]
+    assert told.count("Traceback") == 1 and "faconv: failed (rank 1): TypeError: played fault" in told
 
 
 def test_a_torch_that_cannot_be_imported(tmp_path, healthy):

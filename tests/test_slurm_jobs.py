@@ -56,9 +56,9 @@ def assert_as_undisturbed(directory, store, run_dir, steps):
     process = faconv("train", config, "--ranks", 4, environment={"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
     assert losses_of(run_dir) == losses_of(directory / "run")
-    newest = checkpoints_in(directory / "run")[0]
-    assert newest.step == steps == checkpoints_in(run_dir)[0].step
-    assert_same_state(checkpoints_in(run_dir)[0], newest)
+    newest, expected = (checkpoints_in(one)[-1] for one in (run_dir, directory / "run"))
+    assert newest.step == expected.step == steps
+    assert_same_state(newest, expected)
 
 
 def test_the_script_trains_on_four_nodes_as_torchrun_does(tmp_path, slurm, store):
@@ -116,10 +116,10 @@ def test_requeue_a_killed_rank_and_a_lost_node_lose_nothing(tmp_path, slurm, sto
         fault()
         reached = step_of(run_dir)
         wait_for("the ranks end", lambda ranks=ranks: not any(map(_lives, ranks)), MINUTES_S, log)
-        if nodes:
-            _start_node(nodes[0], slurm)
         wait_for("it is requeued", lambda number=number: job_state(job).restarts == number + 1, MINUTES_S, log)
         assert saved_step(run_dir) >= reached - INTERVAL
+    assert "DOWN" in subprocess.run(["scontrol", "show", "node", nodes[0]], capture_output=True, text=True).stdout
+    _start_node(nodes[0], slurm)
     steps = step_of(run_dir) + 2 * INTERVAL
     shorten(config, steps)
     wait_for("progress", lambda: step_of(run_dir) >= steps, 3 * MINUTES_S, log)

@@ -233,7 +233,8 @@ def report_before_joining(error: BaseException) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by a launcher that sees another rank leave; it would hide why
     environment = RankEnvironment.read()
-    _watch(meet(environment, TIMEOUT_S), environment, TIMEOUT_S).end(error)
+    store = meet(environment, TIMEOUT_S)  # kept to the end: with rank 0's it is closed for all
+    _watch(store, environment, TIMEOUT_S).end(error)
 
 
 def _join(environment: RankEnvironment, store: Store, device: torch.device, timeout_s: float) -> None:
