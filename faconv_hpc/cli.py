@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,7 @@ from .cli_doctor import doctor_command
 from .cli_study import study_command
 from .cli_submit import submit_command
 from .config import MeshConfig, RunConfig, load_config
-from .errors import EXIT_FAILED, EXIT_INPUT, EXIT_OK, InputError, RunError, exit_code_of
+from .errors import EXIT_FAILED, EXIT_OK, InputError, LostRankError, RunError, exit_code_of
 
 if TYPE_CHECKING:
     from .evaluation.skill import Evaluation
@@ -78,10 +79,11 @@ def train(
     from .training.signals import StopRequest, grace_s
 
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
+        counted = _counted_on_slurm(run)
         from .training.trainer import train as train_run
 
         def job(mesh: "ProcessMesh") -> int:
-            return train_run(run, mesh, strict=strict, stop=stop)
+            return train_run(run, mesh, strict=strict, stop=stop, counted=counted)
 
         raise typer.Exit(_in_job(run.mesh, run.training.timeout_s, job))
 
@@ -168,22 +170,39 @@ def main() -> None:
     hold_signals()
     try:
         app()
-    except RunError as error:
+    except LostRankError as error:  # the ranks have not met, and cannot agree
         print(f"faconv: failed: {error}", file=sys.stderr)
         sys.exit(exit_code_of(error))
-    except InputError as error:
-        if _job_ranks() > 1:  # found before joining: the ranks agree on who says it
-            from .spatial.mesh import report_before_joining
+    except (InputError, RunError) as error:
+        _say_before_joining(error)
+        print(f"faconv: {'error' if isinstance(error, InputError) else 'failed'}: {error}", file=sys.stderr)
+        sys.exit(exit_code_of(error))
 
+
+def _say_before_joining(error: Exception) -> None:
+    """One rank of several says it for all and ends them; returns where there are no others, or they do not come."""
+    if _job_ranks() > 1:
+        from .spatial.mesh import report_before_joining
+
+        with suppress(LostRankError):
             report_before_joining(error)
-        print(f"faconv: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_INPUT)
 
 
 def _inside_a_job() -> bool:
     from .launch.local import inside_a_job
 
     return inside_a_job()
+
+
+def _counted_on_slurm(run: RunConfig) -> bool:
+    """Counts this start on the first rank of a Slurm job, which is requeued even if its ranks never meet."""
+    from .spatial.environment import RankEnvironment
+    from .training.starts import count_start
+
+    if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != _job_ranks():
+        return False
+    count_start(run.run_dir, run.training.give_up_after)
+    return True
 
 
 def _starts_ranks(ranks: int | None) -> bool:

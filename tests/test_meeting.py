@@ -10,16 +10,22 @@ import pytest
 from torch.distributed import TCPStore
 
 from faconv_hpc.errors import InputError, RunError
-from faconv_hpc.spatial.environment import RankEnvironment
+from faconv_hpc.launch import slurm
+from faconv_hpc.spatial import environment
+from faconv_hpc.spatial.environment import RankEnvironment, first_node
 from faconv_hpc.spatial.meeting import _opened, candidate_ports, meet
+from faconv_hpc.training import records
 from faconv_hpc.training.records import claimed
+from runs import make_store, write_config
 
 SLURM = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 JOB = f"c.{os.getpid()}.0.0"
 MEET = """
 from faconv_hpc.spatial.environment import RankEnvironment
 from faconv_hpc.spatial.meeting import meet
+from faconv_hpc.training import records
 from faconv_hpc.training.records import claimed
+from runs import make_store, write_config
 environment = RankEnvironment.read()
 for turn in "first", "second":
     store = meet(environment, 30.0)
@@ -45,12 +51,12 @@ def test_ranks_meet_although_others_hold_their_first_ports():
         stack.enter_context(listening(ports[0]))
         older = TCPStore("127.0.0.1", ports[1], is_master=True, wait_for_workers=False)
         stack.enter_context(_opened("another job", ports[2]))
-        environment = os.environ | SLURM | {"SLURM_STEP_NODELIST": "localhost"}
+        variables = os.environ | SLURM | {"SLURM_STEP_NODELIST": "localhost"}
         ranks = [
             stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-c", MEET],
-                    env=environment | {"SLURM_PROCID": str(rank), "MASTER_ADDR": "127.0.0.1"},
+                    env=variables | {"SLURM_PROCID": str(rank), "MASTER_ADDR": "127.0.0.1"},
                     stdout=subprocess.PIPE,
                     text=True,
                 )
@@ -58,7 +64,7 @@ def test_ranks_meet_although_others_hold_their_first_ports():
             for rank in (1, 0)
         ]
         answers = [rank.communicate(timeout=120)[0] for rank in ranks]
-        assert older.port == ports[1]
+        del older
     assert answers == ["first 1 first\nsecond 1 second\n", "first 0 first\nsecond 0 second\n"]
 
 
@@ -92,17 +98,95 @@ def test_no_free_port_is_said():
             meet(RankEnvironment(world_size=2, job="crowded"), 1.0)
 
 
-def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path, monkeypatch, capfd):
-    """A node that is lost may keep its lock on a network file system."""
-    for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
+@pytest.fixture
+def first_rank(monkeypatch):
+    """Rank 0 of a Slurm job that has met the others."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # so that they are taken away again
+        monkeypatch.delenv(name)
+    for name, value in (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).items():
         monkeypatch.setenv(name, value)
+    meet(RankEnvironment.read(), 5.0)
+    return monkeypatch
+
+
+def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path, first_rank, capfd):
+    """A node that is lost may keep its lock on a network file system."""
+    first_rank.setattr(records, "EARLIER_START_S", 2)
+    first_rank.setattr(records._lock, "__defaults__", (2,))
     with claimed(tmp_path, here=True):
         with pytest.raises(InputError, match=r"in use by process \d+ on .*, Slurm job c\.\d+, start 1: two jobs"):
             claimed(tmp_path, here=True).__enter__()
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        first_rank.setenv("SLURM_RESTART_COUNT", "1")
         with claimed(tmp_path, here=True):
             assert "held by an earlier start of this job" in capfd.readouterr().err
             assert (tmp_path / ".lock").read_text().endswith(f"Slurm job c.{os.getpid()}, start 2\n")
-        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        first_rank.setenv("SLURM_JOB_ID", "1")
         with pytest.raises(InputError, match="two jobs would mix"):
             claimed(tmp_path, here=True).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("n[1-4]-ib", "n1-ib"),
+        ("a1,a2", "a1"),
+        ("login,n[1-2]", "login"),
+    ],
+)
+def test_the_first_node_of_a_list_without_slurms_client(monkeypatch, nodes, first):
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    assert first_node(nodes) == first
+
+
+def test_a_controller_that_does_not_answer_ends_no_rank(monkeypatch):
+    def never(command, **options):
+        raise subprocess.TimeoutExpired(command, 30)
+
+    monkeypatch.setattr(environment.shutil, "which", lambda name: name)
+    monkeypatch.setattr(environment.subprocess, "run", never)
+    assert first_node("n[1-4]") == "n1"
+
+
+def test_the_log_is_followed_while_the_controller_restarts(tmp_path, monkeypatch, capsys):
+    answers = [subprocess.SubprocessError("down"), ("PENDING", 0), ("RUNNING", 0), subprocess.SubprocessError("down")]
+    answers.append(("FAILED", 2))
+
+    def state(job):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return slurm.JobState(answer[0], "None", 1, answer[1])
+
+    monkeypatch.setattr(slurm, "job_state", state)
+    monkeypatch.setattr(slurm, "POLL_S", 0.01)
+    (tmp_path / "log").write_text("step 1\n")
+    assert slurm.follow("7", tmp_path / "log") == 2
+    shown = capsys.readouterr()
+    assert shown.out == "step 1\n" and "job 7: failed, requeued 1 time(s), exit code 2" in shown.err
+    monkeypatch.setattr(slurm, "job_state", lambda job: None)
+    assert slurm.follow("7", tmp_path / "log") == 1
+    assert "Slurm no longer knows it" in capsys.readouterr().err
+
+
+def test_starts_whose_ranks_never_meet_are_counted_and_end(tmp_path):
+    """A job that is requeued whenever a rank is lost must not be for ever."""
+    training = {"timeout_s": 10, "give_up_after": 2}
+    config = write_config(tmp_path, make_store(tmp_path / "waves"), mesh={"lon": 2}, training=training)
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
+    variables = os.environ | SLURM | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "starts.json").write_text('{"starts": 1}')
+    alone = subprocess.run(
+        command, env=variables | {"SLURM_PROCID": "0"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert alone.returncode == 75 and "1 of 2 ranks have arrived" in alone.stderr, alone.stderr
+    ranks = [
+        subprocess.Popen(command, env=variables | {"SLURM_PROCID": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "10"
+    ]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [93, 93], told
+    assert sum(text.count("2 starts in a row of the run") for text in told) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faconv_hpc.launch.slurm import job_state
-from faconv_hpc.launch.submit import REQUEUE
+from faconv_hpc.launch.submit import PREFLIGHT, REQUEUE, START
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import checkpoints_in
 from runs import make_store, write_config
@@ -197,7 +197,7 @@ def test_the_dry_run_is_what_sbatch_gets(tmp_path, slurm, store):
 
 def test_both_scripts_requeue_by_the_same_rule():
     text = (ROOT / "slurm" / "train_global.sh").read_text()
-    for line in (one for one in REQUEUE if not one.startswith("#")):
+    for line in (*(one for one in REQUEUE if not one.startswith("#")), PREFLIGHT, START):
         assert line in text
 
 

@@ -94,7 +94,7 @@ def mpi_comm() -> Comm:
     except (ImportError, RuntimeError):  # RuntimeError: mpi4py is there, the MPI library is not
         comm = SerialComm()
     started = RankEnvironment.world_size_hint()
-    if comm.size != started > 1:
+    if comm.size == 1 < started:
         raise InputError(
             f"{started} ranks were started by {RankEnvironment.launcher_name()}, but MPI knows of {comm.size}: each "
             f"would do the whole work. Under Slurm use srun --mpi=pmi2 (or the kind that `srun --mpi=list` names and "

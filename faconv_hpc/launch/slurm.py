@@ -95,11 +95,14 @@ def follow(job: str, log: Path) -> int:
     while True:
         try:
             state = job_state(job)
-        except (subprocess.SubprocessError, OSError):
-            state = last
+        except (subprocess.SubprocessError, OSError):  # the controller is busy, or restarts
+            time.sleep(POLL_S)
+            continue
         shown = _print_from(log, shown)
         if state is None:
-            return last.exit_code if last is not None else EXIT_FAILED
+            where = f"it was last {last.name.lower()}" if last else "it was never seen"
+            print(f"job {job}: Slurm no longer knows it, {where}; see its log, {log}", file=sys.stderr)
+            return EXIT_FAILED
         if (told := _told(state)) != said:
             said = told
             print(f"job {job}: {told}", file=sys.stderr, flush=True)

@@ -24,11 +24,16 @@ REQUEUE = (
     "# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config",
     "# or the data), 1 (failed) or 93 (starting again leads nowhere).",
     'if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then',
-    '    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # meanwhile Slurm ends this script',
+    '    for again in 1 2 3 4 5 6; do scontrol requeue "$SLURM_JOB_ID" && break; sleep 10; done',
+    "    sleep 60  # meanwhile Slurm ends this script",
     "fi",
     'exit "$code"',
 )
-PREFLIGHT = "if [ $? -eq 2 ]; then exit 2; fi"
+START = (
+    'echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), '
+    'on $SLURM_JOB_NODELIST"'
+)
+PREFLIGHT = 'if [ $? -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then exit 2; fi'
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,10 @@ def submit(config: RunConfig, *, preflight: bool = True, log: Path | None = None
     executor = _executor(config, preflight, log)
     try:
         job = executor.start()
-    except submitit.core.utils.FailedJobError as error:
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        (*_, said) = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"sbatch refused the job: {str(error).strip().splitlines()[-1]}. Change section slurm of the config "
+            f"sbatch refused the job: {said}. Change section slurm of the config "
             f"(`--set slurm.partition=NAME`, account, time_min, gpus_per_node ...); --dry-run shows the script."
         ) from None
     folder = _folder(config)
@@ -127,7 +133,7 @@ def _executor(config: RunConfig, preflight: bool, log: Path | None) -> TrainingE
         "wckey": None,
         "stderr_to_stdout": True,
         "srun_args": [f"--output={output}", "--open-mode=append", *_srun(config)],
-        "setup": [*slurm.setup, *(_preflight(config, copy) if preflight else ())],
+        "setup": ["export SLURM_EXPORT_ENV=ALL", *slurm.setup, START, *(_preflight(config, copy) if preflight else ())],
         "teardown": ["code=$?", *REQUEUE],  # its first line stands directly behind srun
         "additional_parameters": {"output": output, "requeue": True, "chdir": str(Path.cwd()), **slurm.sbatch},
     }
@@ -140,7 +146,7 @@ def _srun(config: RunConfig) -> tuple[str, ...]:
 
 
 def _preflight(config: RunConfig, copy: Path) -> tuple[str, ...]:
-    """What cannot work is found before the ranks start, and is no reason to requeue."""
+    """What cannot work is found before the ranks train, and ends the job; at a later start it is only told."""
     return shlex.join(["srun", *_srun(config)]) + " " + _faconv("doctor", copy, "--quick"), PREFLIGHT
 
 

@@ -49,18 +49,26 @@ class RankEnvironment:
     @staticmethod
     def slurm_start() -> tuple[str, int] | None:
         """(cluster and number of the Slurm job this is a rank of, which start of it from 1); None outside."""
-        if RankEnvironment.launcher_name() != "srun":
+        if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
             return None
         job = ".".join(os.environ.get(name, "0") for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID"))
         return job, 1 + _integer("SLURM_RESTART_COUNT", "0")
 
     @staticmethod
+    def is_first_of_slurm() -> bool:
+        """Whether this is rank 0 of a Slurm job, as far as the environment tells."""
+        return RankEnvironment.launcher_name() == "srun" and _integer("SLURM_PROCID") == 0
+
+    @staticmethod
     def world_size_hint() -> int:
         """The number of ranks as far as the environment tells, without joining anything."""
-        if RankEnvironment.launcher_name() == "plain":
-            return 1
-        names = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
-        return _first_integer(*names, default=1)
+        names = {
+            "torchrun": ("WORLD_SIZE",),
+            "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+            "mpiexec": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"),
+            "plain": (),
+        }
+        return _first_integer(*names[RankEnvironment.launcher_name()], default=1)
 
     def export(self) -> None:
         """Writes the values where torch and DeepSpeed look for them."""
@@ -150,7 +158,7 @@ def _from_slurm() -> RankEnvironment:
         rank=_integer("SLURM_PROCID"),
         world_size=_integer("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")),
         local_rank=_integer("SLURM_LOCALID", "0"),
-        address=os.environ.get("MASTER_ADDR", first_node(nodes)),
+        address=os.environ.get("MASTER_ADDR") or first_node(nodes),
         port=_integer("MASTER_PORT", "0"),
         job="" if "MASTER_PORT" in os.environ else job,
     )
@@ -159,15 +167,26 @@ def _from_slurm() -> RankEnvironment:
 def first_node(nodes: str) -> str:
     """The address of the first node of a Slurm node list such as ``gpu[03-05,9],login1``.
 
-    Slurm's own ``NodeAddr`` is asked for where the client is there: it may differ from the name.
+    Slurm's own client is asked where it answers: lists may be folded further, and an address may not be the name.
     """
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    name = "".join(part or "" for part in match.groups()) if match else nodes
-    if shutil.which("scontrol") is None:
-        return name
-    shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False, timeout=30)
-    address = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    name = _scontrol("hostnames", nodes).partition("\n")[0].strip()
+    if not name:
+        (head, first, tail), *_ = re.findall(r"^([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
+        name = f"{head}{first}{tail}"
+    address = re.search(r"NodeAddr=(\S+)", _scontrol("node", name))
     return address.group(1) if address else name
+
+
+def _scontrol(what: str, name: str) -> str:
+    """What ``scontrol show`` says; nothing where it does not answer."""
+    if shutil.which("scontrol") is None:
+        return ""
+    try:
+        return subprocess.run(
+            ["scontrol", "show", what, name], capture_output=True, text=True, check=False, timeout=30
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _from_mpi() -> RankEnvironment:

@@ -1,5 +1,6 @@
 """Where the ranks of a job meet: at a port that was agreed on, or at one of several that rank 0 finds free."""
 
+import random
 import socket
 import socketserver
 import threading
@@ -20,7 +21,7 @@ from .environment import RankEnvironment
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out ports (32768)
 CANDIDATES = 16  # another job, or one that is only just ending, holds some of them now and then
 ANSWER_S = 3.0  # within which a door answers; a port may be held by a program that never says a word
-AGAIN_S = 0.05
+AGAIN_S, LONGEST_S = 0.05, 2.0  # between two rounds of knocking: longer each time, while rank 0 is starting
 ARRIVED = "arrived"
 
 
@@ -58,12 +59,19 @@ def candidate_ports(job: str) -> tuple[int, ...]:
 class _Door(socketserver.ThreadingTCPServer):
     """Tells those who ask for this job where its store is."""
 
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024  # all ranks may knock at once
 
     def __init__(self, port: int, job: str, store_port: int) -> None:
         super().__init__(("", port), _Doorkeeper)
         self.question, self.answer = f"{job}\n".encode(), f"{job} {store_port}\n".encode()
+
+    def server_bind(self) -> None:
+        """Both kinds of addresses: a node's name may have either."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
 
 class _Doorkeeper(socketserver.StreamRequestHandler):
@@ -124,12 +132,13 @@ def _door_at(port: int, job: str, store_port: int) -> _Door | None:
 def _found(environment: RankEnvironment, timeout_s: float) -> int:
     """The others: the store's port, from the door that answers for this job; those of other jobs are passed over."""
     ports = candidate_ports(environment.job)
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, AGAIN_S
     while time.monotonic() < deadline:
         for port in ports:
             if (store_port := _asked(environment, port)) is not None:
                 return store_port
-        time.sleep(AGAIN_S)
+        time.sleep(pause_s * random.uniform(0.5, 1.0))  # not all at once
+        pause_s = min(2 * pause_s, LONGEST_S)
     raise LostRankError(
         f"rank {environment.rank} has not found rank 0 of job {environment.job} in {timeout_s:g} s at "
         f"{environment.address}, ports {', '.join(map(str, ports))}. See what rank 0 printed; if it runs, the nodes "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError, RunError
 from .engine import Engine
+from .files import flush_entries, write_durably
 from .identity import check_same_network, check_same_run, identity
 from .records import versions
 from .setup import Workspace
@@ -31,13 +32,11 @@ from .shards import (
     UnreadableCheckpointError,
     checkpoints_in,
     commit,
-    flush_entries,
     partial_directory,
     random_states,
     remove,
     remove_unfinished,
     restore_random_states,
-    write_durably,
     write_shard,
 )
 from .starts import made_progress

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
 LOCK_FILE = ".lock"
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "h5netcdf", "xarray", "mpi4py")
+EARLIER_START_S = 60  # for the last start of a job that was requeued to end, and its lock with it
 LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a log file
 
 
@@ -245,17 +247,21 @@ def _slurm_job() -> str:
 
 
 def _is_earlier_start(holder: str) -> bool:
-    """Whether a lock is held by a start of this very job, which Slurm has ended; NFS may keep that of a lost node."""
+    """Whether a lock is held by an earlier start of this very job; NFS may keep that of a lost node."""
     start = RankEnvironment.slurm_start()
     found = re.search(r", Slurm job (\S+), start (\d+)$", holder)
     return start is not None and found is not None and found[1] == start[0] and int(found[2]) < start[1]
 
 
-def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
+def _lock(file: TextIO, run_dir: Path, lock: Path, wait_s: float = EARLIER_START_S) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = lock.read_text().strip()
+        if _is_earlier_start(holder) and wait_s > 0:
+            time.sleep(1.0)
+            _lock(file, run_dir, lock, wait_s - 1.0)
+            return
         if _is_earlier_start(holder):
             print(f"{lock} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
             return

@@ -9,9 +9,7 @@ A checkpoint is a directory ``step-00000040`` that holds::
 It is made under another name, flushed to disk, and renamed, so it is there whole or not at all.
 """
 
-import errno
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -27,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import InputError, RunError
+from .files import flush_entries, write_flushed
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
 FORMAT = "faconv_hpc checkpoint 1"
@@ -210,7 +209,7 @@ def write_shard(directory: Path, number: int, tensors: Mapping[str, Tensor]) -> 
         return {}
     raw = save({name: value.contiguous() for name, value in tensors.items()})
     name = f"shard-{number:05d}.safetensors"
-    _write(directory / name, raw)
+    write_flushed(directory / name, raw)
     return {name: ShardFile(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())}
 
 
@@ -221,8 +220,8 @@ def commit(directory: Path, manifest: Manifest) -> Path:
     token of the new one in its name.
     """
     raw = manifest.model_dump_json(indent=1).encode()
-    _write(directory / MANIFEST, raw)
-    _write(directory / SUMS, _sums(raw, manifest.files))
+    write_flushed(directory / MANIFEST, raw)
+    write_flushed(directory / SUMS, _sums(raw, manifest.files))
     flush_entries(directory)
     final = directory.with_name(directory_name(manifest.step))
     if final.exists():
@@ -266,31 +265,3 @@ def _sums(manifest: bytes, files: Mapping[str, ShardFile]) -> bytes:
     rows = {name: file.sha256 for name, file in files.items()}
     rows[MANIFEST] = hashlib.sha256(manifest).hexdigest()
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(rows.items())).encode()
-
-
-def _write(path: Path, raw: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_entries(directory: Path) -> None:
-    """Makes sure that a directory's entries are on disk, where its file system can."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file by one rename, on disk before and after."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.unlink(missing_ok=True)
-    _write(beside, text.encode())
-    beside.replace(path)
-    flush_entries(path.parent)

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError, NoProgressError
-from .shards import write_durably
+from .files import write_durably
 
 STARTS_FILE = "starts.json"
 
 
 @contextmanager
-def counted_start(run_dir: Path, give_up_after: int, here: bool) -> Iterator[None]:
+def counted_start(run_dir: Path, give_up_after: int, here: bool, *, counted: bool = False) -> Iterator[None]:
     """Counts this start of a run, until it saves a checkpoint (`made_progress`) or ends by what the user did.
 
     The user's own ends are Ctrl-C and input to be mended. A process that is killed leaves the count.
@@ -20,6 +20,7 @@ def counted_start(run_dir: Path, give_up_after: int, here: bool) -> Iterator[Non
     Args:
         give_up_after: starts in a row that save no checkpoint; 0: never give up.
         here: whether this rank keeps the count.
+        counted: whether `count_start` was called for this start.
 
     Raises:
         NoProgressError: there have been as many as that.
@@ -28,6 +29,17 @@ def counted_start(run_dir: Path, give_up_after: int, here: bool) -> Iterator[Non
     if not here:
         yield
         return
+    if not counted:
+        count_start(run_dir, give_up_after)
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        made_progress(run_dir)
+        raise
+
+
+def count_start(run_dir: Path, give_up_after: int) -> None:
+    """Counts one start; raises as `counted_start` does. Before the ranks meet, so that a start without them counts."""
     path = run_dir / STARTS_FILE
     before = _count(path)
     if give_up_after and before >= give_up_after:
@@ -37,16 +49,12 @@ def counted_start(run_dir: Path, give_up_after: int, here: bool) -> Iterator[Non
             f"start the same command again."
         )
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps({"starts": before + 1}) + "\n")
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
         ) from None
-    try:
-        yield
-    except (InputError, KeyboardInterrupt):
-        made_progress(run_dir)
-        raise
 
 
 def made_progress(run_dir: Path) -> None:

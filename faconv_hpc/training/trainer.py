@@ -27,12 +27,20 @@ from .signals import StopRequest, grace_s
 from .starts import counted_start, made_progress
 
 
-def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False, stop: StopRequest | None = None) -> int:
+def train(
+    config: RunConfig,
+    mesh: ProcessMesh,
+    *,
+    strict: bool = False,
+    stop: StopRequest | None = None,
+    counted: bool = False,
+) -> int:
     """Trains a run to its last step, from its newest whole checkpoint if there is one. Collective.
 
     Args:
         strict: refuse a damaged checkpoint instead of going on from the one before it.
         stop: one that has been listening since the process began. Default: listens from here on.
+        counted: whether `count_start` was called for this start, before the ranks met.
 
     Returns:
         exit code: `EXIT_OK`, or `EXIT_STOPPED` where a signal asked to stop before the last step.
@@ -48,7 +56,8 @@ def train(config: RunConfig, mesh: ProcessMesh, *, strict: bool = False, stop: S
     here = mesh.rank == 0
     with claimed(config.run_dir, here=here), ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
-        stack.enter_context(counted_start(config.run_dir, config.training.give_up_after, here=here))
+        give_up_after = config.training.give_up_after
+        stack.enter_context(counted_start(config.run_dir, give_up_after, here=here, counted=counted))
         engine = Engine(build_network(config, windows), mesh, config.training)
         done = resume(workspace, engine, strict=strict)
         if done < config.training.steps:
