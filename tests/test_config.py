@@ -7,10 +7,13 @@ import pytest
 import yaml
 
 from faconv_hpc import load_config
+from faconv_hpc.config import load_yaml
 from faconv_hpc.errors import InputError
+from faconv_hpc.scaling.study import StudyConfig, points_of
 from faconv_hpc.training.setup import learning_rate, sample_positions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+STUDIES = [path for path in CONFIGS if path.name.startswith("study_")]
 MINIMAL = {"run_dir": "r", "data": {"store": "s"}, "training": {"steps": 100}}
 
 
@@ -24,10 +27,17 @@ def config_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in STUDIES], ids=lambda path: path.name)
 def test_the_configs_of_the_project_are_valid_and_survive_a_round_trip(path, config_file):
     config = load_config(path)
     assert load_config(config_file(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_the_studies_of_the_project_are_valid_on_whole_nodes(path, monkeypatch):
+    monkeypatch.chdir(path.parent.parent)  # where their paths start from
+    points = points_of(load_yaml(StudyConfig, path))
+    assert [point.run.slurm.nodes(point.ranks) for point in points] == [1, 2, 4, 8]
 
 
 def test_overrides_are_values_of_the_config(config_file):

@@ -19,7 +19,7 @@ def study_of(directory, scaling, **more):
     config = write_config(directory, make_store(directory / "waves"), slurm={"tasks_per_node": 1, "time_min": 10})
     tree = {
         "study_dir": str(directory / "study"), "config": str(config), "scaling": scaling, "points": POINTS,
-        "warm_up_steps": 2, "repeats": 5, "steps_per_repeat": 2, "slurm": {"tasks_per_node": 1},
+        "warm_up_steps": 2, "repeats": 5, "steps_per_repeat": 2, "at_once": 1, "slurm": {"tasks_per_node": 1},
     }  # fmt: skip
     path = directory / "study.yaml"
     path.write_text(yaml.safe_dump(tree | more))
