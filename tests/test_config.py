@@ -37,7 +37,7 @@ def test_the_configs_of_the_project_are_valid_and_survive_a_round_trip(path, con
 def test_the_studies_of_the_project_are_valid_on_whole_nodes(path, monkeypatch):
     monkeypatch.chdir(path.parent.parent)  # where their paths start from
     points = points_of(load_yaml(StudyConfig, path))
-    assert [point.run.slurm.nodes(point.ranks) for point in points] == [1, 2, 4, 8]
+    assert {point.run.slurm.nodes(point.ranks) for point in points} == {1, 2, 4, 8}
 
 
 def test_overrides_are_values_of_the_config(config_file):
