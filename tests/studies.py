@@ -38,8 +38,7 @@ def write_records(run_dir, records):
     """As a run leaves them."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "steps.jsonl").write_text("".join(one.to_json() + "\n" for one in records))
-    (run_dir / "versions.json").write_text(json.dumps({"torch": "2", "faconv_hpc": "0"}))
-    (run_dir / ".lock").write_text("process 1 on node-a\n")
+    (run_dir / "versions.json").write_text(json.dumps({"torch": "2", "faconv_hpc": "0", "host": "node-a"}))
 
 
 class NoStop:

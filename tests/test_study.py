@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -239,7 +240,7 @@ def test_repeats_are_means_of_blocks_after_the_warm_up(tmp_path):
         np.testing.assert_allclose([getattr(one, name) for one in repeats], expected)
     communication = np.array([one.exchange_share + one.reduction_share for one in repeats])
     np.testing.assert_allclose([one.communication_share for one in repeats], communication)
-    assert repeats[0].hosts == ("node-a",) and repeats[0].versions["torch"] == "2"
+    assert repeats[0].host == "node-a" and repeats[0].versions == {"torch": "2", "faconv_hpc": "0"}
 
 
 def test_spread_is_what_numpy_says():
@@ -289,13 +290,27 @@ def test_report_names_the_base_the_machine_and_what_is_no_scaling_figure(tmp_pat
         "(scaling.png)",
     ):
         assert expected in page, page
-    assert "Point 2x2 asked for 4 nodes, its records name 1 host (node-a)" in page  # four nodes, one machine
     assert json.loads((study.study_dir / "report.json").read_text())["points"][1]["speed_up"] == 1.6
     assert (study.study_dir / "scaling.png").stat().st_size > 10_000
-    for point in points:
-        path = point.run.run_dir / "versions.json"
-        path.write_text(json.dumps({"torch": "2", "hosts": ["a", "b", "c", "d"][: point.nodes]}))
-    assert report_of(study, points).notes == ()
+
+
+def test_several_nodes_on_one_machine_are_no_scaling_figure(tmp_path):
+    study, points = measured_study(tmp_path, {"1x1": 6 * [8], "1x2": 6 * [5], "2x2": 6 * [4]})
+    assert report_of(study, points).notes == ()  # the first rank's host alone tells nothing
+
+    def tell(**about):
+        for point in points:
+            told = {"torch": "2"} | {name: value(point) for name, value in about.items()}
+            (point.run.run_dir / "versions.json").write_text(json.dumps(told))
+        return " ".join(report_of(study, points).notes)
+
+    assert tell(hosts=lambda point: ["a", "b", "c", "d"][: point.nodes]) == ""
+    assert "Point 2x2 asked for 4 nodes, and its ranks ran on" in tell(
+        hosts=lambda point: ["a", "b", "c"][: point.nodes]
+    )
+    assert "no scaling figure" in tell(host=lambda point: platform.node())  # where this report is made
+    assert "different versions" in tell(torch=lambda point: point.name)
+    assert tell(host=lambda point: f"node-{point.name}") == ""
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------

@@ -71,8 +71,9 @@ def _draw_measured(axes: Axes, done: list[PointResult], strong: bool) -> None:
         label="measured: median, quartiles",
         zorder=3,
     )
+    aside = (7, -11) if strong else (7, 5)  # of the line: it rises, or falls
     for one, (value, _, _) in zip(done, values, strict=True):
-        axes.annotate(one.point, (one.ranks, value), (7, -11), textcoords="offset points", fontsize=8)
+        axes.annotate(one.point, (one.ranks, value), aside, textcoords="offset points", fontsize=8)
     if not strong:
         axes.set_ylim(0, max(1.1, *(1.05 * (value + above) for value, _, above in values)))
 

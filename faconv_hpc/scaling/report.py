@@ -170,13 +170,13 @@ def _machine(repeats: Sequence[Repeat]) -> str:
     """What the runs say of the machine; where they ran on this one, what it is."""
     if not repeats:
         return "nothing was measured"
-    hosts = sorted({host for one in repeats for host in one.hosts})
-    kinds = sorted({f"{one.cluster}" for one in repeats})
+    hosts = sorted({host for one in repeats for host in (one.hosts or (one.host,)) if host})
+    kinds = sorted({one.cluster for one in repeats})
     versions = repeats[0].versions
     libraries = ", ".join(
         f"{name} {versions[name]}" for name in ("torch", "deepspeed", "faconv_hpc") if name in versions
     )
-    text = f"{' and '.join(kinds)}, host {', '.join(hosts) or 'unknown'}"
+    text = f"{' and '.join(kinds)}, {'hosts' if len(hosts) > 1 else 'host'} {', '.join(hosts) or 'unknown'}"
     if hosts == [platform.node()]:
         text += f" ({_processor()}, {os.cpu_count()} cores)"
     devices = sorted({str(one.versions["device"]) for one in repeats if "device" in one.versions})
@@ -202,16 +202,14 @@ def _notes(repeats: Sequence[Repeat]) -> tuple[str, ...]:
         return ()
     if any(one.cluster == LOCAL and one.ranks > 1 for one in repeats):
         notes.append(
-            "The ranks were started on one machine and share its cores and memory: this shows what cutting and "
-            "communicating cost there. It is no scaling figure."
+            "The ranks were started on one machine. Unless each has a device of its own they share its cores and "
+            "memory: this shows what cutting and communicating cost there, and is no scaling figure."
         )
-    shared = [one for one in repeats if one.cluster != LOCAL and len(one.hosts) < one.nodes]
-    if any(len(one.hosts) > 1 or one.nodes > 1 for one in shared):
-        worst = max(shared, key=lambda one: one.nodes)
+    elif (shared := _shared_machine(repeats)) is not None:
         notes.append(
-            f"Point {worst.point} asked for {worst.nodes} nodes, its records name {len(worst.hosts)} host "
-            f"({', '.join(worst.hosts) or 'none'}). If several nodes are one machine, their ranks share its cores, "
-            f"and this is no scaling figure."
+            f"Point {shared.point} asked for {shared.nodes} nodes, and its ranks ran on "
+            f"{', '.join(shared.hosts) or shared.host}. If several nodes are one machine, "
+            f"ranks share its cores, and this is no scaling figure."
         )
     if largest.ranks > 1 and all(one.reduction_share == 0 for one in repeats):
         notes.append(
@@ -220,6 +218,15 @@ def _notes(repeats: Sequence[Repeat]) -> tuple[str, ...]:
     if len({json.dumps(one.versions, sort_keys=True) for one in repeats}) > 1:
         notes.append("The points ran with different versions of the software; see results.jsonl.")
     return tuple(notes)
+
+
+def _shared_machine(repeats: Sequence[Repeat]) -> Repeat | None:
+    """One of a point whose nodes are fewer machines; where the run names one host only, it is this very machine."""
+    for one in sorted(repeats, key=lambda one: -one.nodes):
+        told = len(one.hosts) < one.nodes if one.hosts else one.nodes > 1 and one.host == platform.node()
+        if told:
+            return one
+    return None
 
 
 def rows_of(report: StudyReport) -> list[list[str]]:

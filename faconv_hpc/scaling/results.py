@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..training.records import LOCK_FILE, STEPS_FILE, VERSIONS_FILE, StepRecord
+from ..training.records import STEPS_FILE, VERSIONS_FILE, StepRecord
 from .points import PointFiles, write_lines
 from .study import Point, StudyConfig
 
@@ -28,7 +28,8 @@ class Repeat:
         communication_share: exchanges between tiles and DeepSpeed's collectives.
         peak_memory_gib: of the rank that needed most, until the end of the block.
         date: when the point's last step was recorded.
-        hosts: machines the ranks ran on, as far as the run says; the first rank's at least.
+        host: of the first rank.
+        hosts: of all ranks, each once, where the run says so.
         versions: what was running.
     """
 
@@ -50,6 +51,7 @@ class Repeat:
     peak_memory_gib: float
     date: str
     cluster: str
+    host: str
     hosts: tuple[str, ...]
     versions: dict[str, Any]
 
@@ -61,6 +63,7 @@ def repeats_of(study: StudyConfig, point: Point) -> list[Repeat]:
     attempt = files.attempt()
     if len(records) < study.steps or attempt is None:
         return []
+    versions = _versions(files.run_dir)
     about: dict[str, Any] = {
         "study": study.name,
         "scaling": study.scaling,
@@ -70,8 +73,9 @@ def repeats_of(study: StudyConfig, point: Point) -> list[Repeat]:
         "nodes": 1 if attempt.cluster == LOCAL else point.nodes,
         "date": _last_written(files.run_dir / STEPS_FILE),
         "cluster": attempt.cluster,
-        "hosts": _hosts(files.run_dir),
-        "versions": _versions(files.run_dir),
+        "host": str(versions.pop("host", "")),
+        "hosts": tuple(versions.pop("hosts", ())),
+        "versions": versions,
     }
     found = []
     for repeat in range(study.repeats):
@@ -113,20 +117,8 @@ def _last_written(path: Path) -> str:
 
 
 def _versions(run_dir: Path) -> dict[str, Any]:
+    """What the run says it was; of one that does not say, nothing."""
     try:
-        found: dict[str, Any] = json.loads((run_dir / VERSIONS_FILE).read_text())
+        return dict(json.loads((run_dir / VERSIONS_FILE).read_text()))
     except (OSError, ValueError):
         return {}
-    return {name: value for name, value in found.items() if name != "hosts"}
-
-
-def _hosts(run_dir: Path) -> tuple[str, ...]:
-    """As the run's versions.json says; else that of the first rank, from the lock it held."""
-    try:
-        return tuple(json.loads((run_dir / VERSIONS_FILE).read_text())["hosts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        return tuple((run_dir / LOCK_FILE).read_text().split()[-1:])
-    except OSError:
-        return ()
