@@ -131,7 +131,7 @@ def _show_table(report: "Report") -> None:
             table.add_row(group if row == 0 else "", finding.name, verdict, Text(finding.value))
         table.add_section()
     console.print(table)
-    for finding in report.findings:
+    for finding in sorted(report.findings, key=lambda finding: -finding.verdict):
         if finding.fix is not None:
             verdict = Text(f"{finding.verdict}: ", STYLES[str(finding.verdict)])
             console.print(verdict + Text(f"{finding.name}: {finding.fix}", ""), soft_wrap=True)

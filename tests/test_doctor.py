@@ -180,7 +180,7 @@ def test_slurm_answers_or_not(tmp_path, programs, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
     only(checks.slurm(subject), OK, "in job 12, step 3")
-    put(programs, "scontrol", "echo 'Slurmctld(primary) at head is DOWN'; exit 1")
+    put(programs, "scontrol", "echo 'Slurmctld(primary) at head is DOWN'")
     only(checks.slurm(subject), WARNING, "head is DOWN; in job 12", "SLURM_CONF")
     (programs / "scontrol").unlink()
     only(checks.slurm(subject), WARNING, "in job 12, step 3, but there is no scontrol", "scontrol visible")
@@ -282,6 +282,8 @@ def test_the_ranks_that_differ_are_named():
     only(merged(version, nodes), FAILURE, r"^2\.12 on n2 \(rank 3\); 2\.13 on the 3 others$", "install the same")
     room = [[Finding(FILES, "free space", OK, f"{gib} GiB", amount=gib)] if gib else [] for gib in (9, 0, 7, 0)]
     only(merged(room, nodes), OK, r"^7 GiB on n2, the least of 2; most: 9 GiB$")
+    shared = [[Finding(FILES, "free space", OK, f"{gib} GiB", amount=gib)] for gib in (9.0, 9.1, 9.0, 9.0)]
+    only(merged(shared, nodes), OK, r"^9\.0 GiB$")
     locks = [[Finding(FILES, "HDF5", OK, "with locks")], [], [Finding(FILES, "HDF5", WARNING, "none", "Fix it.")], []]
     only(
         merged(locks, nodes),
@@ -302,6 +304,17 @@ def test_the_table_ends_with_fixes_and_a_count(capsys, worst, closing):
     rows = [line.split("│")[1].strip() for line in table if " ok " in line or " warning " in line]
     assert rows == ["software", "machine"]
     assert (table[-1] == "warning: Slurm: Look at [slurmctld].") == (worst is WARNING)
+
+
+def test_failures_are_mended_first(capsys):
+    slurm = Finding(MACHINE, "Slurm", WARNING, "DOWN", "Look at it.")
+    store = Finding(FILES, "store", FAILURE, "missing", "Make one.")
+    assert _show(Report.of(["n1"], [slurm, store]), as_json=False) == 2
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "failure: store: Make one.",
+        "warning: Slurm: Look at it.",
+        "1 warning, 1 failure",
+    ]
 
 
 def test_the_worst_verdict_is_the_exit_code():
@@ -565,7 +578,7 @@ def test_ranks_that_cannot_join_are_told_and_end(tmp_path):
         "    doctor._place = lambda local_rank: json.dumps(['n2', 'GPU-1'])\n"
     )
     codes, printed, told = processes_of_a_job(tmp_path, [[], []], PYTHONPATH=str(site), SLURMD_NODENAME="n1")
-    assert codes == [2, 2] and printed[1] == "", told
+    assert (codes, printed[1], told) == ([2, 2], "", "")
     (joining,) = [finding for finding in json.loads(printed[0])["findings"] if finding["name"] == "joining"]
     assert joining["verdict"] == "failure" and "no GPU for n1 (rank 0)" in joining["value"]
 

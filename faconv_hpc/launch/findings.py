@@ -11,6 +11,7 @@ from ..errors import InputError
 
 SOFTWARE, MACHINE, FILES, RANKS, NETWORK = "software", "machine", "files", "ranks", "network"
 GROUPS = (SOFTWARE, MACHINE, FILES, RANKS, NETWORK)
+SAME = 1.05  # times an amount is the same: one file system, asked twice
 SHOWN = 8  # nodes, or ranks of one node, that a message names
 
 
@@ -153,6 +154,8 @@ def _least(of_ranks: Mapping[int, Finding], nodes: Sequence[str]) -> str | None:
     if len(amounts) < len(of_ranks):
         return None
     least, most = min(amounts, key=lambda rank: amounts[rank]), max(amounts, key=lambda rank: amounts[rank])
+    if amounts[most] < SAME * amounts[least]:
+        return of_ranks[least].value
     return f"{of_ranks[least].value} on {nodes[least]}, the least of {len(amounts)}; most: {of_ranks[most].value}"
 
 

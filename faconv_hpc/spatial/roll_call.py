@@ -13,7 +13,7 @@ from .environment import RankEnvironment
 from .failure import MARGIN_S, FailureWatch
 from .meeting import meet
 
-ROLL, DONE = "roll", "done"
+ROLL, DONE, HEARD, ALL_HEARD = "roll", "done", "heard", "all heard"
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ class RollCall:
         """Collective; returns when rank 0 has come here too. A launcher would end it when another rank leaves first."""
         if self.rank == 0:
             self.store.set(DONE, "")
-            return
-        with suppress(RuntimeError):  # it is done and gone
+        with suppress(RuntimeError):  # somebody is gone already
             self.store.wait([DONE], timedelta(seconds=timeout_s))
+            if self.store.add(HEARD, 1) == len(self.answers):
+                self.store.set(ALL_HEARD, "")
+            if self.rank == 0:  # which hosts the store, and would cut the others short
+                self.store.wait([ALL_HEARD], timedelta(seconds=MARGIN_S))
 
 
 def roll_call(answer: Callable[[int], str], timeout_s: float) -> RollCall:
