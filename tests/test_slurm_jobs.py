@@ -1,8 +1,10 @@
 """sbatch, submitit and requeue on real daemons: users walk away and find a finished run."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +194,8 @@ def test_the_dry_run_is_what_sbatch_gets(tmp_path, slurm, store):
     script = Path(re.search(r"script (\S+),", waited.stdout)[1]).read_text()
     lines, others = ({*text.strip().splitlines()} for text in (script, printed.stdout))
     assert all("config-" in line for line in lines ^ others) and len(lines ^ others) == 4  # the config's copy, twice
-    assert (tmp_path / "run" / "versions.json").is_file()
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert versions["hosts"] == [socket.gethostname()] and versions["device"] == "cpu" and len(versions["commit"]) > 10
 
 
 def test_both_scripts_requeue_by_the_same_rule():

@@ -17,7 +17,8 @@ class SlurmCluster:
 
     def submit(self, config: Path, run: RunConfig, log: Path) -> str:
         """Starts `faconv train` as a job; what it prints goes to ``log``; the job's number."""
-        return submit(run, preflight=False, log=log).job
+        study, _, point = config.parent.parts[-3:]
+        return submit(run, preflight=False, log=log, name=f"{study}-{point}").job
 
     def alive(self, job: str) -> bool:
         """Whether the job waits or runs."""
@@ -33,18 +34,25 @@ class LocalCluster:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def submit(self, config: Path, run: RunConfig, log: Path) -> str:
-        """Starts `faconv train CONFIG` on as many ranks as its mesh has; what it prints goes to ``log``; its pid."""
+        """Starts `faconv train CONFIG` on as many ranks as its mesh has; what it prints goes to ``log``; its id."""
         command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", str(run.mesh.ranks)]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
-        self._started[str(process.pid)] = process
-        return str(process.pid)
+        job = f"{process.pid} {_born(process.pid)}"
+        self._started[job] = process
+        return job
 
     def alive(self, job: str) -> bool:
         """Whether the ranks run; those of an earlier process have ended with it, or are about to."""
         if job in self._started:
             return self._started[job].poll() is None
-        try:
-            return b"faconv_hpc" in Path(f"/proc/{job}/cmdline").read_bytes()
-        except OSError:
-            return False
+        pid, _, born = job.partition(" ")
+        return bool(born) and _born(int(pid)) == born
+
+
+def _born(pid: int) -> str:
+    """When a process began, in the kernel's ticks: its number may be given again. Empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # field 22 of proc(5)
+    except OSError:
+        return ""

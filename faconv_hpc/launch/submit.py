@@ -82,14 +82,21 @@ class TrainingExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         return str(self._submit_command(self._command).job_id)
 
 
-def submit(config: RunConfig, *, preflight: bool = True, log: Path | None = None) -> Submission:
+def submit(
+    config: RunConfig, *, preflight: bool = True, log: Path | None = None, name: str | None = None
+) -> Submission:
     """Gives a run to Slurm.
+
+    Args:
+        preflight: whether `faconv doctor` looks at the nodes first.
+        log: where the job prints to; default: a file beside the script.
+        name: of the job; default: that of the run's directory.
 
     Raises:
         InputError: there is no Slurm here, it refuses the job, or the ranks do not fill the nodes evenly.
     """
     check_client()
-    executor = _executor(config, preflight, log)
+    executor = _executor(config, preflight, log, name)
     try:
         job = executor.start()
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -108,17 +115,17 @@ def script(config: RunConfig, *, preflight: bool = True) -> str:
     Raises:
         InputError: the ranks do not fill the nodes evenly.
     """
-    return _executor(config, preflight, None).script()
+    return _executor(config, preflight).script()
 
 
-def _executor(config: RunConfig, preflight: bool, log: Path | None) -> TrainingExecutor:
+def _executor(config: RunConfig, preflight: bool, log: Path | None = None, name: str | None = None) -> TrainingExecutor:
     slurm, ranks = config.slurm, config.mesh.ranks
     nodes = slurm.nodes(ranks)
     copy = _written(config)
     executor = TrainingExecutor(_folder(config), _faconv("train", copy))
     output = str(_log(config, log))
     options: dict[str, Any] = {
-        "job_name": f"faconv-{config.run_dir.name}",
+        "job_name": f"faconv-{name or config.run_dir.name}",
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -97,11 +97,12 @@ class Recorder:
         config: of the run; its resolved form and the versions in use are written beside the records.
         done: steps that a checkpoint already holds. Records beyond it, of a run that was cut off, are
             dropped: those steps are done again, and no step stands in the file twice.
+        machines: on which the ranks run; stands beside the versions.
     """
 
-    def __init__(self, config: RunConfig, done: int) -> None:
+    def __init__(self, config: RunConfig, done: int, machines: Mapping[str, Any]) -> None:
         _write_config(config, done)
-        (config.run_dir / VERSIONS_FILE).write_text(json.dumps(versions(), indent=2) + "\n")
+        (config.run_dir / VERSIONS_FILE).write_text(json.dumps({**versions(), **machines}, indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
         self._board = _board(config, done)
         self._display = _Display(config.training.steps, done)
@@ -316,10 +317,10 @@ def _board(config: RunConfig, done: int) -> Any:
 
 
 @contextmanager
-def recording(config: RunConfig, done: int, here: bool) -> Iterator[Recorder | None]:
+def recording(config: RunConfig, done: int, *, here: bool, machines: Mapping[str, Any]) -> Iterator[Recorder | None]:
     """A recorder on the one rank that is ``here``; None on the others."""
     if not here:
         yield None
         return
-    with Recorder(config, done) as recorder:
+    with Recorder(config, done, machines) as recorder:
         yield recorder

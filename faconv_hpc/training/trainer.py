@@ -2,12 +2,14 @@
 
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -74,11 +76,20 @@ def _train_from(
 ) -> int:
     config, mesh = workspace.config, workspace.domain.mesh
     requests = _requests(config, windows, mesh.replica, done)
+    machines = _machines(mesh)
     with (
-        recording(config, done, here=mesh.rank == 0) as recorder,
+        recording(config, done, here=mesh.rank == 0, machines=machines) as recorder,
         ReadAhead(partial(_read, windows, mesh.device), requests, depth=config.data.read_ahead) as batches,
     ):
         return Trainer(workspace, engine, batches, recorder, writer, stop).run(done)
+
+
+def _machines(mesh: ProcessMesh) -> dict[str, Any]:
+    """The hosts of all ranks, each once, and what computes. Collective."""
+    cuda = mesh.device.type == "cuda"
+    device = torch.cuda.get_device_name(mesh.device) if cuda else mesh.device.type
+    hosts = mesh.gathered_objects(socket.gethostname())
+    return {"hosts": list(dict.fromkeys(hosts)), "device": device}
 
 
 def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> Iterator[list[int]]:
