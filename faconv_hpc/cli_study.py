@@ -1,8 +1,6 @@
 """``faconv study``: the same run on several meshes, each a job of its own, then the table and the figure."""
 
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from .scaling.report import StudyReport
     from .scaling.study import Cluster, Point, StudyConfig
 
-ANSWER_S = 30  # for Slurm's controller
 FILE_WIDTH = 130  # of the table where it is not printed on a terminal
 FOR_THE_PAGE = ("min to max", "samples/s", "data")  # columns that report.md has and the terminal has no room for
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -69,7 +66,7 @@ def study_command(
     config = load_yaml(StudyConfig, study, set_ or ())
     points = points_of(config)
     if report_only:
-        _check_begun(config)
+        _check_begun(config, points)
     else:
         _run(config, points, cluster or _default_cluster(), retry_failed)
     report = report_of(config, points)
@@ -86,14 +83,13 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
     from .training.signals import StopRequest
 
     console = Console(stderr=True)
+    cluster = _cluster(where)  # first: one that does not answer is no failure of a point
     with locked(config.study_dir):
         make_stores(config, points, lambda text: console.print(text, highlight=False, soft_wrap=True))
         check_stores(points)
         display = _Display(console)
         with StopRequest(dict.fromkeys(SIGNALS, 0.0)) as stop, display.live:
-            driver = StudyDriver(
-                config, points, _cluster(where), where.value, retry_failed=retry_failed, show=display.show
-            )
+            driver = StudyDriver(config, points, cluster, where.value, retry_failed=retry_failed, show=display.show)
             driver.run(stop)
         if stop.number:
             _say_how_to_go_on(where, stop.number, config.study_dir)
@@ -108,16 +104,21 @@ def _cluster(where: Where) -> "Cluster":
 
 def _default_cluster() -> Where:
     """Slurm, if its client is here and its controller answers."""
-    if shutil.which("srun") is None or shutil.which("scontrol") is None:
-        return Where.LOCAL
+    from .launch.slurm import check_client
+
     try:
-        ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=ANSWER_S, check=False)
-    except (OSError, subprocess.SubprocessError):
+        check_client()
+    except InputError:
         return Where.LOCAL
-    return Where.SLURM if ping.returncode == 0 and " UP" in ping.stdout else Where.LOCAL
+    return Where.SLURM
 
 
-def _check_begun(config: "StudyConfig") -> None:
+def _check_begun(config: "StudyConfig", points: "Sequence[Point]") -> None:
+    """Raises InputError unless there is something to report, and it was measured as the study's file says."""
+    from .scaling.points import PointFiles
+
+    for point in points:
+        PointFiles(point).check_same()
     if not config.study_dir.is_dir():
         raise InputError(
             f"there is nothing to report: study_dir {config.study_dir} does not exist. Leave --report-only out, and "

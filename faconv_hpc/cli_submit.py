@@ -17,7 +17,11 @@ def submit_command(
         typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch script, to the letter; start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the batch script, to the letter; start nothing. Writes the config it names to RUN_DIR/slurm.",
+        ),
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job is over; its exit code.")] = False,
     preflight: Annotated[bool, typer.Option(help="Let `faconv doctor` look at the nodes before every start.")] = True,

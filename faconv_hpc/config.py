@@ -149,7 +149,9 @@ class TrainingConfig(Section):
         "stop", description="a loss or gradient that is no number: end, leave the step out, or go back to a checkpoint"
     )
     term_grace_s: float = Field(30.0, ge=0, description="seconds between SIGTERM and SIGKILL, as the cluster is set")
-    usr_grace_s: float = Field(120.0, ge=0, description="seconds between SIGUSR1 or 2 and SIGKILL, `--signal=USR1@120`")
+    usr_grace_s: float = Field(
+        120.0, ge=0, le=65535, description="seconds between SIGUSR1 or 2 and SIGKILL, `--signal=USR1@120`"
+    )
     give_up_after: int = Field(3, ge=0, description="starts in a row that save no checkpoint; 0: never give up")
     compare_replicas_every: int = Field(
         100, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
@@ -167,20 +169,57 @@ class TrainingConfig(Section):
         return self
 
 
+DECIDED = {
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node"), "mesh and slurm.tasks_per_node"),
+    **dict.fromkeys(("partition", "account", "qos", "constraint", "mem"), "the key of that name in section slurm"),
+    "time": "slurm.time_min",
+    "cpus-per-task": "slurm.cpus_per_task",
+    "gpus-per-node": "slurm.gpus_per_node",
+    **dict.fromkeys(("requeue", "no-requeue", "array", "open-mode", "output", "error", "chdir"), "faconv submit"),
+    "signal": "training.usr_grace_s",
+    "job-name": "the name of run_dir",
+}
+"""Options of sbatch that are not free, and what decides them."""
+
+
 class SlurmConfig(Section):
     """How `faconv submit` and `faconv study` ask Slurm for the ranks; it decides nothing about a run's result."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    time_min: Count = Field(60, description="time limit of one start; a longer run is requeued as often as it takes")
+    time_min: Count = Field(60, description="limit of one start, minutes or H:MM:SS; a longer run is requeued")
     tasks_per_node: Count = Field(4, description="ranks on one node, one per GPU")
     gpus_per_node: int = Field(0, ge=0, description="GPUs asked for on each node; 0: none are")
     cpus_per_task: Count = 1
     mem: str | None = Field(None, description="memory of a node, such as 200GB; default: what the cluster gives")
     setup: tuple[str, ...] = Field((), description="shell lines before the ranks start, such as `module load cuda`")
     sbatch: dict[str, str | int | bool] = Field({}, description="any other option of sbatch, such as reservation: name")
+
+    @field_validator("time_min", mode="before")
+    @classmethod
+    def _in_minutes(cls, value: Any) -> Any:
+        """As sbatch writes it, too: H:MM:SS or D-H:MM:SS."""
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value) if isinstance(value, str) else None
+        if found is None:
+            return value
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return (days * 24 + hours) * 60 + minutes + (seconds > 0)
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_decided_elsewhere(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        options = {name.replace("_", "-").lstrip("-"): value for name, value in options.items()}
+        wrong = [name for name in options if not re.fullmatch(r"[a-z][a-z0-9-]+", name)]
+        if wrong:
+            raise ValueError(f"names of sbatch's long options, such as reservation, got {', '.join(map(repr, wrong))}")
+        for name in options:
+            if name in DECIDED:
+                raise ValueError(f"{name} is decided by {DECIDED[name]}; leave it out here")
+        return options
 
     def nodes(self, ranks: int) -> int:
         """Nodes for so many ranks; raises InputError where they do not fill the nodes evenly."""
@@ -213,6 +252,16 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_start_is_longer_than_its_end(self) -> "RunConfig":
+        grace_s, limit_s = self.training.usr_grace_s, 60 * self.slurm.time_min
+        if grace_s >= limit_s:
+            raise ValueError(
+                f"training.usr_grace_s={grace_s:g} s before a time limit of {limit_s} s (slurm.time_min) leave no time "
+                f"to train. Lower it, or give more time"
+            )
+        return self
+
     @property
     def global_batch(self) -> int:
         """Samples per optimizer step, over all replicas and micro-batches."""
@@ -221,6 +270,22 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The whole config, defaults included, as a file that `load_config` takes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are decimal: to version 1.1, 12:00:00 is 43200 and 0x1 is 1."""
+
+
+_NUMBERS = {
+    "int": r"[-+]?(?:0|[1-9][0-9_]*)$",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -261,7 +326,7 @@ def validated(model: type[AnySection], tree: dict[str, Any], where: str) -> AnyS
 
 def _parsed(text: str, where: str, model: type[Section]) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not valid YAML: {error}. Mend the line it names.") from None
     if not isinstance(tree, dict):
@@ -288,7 +353,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _value(text: str, override: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: {text!r} is not a valid YAML value. Quote it.") from None
 

@@ -25,6 +25,10 @@ module_lines() {                     # site: what a login shell has and a job la
     if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 }
 
+if [ -z "$SLURM_JOB_ID" ]; then
+    echo "this is not a job: start it with sbatch slurm/train_global.sh [CONFIG] [options of faconv train]" >&2
+    exit 2
+fi
 config=${1:-configs/global_era5_025.yaml}
 [ $# -gt 0 ] && shift
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2

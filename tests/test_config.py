@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from faconv_hpc import load_config
-from faconv_hpc.config import load_yaml
+from faconv_hpc.config import SlurmConfig, load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.scaling.study import StudyConfig, points_of
 from faconv_hpc.training.setup import learning_rate, sample_positions
@@ -140,3 +140,44 @@ def test_a_step_sees_the_same_samples_however_they_are_dealt(config_file, replic
                 first, count = sample_positions(config, step, micro_step, replica)
                 seen += range(first, first + count)
         assert sorted(seen) == list(range(12 * step, 12 * step + 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("90", 90), ("12:00:00", 720), ("1-06:30:01", 1831), ("0:30:00", 30)], ids=str
+)
+def test_a_time_limit_may_be_written_as_sbatch_writes_it(config_file, text, minutes):
+    """To YAML 1.1 12:00:00 is the number 43200."""
+    assert load_config(config_file(MINIMAL), [f"slurm.time_min={text}"]).slurm.time_min == minutes
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("slurm.time_min=12:00", "slurm.time_min: .*valid integer.*got '12:00'"),
+        ("slurm.sbatch={nodes: 3}", "nodes is decided by mesh and slurm.tasks_per_node"),
+        ("slurm.sbatch={open_mode: truncate}", "open-mode is decided by faconv submit"),
+        ("slurm.sbatch={bad key: 1}", "names of sbatch's long options, such as reservation, got 'bad key'"),
+        ("slurm.time_min=2", "usr_grace_s=120 s before a time limit of 120 s .slurm.time_min. leave no time"),
+        ("mesh=0x1", "LATxLON|MeshConfig|mapping|dictionary"),
+    ],
+)
+def test_what_slurm_is_asked_for_is_judged(config_file, override, message):
+    with pytest.raises(InputError, match=message):
+        load_config(config_file(MINIMAL), [override])
+
+
+def test_accounts_may_be_numbers_and_numbers_are_decimal(config_file):
+    overrides = ["slurm.account=12345", "training.learning_rate=4e-3", "training.steps=1_000", "slurm.sbatch={x_y: 1}"]
+    config = load_config(config_file(MINIMAL), overrides)
+    assert (config.slurm.account, config.training.learning_rate, config.training.steps) == ("12345", 4e-3, 1000)
+    assert config.slurm.sbatch == {"x-y": 1}
+
+
+@pytest.mark.parametrize("ranks", [4, 6, 8])
+def test_nodes_are_filled_evenly_or_refused(ranks):
+    slurm = SlurmConfig(tasks_per_node=4)
+    if ranks % 4:
+        with pytest.raises(InputError, match=r"6 ranks do not fill nodes of 4 evenly \(slurm.tasks_per_node=4\)"):
+            slurm.nodes(ranks)
+    else:
+        assert slurm.nodes(ranks) == ranks // 4

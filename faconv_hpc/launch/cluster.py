@@ -6,14 +6,17 @@ from pathlib import Path
 
 from ..config import RunConfig
 from .local import end_with_parent
-from .slurm import is_alive
+from .slurm import check_client, is_alive
 from .submit import submit
 
 
 class SlurmCluster:
-    """Jobs of Slurm, through submitit."""
+    """Jobs of Slurm, through submitit. Raises InputError if it does not answer."""
 
     at_once: int | None = None
+
+    def __init__(self) -> None:
+        check_client()
 
     def submit(self, config: Path, run: RunConfig, log: Path) -> str:
         """Starts `faconv train` as a job; what it prints goes to ``log``; the job's number."""

@@ -80,12 +80,22 @@ def is_alive(job: str) -> bool:
 
 
 def check_client() -> None:
-    """Raises InputError unless Slurm's commands are here."""
+    """Raises InputError unless Slurm's commands are here and its controller answers."""
     missing = [name for name in ("sbatch", "scontrol", "srun") if shutil.which(name) is None]
     if missing:
         raise InputError(
             f"Slurm's commands are not here (missing: {', '.join(missing)}). Run this on a login node of the cluster; "
             f"on one machine use `faconv train CONFIG --ranks N`, or tools/mini_slurm.sh for a Slurm of its own."
+        )
+    try:
+        ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=CLIENT_S, check=False)
+        answer = (ping.stdout + ping.stderr).strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        answer = str(error)
+    if " UP" not in answer:
+        raise InputError(
+            f"Slurm's controller does not answer (scontrol ping: {answer or 'nothing'}). See that SLURM_CONF or "
+            f"/etc/slurm names the cluster and that slurmctld runs; on one machine use `faconv train CONFIG --ranks N`."
         )
 
 

@@ -142,10 +142,20 @@ def _executor(config: RunConfig, preflight: bool, log: Path | None = None, name:
         "srun_args": [f"--output={output}", "--open-mode=append", *_srun(config)],
         "setup": ["export SLURM_EXPORT_ENV=ALL", *slurm.setup, START, *(_preflight(config, copy) if preflight else ())],
         "teardown": ["code=$?", *REQUEUE],  # its first line stands directly behind srun
-        "additional_parameters": {"output": output, "requeue": True, "chdir": str(Path.cwd()), **slurm.sbatch},
+        "additional_parameters": {
+            "output": output,
+            "requeue": True,
+            "chdir": str(Path.cwd()),
+            **_other_options(config),
+        },
     }
     executor.update_parameters(**options)
     return executor
+
+
+def _other_options(config: RunConfig) -> dict[str, str | int | bool]:
+    """Of section slurm.sbatch: true is a flag, false leaves it out."""
+    return {name: value for name, value in config.slurm.sbatch.items() if value is not False}
 
 
 def _srun(config: RunConfig) -> tuple[str, ...]:
@@ -171,6 +181,11 @@ def _log(config: RunConfig, log: Path | None) -> Path:
 
 def _written(config: RunConfig) -> Path:
     """The resolved config beside the run: what the job trains does not change with the file it was made from."""
+    if "%" in str(_folder(config)):
+        raise InputError(
+            f"run_dir {config.run_dir} holds a %, for which Slurm puts something else in the log's name. "
+            f"Give another run_dir."
+        )
     text = config.to_yaml()
     path = _folder(config) / f"config-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     try:
