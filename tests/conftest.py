@@ -20,6 +20,14 @@ def _pools_end_with_the_session():
     close_pools()
 
 
+@pytest.fixture(autouse=True)
+def _no_test_makes_a_rank_of_the_next():
+    """Meeting writes these for torch and DeepSpeed; processes that later tests start would take them for their own."""
+    yield
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
     """Four nodes of real daemons; ``SLURM_CONF`` for those who talk to them. CI installs them, and fails without."""
