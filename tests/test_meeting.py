@@ -23,9 +23,6 @@ JOB = f"c.{os.getpid()}.0.0"
 MEET = """
 from faconv_hpc.spatial.environment import RankEnvironment
 from faconv_hpc.spatial.meeting import meet
-from faconv_hpc.training import records
-from faconv_hpc.training.records import claimed
-from runs import make_store, write_config
 environment = RankEnvironment.read()
 for turn in "first", "second":
     store = meet(environment, 30.0)
