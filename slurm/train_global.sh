@@ -40,7 +40,15 @@ echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COU
 # What cannot work is found before the ranks train, and ends the job; at a later start, which began well, it is only
 # told. PREFLIGHT=no leaves it out.
 if [ "${PREFLIGHT:-yes}" != no ]; then
-    srun --kill-on-bad-exit=1 --wait=60 faconv doctor "$config" "$@" --quick
+    settings=() before=              # of the options only --set means something to doctor
+    for word in "$@"; do
+        case $before,$word in
+            --set,*) settings+=(--set "$word") ;;
+            *,--set=*) settings+=("$word") ;;
+        esac
+        before=$word
+    done
+    srun --kill-on-bad-exit=1 --wait=60 faconv doctor "$config" "${settings[@]}" --quick
     if [ $? -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then exit 2; fi
 fi
 

@@ -204,6 +204,19 @@ def test_both_scripts_requeue_by_the_same_rule():
         assert line in text
 
 
+def test_doctor_gets_the_settings_of_the_script_and_not_its_other_options(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "${@:3}"\n')
+    (tmp_path / "srun").chmod(0o755)
+    options = ["my.yaml", "--strict", "--set", "a.b=1 2", "--set=c.d=--set"]
+    variables = job_environment(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path))
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    script = str(ROOT / "slurm" / "train_global.sh")
+    ran = subprocess.run(["bash", script, *options], env=variables, capture_output=True, text=True, check=True)
+    _, doctor, train = ran.stdout.splitlines()
+    assert doctor == "faconv doctor my.yaml --set a.b=1 2 --set=c.d=--set --quick"
+    assert train == "faconv train my.yaml --strict --set a.b=1 2 --set=c.d=--set"
+
+
 def test_a_job_that_is_cancelled_does_not_come_back(tmp_path, slurm, store):
     config = config_of(tmp_path, store, LONG)
     job = sbatch(tmp_path, config, **slow_steps(tmp_path / "site", 0.1))
