@@ -272,10 +272,7 @@ def _rows_of_local_ranks(
         options = [part for layout in group for part in ("--layout", str(layout))]
         code, printed = run_and_read([*arguments, *options, "--json"], started)
         answer = printed.rpartition('{"passed"')
-        if not answer[1] or code not in (
-            EXIT_OK,
-            EXIT_FAILED,
-        ):  # no verdict: stderr says why
+        if not answer[1] or code not in (EXIT_OK, EXIT_FAILED):  # no verdict: stderr says why
             raise typer.Exit(code or EXIT_FAILED)
         found = json.loads("".join(answer[1:]))["rows"]
         rows += [ParityRow(**{name: row[name] for name in row if name != "passed"}) for row in found]

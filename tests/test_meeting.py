@@ -110,7 +110,6 @@ def first_rank(monkeypatch):
 def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path, first_rank, capfd):
     """A node that is lost may keep its lock on a network file system."""
     first_rank.setattr(records, "EARLIER_START_S", 2)
-    first_rank.setattr(records._lock, "__defaults__", (2,))
     with claimed(tmp_path, here=True):
         with pytest.raises(InputError, match=r"in use by process \d+ on .*, Slurm job c\.\d+, start 1: two jobs"):
             claimed(tmp_path, here=True).__enter__()

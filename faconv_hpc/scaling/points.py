@@ -16,6 +16,7 @@ import yaml
 
 from ..config import RunConfig, validated
 from ..errors import InputError
+from ..training.files import write_durably
 from ..training.records import CONFIG_FILE, LOCK_FILE, StepRecord, read_records
 from .study import Point
 
@@ -233,12 +234,7 @@ def locked(study_dir: Path) -> Iterator[None]:
 def replace_whole(path: Path, text: str) -> None:
     """Writes a file by one rename: it is there as before or as asked, also after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_durably(path, text)
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -254,24 +254,29 @@ def _is_earlier_start(holder: str) -> bool:
     return start is not None and found is not None and found[1] == start[0] and int(found[2]) < start[1]
 
 
-def _lock(file: TextIO, run_dir: Path, lock: Path, wait_s: float = EARLIER_START_S) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = lock.read_text().strip()
-        if _is_earlier_start(holder) and wait_s > 0:
-            time.sleep(1.0)
-            _lock(file, run_dir, lock, wait_s - 1.0)
+def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
+    deadline = time.monotonic() + EARLIER_START_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        if _is_earlier_start(holder):
-            print(f"{lock} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
+        except BlockingIOError:
+            holder = lock.read_text().strip()
+            if not _is_earlier_start(holder):
+                raise InputError(
+                    f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
+                    f"their records. Wait for it to end, or give another run_dir."
+                ) from None
+            if time.monotonic() >= deadline:
+                print(f"{lock} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
+                return
+        except OSError as error:  # some parallel file systems are mounted without locks
+            print(
+                f"{lock} cannot be locked ({error.strerror}): see to it that no other job trains there",
+                file=sys.stderr,
+            )
             return
-        raise InputError(
-            f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
-            f"their records. Wait for it to end, or give another run_dir."
-        ) from None
-    except OSError as error:  # some parallel file systems are mounted without locks
-        print(f"{lock} cannot be locked ({error.strerror}): see to it that no other job trains there", file=sys.stderr)
+        time.sleep(1.0)
 
 
 def _reopened(path: Path, done: int) -> TextIO:
