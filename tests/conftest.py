@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,12 +13,35 @@ from ranks import close_pools
 
 torch.set_num_threads(1)
 MINI_SLURM = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _pools_end_with_the_session():
     yield
     close_pools()
+
+
+def _signals():
+    return {number: signal.getsignal(number) for number in SIGNALS}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_followed():
+    """Whoever starts pytest may ignore some; its children would inherit that, and a shell among them cannot undo it."""
+    for number, handler in _signals().items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_changes_what_signals_do(_signals_are_followed):
+    before = _signals()
+    yield
+    after = _signals()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before, "the test, or code that it calls, leaves a signal's handler changed"
 
 
 @pytest.fixture(autouse=True)
