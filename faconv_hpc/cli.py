@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,10 +14,12 @@ from rich.table import Table
 from .cli_checkpoint import checkpoint_app
 from .cli_data import data_app
 from .cli_doctor import doctor_command
+from .cli_ranks import check_ranks, in_job, job_ranks, run_ranks, say_before_joining, set_options, starts_ranks
 from .cli_study import study_command
 from .cli_submit import submit_command
 from .config import MeshConfig, RunConfig, load_config
 from .errors import EXIT_FAILED, EXIT_OK, InputError, LostRankError, RunError, exit_code_of
+from .launch.local import inside_a_job, run_and_read
 
 if TYPE_CHECKING:
     from .evaluation.skill import Evaluation
@@ -73,9 +74,9 @@ def train(
     Example: `faconv train configs/quickstart_era5.yaml --ranks 2 --set training.steps=100`
     """
     run = load_config(config, set_ or ())
-    if _starts_ranks(ranks):
-        _check_ranks(run.mesh, ranks)
-        raise typer.Exit(_run_ranks(["train", str(config), *_set_options(set_), *["--strict"] * strict], ranks))
+    if starts_ranks(ranks):
+        check_ranks(run.mesh, ranks)
+        raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *["--strict"] * strict], ranks))
     from .training.signals import StopRequest, grace_s
 
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
@@ -85,7 +86,7 @@ def train(
         def job(mesh: "ProcessMesh") -> int:
             return train_run(run, mesh, strict=strict, stop=stop, counted=counted)
 
-        raise typer.Exit(_in_job(run.mesh, run.training.timeout_s, job))
+        raise typer.Exit(in_job(run.mesh, run.training.timeout_s, job))
 
 
 @app.command()
@@ -113,8 +114,8 @@ def verify(
     """
     run = load_config(config, set_ or ())
     layouts = [MeshConfig.parse(text) for text in layout or ()]
-    arguments = ["verify", str(config), *_set_options(set_), *["--float64"] * float64]
-    if _starts_ranks(ranks) or (layouts and not _inside_a_job()):
+    arguments = ["verify", str(config), *set_options(set_), *["--float64"] * float64]
+    if starts_ranks(ranks) or (layouts and not inside_a_job()):
         rows = _rows_of_local_ranks(run, arguments, ranks, layouts)
         _show_parity(rows, as_json)
         raise typer.Exit(EXIT_OK if all(row.passed for row in rows) else EXIT_FAILED)
@@ -128,7 +129,7 @@ def verify(
             _show_parity(rows, as_json)
         return EXIT_OK if all(row.passed for row in rows) else EXIT_FAILED
 
-    raise typer.Exit(_in_job(None, run.training.timeout_s, job))
+    raise typer.Exit(in_job(None, run.training.timeout_s, job))
 
 
 @app.command()
@@ -143,9 +144,9 @@ def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> 
 
     run = load_run(run_dir)
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
-    if _starts_ranks(ranks):
-        _check_ranks(tiles, ranks)
-        raise typer.Exit(_run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
+    if starts_ranks(ranks):
+        check_ranks(tiles, ranks)
+        raise typer.Exit(run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
     from .evaluation.figures import draw_forecast
     from .evaluation.skill import evaluate as evaluate_run
     from .evaluation.skill import save_skill
@@ -160,7 +161,7 @@ def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> 
             saved = save_skill(evaluation, run_dir)
             print(saved.read_text()) if as_json else _show_skill(evaluation, figure)
 
-    _in_job(tiles if _job_ranks() > 1 else MeshConfig(), run.training.timeout_s, job)
+    in_job(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s, job)
 
 
 def main() -> None:
@@ -174,24 +175,9 @@ def main() -> None:
         print(f"faconv: failed: {error}", file=sys.stderr)
         sys.exit(exit_code_of(error))
     except (InputError, RunError) as error:
-        _say_before_joining(error)
+        say_before_joining(error)
         print(f"faconv: {'error' if isinstance(error, InputError) else 'failed'}: {error}", file=sys.stderr)
         sys.exit(exit_code_of(error))
-
-
-def _say_before_joining(error: Exception) -> None:
-    """One rank of several says it for all and ends them; returns where there are no others, or they do not come."""
-    if _job_ranks() > 1:
-        from .spatial.mesh import report_before_joining
-
-        with suppress(LostRankError):
-            report_before_joining(error)
-
-
-def _inside_a_job() -> bool:
-    from .launch.local import inside_a_job
-
-    return inside_a_job()
 
 
 def _counted_on_slurm(run: RunConfig) -> bool:
@@ -199,58 +185,10 @@ def _counted_on_slurm(run: RunConfig) -> bool:
     from .spatial.environment import RankEnvironment
     from .training.starts import count_start
 
-    if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != _job_ranks():
+    if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != job_ranks():
         return False
     count_start(run.run_dir, run.training.give_up_after)
     return True
-
-
-def _starts_ranks(ranks: int | None) -> bool:
-    """Whether this process is to start ranks, and is not one of them."""
-    if ranks is None or not _inside_a_job():
-        return ranks is not None
-    if ranks != _job_ranks():
-        raise InputError(
-            f"--ranks is {ranks}, but this is one of {_job_ranks()} ranks that are already started. "
-            f"Leave --ranks out inside torchrun, srun or mpiexec."
-        )
-    return False
-
-
-def _job_ranks() -> int:
-    from .spatial.environment import RankEnvironment
-
-    return RankEnvironment.world_size_hint()
-
-
-def _run_ranks(arguments: Sequence[str], ranks: int | None) -> int:
-    from .launch.local import run_local_ranks
-
-    return run_local_ranks(arguments, ranks or 1)
-
-
-def _set_options(overrides: Sequence[str] | None) -> list[str]:
-    return [part for override in overrides or () for part in ("--set", override)]
-
-
-def _check_ranks(mesh: MeshConfig, ranks: int | None) -> None:
-    if mesh.ranks != ranks:
-        raise InputError(
-            f"a mesh of {mesh.replicas} replicas x {mesh.lat} lat x {mesh.lon} lon needs {mesh.ranks} ranks, "
-            f"--ranks is {ranks}. Use --ranks {mesh.ranks}, or change mesh.replicas, mesh.lat or mesh.lon with --set."
-        )
-
-
-def _in_job(mesh: MeshConfig | None, timeout_s: float, work: "Callable[[ProcessMesh], int | None]") -> int:
-    """Joins the ranks (all of them along lon, if no mesh is given), works, and leaves together."""
-    from .spatial.mesh import ProcessMesh
-
-    sizes = (mesh.replicas, mesh.lat, mesh.lon) if mesh else (1, 1, _job_ranks())
-    joined = ProcessMesh.start(*sizes, timeout_s=timeout_s)
-    with joined.guarded():
-        code = work(joined)
-    joined.stop()
-    return code or EXIT_OK
 
 
 def _rows_of_local_ranks(
@@ -258,7 +196,6 @@ def _rows_of_local_ranks(
 ) -> "list[ParityRow]":
     """The layouts' rows, from ranks started here: one start for all layouts of as many ranks."""
     from .data.store import Store
-    from .launch.local import run_and_read
     from .training.parity import ParityRow, check_layout
     from .training.setup import grid_of
 

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .cli_ranks import in_job, job_ranks, run_ranks, set_options, starts_ranks
 from .config import load_config
 from .errors import EXIT_INPUT, InputError, exit_code_of
+from .launch.local import inside_a_job
 
 if TYPE_CHECKING:
     from .launch.findings import Report, Subject
@@ -48,7 +50,6 @@ def doctor_command(
 
     Example: `srun faconv doctor configs/quickstart_era5.yaml && srun faconv train configs/quickstart_era5.yaml`
     """
-    from .cli import _run_ranks, _set_options, _starts_ranks
     from .launch.findings import Subject
 
     if config is None and set_:
@@ -56,35 +57,34 @@ def doctor_command(
             f"--set {set_[0]} changes a config, and none was given. Name it: faconv doctor CONFIG --set ..."
         )
     run = load_config(config, set_ or ()) if config else None
-    if _starts_ranks(ranks):
-        options = [*_set_options(set_), *(["--run-dir", str(run_dir)] if run_dir else [])]
+    if starts_ranks(ranks):
+        options = [*set_options(set_), *(["--run-dir", str(run_dir)] if run_dir else [])]
         flags = [*["--quick"] * quick, *["--json"] * as_json]
-        raise typer.Exit(_run_ranks(["doctor", *([str(config)] if config else []), *options, *flags], ranks))
+        raise typer.Exit(run_ranks(["doctor", *([str(config)] if config else []), *options, *flags], ranks))
     raise typer.Exit(_examined(Subject(run_dir or (run.run_dir if run else Path.cwd()), run, quick), as_json))
 
 
 def _examined(subject: "Subject", as_json: bool) -> int:
     """Examines the ranks that are there, prints the report on one of them, and returns its exit code on all."""
-    from .cli import _in_job, _inside_a_job, _job_ranks
     from .launch.checks import load_torch
     from .launch.doctor import call_roll, examine_alone, joining_problems, node_name
 
     torch = load_torch()
-    if isinstance(torch, str) and _inside_a_job():  # it cannot even say so to the others
+    if isinstance(torch, str) and inside_a_job():  # it cannot even say so to the others
         print(f"faconv: error: torch cannot be imported on {node_name()}: {torch}. Install it there.", file=sys.stderr)
         return EXIT_INPUT
     if isinstance(torch, str):
         return _show(examine_alone(subject), as_json)
     timeout_s = subject.config.training.timeout_s if subject.config else TIMEOUT_S
     try:
-        if _job_ranks() > 1:
+        if job_ranks() > 1:
             roll = call_roll(timeout_s)
             problems = joining_problems(roll)
             if problems:
                 code = _show(examine_alone(subject, problems), as_json) if roll.rank == 0 else EXIT_INPUT
                 roll.until_rank_0_is_done(timeout_s)
                 _leave_together(code)
-        return _in_job(None, timeout_s, lambda mesh: _examined_job(mesh, subject, as_json))
+        return in_job(None, timeout_s, lambda mesh: _examined_job(mesh, subject, as_json))
     except RuntimeError as error:  # the ranks have not met
         print(f"faconv: failed: {error}", file=sys.stderr)
         return max(exit_code_of(error), EXIT_INPUT)

@@ -23,25 +23,27 @@ def _pools_end_with_the_session():
 
 
 def _signals():
-    return {number: signal.getsignal(number) for number in SIGNALS}
+    return {number: signal.getsignal(number) for number in SIGNALS}, signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _signals_are_followed():
-    """Whoever starts pytest may ignore some; its children would inherit that, and a shell among them cannot undo it."""
-    for number, handler in _signals().items():
-        if handler is signal.SIG_IGN:
+    """Whoever starts pytest may ignore or block some; its children inherit that, and a shell cannot undo it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
 def _no_test_changes_what_signals_do(_signals_are_followed):
-    before = _signals()
+    handlers, blocked = _signals()
     yield
     after = _signals()
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert after == before, "the test, or code that it calls, leaves a signal's handler changed"
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert after == (handlers, blocked), "the test, or code that it calls, leaves signals ignored, blocked or handled"
 
 
 @pytest.fixture(autouse=True)

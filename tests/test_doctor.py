@@ -182,6 +182,10 @@ def test_slurm_answers_or_not(tmp_path, programs, monkeypatch):
     only(checks.slurm(subject), OK, "in job 12, step 3")
     put(programs, "scontrol", "echo 'Slurmctld(primary) at head is DOWN'")
     only(checks.slurm(subject), WARNING, "head is DOWN; in job 12", "SLURM_CONF")
+    for first, second in (("UP", "DOWN"), ("DOWN", "UP")):  # one of two is enough
+        lines = f"echo 'Slurmctld(primary) at head is {first}'; echo 'Slurmctld(backup) at spare is {second}'"
+        put(programs, "scontrol", lines)
+        only(checks.slurm(subject), OK, f"at {'head' if first == 'UP' else 'spare'} is UP; in job 12")
     (programs / "scontrol").unlink()
     only(checks.slurm(subject), WARNING, "in job 12, step 3, but there is no scontrol", "scontrol visible")
 

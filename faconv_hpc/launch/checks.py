@@ -16,6 +16,7 @@ from types import ModuleType
 
 from ..training.records import versions
 from .findings import MACHINE, SOFTWARE, Finding, Subject, Verdict
+from .slurm import ping
 
 PROGRAM_S = 20.0  # a program that has not answered by then hangs
 STALE_S = 600.0  # no build of an op takes so long
@@ -140,11 +141,11 @@ def slurm(subject: Subject) -> list[Finding]:
             "Without it nodes are reached by name and a run is not requeued: make srun, sbatch, scontrol visible here."
         )
         return [Finding(MACHINE, "Slurm", Verdict.WARNING, f"{here}, but there is no scontrol", fix)]
-    code, told = _answer(["scontrol", "ping"], line=-1)
-    if code == 0 and told.endswith("UP"):
+    up, told = ping(PROGRAM_S)
+    if up:
         return [Finding(MACHINE, "Slurm", Verdict.OK, f"{told}; {here}")]
     fix = "See that SLURM_CONF or /etc/slurm names the cluster, and that slurmctld runs; no job is submitted otherwise."
-    return [Finding(MACHINE, "Slurm", Verdict.WARNING, f"scontrol ping: {told or f'exit code {code}'}; {here}", fix)]
+    return [Finding(MACHINE, "Slurm", Verdict.WARNING, f"scontrol ping: {told}; {here}", fix)]
 
 
 def load_torch() -> ModuleType | str:

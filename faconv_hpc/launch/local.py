@@ -13,7 +13,7 @@ from typing import IO
 
 from ..errors import EXIT_OK, EXIT_STOPPED
 from ..spatial.environment import RankEnvironment, free_port
-from ..training.signals import hold_signals, release_signals
+from ..training.signals import hold_signals, release_signals, restore_signals
 
 GRACE_S = 10.0  # the others end themselves when they learn of a failure; see spatial/failure.py
 POLL_S = 0.05
@@ -39,7 +39,7 @@ def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | No
     """
     workers: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, _passing_on(workers)) for number in PASSED_ON}
-    release_signals()
+    waited = release_signals()
     try:
         port = free_port()
         for rank in range(ranks):
@@ -48,6 +48,7 @@ def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | No
             release_signals()
         return _wait(workers)
     finally:
+        restore_signals(waited)
         for number, handler in before.items():
             signal.signal(number, handler)
         for worker in workers:

@@ -79,6 +79,19 @@ def is_alive(job: str) -> bool:
     return state is not None and not state.over
 
 
+def ping(timeout_s: float = CLIENT_S) -> tuple[bool, str]:
+    """Whether one of Slurm's controllers answers, the first or a backup, and what ``scontrol ping`` says."""
+    try:
+        asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"no answer in {timeout_s:g} s"
+    except OSError as error:
+        return False, str(error)
+    lines = [line.strip() for line in (asked.stdout + asked.stderr).splitlines() if line.strip()]
+    up = [line for line in lines if line.endswith(" UP")]
+    return bool(up), "; ".join(up or lines) or f"exit code {asked.returncode}"
+
+
 def check_client() -> None:
     """Raises InputError unless Slurm's commands are here and its controller answers."""
     missing = [name for name in ("sbatch", "scontrol", "srun") if shutil.which(name) is None]
@@ -87,14 +100,10 @@ def check_client() -> None:
             f"Slurm's commands are not here (missing: {', '.join(missing)}). Run this on a login node of the cluster; "
             f"on one machine use `faconv train CONFIG --ranks N`, or tools/mini_slurm.sh for a Slurm of its own."
         )
-    try:
-        ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=CLIENT_S, check=False)
-        answer = (ping.stdout + ping.stderr).strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        answer = str(error)
-    if " UP" not in answer:
+    up, answer = ping()
+    if not up:
         raise InputError(
-            f"Slurm's controller does not answer (scontrol ping: {answer or 'nothing'}). See that SLURM_CONF or "
+            f"Slurm's controller does not answer (scontrol ping: {answer}). See that SLURM_CONF or "
             f"/etc/slurm names the cluster and that slurmctld runs; on one machine use `faconv train CONFIG --ranks N`."
         )
 

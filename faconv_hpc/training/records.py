@@ -25,6 +25,7 @@ from .._version import __version__
 from ..config import RunConfig
 from ..errors import InputError
 from ..spatial.environment import RankEnvironment
+from .files import write_durably
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -102,7 +103,7 @@ class Recorder:
 
     def __init__(self, config: RunConfig, done: int, machines: Mapping[str, Any]) -> None:
         _write_config(config, done)
-        (config.run_dir / VERSIONS_FILE).write_text(json.dumps({**versions(), **machines}, indent=2) + "\n")
+        write_durably(config.run_dir / VERSIONS_FILE, json.dumps({**versions(), **machines}, indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
         self._board = _board(config, done)
         self._display = _Display(config.training.steps, done)
@@ -211,7 +212,7 @@ def _write_config(config: RunConfig, done: int) -> None:
     until = path.with_name(f"config-until-step-{done}.yaml")
     if done and path.exists() and path.read_text(errors="replace") != config.to_yaml() and not until.exists():
         path.rename(until)
-    path.write_text(config.to_yaml())
+    write_durably(path, config.to_yaml())
 
 
 @contextmanager
@@ -295,9 +296,7 @@ def _reopened(path: Path, done: int) -> TextIO:
         if done == 0:
             number = sum(1 for _ in path.parent.glob("steps-before-*.jsonl"))
             path.rename(path.with_name(f"steps-before-{number}.jsonl"))
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(path)
+        write_durably(path, "".join(f"{line}\n" for line in kept))
     return path.open("a")
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import FrameType, TracebackType
 
 from ..config import TrainingConfig
@@ -13,14 +13,19 @@ HELD = (signal.SIGUSR1, signal.SIGUSR2)
 """Blocked until somebody listens: what they do by default would end a rank that is still starting."""
 
 
-def hold_signals() -> None:
-    """Keeps SIGUSR1 and SIGUSR2 waiting, in this process and those it starts, until `release_signals`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+def hold_signals() -> Collection[int]:
+    """Keeps SIGUSR1 and SIGUSR2 waiting, in this process and those it starts; the signals that waited before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
-def release_signals() -> None:
-    """Delivers what has been waiting."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+def release_signals() -> Collection[int]:
+    """Delivers what has been waiting; the signals that waited before."""
+    return signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
+def restore_signals(waited: Collection[int]) -> None:
+    """The inverse of the two, from what they returned: a process that is started later inherits it."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, waited)
 
 
 class StopRequest:
@@ -36,6 +41,7 @@ class StopRequest:
     def __init__(self, grace_s: Mapping[signal.Signals, float]) -> None:
         self._grace_s = grace_s
         self._before: dict[signal.Signals, object] = {}
+        self._waited_before: Collection[int] = ()
         self._deadline = float("inf")
         self._pipe = (-1, -1)
         self._descriptor_before = -1
@@ -47,16 +53,17 @@ class StopRequest:
         self._descriptor_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         self._before = {number: signal.signal(number, self._handle) for number in self._grace_s}
-        release_signals()
+        self._waited_before = release_signals()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        hold_signals()
+        hold_signals()  # one that comes now finds nobody who listens
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._descriptor_before)
+        restore_signals(self._waited_before)
         os.close(self._pipe[1])  # which ends the thread
 
     @property
