@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .config import MeshConfig
-from .errors import EXIT_OK, InputError, LostRankError
+from .errors import EXIT_OK, InputError, LostRankError, RunError
 from .launch.local import inside_a_job, run_local_ranks
 from .spatial.environment import RankEnvironment
 
@@ -63,8 +63,8 @@ def in_job(mesh: MeshConfig | None, timeout_s: float, work: "Callable[[ProcessMe
 
 def say_before_joining(error: Exception) -> None:
     """One rank of several says it for all and ends them; returns where there are no others, or they do not come."""
-    if job_ranks() > 1:
-        from .spatial.mesh import report_before_joining
+    with suppress(LostRankError, InputError, RunError):  # such as the very error
+        if job_ranks() > 1:
+            from .spatial.mesh import report_before_joining
 
-        with suppress(LostRankError):
             report_before_joining(error)

@@ -1,5 +1,6 @@
 """``faconv study``: the same run on several meshes, each a job of its own, then the table and the figure."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -103,13 +104,15 @@ def _cluster(where: Where) -> "Cluster":
 
 
 def _default_cluster() -> Where:
-    """Slurm, if its client is here and its controller answers."""
+    """Slurm, where its client is; a controller that is away for a moment does not make this machine a cluster."""
     from .launch.slurm import check_client
 
+    if shutil.which("scontrol") is None:
+        return Where.LOCAL
     try:
         check_client()
-    except InputError:
-        return Where.LOCAL
+    except InputError as error:
+        raise InputError(f"{error} For a study on this machine, give --cluster local.") from None
     return Where.SLURM
 
 

@@ -16,6 +16,10 @@ class InputError(ValueError):
     """
 
 
+class SilentClusterError(InputError):
+    """The cluster answers nobody, or takes no more jobs at the moment: the same may work later."""
+
+
 class RunError(RuntimeError):
     """The run cannot go on for a reason outside the code: a full disk, weights that drift, a rank that is silent.
 

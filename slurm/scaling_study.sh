@@ -39,10 +39,6 @@ own_job=${SLURM_JOB_ID:-}
 where=()
 if [ -n "$own_job" ]; then
     where=(--cluster slurm)
-    # The points' jobs must not take this small job's numbers of tasks, CPUs and memory for their own.
-    for name in ${!SLURM_@}; do
-        [ "$name" = SLURM_CONF ] || unset "$name"
-    done
 fi
 
 faconv study "${where[@]}" "$@" &
@@ -54,9 +50,14 @@ while true; do
     code=$?
     kill -0 "$study" 2> /dev/null || break           # else a signal ended the waiting, not the study
 done
-# A job that scancel ends is no longer RUNNING: it stays ended.
-if [ -n "$own_job" ] && { [ "$code" -eq 75 ] || { [ "$asked" = yes ] && [ "$code" -gt 128 ]; }; } \
-    && scontrol show job "$own_job" | grep -q "JobState=RUNNING"; then
-    scontrol requeue "$own_job" && sleep 60          # meanwhile Slurm ends this script
+if [ -n "$own_job" ] && { [ "$code" -eq 75 ] || { [ "$asked" = yes ] && [ "$code" -gt 128 ]; }; }; then
+    for again in 1 2 3 4 5 6; do
+        state=$(scontrol show job "$own_job" | grep -o "JobState=[A-Z]*")
+        # A job that scancel ends is no longer RUNNING: it stays ended.
+        if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then exit "$code"; fi
+        if [ -n "$state" ] && scontrol requeue "$own_job"; then sleep 60; fi   # meanwhile Slurm ends this script
+        sleep 10
+    done
+    echo "Slurm does not take this job back: start the same command again" >&2
 fi
 exit "$code"

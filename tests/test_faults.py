@@ -9,20 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED
+from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED, LostRankError, NoProgressError, RunError
 from faconv_hpc.observe import SAVING, Activity
 from faconv_hpc.spatial import failure
 from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
 from faconv_hpc.training import trainer as trainer_module
+from faconv_hpc.training.files import write_durably
 from faconv_hpc.training.health import MicroBatch
-from faconv_hpc.training.records import STEPS_FILE, read_records
+from faconv_hpc.training.records import STEPS_FILE, claimed, read_records
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.signals import StopRequest
+from faconv_hpc.training.starts import count_start
 from faconv_hpc.training.trainer import Boundary, Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config
@@ -246,6 +250,56 @@ def test_restarts_without_progress_end_with_the_code_that_is_not_requeued(tmp_pa
     process = faconv("train", config)
     assert process.returncode == EXIT_NO_REQUEUE
     assert "3 starts in a row" in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("ranks_met", [False, True])
+def test_what_the_user_did_wrong_is_no_start(tmp_path, store, ranks_met):
+    """Not when the start was counted before the ranks met, and not beside another job that trains there."""
+    file = tmp_path / "run" / "starts.json"
+    elsewhere = small_config(tmp_path, tmp_path / "nowhere")
+    here = small_config(tmp_path, store)
+    file.parent.mkdir()
+    for config, message in ((elsewhere, "nowhere"), (here, "in use by process 1")):
+        file.write_text('{"starts": 1}')
+
+        def check(mesh, config=config):
+            if ranks_met:
+                count_start(config.run_dir, 3)
+            with claimed(here.run_dir, here=True):
+                (here.run_dir / ".lock").write_text("process 1")
+                return train(config, mesh, counted=ranks_met)
+
+        with pytest.raises(AssertionError, match=message):
+            run_on_ranks(Layout(1, 1, 1), check)
+        assert json.loads(file.read_text()) == {"starts": 1}
+
+
+def test_errors_of_ours_are_not_taken_for_those_of_a_collective():
+    of_torch = RuntimeError("[gloo] Timed out waiting 30000ms for recv operation")
+    lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3")
+    assert failure._is_timeout(of_torch) and failure._is_lost_peer(lost)
+    for error in (RunError, LostRankError, NoProgressError):
+        ours = error("the run in runs/timeout_1 (Connection timed out); Connection reset by peer")
+        assert not failure._is_timeout(ours) and not failure._is_lost_peer(ours)
+
+
+def test_a_save_that_is_under_way_takes_its_time_first():
+    boundary = Boundary(signal=10, left_s=20.0, save_s=10.0, written=True)
+    assert boundary.may_save and not replace(boundary, written=False).may_save
+    assert replace(boundary, written=False, left_s=25.0).may_save
+
+
+def test_small_files_are_whole_whoever_else_writes_them(tmp_path):
+    path, texts = tmp_path / "report.json", ["a" * 5000, "b" * 9000]
+
+    def write(text):
+        for _ in range(50):
+            write_durably(path, text)
+            assert path.read_text() in texts
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, texts))
+    assert [one.name for one in tmp_path.iterdir()] == ["report.json"]
 
 
 # Numbers that are no numbers

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 from torch.distributed import TCPStore
 
-from faconv_hpc.errors import InputError, RunError
+from faconv_hpc.errors import InputError, LostRankError, RunError
 from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
@@ -17,6 +17,7 @@ from faconv_hpc.spatial.meeting import _opened, candidate_ports, meet
 from faconv_hpc.training import records
 from faconv_hpc.training.records import claimed
 from runs import make_store, write_config
+from studies import record, write_records
 
 SLURM = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 JOB = f"c.{os.getpid()}.0.0"
@@ -107,6 +108,16 @@ def first_rank(monkeypatch):
     return monkeypatch
 
 
+def claim_while_it_grows(run_dir):
+    """A third start, while the second one does steps."""
+    write_records(run_dir, [record(1, seconds=0.1)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_RESTART_COUNT", "2")
+        patch.setattr(records.time, "sleep", lambda seconds: write_records(run_dir, [record(1, 0.1), record(2, 0.1)]))
+        patch.setattr(records, "EARLIER_START_S", 0.01)
+        claimed(run_dir, here=True).__enter__()
+
+
 def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path, first_rank, capfd):
     """A node that is lost may keep its lock on a network file system."""
     first_rank.setattr(records, "EARLIER_START_S", 2)
@@ -117,6 +128,8 @@ def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path,
         with claimed(tmp_path, here=True):
             assert "held by an earlier start of this job" in capfd.readouterr().err
             assert (tmp_path / ".lock").read_text().endswith(f"Slurm job c.{os.getpid()}, start 2\n")
+        with pytest.raises(LostRankError, match=r"start 2, which is an earlier start of this job, still trains in"):
+            claim_while_it_grows(tmp_path)
         first_rank.setenv("SLURM_JOB_ID", "1")
         with pytest.raises(InputError, match="two jobs would mix"):
             claimed(tmp_path, here=True).__enter__()
@@ -162,6 +175,7 @@ def test_the_log_is_followed_while_the_controller_restarts(tmp_path, monkeypatch
     assert slurm.follow("7", tmp_path / "log") == 2
     shown = capsys.readouterr()
     assert shown.out == "step 1\n" and "job 7: failed, requeued 1 time(s), exit code 2" in shown.err
+    assert shown.err.startswith("job 7: Slurm does not say how it does (down); asking again\n")
     monkeypatch.setattr(slurm, "job_state", lambda job: None)
     assert slurm.follow("7", tmp_path / "log") == 1
     assert "Slurm no longer knows it" in capsys.readouterr().err
@@ -170,11 +184,12 @@ def test_the_log_is_followed_while_the_controller_restarts(tmp_path, monkeypatch
 def test_starts_whose_ranks_never_meet_are_counted_and_end(tmp_path):
     """A job that is requeued whenever a rank is lost must not be for ever."""
     training = {"timeout_s": 10, "give_up_after": 2}
-    config = write_config(tmp_path, make_store(tmp_path / "waves"), mesh={"lon": 2}, training=training)
+    directory = tmp_path / "timed out"  # what a message names must not be taken for what it says
+    config = write_config(directory, make_store(tmp_path / "waves"), mesh={"lon": 2}, training=training)
     command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
     variables = os.environ | SLURM | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "starts.json").write_text('{"starts": 1}')
+    (directory / "run").mkdir()
+    (directory / "run" / "starts.json").write_text('{"starts": 1}')
     alone = subprocess.run(
         command, env=variables | {"SLURM_PROCID": "0"}, capture_output=True, text=True, timeout=120, check=False
     )

@@ -539,22 +539,32 @@ def test_a_job_whose_number_was_lost_is_waited_for(tmp_path):
 # ---- slurm/scaling_study.sh ------------------------------------------------------------------------------------------
 
 FAKE_FACONV = """#!/usr/bin/env bash
-env | grep ^SLURM_ > "$STUB/environment"; echo "$@" > "$STUB/arguments"
+echo "$@" > "$STUB/arguments"
 trap 'echo stopped >> "$STUB/arguments"; exit 75' TERM
 [ "$CODE" = wait ] || exit "$CODE"
 while true; do sleep 0.05; done
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
+echo "$@" >> "$STUB/calls"
+if [ "$(grep -c "$1" "$STUB/calls")" -le "$SILENT" ]; then exit 1; fi
 if [ "$1" = show ]; then echo "JobId=7 JobState=$STATE"; else echo "$@" >> "$STUB/requeued"; fi
+"""
+FAKE_SLEEP = """#!/usr/bin/env bash
+[ "$1" -lt 60 ] && exec /bin/sleep 0.05
+exec /bin/sleep "$1"
 """
 
 
-def run_script(directory, code, *, state="RUNNING", inside=True):
-    """slurm/scaling_study.sh with stubs for what it calls; its exit code and what was requeued."""
-    for name, text in (("faconv", FAKE_FACONV), ("scontrol", FAKE_SCONTROL)):
+def run_script(directory, code, *, state="RUNNING", inside=True, silent=0):
+    """slurm/scaling_study.sh with stubs for what it calls; its exit code and what was requeued.
+
+    ``silent``: how often Slurm does not answer first.
+    """
+    for name, text in (("faconv", FAKE_FACONV), ("scontrol", FAKE_SCONTROL), ("sleep", FAKE_SLEEP)):
         (directory / name).write_text(text)
         (directory / name).chmod(0o755)
     variables = {"PATH": f"{directory}:{os.environ['PATH']}", "STUB": str(directory), "CODE": code, "STATE": state}
+    variables["SILENT"] = str(silent)
     if inside:
         variables |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_CONF": "/etc/slurm.conf"}
     command = ["bash", str(ROOT / "slurm" / "scaling_study.sh"), "study.yaml", "--retry-failed"]
@@ -578,11 +588,11 @@ def run_script(directory, code, *, state="RUNNING", inside=True):
 def test_the_script_passes_exit_codes_on_and_requeues_none_of_them(tmp_path, code):
     assert run_script(tmp_path, code) == (int(code), "")
     assert (tmp_path / "arguments").read_text() == "study --cluster slurm study.yaml --retry-failed\n"
-    assert (tmp_path / "environment").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
 
 
-def test_the_script_requeues_itself_before_its_time_limit(tmp_path):
-    code, requeued = run_script(tmp_path, "wait")
+@pytest.mark.parametrize("silent", [0, 2])
+def test_the_script_requeues_itself_before_its_time_limit(tmp_path, silent):
+    code, requeued = run_script(tmp_path, "wait", silent=silent)
     assert requeued == "requeue 7\n" and code == -signal.SIGKILL
     assert (tmp_path / "arguments").read_text().endswith("stopped\n")
 
@@ -592,6 +602,11 @@ def test_the_script_stays_ended_after_scancel_and_on_a_login_node(tmp_path):
         directory = tmp_path / name
         directory.mkdir()
         assert run_script(directory, "wait", **options) == (75, "")
+
+
+def test_the_script_says_when_slurm_does_not_take_it_back(tmp_path, capfd):
+    assert run_script(tmp_path, "wait", silent=100) == (75, "")
+    assert "Slurm does not take this job back: start the same command again" in capfd.readouterr().err
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -24,10 +24,16 @@ need() {
     fi
 }
 
+ours() { grep -qs "^ClusterName=mini$" "$SLURM_CONF"; }
+
 write_config() {
     local nodes=$1 cpus memory_mib
     cpus=$(nproc)
     memory_mib=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 8 / 10))
+    if [ -e "$SLURM_CONF" ] && ! ours; then
+        echo "$SLURM_CONF is of another Slurm. Set MINI_SLURM_DIR to a directory of its own." >&2
+        exit 1
+    fi
     mkdir -p "$dir/state" "$dir/log"
     cat > "$SLURM_CONF" << CONF
 ClusterName=mini
@@ -98,11 +104,11 @@ end() {
 }
 
 stop() {
-    if [ -f "$SLURM_CONF" ]; then
+    if ours; then
         scancel --state=RUNNING 2> /dev/null || true
         for file in "$dir"/*.pid; do end "$file"; done
+        rm -rf "$dir"
     fi
-    rm -rf "$dir"
 }
 
 case ${1:-} in

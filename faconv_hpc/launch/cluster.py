@@ -24,7 +24,7 @@ class SlurmCluster:
         return submit(run, preflight=False, log=log, name=f"{study}-{point}").job
 
     def alive(self, job: str) -> bool:
-        """Whether the job waits or runs."""
+        """Whether the job waits or runs. Raises SilentClusterError where Slurm does not say."""
         return is_alive(job)
 
 
@@ -54,8 +54,10 @@ class LocalCluster:
 
 
 def _born(pid: int) -> str:
-    """When a process began, in the kernel's ticks: its number may be given again. Empty if there is none."""
+    """When a process began, in the kernel's ticks: its number may be given again. Empty if it is not there, or dead."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # field 22 of proc(5)
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    state, began = fields[0], fields[19]  # fields 3 and 22 of proc(5)
+    return "" if state in "ZX" else began

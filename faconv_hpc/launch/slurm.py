@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import EXIT_FAILED, EXIT_OK, InputError
+from ..errors import EXIT_FAILED, EXIT_OK, InputError, SilentClusterError
 
 CLIENT_S = 60  # for an answer; a busy controller takes its time
 POLL_S = 2.0
@@ -71,11 +71,11 @@ def job_state(job: str) -> JobState | None:
 
 
 def is_alive(job: str) -> bool:
-    """Whether a job waits or runs; while the controller does not answer, it is taken to be."""
+    """Whether a job waits or runs. Raises SilentClusterError where the controller does not say."""
     try:
         state = job_state(job)
-    except (subprocess.SubprocessError, OSError):
-        return True
+    except (subprocess.SubprocessError, OSError) as error:
+        raise SilentClusterError(f"Slurm does not say how job {job} does ({error})") from None
     return state is not None and not state.over
 
 
@@ -93,7 +93,7 @@ def ping(timeout_s: float = CLIENT_S) -> tuple[bool, str]:
 
 
 def check_client() -> None:
-    """Raises InputError unless Slurm's commands are here and its controller answers."""
+    """Raises InputError unless Slurm's commands are here, and SilentClusterError unless its controller answers."""
     missing = [name for name in ("sbatch", "scontrol", "srun") if shutil.which(name) is None]
     if missing:
         raise InputError(
@@ -102,7 +102,7 @@ def check_client() -> None:
         )
     up, answer = ping()
     if not up:
-        raise InputError(
+        raise SilentClusterError(
             f"Slurm's controller does not answer (scontrol ping: {answer}). See that SLURM_CONF or "
             f"/etc/slurm names the cluster and that slurmctld runs; on one machine use `faconv train CONFIG --ranks N`."
         )
@@ -112,12 +112,18 @@ def follow(job: str, log: Path) -> int:
     """Prints a job's log as it grows, and its state as it changes, until it is over; its exit code."""
     shown, said, last = 0, "", None
     while True:
+        state, silence = None, ""
         try:
             state = job_state(job)
-        except (subprocess.SubprocessError, OSError):  # the controller is busy, or restarts
+        except (subprocess.SubprocessError, OSError) as error:  # the controller is busy, or restarts
+            silence = f"Slurm does not say how it does ({error}); asking again"
+        shown = _print_from(log, shown)
+        if silence:
+            if said != silence:
+                said = silence
+                print(f"job {job}: {silence}", file=sys.stderr, flush=True)
             time.sleep(POLL_S)
             continue
-        shown = _print_from(log, shown)
         if state is None:
             where = f"it was last {last.name.lower()}" if last else "it was never seen"
             print(f"job {job}: Slurm no longer knows it, {where}; see its log, {log}", file=sys.stderr)

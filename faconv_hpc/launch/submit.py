@@ -16,10 +16,15 @@ from typing import Any
 import submitit
 
 from ..config import RunConfig
-from ..errors import InputError
+from ..errors import InputError, SilentClusterError
+from ..spatial.environment import outside_a_job
+from ..training.files import write_durably
 from .slurm import check_client
 
 SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # or one dead rank leaves the others hanging
+NOT_NOW = ("nable to contact", "imed out", "MaxSubmitJob", "temporarily")
+"""In what sbatch says: its controller is away or busy, or the user has as many jobs as is allowed."""
+
 REQUEUE = (
     "# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config",
     "# or the data), 1 (failed) or 93 (starting again leads nowhere).",
@@ -94,13 +99,17 @@ def submit(
 
     Raises:
         InputError: there is no Slurm here, it refuses the job, or the ranks do not fill the nodes evenly.
+        SilentClusterError: it does not answer, or takes no more jobs at the moment.
     """
     check_client()
     executor = _executor(config, preflight, log, name)
     try:
-        job = executor.start()
+        with outside_a_job():
+            job = executor.start()
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         (*_, said) = str(error).strip().splitlines() or [type(error).__name__]
+        if any(sign in str(error) for sign in NOT_NOW):
+            raise SilentClusterError(f"sbatch takes no job now: {said}. Try again later.") from None
         raise InputError(
             f"sbatch refused the job: {said}. Change section slurm of the config "
             f"(`--set slurm.partition=NAME`, account, time_min, gpus_per_node ...); --dry-run shows the script."
@@ -190,7 +199,8 @@ def _written(config: RunConfig) -> Path:
     path = _folder(config) / f"config-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        if not path.exists() or path.read_text(errors="replace") != text:  # a job that waits may read it
+            write_durably(path, text)
     except OSError as error:
         raise InputError(
             f"run_dir {config.run_dir} cannot be written: {error.strerror}. Give a directory where you may write."

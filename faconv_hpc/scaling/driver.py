@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, SilentClusterError
 from .points import DONE, FAILED, Attempt, Outcome, Outcomes, PointFiles, replace_whole
 from .results import LOCAL, write_results
 from .study import Cluster, Point, StudyConfig
@@ -15,6 +15,7 @@ STUDY_FILE = "study.yaml"
 POLL_S = {LOCAL: 0.5, "slurm": 5.0}
 SETTLE_S = {LOCAL: 1.0, "slurm": 20.0}
 """How long after a job's end its last records may still be on their way over a shared file system."""
+STALE_S = 60.0  # the lock of a lost node may stay on a network file system
 NAP_S = 0.2  # a signal is noticed that soon
 
 
@@ -35,8 +36,9 @@ class PointState:
         attempt: the one under way, or the last.
         ours: whether this process started it.
         ended_at: when its job was first found to have ended, by the monotonic clock.
+        held_since: when its run directory was first found to be held although its job is over.
         steps: on record.
-        why: of a point that failed.
+        why: it failed, or nothing is heard of it.
     """
 
     point: Point
@@ -45,6 +47,7 @@ class PointState:
     attempt: Attempt | None = None
     ours: bool = False
     ended_at: float | None = None
+    held_since: float | None = None
     steps: int = 0
     why: str = ""
 
@@ -63,6 +66,7 @@ class StudyDriver:
         show: is told where the points stand, after every look.
         poll_s, settle_s: seconds between looks, and until the end of a job without all steps is believed; by default
             as long as ``where`` needs.
+        stale_s: how long a run directory may be held after its job is over.
     """
 
     def __init__(
@@ -76,11 +80,13 @@ class StudyDriver:
         show: Show = lambda states: None,
         poll_s: float | None = None,
         settle_s: float | None = None,
+        stale_s: float = STALE_S,
     ) -> None:
         self._study, self._points, self._cluster, self._where = study, points, cluster, where
         self._retry_failed, self._show = retry_failed, show
         self._poll_s = POLL_S[where] if poll_s is None else poll_s
         self._settle_s = SETTLE_S[where] if settle_s is None else settle_s
+        self._stale_s = stale_s
         self._outcomes = Outcomes(study.study_dir)
         self._at_once = min(limit for limit in (cluster.at_once, study.at_once, len(points)) if limit is not None)
 
@@ -132,8 +138,8 @@ class StudyDriver:
                 f"far as the study knows. Go on with --cluster {attempt.cluster}; or see that the job has ended and "
                 f"remove {state.point.directory}."
             )
-        alive = attempt.cluster == self._where and attempt.job is not None and self._cluster.alive(attempt.job)
-        if alive or held or state.files.complete:
+        alive = attempt.cluster == self._where and attempt.job is not None and self._alive(state, attempt.job)
+        if alive or held or state.files.complete or attempt.cluster != LOCAL:  # that one may have failed unseen
             state.status = RUNNING
 
     def _look_at(self, state: PointState, stop: Stop) -> None:
@@ -153,18 +159,38 @@ class StudyDriver:
                 self._end(state, state.files.outcome(state.attempt))
 
     def _lives(self, state: PointState) -> bool:
-        attempt = state.attempt
-        assert attempt is not None, "a point that runs was started"
-        known = attempt.job is not None and attempt.cluster == self._where
-        return (known and self._cluster.alive(str(attempt.job))) or state.files.is_trained_in()
+        """Whether a job of the point waits or runs. Once its job is over, its lock alone is not believed for long."""
+        state.why = ""
+        job = state.attempt.job if state.attempt and state.attempt.cluster == self._where else None
+        if job is not None and self._alive(state, job):
+            state.held_since = None
+            return True
+        if not state.files.is_trained_in():
+            state.held_since = None
+            return False
+        state.held_since = state.held_since or time.monotonic()
+        held_s = time.monotonic() - state.held_since
+        if held_s > self._settle_s:  # before that it may just be ending
+            state.why = f"{state.files.run_dir} is held by {state.files.holder}"
+        return job is None or held_s < self._stale_s
+
+    def _alive(self, state: PointState, job: str) -> bool:
+        """As far as the cluster tells; one that is silent has not ended the job."""
+        try:
+            return self._cluster.alive(job)
+        except SilentClusterError as error:
+            state.why = str(error)
+            return True
 
     def _start_next(self, states: Sequence[PointState], stop: Stop) -> None:
         running = sum(state.status == RUNNING for state in states)
         for state in states:
             if running >= self._at_once or stop.number:
                 return
-            if state.status == WAITING and not state.files.is_trained_in():
+            if state.status == WAITING and not self._lives(state):
                 self._start(state, stop)
+                if state.status == WAITING:  # the cluster takes no job now
+                    return
                 running += state.status == RUNNING
 
     def _start(self, state: PointState, stop: Stop) -> None:
@@ -173,6 +199,9 @@ class StudyDriver:
         state.attempt, state.steps, state.ended_at, state.ours, state.why = attempt, 0, None, True, ""
         try:
             job = self._cluster.submit(state.files.config, state.point.run, state.files.log(attempt.number))
+        except SilentClusterError as error:
+            state.why = str(error)
+            return
         except (InputError, RunError) as error:
             if not stop.number:  # else Ctrl-C ended what was submitting
                 self._end(state, state.files.outcome(attempt, f"not started: {error}"))

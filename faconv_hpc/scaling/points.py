@@ -144,6 +144,14 @@ class PointFiles:
             return False
         return False
 
+    @property
+    def holder(self) -> str:
+        """Who trains there, by what its lock says."""
+        try:
+            return (self.run_dir / LOCK_FILE).read_text().strip() or "somebody"
+        except OSError:
+            return "somebody"
+
     def check_same(self) -> None:
         """Raises InputError where what is there was run with another config: a study compares like with like."""
         if not self.config.exists():

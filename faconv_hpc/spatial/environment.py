@@ -5,12 +5,16 @@ import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 
 from ..errors import InputError
 
 LOOPBACK = "127.0.0.1"
+OF_A_JOB = re.compile(r"(SLURMD?|PMIX?|OMPI)_.*|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT")
+OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,19 @@ class RankEnvironment:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
+
+
+@contextmanager
+def outside_a_job() -> Iterator[None]:
+    """As if no job had started this process: what is submitted inside must not take its variables for its own."""
+    names = [name for name in os.environ if OF_A_JOB.fullmatch(name) and name not in OF_A_SITE]
+    of_job = {name: os.environ[name] for name in names}
+    for name in of_job:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(of_job)
 
 
 def free_port() -> int:

@@ -243,11 +243,16 @@ def describe(error: BaseException, rank: int | None = None) -> str:
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
+    return _is_of_torch(error) and any(sign in str(error) for sign in LOST_PEER)
 
 
 def _is_timeout(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TIMED_OUT)
+    return _is_of_torch(error) and any(sign in str(error) for sign in TIMED_OUT)
+
+
+def _is_of_torch(error: BaseException) -> bool:
+    """What a collective or the store may raise; our own say what they are, and their texts hold names of files."""
+    return isinstance(error, RuntimeError) and not isinstance(error, RunError)
 
 
 def _in_main_thread() -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -26,9 +27,11 @@ def flush_entries(directory: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file by one rename, on disk before and after."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.unlink(missing_ok=True)
-    write_flushed(beside, text.encode())
-    beside.replace(path)
+    """Replaces a small file by one rename, on disk before and after. Others may do the same meanwhile."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write_flushed(beside, text.encode())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     flush_entries(path.parent)

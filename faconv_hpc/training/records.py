@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .._version import __version__
 from ..config import RunConfig
-from ..errors import InputError
+from ..errors import InputError, LostRankError
 from ..spatial.environment import RankEnvironment
 from .files import write_durably
 
@@ -221,6 +221,7 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
 
     Raises:
         InputError: another job trains there, or the directory cannot be made.
+        LostRankError: an earlier start of this very job does, and goes on.
     """
     if not here:
         yield
@@ -256,7 +257,7 @@ def _is_earlier_start(holder: str) -> bool:
 
 
 def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
-    deadline = time.monotonic() + EARLIER_START_S
+    began, at_first = time.monotonic(), None
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,7 +269,14 @@ def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
                     f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
                     f"their records. Wait for it to end, or give another run_dir."
                 ) from None
-            if time.monotonic() >= deadline:
+            step, seconds = _last_step(run_dir)
+            at_first = step if at_first is None else at_first
+            if time.monotonic() - began >= max(EARLIER_START_S, 3 * seconds):  # one that trains does a step meanwhile
+                if step != at_first:
+                    raise LostRankError(
+                        f"{holder}, which is an earlier start of this job, still trains in {run_dir}: a node that "
+                        f"Slurm has given up is alive. End its processes; the job is requeued meanwhile."
+                    ) from None
                 print(f"{lock} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
                 return
         except OSError as error:  # some parallel file systems are mounted without locks
@@ -278,6 +286,14 @@ def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
             )
             return
         time.sleep(1.0)
+
+
+def _last_step(run_dir: Path) -> tuple[int, float]:
+    """Number and seconds of the last step on record; 0 where there is none."""
+    step, seconds = 0, 0.0
+    for record in read_records(run_dir):
+        step, seconds = record.step, record.seconds
+    return step, seconds
 
 
 def _reopened(path: Path, done: int) -> TextIO:

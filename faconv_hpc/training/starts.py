@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError, NoProgressError
@@ -13,9 +13,9 @@ STARTS_FILE = "starts.json"
 
 @contextmanager
 def counted_start(run_dir: Path, give_up_after: int, here: bool, *, counted: bool = False) -> Iterator[None]:
-    """Counts this start of a run, until it saves a checkpoint (`made_progress`) or ends by what the user did.
+    """Counts this start of a run, until it saves a checkpoint (`made_progress`).
 
-    The user's own ends are Ctrl-C and input to be mended. A process that is killed leaves the count.
+    One that ends by what the user did, Ctrl-C or input to be mended, is not counted. A process that is killed is.
 
     Args:
         give_up_after: starts in a row that save no checkpoint; 0: never give up.
@@ -34,7 +34,7 @@ def counted_start(run_dir: Path, give_up_after: int, here: bool, *, counted: boo
     try:
         yield
     except (InputError, KeyboardInterrupt):
-        made_progress(run_dir)
+        take_back(run_dir)
         raise
 
 
@@ -50,16 +50,30 @@ def count_start(run_dir: Path, give_up_after: int) -> None:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_durably(path, json.dumps({"starts": before + 1}) + "\n")
+        _write(path, before + 1)
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
         ) from None
 
 
+def take_back(run_dir: Path) -> None:
+    """One start less, unless there was progress since: another job may train there."""
+    path = run_dir / STARTS_FILE
+    with suppress(OSError):
+        if (count := _count(path)) > 1:
+            _write(path, count - 1)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def made_progress(run_dir: Path) -> None:
     """Wipes the slate: a checkpoint is saved, or there was nothing left to do."""
     (run_dir / STARTS_FILE).unlink(missing_ok=True)
+
+
+def _write(path: Path, count: int) -> None:
+    write_durably(path, json.dumps({"starts": count}) + "\n")
 
 
 def _count(path: Path) -> int:

@@ -52,14 +52,13 @@ def train(
         FloatingPointError: the loss is not a number.
         RunError: a checkpoint cannot be written, weights drift, or starting again leads nowhere.
     """
-    workspace = Workspace.open(config, mesh)
-    check_config_fits(config, workspace.store)
-    windows = workspace.windows(workspace.training_frames)
     here = mesh.rank == 0
-    with claimed(config.run_dir, here=here), ExitStack() as stack:
+    with counted_start(config.run_dir, config.training.give_up_after, here=here, counted=counted), ExitStack() as stack:
+        workspace = Workspace.open(config, mesh)
+        check_config_fits(config, workspace.store)
+        windows = workspace.windows(workspace.training_frames)
+        stack.enter_context(claimed(config.run_dir, here=here))
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
-        give_up_after = config.training.give_up_after
-        stack.enter_context(counted_start(config.run_dir, give_up_after, here=here, counted=counted))
         engine = Engine(build_network(config, windows), mesh, config.training)
         done = resume(workspace, engine, strict=strict)
         if done < config.training.steps:
@@ -124,8 +123,11 @@ class Boundary:
 
     @property
     def may_save(self) -> bool:
-        """Whether a checkpoint that takes as long as the last one, and half of that more, is done in time."""
-        return 1.5 * self.save_s <= self.left_s
+        """Whether a checkpoint that takes as long as the last one, and half of that more, is done in time.
+
+        One that is still being written comes first.
+        """
+        return (1.5 if self.written else 2.5) * self.save_s <= self.left_s
 
 
 class Trainer:

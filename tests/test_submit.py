@@ -1,0 +1,114 @@
+"""Submitting without daemons: what sbatch is given, and what it may answer. See test_slurm_jobs.py for real jobs."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from faconv_hpc.errors import InputError, SilentClusterError
+from faconv_hpc.launch.submit import script, submit
+from runs import small_config
+from test_cli import faconv, messages
+
+MINI_SLURM = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
+OF_A_JOB = {
+    "SLURM_JOB_ID": "3", "SLURM_MEM_PER_CPU": "100", "SLURM_CPU_BIND": "cores", "SLURM_NTASKS": "8", "PMI_RANK": "0",
+    "RANK": "1", "MASTER_PORT": "1",
+}  # fmt: skip
+KEPT = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "climate", "RANKING": "yes"}
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """Stands before the real one on PATH: notes its environment, and says what is put into ``says``."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\ncat {tmp_path}/says; exit 0\n")
+    (programs / "scontrol").write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is UP'\n")
+    (programs / "srun").write_text("#!/bin/sh\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    (tmp_path / "says").write_text("Submitted batch job 7\n")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def refuse(directory, text):
+    (directory / "bin" / "sbatch").write_text(f"#!/bin/sh\necho '{text}' >&2; exit 1\n")
+
+
+def test_a_job_does_not_take_the_variables_of_the_one_it_is_sent_from(sbatch, monkeypatch):
+    for name, value in (OF_A_JOB | KEPT).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    sent = submit(small_config(sbatch, sbatch / "waves"))
+    assert sent.job == "7" and sent.script.exists()
+    given = dict(line.partition("=")[::2] for line in (sbatch / "environment").read_text().splitlines())
+    assert not OF_A_JOB.keys() & given.keys() and KEPT.items() <= given.items()
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "sbatch: error: QOSMaxSubmitJobPerUserLimit",
+        "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying",
+    ],
+)
+def test_no_job_now_is_no_refusal(sbatch, text):
+    refuse(sbatch, text)
+    with pytest.raises(SilentClusterError, match=r"sbatch takes no job now: .*Try again later"):
+        submit(small_config(sbatch, sbatch / "waves"))
+
+
+def test_a_refusal_is_told_with_the_section_to_change(sbatch):
+    refuse(sbatch, "sbatch: error: invalid partition specified: nowhere")
+    with pytest.raises(InputError, match=r"sbatch refused the job: .*partition.*Change section slurm") as told:
+        submit(small_config(sbatch, sbatch / "waves"))
+    assert not isinstance(told.value, SilentClusterError)
+
+
+def test_the_config_that_a_waiting_job_will_read_is_not_written_again(sbatch):
+    config = small_config(sbatch, sbatch / "waves")
+    submit(config)
+    (copy,) = (sbatch / "run" / "slurm").glob("config-*.yaml")
+    before = copy.stat()
+    script(config)
+    assert (copy.stat().st_ino, copy.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    copy.write_text("half of it")
+    script(config)
+    assert copy.read_text() == config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a whole number, got 'abc'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),
+    ],
+)
+def test_what_keeps_ranks_from_joining_is_told_once(tmp_path, variables, message):
+    started = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2"}
+    process = faconv("train", tmp_path / "nothing.yaml", environment=started | variables)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert len(messages(process)) == 1
+    config = small_config(tmp_path, tmp_path / "waves", mesh={"lon": 2})
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    process = faconv("train", tmp_path / "resolved.yaml", environment=started | variables)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    (told,) = messages(process)
+    assert message in told
+
+
+def test_mini_slurm_leaves_what_is_not_its_own(tmp_path):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    for config, code in ((None, 0), ("ClusterName=real\n", 0)):
+        if config:
+            (tmp_path / "slurm.conf").write_text(config)
+        stop = subprocess.run(
+            ["bash", MINI_SLURM, "stop"], env=os.environ | {"MINI_SLURM_DIR": str(tmp_path)}, check=False
+        )
+        assert stop.returncode == code and (tmp_path / "thesis.tex").exists()
