@@ -25,7 +25,7 @@ POOR_RATIO = 1.1  # above it, tiles read each other's bytes
 
 Mesh = Annotated[str, typer.Option(help="Tiles LATxLON that shall read no other tile's bytes.")]
 Output = Annotated[Path, typer.Option(help="Directory of the store.")]
-FramesPerFile = Annotated[int | None, typer.Option(help="Frames in one file. Default: 256 MiB of them.")]
+FramesPerFile = Annotated[int | None, typer.Option(help="Frames in one file. Default: 256 MiB of them, at least 16.")]
 Compression = Annotated[int | None, typer.Option(help="gzip level 1 to 9. Default: none, which reads fastest.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
@@ -44,6 +44,12 @@ def prepare_command(
     calendar: Annotated[str | None, typer.Option(help="Such as standard, noleap, 360_day.")] = None,
     drop_repeated_column: Annotated[
         bool, typer.Option("--drop-repeated-column", help="Leave out a last column that repeats the first.")
+    ] = False,
+    fill_absent_chunks: Annotated[
+        bool,
+        typer.Option(
+            "--fill-absent-chunks", help="Take chunks that a zarr source leaves out as filled. Default: refuse it."
+        ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -64,6 +70,7 @@ def prepare_command(
         time_units=time_units,
         calendar=calendar,
         drop_repeated_column=drop_repeated_column,
+        fill_absent_chunks=fill_absent_chunks,
         overwrite=overwrite,
         comm=comm,
         progress=_progress(comm),

@@ -83,7 +83,7 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     Slurm looks at limits twice a minute and may signal half a minute early: 35 to 65 s after a start.
     """
     training = LONG | {"usr_grace_s": 55, "give_up_after": 0}
-    slow = slow_steps(tmp_path / "site", 0.3)
+    slow = slow_steps(tmp_path / "site", 1.0)
     by_sbatch = config_of(tmp_path / "sbatch", store, training)
     log = tmp_path / "sbatch" / "job.log"
     jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=["--time=2", "--signal=USR1@55"], **slow): by_sbatch}
@@ -95,7 +95,7 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     for job, config in jobs.items():
         wait_for(f"job {job} is requeued 5 times", lambda job=job: job_state(job).restarts >= 5, 15 * MINUTES_S, log)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
-        shorten(config, step_of(run_dir) + 60)
+        shorten(config, step_of(run_dir) + 20)
     for job, config in jobs.items():
         state = over(job, log, 5 * MINUTES_S)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")

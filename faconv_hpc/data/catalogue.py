@@ -1,5 +1,6 @@
 """Sources joined: for every channel, where each frame comes from. Reads them slab by slab."""
 
+import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from .layout import Channel
 from .names import unknown_name
 from .sources import Roles, SourceOptions, coordinate, find_roles, open_source, time_variable
 from .times import TimeAxis, check_increasing, decode_times
+from .zarr_chunks import ZarrChunks
 
 SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
 PLAIN_UNITS = "hours since 2000-01-01"
@@ -48,31 +50,41 @@ class Segment:
     level: int | None
     grid: SourceGrid
     time: TimeAxis
+    what: str
+    chunks: ZarrChunks | None = None
 
-    def read(self, frames: range, rows: Span) -> NDArray[np.float32]:
-        """fields_TYX of frames counted from this segment's first, north first, NaN where missing."""
+    def read(self, frames: range, rows: Span, levels: Sequence[int | None]) -> NDArray[np.float32]:
+        """fields_TCYX of frames counted from this segment's first, and of some levels; north first, NaN if missing."""
         nlat = self.grid.latitude_deg.size
         source_rows = (nlat - rows[1], nlat - rows[0]) if self.grid.flip_rows else rows
-        picked: dict[Hashable, slice | int] = dict.fromkeys(self.array.dims, 0)  # dims of size 1
+        picked: dict[Hashable, slice | int | list[int]] = dict.fromkeys(self.array.dims, 0)  # dims of size 1
         picked[self.roles.latitude] = slice(*source_rows)
         picked[self.roles.longitude] = slice(None)
         if self.roles.time is not None:
             picked[self.roles.time] = slice(frames.start, frames.stop)
-        if self.roles.level is not None and self.level is not None:
-            picked[self.roles.level] = self.level
-        order = [dim for dim in (self.roles.time, self.roles.latitude, self.roles.longitude) if dim is not None]
+        if self.roles.level is not None:
+            picked[self.roles.level] = _together([level for level in levels if level is not None])
+        roles = self.roles
+        order = [dim for dim in (roles.time, roles.level, roles.latitude, roles.longitude) if dim is not None]
+        if self.chunks is not None:
+            self.chunks.check(self.array, picked)
         try:
             values = self.array.isel(picked).transpose(*order).values
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError, zlib.error) as error:  # as HDF5, numcodecs and zlib have it
             raise InputError(
                 f"frames {frames.start} to {frames.stop} of variable {self.array.name!r} in {self.path} cannot be read "
                 f"({error}). The source is damaged: fetch it again, then run this command again; it goes on."
             ) from None
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the writer names
-            fields = values.astype(np.float32, copy=False).reshape(len(frames), *values.shape[-2:])
-        fields = fields[:, ::-1] if self.grid.flip_rows else fields
-        fields = fields[:, :, ::-1] if self.grid.flip_columns else fields
-        return fields[:, :, : self.grid.longitude_deg.size]
+            fields = values.astype(np.float32, copy=False).reshape(len(frames), len(levels), *values.shape[-2:])
+        fields = fields[..., ::-1, :] if self.grid.flip_rows else fields
+        fields = fields[..., ::-1] if self.grid.flip_columns else fields
+        return fields[..., : self.grid.longitude_deg.size]
+
+    def is_beside(self, other: "Segment") -> bool:
+        """Whether both are levels of one array, which are read together."""
+        mine, others = (self.path, self.array.name), (other.path, other.array.name)
+        return self.level is not None and other.level is not None and mine == others
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,15 +108,38 @@ class Catalogue:
         """The common grid."""
         return self.segments[0][0].grid
 
-    def read(self, frames: range, channel: int, rows: Span) -> NDArray[np.float32]:
-        """fields_TYX of a slab, out of one or more sources."""
-        parts, first = [], 0
-        for segment in self.segments[channel]:
-            inside = range(max(frames.start - first, 0), min(frames.stop - first, len(segment.time)))
-            if inside:
-                parts.append(segment.read(inside, rows))
-            first += len(segment.time)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    @property
+    def groups(self) -> Sequence[range]:
+        """Levels of the same arrays are read together, as a chunk of a source may hold them all."""
+        return self._groups(range(len(self.segments)))
+
+    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
+        """fields_TCYX of a slab, out of one or more sources."""
+        slab_TCYX = np.empty((len(frames), len(channels), rows[1] - rows[0], self.grid.longitude_deg.size), np.float32)
+        for group in self._groups(channels):
+            first = 0
+            columns = slice(group.start - channels.start, group.stop - channels.start)
+            for place, segment in enumerate(self.segments[group.start]):
+                inside = range(max(frames.start - first, 0), min(frames.stop - first, len(segment.time)))
+                if inside:
+                    levels = [self.segments[channel][place].level for channel in group]
+                    at = first + inside.start - frames.start
+                    slab_TCYX[at : at + len(inside), columns] = segment.read(inside, rows, levels)
+                first += len(segment.time)
+        return slab_TCYX
+
+    def _groups(self, channels: range) -> list[range]:
+        groups: list[range] = []
+        for channel in channels:
+            if groups and self._are_beside(groups[-1].start, channel):
+                groups[-1] = range(groups[-1].start, channel + 1)
+            else:
+                groups.append(range(channel, channel + 1))
+        return groups
+
+    def _are_beside(self, channel: int, other: int) -> bool:
+        mine, others = self.segments[channel], self.segments[other]
+        return len(mine) == len(others) and all(a.is_beside(b) for a, b in zip(mine, others, strict=True))
 
 
 def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
@@ -138,7 +173,9 @@ def _segments_of(path: Path, options: SourceOptions, notes: list[str], constant:
     dataset = open_source(path)
     segments: list[Segment] = []
     times: dict[Hashable, TimeAxis] = {}
-    for name in dataset.data_vars:
+    chunks = ZarrChunks(path) if path.is_dir() and not options.fill_absent_chunks else None
+    ours = "fingerprint" in dataset.attrs and "fields" in dataset.data_vars  # a store's: its mask is in the fields
+    for name in ["fields"] if ours else dataset.data_vars:
         roles = find_roles(dataset, name, options, path)
         if roles is None or dataset[name].dtype.kind not in "fiub":
             if dataset[name].ndim >= 2:
@@ -148,35 +185,47 @@ def _segments_of(path: Path, options: SourceOptions, notes: list[str], constant:
         if roles.time not in times:
             times[roles.time] = _times(dataset, roles, options, path, notes)
         segments += [
-            Segment(path, channel, dataset[name], roles, level, grid, times[roles.time])
-            for level, channel in _channels_of(dataset, name, roles)
+            Segment(path, channel, dataset[name], roles, level, grid, times[roles.time], what, chunks)
+            for level, channel, what in _channels_of(dataset, name, roles)
         ]
     return segments
 
 
-def _channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple[int | None, Channel]]:
-    """A variable's channels: itself, or one per level, such as z500."""
+def _channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple[int | None, Channel, str]]:
+    """A variable's channels: itself, or one per level, such as z500. With what each is, for messages."""
+    whole = f"variable {name!r}"
     attributes = dataset[name].attrs
     units, long_name = str(attributes.get("units", "")), str(attributes.get("long_name", name))
     if roles.level is None:
-        return [(None, Channel(str(name), units, long_name))]
+        return [(None, Channel(str(name), units, long_name), whole)]
     size = dataset.sizes[roles.level]
     if roles.level not in dataset.variables:
-        return [(i, Channel(f"{name}_{roles.level}{i}", units, f"{long_name}, {roles.level} {i}")) for i in range(size)]
+        texts = [f"{roles.level} {i}" for i in range(size)]
+        return [
+            (i, Channel(f"{name}_{roles.level}{i}", units, f"{long_name}, {text}"), f"{whole}, {text}")
+            for i, text in enumerate(texts)
+        ]
     level = dataset[roles.level]
     if level.dtype.kind in "OSUT":  # names, as a store of ours has them
-        return [(i, Channel(str(text), units, str(text))) for i, text in enumerate(level.values)]
+        return [(i, Channel(str(text), units, str(text)), f"channel {text}") for i, text in enumerate(level.values)]
     unit = str(level.attrs.get("units", ""))
     values = level.values / 100.0 if unit == "Pa" else level.values
     unit = "hPa" if unit == "Pa" else unit
-    return [(i, Channel(f"{name}{v:g}", units, f"{long_name} at {v:g} {unit}".strip())) for i, v in enumerate(values)]
+    texts = [f"at {value:g} {unit}".strip() for value in values]
+    return [
+        (i, Channel(f"{name}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
+        for i, (value, text) in enumerate(zip(values, texts, strict=True))
+    ]
 
 
 def _times(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path, notes: list[str]) -> TimeAxis:
     variable = time_variable(dataset, roles.time, options)
     where = f"{path}, {roles.time or 'time'}"
     if variable is not None and variable.dtype.kind == "M":
-        return TimeAxis(variable.values.astype("datetime64[s]").astype(np.int64).ravel(), "proleptic_gregorian")
+        seconds = variable.values.astype("datetime64[s]").astype(np.int64).ravel()
+        axis = TimeAxis(seconds, options.calendar or "proleptic_gregorian")
+        check_increasing(axis, where)
+        return axis
     values = np.arange(dataset.sizes[roles.time or ""]) if variable is None else np.atleast_1d(variable.values)
     if values.size == 0:
         raise InputError(f"{where} has no times at all: the source is empty. Leave it out.")
@@ -268,7 +317,15 @@ def _range(values: NDArray[np.float64]) -> str:
 
 
 def _join_times(segments: Sequence[Segment]) -> TimeAxis:
-    """The times of one channel, over its sources."""
+    """The times of one channel, over its sources, which must be the same thing in the same units."""
+    first = segments[0]
+    for segment in segments:
+        if segment.what != first.what or not _same_units(segment.channel.units, first.channel.units):
+            raise InputError(
+                f"{first.channel.name!r} is {first.what} in {first.channel.units or 'no units'} in {first.path}, but "
+                f"{segment.what} in {segment.channel.units or 'no units'} in {segment.path}: they are not one field. "
+                f"Convert one of them, or rename it in its source, for example with `ncrename -v`."
+            )
     calendars = {segment.time.calendar for segment in segments}
     if len(calendars) > 1:
         raise InputError(
@@ -282,6 +339,19 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
                 f"{later.path} starts at {later.time.label(0)}. Give each time once."
             )
     return TimeAxis(np.concatenate([segment.time.seconds for segment in segments]), calendars.pop())
+
+
+def _same_units(one: str, other: str) -> bool:
+    """Whether two texts mean the same; one that is empty says nothing."""
+    mine, others = ("".join(text.replace("**", "").replace("^", "").split()) for text in (one, other))
+    return mine == others or not mine or not others
+
+
+def _together(levels: Sequence[int]) -> slice | list[int]:
+    """Levels of an array as they are read at once."""
+    if list(levels) == list(range(levels[0], levels[-1] + 1)):
+        return slice(levels[0], levels[-1] + 1)
+    return list(levels)
 
 
 def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) -> None:

@@ -6,7 +6,6 @@ directory without it is not finished. All are NetCDF4: any tool opens them.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from .chunks import ChunkShape
+from .hdf5_file import replacing
 from .moments import ChannelMoments
 from .times import EPOCH_UNITS, TimeAxis
 
@@ -115,16 +115,14 @@ def write_strings(nc: h5netcdf.File, name: str, dim: str, texts: Sequence[str]) 
 def write_store_file(
     directory: Path, layout: StoreLayout, files: Sequence[FileEntry], moments: Sequence[ChannelMoments]
 ) -> None:
-    """Writes store.nc under another name and renames it: it appears whole or not at all."""
-    temporary = directory / f".{STORE_FILE}.part"
-    with h5netcdf.File(temporary, "w") as nc:
+    """Writes store.nc: it appears whole or not at all."""
+    with replacing(directory / STORE_FILE) as (nc, _):
         write_coordinates(nc, layout, range(len(layout.time)))
         _write_channels(nc, layout.channels, moments)
         for name, values in (("year_fraction", layout.time.year_fraction), ("utc_hour", layout.time.utc_hour)):
             nc.create_variable(name, ("time",), np.float64)[:] = values
         _write_file_table(nc, files)
         _write_attributes(nc, layout, moments)
-    sync_and_rename(temporary, directory / STORE_FILE)
 
 
 def _write_channels(nc: h5netcdf.File, channels: Sequence[Channel], moments: Sequence[ChannelMoments]) -> None:
@@ -162,16 +160,6 @@ def _write_attributes(nc: h5netcdf.File, layout: StoreLayout, moments: Sequence[
     nc.attrs["compression"] = np.int64(layout.compression or 0)
     nc.attrs["has_missing"] = np.int64(any(moment.valid_cells < moment.cells for moment in moments))
     nc.attrs["provenance"] = json.dumps(layout.provenance, sort_keys=True)
-
-
-def sync_and_rename(temporary: Path, final: Path) -> None:
-    """The content is on the disk before the name is: a crash leaves no half file behind."""
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(final)
 
 
 @dataclass(frozen=True, eq=False)

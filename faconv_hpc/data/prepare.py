@@ -13,9 +13,10 @@ from .chunks import VALUE_BYTES, chunk_shape
 from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
 from .layout import StoreLayout
 from .sources import SourceOptions, expand
-from .writer import Progress, Written, start_directory, write_store
+from .writer import Progress, Written, started_directory, write_store
 
 FILE_BYTES = 256 * 1024 * 1024  # of fields in one file, unless the user says how many frames
+LEAST_FRAMES = 16  # in one file of large frames: a store of years has thousands of files then, not a hundred thousand
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def prepare(
     time_units: str | None = None,
     calendar: str | None = None,
     drop_repeated_column: bool = False,
+    fill_absent_chunks: bool = False,
     overwrite: bool = False,
     comm: Comm | None = None,
     progress: Progress | None = None,
@@ -59,18 +61,18 @@ def prepare(
 ) -> PrepareSummary:
     """Collective. Streams sources into a store.
 
-    Variables may be spread over files, and times too. A run that was killed goes on where it
-    stopped: files of fields that are finished are kept if the request is the same.
+    Variables and times may be spread over files. A killed run goes on: finished files of the same request are kept.
 
     Args:
         sources: NetCDF 3 or 4, zarr, GRIB (with cfgrib), plain HDF5 with ``fields``, or stores.
         output: directory of the store.
         variables: which, in which order; the name of a variable with levels takes them all.
         mesh: tiles along latitude and longitude that shall read no other tile's bytes.
-        frames_per_file: default: as many as fit 256 MiB.
+        frames_per_file: default: as many as fit 256 MiB, and at least 16.
         compression: gzip level 1 to 9; default none, which reads fastest.
         time_coordinate, time_units, calendar: what the source does not say about its times.
         drop_repeated_column: leave out a last column that repeats the first.
+        fill_absent_chunks: take chunks that a zarr source leaves out as filled, instead of refusing it.
         overwrite: replace a finished store.
         comm: ranks that share the work; default this process.
         progress: called after each file.
@@ -82,14 +84,19 @@ def prepare(
     started = time.monotonic()
     comm = comm or SerialComm()
     options = SourceOptions(
-        tuple(variables) if variables else None, time_coordinate, time_units, calendar, drop_repeated_column
+        tuple(variables) if variables else None,
+        time_coordinate,
+        time_units,
+        calendar,
+        drop_repeated_column,
+        fill_absent_chunks,
     )
     with TogetherOrNotAtAll(comm):
         paths, catalogue, layout = _plan_together(sources, options, mesh, frames_per_file, compression, command, comm)
         _refuse_own_source(Path(output), paths)
-        start_directory(Path(output), comm, overwrite=overwrite)
         request = "\n".join([repr(options), *map(_identity, paths)])
-        written = write_store(Path(output), layout, catalogue, request, comm=comm, progress=progress)
+        with started_directory(Path(output), comm, overwrite=overwrite):
+            written = write_store(Path(output), layout, catalogue, request, comm=comm, progress=progress)
     notes = catalogue.notes
     if layout.files < comm.size:
         notes += (f"{layout.files} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",)
@@ -161,8 +168,8 @@ def _layout(
 
 
 def default_frames_per_file(grid_shape: tuple[int, int], channels: int) -> int:
-    """As many frames as fit ``FILE_BYTES``; it depends on nothing but the fields' size."""
-    return max(1, FILE_BYTES // (grid_shape[0] * grid_shape[1] * channels * VALUE_BYTES))
+    """As many frames as fit ``FILE_BYTES``, or ``LEAST_FRAMES``; it depends on nothing but the fields' size."""
+    return max(LEAST_FRAMES, FILE_BYTES // (grid_shape[0] * grid_shape[1] * channels * VALUE_BYTES))
 
 
 def _refuse_own_source(output: Path, paths: Sequence[Path]) -> None:

@@ -17,7 +17,12 @@ from .layout import DIMS, STORE_FILE
 LAZY: dict[str, Any] = {"decode_times": False, "decode_timedelta": False, "cache": False}
 UNLOCKED: dict[str, Any] = {"driver_kwds": {"locking": False}}  # parallel file systems may refuse locks
 ZARR_MARKS = ("zarr.json", ".zmetadata", ".zgroup", ".zattrs")
-NOT_LEVELS = ("forecast_period", "realization", "step", "number", "member", "ensemble")
+NOT_LEVELS = (
+    "forecast_period", "realization", "step", "number", "member", "ensemble", "ensemble_member", "prediction_timedelta",
+    "lead_time", "expver",
+)  # fmt: skip
+PRESSURE_NAMES = ("pressure_level", "level", "isobaricinhpa", "plev")
+PRESSURE_UNITS = ("Pa", "hPa", "mbar", "mb", "millibar", "millibars")
 LATITUDE_NAMES = ("latitude", "lat", "nav_lat")
 LONGITUDE_NAMES = ("longitude", "lon", "nav_lon")
 TIME_NAMES = ("time", "valid_time", "t")
@@ -32,9 +37,10 @@ class SourceOptions:
     Args:
         variables: variables or channels to take, in this order; None takes all fields.
         time_coordinate: name of the time dim or coordinate, where it cannot be found.
-        time_units: CF units of the times, where the source gives none.
+        time_units: CF units of the times, where the source gives none or wrong ones.
         calendar: CF calendar, where the source gives none or a wrong one.
         drop_repeated_column: leave out the last column where it repeats the first.
+        fill_absent_chunks: take chunks that a zarr source leaves out as filled, as zarr itself does.
     """
 
     variables: tuple[str, ...] | None = None
@@ -42,6 +48,7 @@ class SourceOptions:
     time_units: str | None = None
     calendar: str | None = None
     drop_repeated_column: bool = False
+    fill_absent_chunks: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,11 @@ def _engine(path: Path) -> str:
         return "scipy"
     if magic == b"\x89HDF\r\n\x1a\n":
         return "h5netcdf"
+    if magic[:4] == b"PK\x03\x04":
+        raise InputError(
+            f"source {path} is a ZIP archive, as the Climate Data Store sends several kinds of fields at once. Unzip "
+            f"it, and give the files in it."
+        )
     remedy = "ncks -7" if magic[:4] == b"CDF\x05" else "cdo -f nc4 copy"
     raise InputError(
         f"source {path} starts with {magic!r}, which is no NetCDF (3, 4), HDF5, zarr or GRIB data. "
@@ -162,7 +174,7 @@ def find_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions, path
         raise _not_regular(array, path, f"latitude and longitude both run along {latitude!r}")
     time = _time_dim(dataset, array, options)
     known = (latitude, longitude, time)
-    others = [dim for dim in array.dims if dim not in known and (array.sizes[dim] > 1 or dim == "channel")]
+    others = [dim for dim in array.dims if dim not in known and (array.sizes[dim] > 1 or _is_level(dataset, dim))]
     if time is None and time_variable(dataset, None, options) is None:
         if not others:
             return None  # a constant field, such as a land mask
@@ -170,12 +182,28 @@ def find_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions, path
     forecasts = [dim for dim in others if _standard_name(dataset, dim) in NOT_LEVELS or dim in NOT_LEVELS]
     if len(others) > 1 or forecasts:
         one = (forecasts or others)[-1]
+        if one == "expver":
+            remedy = (
+                "Merge ERA5 (expver 1) and its preliminary end (5) first, for example with xarray: "
+                "`ds.sel(expver=1).combine_first(ds.sel(expver=5)).to_netcdf('merged.nc')`."
+            )
+        else:
+            remedy = f"Select one {one!r} first, for example with `ncks -d {one},0`."
         raise InputError(
             f"variable {name!r} in {path} has dims {_sizes(array)}: besides time, latitude and longitude there may be "
-            f"one of levels, but no members or lead times. Select one {one!r} first, for example with "
-            f"`ncks -d {one},0`."
+            f"one of levels, but no members or lead times. {remedy}"
         )
     return Roles(time, latitude, longitude, others[0] if others else None)
+
+
+def _is_level(dataset: xr.Dataset, dim: Hashable) -> bool:
+    """Whether a dim stands for a level even where there is only one: t at 500 hPa is not t."""
+    if dim == "channel":
+        return True
+    coordinate = dataset.variables.get(dim)
+    if coordinate is None or coordinate.dims != (dim,):
+        return False
+    return str(dim).lower() in PRESSURE_NAMES or coordinate.attrs.get("units") in PRESSURE_UNITS
 
 
 def _dim_of(dataset: xr.Dataset, array: xr.DataArray, kind: str) -> Hashable | None:

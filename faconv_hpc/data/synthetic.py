@@ -1,6 +1,7 @@
 """Fields of any size that move like weather: planetary waves that travel, on a seasonal cycle."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
 from .layout import Channel, StoreLayout
 from .prepare import PrepareSummary, check_request, default_frames_per_file, summarise, versions
 from .times import SECONDS_PER_HOUR, TimeAxis, decode_times
-from .writer import Progress, start_directory, write_store
+from .writer import Progress, started_directory, write_store
 
 WAVENUMBERS = (1, 2, 3, 4, 5, 6)
 SEASON = 0.5  # amplitude of the seasonal cycle, in units of all waves together
@@ -81,16 +82,23 @@ class SyntheticFields:
         self._rate_CK = 2 * np.pi / periods_h * np.array(WAVENUMBERS) * np.where(direction < 0.7, 1.0, -1.0)
         self._phase_CK = 2 * np.pi * phase
 
-    def read(self, frames: range, channel: int, rows: Span) -> NDArray[np.float32]:
-        """fields_TYX of a slab."""
+    @property
+    def groups(self) -> Sequence[range]:
+        """Every channel for itself."""
+        return [range(channel, channel + 1) for channel in range(self._options.channels)]
+
+    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
+        """fields_TCYX of a slab."""
         latitude = self._latitude[slice(*rows)]
-        fields_TYX = np.empty((len(frames), latitude.size, self._longitude.size), dtype=np.float32)
-        for index, frame in enumerate(frames):
-            field_YX = self._waves(frame, channel, latitude)
-            if self._options.noise:
-                field_YX += self._options.noise * self._noise(frame, channel, rows)
-            fields_TYX[index] = field_YX
-        return fields_TYX
+        shape = len(frames), len(channels), latitude.size, self._longitude.size
+        fields_TCYX = np.empty(shape, dtype=np.float32)
+        for t, frame in enumerate(frames):
+            for c, channel in enumerate(channels):
+                field_YX = self._waves(frame, channel, latitude)
+                if self._options.noise:
+                    field_YX += self._options.noise * self._noise(frame, channel, rows)
+                fields_TCYX[t, c] = field_YX
+        return fields_TCYX
 
     def _waves(self, frame: int, channel: int, latitude: NDArray[np.float64]) -> NDArray[np.float64]:
         season = -np.cos(2 * np.pi * self._time.year_fraction[frame])  # northern summer in July
@@ -146,9 +154,9 @@ def synthesise(
     comm = comm or SerialComm()
     with TogetherOrNotAtAll(comm):
         layout = _plan_together(options, mesh, frames_per_file, compression, command, comm)
-        start_directory(Path(output), comm, overwrite=overwrite)
         fields = SyntheticFields(layout, options)
-        written = write_store(Path(output), layout, fields, repr(options), comm=comm, progress=progress)
+        with started_directory(Path(output), comm, overwrite=overwrite):
+            written = write_store(Path(output), layout, fields, repr(options), comm=comm, progress=progress)
     return summarise(Path(output), layout, written, time.monotonic() - started, ())
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..locks import DirectoryLock
 from ..spatial.grid import LatLonGrid, Span
 from .comm import Comm
+from .hdf5_file import ForgivingFile, replacing
 from .layout import (
     CONVENTIONS,
     DIMS,
@@ -23,16 +26,16 @@ from .layout import (
     FileEntry,
     StoreLayout,
     file_name,
-    sync_and_rename,
     write_coordinates,
     write_store_file,
 )
 from .moments import ChannelMoments, Moments
 
-SLAB_BYTES = 32 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
+SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
 LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34
 COMMON_FILL = np.float32(1e20)  # that of CMIP
 MOMENTS = "moments"
+LOCK_FILE = ".lock"
 Progress = Callable[[int, int], None]
 """Called with (files this rank has finished, files it has to write)."""
 
@@ -40,8 +43,12 @@ Progress = Callable[[int, int], None]
 class FieldReader(Protocol):
     """Where the fields of a new store come from."""
 
-    def read(self, frames: range, channel: int, rows: Span) -> NDArray[np.float32]:
-        """fields_TYX of consecutive frames, one channel, some rows (north first), all columns.
+    @property
+    def groups(self) -> Sequence[range]:
+        """All channels in order, in parts that are best read together, such as the levels of one variable."""
+
+    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
+        """fields_TCYX of consecutive frames and channels, some rows (north first), all columns.
 
         NaN where data are missing.
         """
@@ -78,29 +85,52 @@ def fingerprint(layout: StoreLayout, request: str) -> str:
     return digest.hexdigest()
 
 
-def start_directory(output: Path, comm: Comm, *, overwrite: bool) -> None:
-    """Collective. Makes the directory and takes away what is left of earlier runs.
+@contextmanager
+def started_directory(output: Path, comm: Comm, *, overwrite: bool) -> Iterator[None]:
+    """Collective. Makes the directory, keeps others from it, and takes away what is left of earlier runs.
 
     Finished files of fields stay where the run was not finished: they may serve again.
 
     Raises:
-        InputError: a finished store is there and may not be overwritten, or it is a file.
+        InputError: a finished store is there and may not be overwritten, it is a file, or somebody writes there.
     """
-    if comm.rank == 0:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"output {output} is a file, but a store is a directory. Give another --output.")
-        if (output / STORE_FILE).exists() and not overwrite:
-            raise InputError(
-                f"{output} is a finished store and is not overwritten. Give another --output, or --overwrite."
-            )
+    with ExitStack() as stack:
+        if comm.rank == 0:
+            stack.enter_context(_claimed(output))
+            _clear(output, overwrite=overwrite)
+        comm.barrier()
+        yield
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output {output} is a file, but a store is a directory. Give another --output.")
+    try:
+        lock = DirectoryLock(output / LOCK_FILE)
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+    with lock:
+        with suppress(OSError):  # a file system without locks
+            if not lock.attempt():
+                raise InputError(
+                    f"another preparation writes to {output}: {lock.holder or 'unknown'}. Wait for it, or give another "
+                    f"--output; if it is dead for certain, remove {lock.path}."
+                )
+        lock.sign()
         try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(output, error) from None
-        finished = [output / STORE_FILE, *output.glob("fields-*.nc")] if overwrite else []
-        for path in [*finished, *output.glob(".*.part")]:  # store.nc goes first: from then on it is unfinished
-            path.unlink(missing_ok=True)
-    comm.barrier()
+            yield
+        finally:
+            lock.path.unlink(missing_ok=True)
+
+
+def _clear(output: Path, *, overwrite: bool) -> None:
+    finished = (output / STORE_FILE).exists()
+    if finished and not overwrite:
+        raise InputError(f"{output} is a finished store and is not overwritten. Give another --output, or --overwrite.")
+    fields = output.glob("fields-*.nc") if finished else ()  # of one that was cut short they may serve again
+    for path in [output / STORE_FILE, *fields, *output.glob(".*.part")]:  # store.nc first: from then on unfinished
+        path.unlink(missing_ok=True)
 
 
 def write_store(
@@ -130,29 +160,40 @@ def write_store(
         if _is_finished(output / file_name(file), mark):
             kept += 1
         else:
-            try:
+            with _writing(output):
                 _write_file(output, layout, reader, file, mark, slab_bytes)
-            except OSError as error:  # what the reader cannot read is an InputError already
-                raise _cannot_write(output, error) from None
         if progress is not None:
             progress(done + 1, len(mine))
     comm.barrier()
     kept_files = sum(comm.allgather(kept))
-    written = comm.allgather(_finish(output, layout, kept_files) if comm.rank == 0 else None)[0]
+    finished = None
+    if comm.rank == 0:
+        with _writing(output):
+            finished = _finish(output, layout, kept_files, mark)
+    written = comm.allgather(finished)[0]
     assert written is not None, "rank 0 finishes the store and tells the others"
     return written
 
 
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """What the reader cannot read is an InputError already."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+
+
 def _cannot_write(output: Path, error: OSError) -> InputError:
     return InputError(
-        f"cannot write to {output} ({error}). Check the directory's rights and the space left (df, quota), then run "
-        f"the same command again: what is finished is kept."
+        f"cannot write to {output} ({error.strerror or error}). Check the directory's rights and the space left (df, "
+        f"quota), then run the same command again: what is finished is kept."
     )
 
 
-def _finish(output: Path, layout: StoreLayout, kept_files: int) -> Written:
+def _finish(output: Path, layout: StoreLayout, kept_files: int, mark: str) -> Written:
     """Merges the statistics of all files and writes store.nc."""
-    entries, moments = _survey(output, layout)
+    entries, moments = _survey(output, layout, mark)
     _check_statistics(layout, moments)
     for path in set(output.glob("fields-*.nc")) - {output / entry.name for entry in entries}:
         path.unlink()  # of an earlier, unfinished run with more files
@@ -169,13 +210,18 @@ def _is_finished(path: Path, mark: str) -> bool:
         return False
 
 
-def _survey(output: Path, layout: StoreLayout) -> tuple[tuple[FileEntry, ...], list[ChannelMoments]]:
+def _survey(output: Path, layout: StoreLayout, mark: str) -> tuple[tuple[FileEntry, ...], list[ChannelMoments]]:
     """The table of files, and the moments of all their frames."""
     entries = []
     moments = [ChannelMoments() for _ in layout.channels]
     for file in range(layout.files):
         path, frames = output / file_name(file), layout.frames_of(file)
         with h5py.File(path, "r", locking=False) as h5:
+            if h5.attrs.get("fingerprint") != mark:
+                raise InputError(
+                    f"{path} is of another request, although it was written by this one: another preparation writes to "
+                    f"{output}. End one of them, and run this command again."
+                )
             rows = h5[MOMENTS][:]
         moments = [moment.merged(ChannelMoments.from_row(row)) for moment, row in zip(moments, rows, strict=True)]
         entries.append(FileEntry(path.name, frames.start, len(frames), path.stat().st_size))
@@ -192,20 +238,18 @@ def _check_statistics(layout: StoreLayout, moments: list[ChannelMoments]) -> Non
 
 
 def _write_file(output: Path, layout: StoreLayout, reader: FieldReader, file: int, mark: str, slab_bytes: int) -> None:
-    """Writes one file of fields under another name and renames it."""
+    """Writes one file of fields; it appears whole or not at all."""
     frames = layout.frames_of(file)
-    temporary = output / f".{file_name(file)}.part"
-    with h5netcdf.File(temporary, "w") as nc:
+    with replacing(output / file_name(file)) as (nc, disk):
         write_coordinates(nc, layout, frames)
         fields = _create(nc, layout, "fields", np.float32, np.float32(np.nan), layout.compression)
         fields.attrs["long_name"] = "one field per channel, units as in store.nc"
-        moments = _write_slabs(nc, layout, reader, frames, slab_bytes)
+        moments = _write_slabs(nc, disk, layout, reader, frames, slab_bytes)
         nc.attrs["Conventions"] = CONVENTIONS
         rows = np.array([moment.as_row() for moment in moments])
         nc.dimensions["moment"] = rows.shape[1]
         nc.create_variable(MOMENTS, ("channel", "moment"), np.float64)[:] = rows  # serve when a killed run goes on
         nc.attrs["fingerprint"] = mark
-    sync_and_rename(temporary, output / file_name(file))
 
 
 def _create(
@@ -217,15 +261,16 @@ def _create(
 
 
 def _write_slabs(
-    nc: h5netcdf.File, layout: StoreLayout, reader: FieldReader, frames: range, slab_bytes: int
+    nc: h5netcdf.File, disk: ForgivingFile, layout: StoreLayout, reader: FieldReader, frames: range, slab_bytes: int
 ) -> list[ChannelMoments]:
     weights = row_weights(layout)
     moments = [ChannelMoments() for _ in layout.channels]
-    for channels, rows in _columns_of_work(layout, slab_bytes):
+    for channels, rows in _columns_of_work(layout, reader.groups, slab_bytes):
         collected = [_Stream(weights[slice(*rows)]) for _ in channels]
         for block in _blocks(frames, layout, channels, rows, slab_bytes):
             slab_TCYX = _read_slab(layout, reader, block, channels, rows)
             _store_slab(nc, layout, slab_TCYX, block.start - frames.start, channels, rows)
+            disk.raise_error()
             for index, stream in enumerate(collected):
                 stream.add(slab_TCYX[:, index])
         if frames.stop < len(layout.time):  # the change from this file's last frame to the next file's first
@@ -279,15 +324,16 @@ class _Stream:
         return self._of(field_YX.astype(np.float64) - self._last_YX.astype(np.float64))
 
 
-def _columns_of_work(layout: StoreLayout, slab_bytes: int) -> Iterator[tuple[range, Span]]:
+def _columns_of_work(layout: StoreLayout, groups: Sequence[range], slab_bytes: int) -> Iterator[tuple[range, Span]]:
     """Channels and rows that are written together: whole chunks, at least one frame within a slab."""
     nlat, nlon = layout.grid_shape
-    step = layout.chunk.channels
-    row_bytes = nlon * 4 * step
-    height = max(1, slab_bytes // (row_bytes * layout.chunk.rows)) * layout.chunk.rows
-    for channel in range(0, len(layout.channels), step):
+    step, count = layout.chunk.channels, len(layout.channels)
+    parts = groups if step == 1 else [range(first, first + step) for first in range(0, count, step)]
+    for channels in parts:
+        row_bytes = nlon * 4 * len(channels)
+        height = max(1, slab_bytes // (row_bytes * layout.chunk.rows)) * layout.chunk.rows
         for row in range(0, nlat, height):
-            yield range(channel, channel + step), (row, min(row + height, nlat))
+            yield channels, (row, min(row + height, nlat))
 
 
 def _blocks(frames: range, layout: StoreLayout, channels: range, rows: Span, slab_bytes: int) -> Iterator[range]:
@@ -301,9 +347,7 @@ def _read_slab(
     layout: StoreLayout, reader: FieldReader, frames: range, channels: range, rows: Span
 ) -> NDArray[np.float32]:
     """fields_TCYX of a slab, checked."""
-    slab_TCYX = np.empty((len(frames), len(channels), rows[1] - rows[0], layout.grid_shape[1]), dtype=np.float32)
-    for index, channel in enumerate(channels):
-        slab_TCYX[:, index] = reader.read(frames, channel, rows)
+    slab_TCYX = reader.read(frames, channels, rows)
     _check_values(layout, slab_TCYX, frames, channels, rows)
     return slab_TCYX
 

@@ -2,9 +2,7 @@
 
 import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ import yaml
 
 from ..config import RunConfig, validated
 from ..errors import InputError
+from ..locks import DirectoryLock
 from ..training.files import write_durably
 from ..training.records import CONFIG_FILE, LOCK_FILE, StepRecord, read_records
 from .study import Point
@@ -215,27 +214,20 @@ def locked(study_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another process runs the study, or the directory cannot be made.
     """
-    path = study_dir / STUDY_LOCK
     try:
-        study_dir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        lock = DirectoryLock(study_dir / STUDY_LOCK)
     except OSError as error:
         raise InputError(
             f"study_dir {study_dir} cannot be written: {error.strerror}. Give a directory where you may write."
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"the study in {study_dir} is already run by {path.read_text().strip() or 'another process'}. Wait for "
-                f"it, or look at what is done with --report-only."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    with lock:
+        with suppress(OSError):  # a file system without locks
+            if not lock.attempt():
+                raise InputError(
+                    f"the study in {study_dir} is already run by {lock.holder or 'another process'}. Wait for "
+                    f"it, or look at what is done with --report-only."
+                )
+        lock.sign()
         yield
 
 

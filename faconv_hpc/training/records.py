@@ -1,6 +1,5 @@
 """What a run leaves behind: one JSON line per step (the truth), progress on the terminal, TensorBoard."""
 
-import fcntl
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .._version import __version__
 from ..config import RunConfig
 from ..errors import InputError, LostRankError
+from ..locks import DirectoryLock
 from ..spatial.environment import RankEnvironment
 from .files import write_durably
 
@@ -226,21 +226,17 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
     if not here:
         yield
         return
-    lock = run_dir / LOCK_FILE
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock(run_dir / LOCK_FILE)
         (run_dir / "checkpoints").mkdir(exist_ok=True)  # now, and not when the first one is due
         (run_dir / STEPS_FILE).open("a").close()
-        file = lock.open("a+")
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
         ) from None
-    with file:
-        _lock(file, run_dir, lock)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n")
-        file.flush()
+    with lock:
+        _lock(lock, run_dir)
+        lock.sign(_slurm_job())
         yield
 
 
@@ -256,19 +252,15 @@ def _is_earlier_start(holder: str) -> bool:
     return start is not None and found is not None and found[1] == start[0] and int(found[2]) < start[1]
 
 
-def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
+def _lock(lock: DirectoryLock, run_dir: Path) -> None:
     began, at_first = time.monotonic(), None
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder = lock.read_text().strip()
-            if not _is_earlier_start(holder):
+    try:
+        while not lock.attempt():
+            if not _is_earlier_start(holder := lock.holder):
                 raise InputError(
                     f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
                     f"their records. Wait for it to end, or give another run_dir."
-                ) from None
+                )
             step, seconds = _last_step(run_dir)
             at_first = step if at_first is None else at_first
             if time.monotonic() - began >= max(EARLIER_START_S, 3 * seconds):  # one that trains does a step meanwhile
@@ -276,16 +268,17 @@ def _lock(file: TextIO, run_dir: Path, lock: Path) -> None:
                     raise LostRankError(
                         f"{holder}, which is an earlier start of this job, still trains in {run_dir}: a node that "
                         f"Slurm has given up is alive. End its processes; the job is requeued meanwhile."
-                    ) from None
-                print(f"{lock} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
+                    )
+                print(
+                    f"{lock.path} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr
+                )
                 return
-        except OSError as error:  # some parallel file systems are mounted without locks
-            print(
-                f"{lock} cannot be locked ({error.strerror}): see to it that no other job trains there",
-                file=sys.stderr,
-            )
-            return
-        time.sleep(1.0)
+            time.sleep(1.0)
+    except OSError as error:  # some parallel file systems are mounted without locks
+        print(
+            f"{lock.path} cannot be locked ({error.strerror}): see to it that no other job trains there",
+            file=sys.stderr,
+        )
 
 
 def _last_step(run_dir: Path) -> tuple[int, float]:
