@@ -27,8 +27,12 @@ class RunError(RuntimeError):
     """
 
 
-class LostRankError(RunError):
-    """A rank is silent or was killed: nothing is wrong with the run, it can go on (exit code `EXIT_STOPPED`)."""
+class TryAgainError(RunError):
+    """Nothing is wrong with the run, it can go on from its checkpoint (exit code `EXIT_STOPPED`)."""
+
+
+class LostRankError(TryAgainError):
+    """A rank is silent or was killed."""
 
 
 class NoProgressError(RunError):
@@ -43,6 +47,6 @@ def exit_code_of(error: BaseException) -> int:
         return EXIT_INTERRUPTED
     if isinstance(error, NoProgressError):
         return EXIT_NO_REQUEUE
-    if isinstance(error, LostRankError):
+    if isinstance(error, TryAgainError):
         return EXIT_STOPPED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED

@@ -38,6 +38,13 @@ class DirectoryLock:
             return False
         return True
 
+    def is_held_elsewhere(self) -> bool:
+        """Locks it unless another process holds it; a file system without locks tells of none."""
+        try:
+            return not self.attempt()
+        except OSError:
+            return False
+
     def sign(self, more: str = "") -> None:
         """Says who holds it, for those who come later."""
         self._file.truncate(0)

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-READING, SAVING = "reading data", "saving a checkpoint"
-FILE_ACTIVITIES = (READING, SAVING)
+READING, SAVING, LOADING = "reading data", "saving a checkpoint", "reading a checkpoint"
+FILE_ACTIVITIES = (READING, SAVING, LOADING)
 """What a rank does while it waits for files, not for other ranks."""
 
 

@@ -372,6 +372,16 @@ def test_the_whole_ones_are_kept_beside_a_damaged_newer_one(tmp_path, copied, st
     assert [one.step for one in whole_checkpoints(copied)] == [7, 6]
 
 
+def test_a_damaged_one_is_not_counted_among_those_to_keep(tmp_path, copied, store):
+    """Its manifest is whole, so that only reading every byte tells."""
+    shard = sorted(checkpoints_in(copied)[-1].path.glob("shard-*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    steps = [one.step for one in checkpoints_in(copied)]
+    assert steps == [2, 4, 6]
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 5, "keep_last": 2, "steps": 5})
+    assert [one.step for one in whole_checkpoints(copied)] == [5, 4]
+
+
 def test_a_checkpoint_that_cannot_be_read_here_is_not_taken_for_damaged(copied, store, monkeypatch):
     newest = checkpoints_in(copied)[-1]
     (directory,) = {newest.path}

@@ -20,11 +20,12 @@ from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED, LostRa
 from faconv_hpc.observe import SAVING, Activity
 from faconv_hpc.spatial import failure
 from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
+from faconv_hpc.training import checkpoint
 from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.files import write_durably
 from faconv_hpc.training.health import MicroBatch
 from faconv_hpc.training.records import STEPS_FILE, claimed, read_records
-from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
 from faconv_hpc.training.signals import StopRequest
 from faconv_hpc.training.starts import count_start
 from faconv_hpc.training.trainer import Boundary, Trainer, train
@@ -57,25 +58,29 @@ class PlainStore(dict):
 # Signals
 
 
-def sent(directory, store, number, ranks, at_step, training=None, layout=TWO):
+def sent(directory, store, number, ranks, at_step, training=None, layout=TWO, save_s=0.0):
     """Trains on the pool, ``number`` sent to some ranks in one step; exit codes, and what the first rank printed."""
     config = small_config(directory, store, mesh={"lon": 2}, training=training or {})
 
     def check(mesh):
-        step = Trainer._step
+        step, write = Trainer._step, checkpoint.write_shard
+
+        def slow(*arguments):
+            time.sleep(save_s * mesh.rank)
+            return write(*arguments)
 
         def signalled(self, now):
             if now == at_step and mesh.rank in ranks:
                 os.kill(os.getpid(), number)
             return step(self, now)
 
-        Trainer._step = signalled
+        Trainer._step, checkpoint.write_shard = signalled, slow
         told = io.StringIO()
         try:
             with contextlib.redirect_stderr(told):
                 return train(config, mesh), told.getvalue()
         finally:
-            Trainer._step = step
+            Trainer._step, checkpoint.write_shard = step, write
 
     answers = run_on_ranks(layout, check)
     return [code for code, _ in answers], answers[0][1]
@@ -95,12 +100,14 @@ def test_a_signal_on_one_rank_saves_on_all_at_one_step_and_leaves(tmp_path, stor
     assert lines[0] == lines[1] and len(lines[0]) == 6
 
 
-def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store):
-    training = {"checkpoint_every": 2, "term_grace_s": 0.0}
-    codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 3, training)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store, background):
+    """Known from the save before, on the slowest rank."""
+    training = {"checkpoint_every": 2, "term_grace_s": 1.4, "save_in_background": background, "steps": 12}
+    codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 7, training, save_s=1.0)
     assert codes == [EXIT_STOPPED] * 2
-    assert re.search(r"after step 3; the checkpoint of step 2 is saved \(a save takes", told)
-    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [2]
+    assert re.search(r"after step 7; the checkpoint of step 6 is saved \(a save takes 1 s", told)
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [2, 4, 6]
 
 
 def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_path, store):
@@ -117,8 +124,17 @@ def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_pat
     assert json.loads((tmp_path / "run" / "starts.json").read_text())["starts"] == 1  # it has led nowhere
 
 
-def test_a_signal_in_the_last_step_changes_nothing(tmp_path, store):
-    assert sent(tmp_path, store, signal.SIGUSR1, {0, 1}, 6)[0] == [0, 0]
+@pytest.mark.parametrize("background", [False, True])
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, store, background):
+    assert sent(tmp_path, store, signal.SIGUSR1, {0, 1}, 6, {"save_in_background": background})[0] == [0, 0]
+    assert [one.step for one in whole_checkpoints(tmp_path / "run")] == [6]
+
+
+def test_what_a_save_takes_is_known_at_the_next_start(tmp_path, store):
+    common = {"checkpoint_every": 2, "term_grace_s": 1.4}
+    assert sent(tmp_path, store, signal.SIGTERM, {0}, 99, common | {"steps": 4}, save_s=1.0)[0] == [0, 0]
+    codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 5, common | {"steps": 8}, save_s=1.0)
+    assert codes == [EXIT_STOPPED] * 2 and "after step 5; the checkpoint of step 4 is saved (a save takes 1 s" in told
 
 
 def test_the_grace_that_ends_first_counts():
@@ -306,15 +322,20 @@ def test_small_files_are_whole_whoever_else_writes_them(tmp_path):
 
 
 def with_nan(directory, store, layout, training, bad_steps, channel=1, rate_zero=()):
-    """Trains; in some steps the loss of the first replica is not a number, because of one variable of one sample."""
+    """Trains; in some steps the loss of the first replica is not a number, because of one variable of one sample.
+
+    Of several micro-batches it is the first.
+    """
     mesh_sizes = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
     config = small_config(directory, store, mesh=mesh_sizes, training=training)
 
     def check(mesh):
         backward, rate = Trainer._backward, trainer_module.learning_rate
+        spoilt = set()
 
         def spoiled(self, batch):
-            if self._activity.step in bad_steps and mesh.replica == 0:
+            if (step := self._activity.step) in set(bad_steps) - spoilt and mesh.replica == 0:
+                spoilt.add(step)
                 batch.target_BTCYX[0, 1, channel, 0, 0] = torch.nan
             return backward(self, batch)
 
@@ -357,6 +378,29 @@ def test_a_step_that_is_skipped_leaves_no_trace(tmp_path, store, stage, precisio
     assert with_nan(tmp_path / "adam", store, layout, common | {"on_not_finite": "skip"}, {3}) == 0
     newest = checkpoints_in(tmp_path / "adam" / "run")[-1]
     assert newest.manifest().updates == 5 and all(torch.isfinite(value).all() for value in newest.moments().values())
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_restored_weights_and_moments_are_those_of_the_checkpoint(tmp_path, store, stage, precision):
+    """Of several micro-batches the first is bad; what is saved right after is what was loaded."""
+    training = {"checkpoint_every": 1, "on_not_finite": "restore", "steps": 5, "keep_last": 9}
+    training |= {"zero_stage": stage, "precision": precision, "accumulation": 2}
+    assert with_nan(tmp_path, store, Layout(2, 1, 2), training, {4}) == 0
+    assert [record.update for record in read_records(tmp_path / "run")] == ["applied"] * 3 + ["restored", "applied"]
+    third, fourth, fifth = checkpoints_in(tmp_path / "run")[2:]
+    assert_same_state(third, fourth)
+    assert fourth.manifest().updates == third.manifest().updates == 3 and fifth.manifest().updates == 4
+    with pytest.raises(AssertionError):
+        assert_same_state(fourth, fifth)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_bad_micro_batch_among_good_ones_leaves_its_step_out(tmp_path, store, stage):
+    training = {"zero_stage": stage, "on_not_finite": "skip", "checkpoint_every": 1, "accumulation": 2, "steps": 3}
+    assert with_nan(tmp_path, store, Layout(2, 1, 1), training, {2}) == 0
+    assert [record.update for record in read_records(tmp_path / "run")] == ["applied", "skipped", "applied"]
+    first, second, _ = checkpoints_in(tmp_path / "run")
+    assert_same_state(first, second)
 
 
 def test_restore_goes_back_to_the_checkpoint_and_on_with_the_next_samples(tmp_path, store):

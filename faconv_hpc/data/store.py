@@ -1,5 +1,6 @@
 """A store of fields, read tile by tile."""
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,15 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import InputError, TryAgainError
 from ..spatial.grid import Boundary, LatLonGrid, Tile
 from . import chunks
 from .layout import STORE_FILE, FileEntry, StoreContent, read_store_file
 from .names import index_of
 
 OPEN_FILES = 16  # kept open per process; a window reads one or two
+OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN)
+"""A file system that fails or is away; the file itself may be whole."""
 
 Run = tuple[int, int, int]
 """Consecutive indices: position of the first one in the request, first index, how many."""
@@ -211,7 +214,7 @@ class Store:
             if valid_TCYX is not None and "valid" in h5:  # a file without it has nothing missing
                 valid_TCYX[target] = h5["valid"][source]
         except (OSError, KeyError) as error:
-            raise _damaged(self.path / self.files[file].name, str(error)) from None
+            raise _unreadable(self.path / self.files[file].name, error) from None
 
     def _file(self, file: int) -> h5py.File:
         if self._process != os.getpid():  # after a fork the handles are the parent's
@@ -226,9 +229,10 @@ class Store:
 
     def _check_size(self, entry: FileEntry) -> None:
         path = self.path / entry.name
-        if not path.is_file():
-            raise _damaged(path, "it does not exist")
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise _unreadable(path, error) from None
         if size != entry.size_bytes:
             raise _damaged(path, f"it has {size} bytes, {STORE_FILE} says {entry.size_bytes}")
 
@@ -263,6 +267,18 @@ def _runs(indices: range | Sequence[int]) -> Iterator[Run]:
         if position == len(indices) or indices[position] != indices[position - 1] + 1:
             yield start, indices[start], position - start
             start = position
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    """Damaged for good, or out of reach for now."""
+    if isinstance(error, FileNotFoundError):
+        return _damaged(path, "it does not exist")
+    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+        return TryAgainError(
+            f"{path} cannot be read for now: {os.strerror(error.errno)}. Look at its file system; the same command "
+            f"goes on from the newest checkpoint."
+        )
+    return _damaged(path, str(error))
 
 
 def _damaged(path: Path, reason: str) -> InputError:

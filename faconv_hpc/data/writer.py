@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -111,12 +111,11 @@ def _claimed(output: Path) -> Iterator[None]:
     except OSError as error:
         raise _cannot_write(output, error) from None
     with lock:
-        with suppress(OSError):  # a file system without locks
-            if not lock.attempt():
-                raise InputError(
-                    f"another preparation writes to {output}: {lock.holder or 'unknown'}. Wait for it, or give another "
-                    f"--output; if it is dead for certain, remove {lock.path}."
-                )
+        if lock.is_held_elsewhere():
+            raise InputError(
+                f"another preparation writes to {output}: {lock.holder or 'unknown'}. Wait for it, or give another "
+                f"--output; if it is dead for certain, remove {lock.path}."
+            )
         lock.sign()
         try:
             yield

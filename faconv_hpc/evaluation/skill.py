@@ -1,8 +1,10 @@
 """How good the forecasts are: area-weighted RMSE per variable, beside persistence."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
+from ..training.files import write_durably
 from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network
@@ -115,8 +118,9 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     truth = forecast = None
     for index in range(len(windows)):
         truth, forecast = _last_step(network, windows, index, workspace.domain)
+        valid = ~truth.isnan()
         for row, field in enumerate((forecast - truth, truth)):
-            square, weight = _area_square(field, workspace.domain)
+            square, weight = _area_square(field, valid, workspace.domain)
             squares[row] += square
             weights[row] += weight
     assert truth is not None and forecast is not None, "a Windows has at least one window"
@@ -141,12 +145,20 @@ def save_skill(evaluation: Evaluation, run_dir: Path) -> Path:
         "step": evaluation.step,
         "held_out": evaluation.held_out,
         "forecasts": evaluation.forecasts,
-        "first_loss": evaluation.first_loss,
-        "last_loss": evaluation.last_loss,
-        "skills": [asdict(skill) | {"ratio": skill.ratio} for skill in evaluation.skills],
+        "first_loss": _number(evaluation.first_loss),
+        "last_loss": _number(evaluation.last_loss),
+        "skills": [
+            {name: _number(value) for name, value in (asdict(skill) | {"ratio": skill.ratio}).items()}
+            for skill in evaluation.skills
+        ],
     }
-    path.write_text(json.dumps(values, indent=2).replace("NaN", "null") + "\n")  # JSON knows no NaN
+    write_durably(path, json.dumps(values, indent=2) + "\n")
     return path
+
+
+def _number(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _windows(workspace: Workspace) -> Windows:
@@ -166,11 +178,10 @@ def _last_step(network: FAConvLSTMNetwork, windows: Windows, index: int, domain:
     return truth, output.tendency_BTCYX[0, -1]
 
 
-def _area_square(x_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
-    """(C,) area-weighted sums over the whole grid of the squares that are not NaN, and of their weights."""
-    valid = ~x_CYX.isnan()
-    square = x_CYX.double().nan_to_num().square()
-    weight = domain.row_weights(square)[:, None] * valid
+def _area_square(x_CYX: Tensor, valid_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
+    """(C,) area-weighted sums over the whole grid of the squares where they are valid, and of their weights."""
+    square = x_CYX.double().square().where(valid_CYX, 0.0)
+    weight = domain.row_weights(square)[:, None] * valid_CYX
     sums = domain.total(torch.stack([(square * weight).sum((-2, -1)), weight.sum((-2, -1))])).cpu()
     return sums[0], sums[1]
 

@@ -221,12 +221,11 @@ def locked(study_dir: Path) -> Iterator[None]:
             f"study_dir {study_dir} cannot be written: {error.strerror}. Give a directory where you may write."
         ) from None
     with lock:
-        with suppress(OSError):  # a file system without locks
-            if not lock.attempt():
-                raise InputError(
-                    f"the study in {study_dir} is already run by {lock.holder or 'another process'}. Wait for "
-                    f"it, or look at what is done with --report-only."
-                )
+        if lock.is_held_elsewhere():
+            raise InputError(
+                f"the study in {study_dir} is already run by {lock.holder or 'another process'}. Wait for "
+                f"it, or look at what is done with --report-only."
+            )
         lock.sign()
         yield
 

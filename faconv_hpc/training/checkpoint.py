@@ -1,4 +1,4 @@
-"""Saving and loading the whole state of a run, by all ranks together; see shards.py for what is on disk."""
+"""Saving the whole state of a run, by all ranks together; see shards.py for what is on disk, resume.py for loading."""
 
 import heapq
 import secrets
@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError, RunError
+from ..errors import RunError
+from ..observe import SAVING
 from .engine import Engine
 from .files import flush_entries, write_durably
-from .identity import check_same_network, check_same_run, identity
+from .identity import identity
 from .records import versions
+from .resume import Resumed
 from .setup import Workspace
 from .shards import (
     FORMAT,
@@ -32,11 +34,11 @@ from .shards import (
     UnreadableCheckpointError,
     checkpoints_in,
     commit,
+    directory_name,
     partial_directory,
     random_states,
     remove,
-    remove_unfinished,
-    restore_random_states,
+    sweep,
     write_shard,
 )
 from .starts import made_progress
@@ -75,21 +77,23 @@ class CheckpointWriter:
     Args:
         workspace: of the run.
         engine: whose state is saved.
-        resumed: step of the checkpoint that the run goes on from; 0: none.
+        resumed: what the run goes on from.
 
     Attributes:
         saved_step: of the newest checkpoint that is in place; 0: none.
         last_save_s: what the last one took the slowest rank: copying, writing, committing.
+        passed_over: names of checkpoints that are known to be damaged; they are not counted among those to keep.
     """
 
-    def __init__(self, workspace: Workspace, engine: Engine, resumed: int = 0) -> None:
+    def __init__(self, workspace: Workspace, engine: Engine, resumed: Resumed) -> None:
         self._workspace, self._engine = workspace, engine
         self._mesh, self._config = workspace.domain.mesh, workspace.config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._run = self._mesh.from_first(run_id(self._config.run_dir) if self._mesh.rank == 0 else "")
-        self.saved_step = resumed
-        self.last_save_s = 0.0
+        self._versions = versions() if self._mesh.rank == 0 else {}  # now: a checkout may change under a run
+        self.saved_step, self.last_save_s = resumed.step, resumed.save_s
+        self.passed_over = set(resumed.passed_over)
 
     def save(self, step: int) -> None:
         """Saves the state after ``step`` optimizer steps. Collective.
@@ -129,7 +133,11 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        reports = self._mesh.gathered_objects(pending.report.result())
+        own = pending.report.result()
+        with self._mesh.activity.during(SAVING if self._mesh.rank == 0 else "waiting for the others to save"):
+            self._commit(pending, self._mesh.gathered_objects(own))
+
+    def _commit(self, pending: _Pending, reports: list[_Report]) -> None:
         began = time.perf_counter()
         problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(reports) if one.problem]
         problem = problems[0] if problems else None
@@ -138,13 +146,13 @@ class CheckpointWriter:
         problem = self._mesh.from_first(problem)
         if problem is not None:
             if self._mesh.rank == 0:
-                remove(pending.directory, secrets.token_hex(4))
+                _problem_of(partial(remove, pending.directory, secrets.token_hex(4)))
             self._raise(pending.step, problem)
         writing_s = max(report.seconds for report in reports)
         self.last_save_s = pending.copying_s + writing_s + time.perf_counter() - began
         self.saved_step = pending.step
+        self.passed_over.discard(directory_name(pending.step))
         if self._mesh.rank == 0:
-            made_progress(self._config.run_dir)
             self._clean_up()
 
     def close(self) -> None:
@@ -196,7 +204,8 @@ class CheckpointWriter:
             seed=config.training.seed,
             mesh=f"{mesh.replicas}x{mesh.lat}x{mesh.lon}",
             zero_stage=config.training.zero_stage,
-            versions=versions(),
+            versions=self._versions,
+            save_s=pending.copying_s + max(report.seconds for report in reports),
             config=config.model_dump(mode="json"),
             identity=identity(self._workspace),
             moments=self._engine.moment_names,
@@ -210,8 +219,9 @@ class CheckpointWriter:
         )
 
     def _raise(self, step: int, problem: str) -> None:
-        kept = checkpoints_in(self._config.run_dir)
-        newest = f"the newest checkpoint is still {kept[-1].path}" if kept else "there is no checkpoint before it"
+        newest = (
+            f"the newest checkpoint is that of step {self.saved_step}" if self.saved_step else "there is none before"
+        )
         raise RunError(
             f"the checkpoint of step {step} could not be written to {self._config.run_dir} ({problem}); {newest}. "
             f"Make room or mend the file system, and start the same command again."
@@ -220,122 +230,22 @@ class CheckpointWriter:
     def _clean_up(self) -> None:
         """Removes this run's own checkpoints before the last ones and the one just saved, but for every n-th.
 
-        One that cannot be removed is no reason to end a run: it is told, and tried again next time.
+        What cannot be read or removed is no reason to end a run: it is told, and tried again next time.
         """
-        training = self._config.training
-        older = [one for one in checkpoints_in(self._config.run_dir) if one.step < self.saved_step]
-        mine = [one for one in older if _run_of(one) == self._run]
+        run_dir, training = self._config.run_dir, self._config.training
+        try:
+            made_progress(run_dir)
+            sweep(run_dir)
+            older = [one for one in checkpoints_in(run_dir) if one.step < self.saved_step]
+        except (OSError, UnreadableCheckpointError) as error:
+            print(f"faconv: old checkpoints in {run_dir} stay for now ({error})", file=sys.stderr)
+            return
+        mine = [one for one in older if _run_of(one) == self._run and one.path.name not in self.passed_over]
         for one in mine[: max(len(mine) - (training.keep_last - 1), 0)]:
             if not training.keep_every or one.step % training.keep_every:
                 problem = _problem_of(partial(remove, one.path, secrets.token_hex(4)))
                 if problem is not None:
                     print(f"faconv: {one.path} could not be removed ({problem})", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A whole checkpoint, each of its files in the memory of one rank."""
-
-    checkpoint: Checkpoint
-    manifest: Manifest
-    tensors: dict[str, Tensor]
-
-
-def resume(workspace: Workspace, engine: Engine, *, strict: bool = False) -> int:
-    """Loads the newest whole checkpoint of the run directory into the engine and returns its step; 0 if none.
-
-    Collective: the first rank lists what is there, as others may not yet see what is on a shared disk; every byte is
-    read and checked by one rank. Damaged checkpoints are named and passed over by all ranks together.
-
-    Args:
-        strict: refuse damaged checkpoints instead.
-
-    Raises:
-        InputError: all checkpoints are damaged, or (``strict``) one newer than the newest whole one is; or it
-            belongs to another network, other data or another batch.
-    """
-    mesh, run_dir = workspace.domain.mesh, workspace.config.run_dir
-    if mesh.rank == 0:
-        remove_unfinished(run_dir)
-    found = mesh.from_first(checkpoints_in(run_dir) if mesh.rank == 0 else [])
-    problem = ""
-    for candidate in reversed(found):
-        held = _held_together(workspace, candidate)
-        if isinstance(held, _Held):
-            _load(workspace, engine, held)
-            return candidate.step
-        problem = f"{candidate.path}: {held}"
-        if strict:
-            raise InputError(
-                f"a checkpoint is damaged, and --strict was given: {problem}. Remove or mend it, "
-                f"or leave --strict out to go on from the newest whole one."
-            )
-        if mesh.rank == 0:
-            print(f"faconv: passed over {problem}", file=sys.stderr)
-    if found:
-        raise InputError(
-            f"none of the {len(found)} checkpoints in {run_dir} is whole; the oldest: {problem}. "
-            f"Bring one back from elsewhere, or give another run_dir to start anew."
-        )
-    return 0
-
-
-def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
-    """The checkpoint, its files read and checked by one rank each; or what is wrong with it, the same on all."""
-    mesh = workspace.domain.mesh
-    manifest = mesh.from_first(_manifest_or_problem(candidate) if mesh.rank == 0 else "")
-    if isinstance(manifest, str):
-        return manifest
-    tensors: dict[str, Tensor] = {}
-    damaged = unreadable = None
-    try:
-        for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
-            tensors |= candidate.tensors(name, expected)
-    except DamagedCheckpointError as error:
-        damaged = str(error)
-    except UnreadableCheckpointError as error:
-        unreadable = str(error)
-    everywhere = mesh.gathered_objects((damaged, unreadable))
-    for rank, (_, problem) in enumerate(everywhere):
-        if problem is not None:
-            raise UnreadableCheckpointError(f"on rank {rank} {problem}")
-    problems = [problem for problem, _ in everywhere if problem is not None]
-    return problems[0] if problems else _Held(candidate, manifest, tensors)
-
-
-def _manifest_or_problem(candidate: Checkpoint) -> Manifest | str:
-    try:
-        return candidate.manifest()
-    except DamagedCheckpointError as error:
-        return str(error)
-
-
-def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
-    mesh, manifest = workspace.domain.mesh, held.manifest
-    check_same_run(workspace, manifest.identity)
-    check_same_network(engine.network, manifest, held.checkpoint.path)
-    reader = {file: place % mesh.ranks for place, file in enumerate(manifest.files)}
-
-    def value(key: str) -> Tensor:
-        """One tensor, from the rank that has read it."""
-        stored = manifest.parameters[key.partition("/")[2]]
-        rank = reader[stored.file]
-        return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, stored.shape, rank)
-
-    engine.load_full(value, manifest.updates)
-    _restore_random_states(workspace, held)
-
-
-def _restore_random_states(workspace: Workspace, held: _Held) -> None:
-    """Each rank's own, where there are as many ranks as when it was saved; else the first rank's on all."""
-    mesh = workspace.domain.mesh
-    mine = {name: value for name, value in held.tensors.items() if name.startswith(f"{RANDOM}/")}
-    states: dict[int, dict[str, Tensor]] = {}
-    for part in mesh.gathered_objects(mine):
-        for name, value in part.items():
-            _, rank, kind = name.split("/")
-            states.setdefault(int(rank), {})[kind] = value
-    restore_random_states(states[mesh.rank if len(states) == mesh.ranks else 0])
 
 
 def run_id(run_dir: Path) -> str:

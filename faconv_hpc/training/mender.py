@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import NoProgressError
-from .checkpoint import CheckpointWriter, resume
+from .checkpoint import CheckpointWriter
 from .engine import Engine
 from .health import MicroBatch, is_sound, report
+from .resume import resume
 from .setup import Workspace
 
 SKIPS, RESTORES = 10, 3  # in a row, then the run ends
@@ -53,21 +54,22 @@ class Mender:
         told = self._told(what, value, step, micros)
         self._in_a_row += 1
         if self._policy == "restore":
-            return self._restore(told)
+            return self._restore(step, told)
         if snapshot is None or self._in_a_row > SKIPS:
             raise FloatingPointError(told)
         self._engine.put_back(snapshot)
         self._say(f"{told} The step is left out.")
         return "skipped"
 
-    def _restore(self, told: str) -> str:
+    def _restore(self, step: int, told: str) -> str:
         self._writer.finish()
-        saved = resume(self._workspace, self._engine)
-        if not saved:
+        resumed = resume(self._workspace, self._engine, up_to=step)
+        self._writer.passed_over |= resumed.passed_over
+        if not resumed.step:
             raise FloatingPointError(f"{told} There is no checkpoint yet to restore.")
         if self._in_a_row > RESTORES:
             raise NoProgressError(f"{told} A checkpoint was restored {RESTORES} times in a row, in vain.")
-        self._say(f"{told} Weights and moments are those of step {saved} again.")
+        self._say(f"{told} Weights and moments are those of step {resumed.step} again.")
         return "restored"
 
     def _told(self, what: str, value: float, step: int, micros: Sequence[MicroBatch]) -> str:

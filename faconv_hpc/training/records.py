@@ -254,31 +254,34 @@ def _is_earlier_start(holder: str) -> bool:
 
 def _lock(lock: DirectoryLock, run_dir: Path) -> None:
     began, at_first = time.monotonic(), None
+    while not _taken(lock):
+        if not _is_earlier_start(holder := lock.holder):
+            raise InputError(
+                f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
+                f"their records. Wait for it to end, or give another run_dir."
+            )
+        step, seconds = _last_step(run_dir)
+        at_first = step if at_first is None else at_first
+        if time.monotonic() - began >= max(EARLIER_START_S, 3 * seconds):  # one that trains does a step meanwhile
+            if step != at_first:
+                raise LostRankError(
+                    f"{holder}, which is an earlier start of this job, still trains in {run_dir}: a node that "
+                    f"Slurm has given up is alive. End its processes; the job is requeued meanwhile."
+                )
+            print(f"{lock.path} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
+            return
+        time.sleep(1.0)
+
+
+def _taken(lock: DirectoryLock) -> bool:
     try:
-        while not lock.attempt():
-            if not _is_earlier_start(holder := lock.holder):
-                raise InputError(
-                    f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
-                    f"their records. Wait for it to end, or give another run_dir."
-                )
-            step, seconds = _last_step(run_dir)
-            at_first = step if at_first is None else at_first
-            if time.monotonic() - began >= max(EARLIER_START_S, 3 * seconds):  # one that trains does a step meanwhile
-                if step != at_first:
-                    raise LostRankError(
-                        f"{holder}, which is an earlier start of this job, still trains in {run_dir}: a node that "
-                        f"Slurm has given up is alive. End its processes; the job is requeued meanwhile."
-                    )
-                print(
-                    f"{lock.path} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr
-                )
-                return
-            time.sleep(1.0)
+        return lock.attempt()
     except OSError as error:  # some parallel file systems are mounted without locks
         print(
             f"{lock.path} cannot be locked ({error.strerror}): see to it that no other job trains there",
             file=sys.stderr,
         )
+        return True
 
 
 def _last_step(run_dir: Path) -> tuple[int, float]:

@@ -68,6 +68,7 @@ class Manifest(_Section):
         run: which run wrote it; only that run removes it.
         updates: that the optimizer has made; fewer than steps where some were left out.
         mesh: REPLICASxLATxLON that it was written on; any other can read it.
+        save_s: what copying and writing took the slowest rank.
         moments: of the optimizer, stored beside every parameter.
         identity: what a run must keep to go on as it began.
     """
@@ -80,6 +81,7 @@ class Manifest(_Section):
     mesh: str
     zero_stage: int
     versions: dict[str, str]
+    save_s: float = 0.0
     config: dict[str, Any]
     identity: dict[str, Any]
     moments: tuple[str, ...]
@@ -170,11 +172,11 @@ def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
     folder = run_dir / FOLDER
     try:
         found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+        named = [Checkpoint(path, int(match.group(1))) for match, path in found if match and path.is_dir()]
     except OSError as error:
         raise UnreadableCheckpointError(
             f"{folder} cannot be read: {error.strerror}. Look at its file system and permissions."
         ) from None
-    named = [Checkpoint(path, int(match.group(1))) for match, path in found if match and path.is_dir()]
     return sorted(named, key=lambda one: one.step)
 
 
@@ -232,11 +234,22 @@ def commit(directory: Path, manifest: Manifest) -> Path:
 
 
 def remove(directory: Path, token: str) -> None:
-    """Removes a directory so that a half removed one is never taken for a checkpoint."""
+    """Removes a directory so that a half removed one is never taken for a checkpoint.
+
+    Raises:
+        OSError: some of it is left, without its name.
+    """
     if UNFINISHED.fullmatch(directory.name) is None:
         renamed = directory.with_name(f".{directory.name}.{token}.removed")
         directory = directory.rename(renamed)
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(directory)
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes what could not be removed before. Raises OSError if it still cannot."""
+    for path in (run_dir / FOLDER).glob(".*.removed"):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def remove_unfinished(run_dir: Path) -> None:

@@ -18,12 +18,13 @@ from ..data.samples import Batch, ReadAhead, Windows, sample_order
 from ..errors import EXIT_OK, EXIT_STOPPED
 from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
-from .checkpoint import CheckpointWriter, resume
+from .checkpoint import CheckpointWriter
 from .engine import Engine
 from .guard import ReplicaGuard
 from .health import MicroBatch
 from .mender import Mender
 from .records import Recorder, StepRecord, claimed, recording
+from .resume import resume
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
 from .signals import StopRequest, grace_s
 from .starts import counted_start, made_progress
@@ -60,9 +61,10 @@ def train(
         stack.enter_context(claimed(config.run_dir, here=here))
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
         engine = Engine(build_network(config, windows), mesh, config.training)
-        done = resume(workspace, engine, strict=strict)
+        resumed = resume(workspace, engine, strict=strict)
+        done = resumed.step
         if done < config.training.steps:
-            writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, done)))
+            writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, resumed)))
             return _train_from(done, workspace, windows, engine, writer, stop)
         if here:
             made_progress(config.run_dir)
@@ -127,7 +129,7 @@ class Boundary:
 
         One that is still being written comes first.
         """
-        return (1.5 if self.written else 2.5) * self.save_s <= self.left_s
+        return not self.signal or (1.5 if self.written else 2.5) * self.save_s <= self.left_s
 
 
 class Trainer:

@@ -1,0 +1,148 @@
+"""Loading the newest whole checkpoint of a run, by all ranks together; see shards.py for what is on disk."""
+
+import sys
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..observe import LOADING
+from .engine import Engine
+from .identity import check_same_network, check_same_run
+from .setup import Workspace
+from .shards import (
+    RANDOM,
+    Checkpoint,
+    DamagedCheckpointError,
+    Manifest,
+    UnreadableCheckpointError,
+    checkpoints_in,
+    remove_unfinished,
+    restore_random_states,
+)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from.
+
+    Attributes:
+        step: of the checkpoint; 0: there was none.
+        save_s: what it took to save.
+        passed_over: names of the damaged checkpoints that are newer.
+    """
+
+    step: int = 0
+    save_s: float = 0.0
+    passed_over: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A whole checkpoint, each of its files in the memory of one rank."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+
+
+def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to: int | None = None) -> Resumed:
+    """Loads the newest whole checkpoint of the run directory into the engine.
+
+    Collective: the first rank lists what is there, as others may not yet see what is on a shared disk; every byte is
+    read and checked by one rank. Damaged checkpoints are named and passed over by all ranks together.
+
+    Args:
+        strict: refuse damaged checkpoints instead.
+        up_to: leave out checkpoints of later steps; None: take any.
+
+    Raises:
+        InputError: all checkpoints are damaged, or (``strict``) one newer than the newest whole one is; or it
+            belongs to another network, other data or another batch.
+    """
+    mesh, run_dir = workspace.domain.mesh, workspace.config.run_dir
+    if mesh.rank == 0:
+        remove_unfinished(run_dir)
+    found = mesh.from_first(checkpoints_in(run_dir) if mesh.rank == 0 else [])
+    found = [one for one in found if up_to is None or one.step <= up_to]
+    problem = ""
+    passed_over: set[str] = set()
+    for candidate in reversed(found):
+        held = _held_together(workspace, candidate)
+        if isinstance(held, _Held):
+            _load(workspace, engine, held)
+            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over))
+        problem = f"{candidate.path}: {held}"
+        passed_over.add(candidate.path.name)
+        if strict:
+            raise InputError(
+                f"a checkpoint is damaged, and --strict was given: {problem}. Remove or mend it, "
+                f"or leave --strict out to go on from the newest whole one."
+            )
+        if mesh.rank == 0:
+            print(f"faconv: passed over {problem}", file=sys.stderr)
+    if found:
+        raise InputError(
+            f"none of the {len(found)} checkpoints in {run_dir} is whole; the oldest: {problem}. "
+            f"Bring one back from elsewhere, or give another run_dir to start anew."
+        )
+    return Resumed()
+
+
+def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
+    """The checkpoint, its files read and checked by one rank each; or what is wrong with it, the same on all."""
+    mesh = workspace.domain.mesh
+    manifest = mesh.from_first(_manifest_or_problem(candidate) if mesh.rank == 0 else "")
+    if isinstance(manifest, str):
+        return manifest
+    tensors: dict[str, Tensor] = {}
+    damaged = unreadable = None
+    try:
+        with mesh.activity.during(LOADING):
+            for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
+                tensors |= candidate.tensors(name, expected)
+    except DamagedCheckpointError as error:
+        damaged = str(error)
+    except UnreadableCheckpointError as error:
+        unreadable = str(error)
+    everywhere = mesh.gathered_objects((damaged, unreadable))
+    for rank, (_, problem) in enumerate(everywhere):
+        if problem is not None:
+            raise UnreadableCheckpointError(f"on rank {rank} {problem}")
+    problems = [problem for problem, _ in everywhere if problem is not None]
+    return problems[0] if problems else _Held(candidate, manifest, tensors)
+
+
+def _manifest_or_problem(candidate: Checkpoint) -> Manifest | str:
+    try:
+        return candidate.manifest()
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
+def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
+    mesh, manifest = workspace.domain.mesh, held.manifest
+    check_same_run(workspace, manifest.identity)
+    check_same_network(engine.network, manifest, held.checkpoint.path)
+    reader = {file: place % mesh.ranks for place, file in enumerate(manifest.files)}
+
+    def value(key: str) -> Tensor:
+        """One tensor, from the rank that has read it."""
+        stored = manifest.parameters[key.partition("/")[2]]
+        rank = reader[stored.file]
+        return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, stored.shape, rank)
+
+    engine.load_full(value, manifest.updates)
+    _restore_random_states(workspace, held)
+
+
+def _restore_random_states(workspace: Workspace, held: _Held) -> None:
+    """Each rank's own, where there are as many ranks as when it was saved; else the first rank's on all."""
+    mesh = workspace.domain.mesh
+    mine = {name: value for name, value in held.tensors.items() if name.startswith(f"{RANDOM}/")}
+    states: dict[int, dict[str, Tensor]] = {}
+    for part in mesh.gathered_objects(mine):
+        for name, value in part.items():
+            _, rank, kind = name.split("/")
+            states.setdefault(int(rank), {})[kind] = value
+    restore_random_states(states[mesh.rank if len(states) == mesh.ranks else 0])
