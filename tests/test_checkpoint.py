@@ -499,8 +499,8 @@ def test_starts_that_lead_nowhere_are_counted_and_then_refused(tmp_path):
     for error in (InputError, KeyboardInterrupt):  # what the user did does not count
         with pytest.raises(error), counted_start(tmp_path, 3, here=True):
             raise error
-    for _ in range(2):
-        killed()
+        assert json.loads((tmp_path / "starts.json").read_text()) == {"starts": 1}
+    killed()
     killed(saves=True)  # a checkpoint is progress
     for _ in range(3):
         killed()

@@ -1,5 +1,6 @@
 """A store read tile by tile against the same files read whole by xarray."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -15,7 +16,7 @@ from faconv_hpc.data.chunks import MAX_CHUNK_BYTES, bytes_needed, bytes_read, ch
 from faconv_hpc.data.layout import STORE_FILE
 from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.store import Store
-from faconv_hpc.errors import InputError
+from faconv_hpc.errors import InputError, TryAgainError, exit_code_of
 from faconv_hpc.spatial.grid import Cuts, LatLonGrid, Tile
 
 NLAT, NLON, FRAMES, CHANNELS = 37, 53, 11, ("u", "v", "sst")
@@ -296,6 +297,18 @@ def test_a_missing_file_is_named(copy: Path) -> None:
     (copy / "fields-00000.nc").unlink()
     with Store.open(copy) as store, pytest.raises(InputError, match=r"fields-00000\.nc .*damaged: it does not exist"):
         store.read([0], Tile((0, 1), (0, 1)), [0])
+
+
+@pytest.mark.parametrize("verb", ["open", "read_direct"])
+def test_a_file_system_that_is_away_damages_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    def away(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with Store.open(copy) as opened:
+        monkeypatch.setattr(*((h5py, "File") if verb == "open" else (h5py.Dataset, "read_direct")), away)
+        with pytest.raises(TryAgainError, match=r"fields-00000\.nc cannot be read for now: Stale file handle.*goes on"):
+            opened.read([0], Tile((0, 1), (0, 1)), [0])
+    assert exit_code_of(TryAgainError("")) == 75
 
 
 def test_a_damaged_store_file_is_named(copy: Path) -> None:

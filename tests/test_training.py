@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import re
 
 import h5py
@@ -13,8 +14,9 @@ import torch
 from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
 from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation import skill
 from faconv_hpc.evaluation.figures import draw_forecast
-from faconv_hpc.evaluation.skill import evaluate, load_run
+from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
 from faconv_hpc.spatial.exchange import HaloExchange
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.guard import ReplicaGuard
@@ -192,12 +194,38 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path):
     tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluate(config, mesh))
     assert alone.held_out and alone.forecasts == 3
     for evaluation in tiled:
-        for skill, want in zip(evaluation.skills, alone.skills, strict=True):
-            assert skill.rmse == pytest.approx(want.rmse, rel=1e-5)
-            assert skill.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
+        for found, want in zip(evaluation.skills, alone.skills, strict=True):
+            assert found.rmse == pytest.approx(want.rmse, rel=1e-5)
+            assert found.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
     assert all(skill.ratio < 0.9 for skill in alone.skills)
     _check_against_the_files(alone, store)
     assert draw_forecast(alone.example, tmp_path / "figures" / "forecast.png", "test").stat().st_size > 10_000
+
+
+def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "waves")
+    config = small_config(tmp_path, store)
+    run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
+
+    def check(mesh):
+        last = skill._last_step
+
+        def spoiled(network, windows, index, domain):
+            truth, forecast = last(network, windows, index, domain)
+            forecast[0, 3, 5] = torch.inf if index else torch.nan
+            return truth, forecast
+
+        skill._last_step = spoiled
+        try:
+            return evaluate(config, mesh)
+        finally:
+            skill._last_step = last
+
+    (evaluation,) = run_on_ranks(Layout(1, 1, 1), check)
+    first, second = evaluation.skills
+    assert math.isnan(first.rmse) and math.isfinite(first.persistence_rmse) and math.isfinite(second.rmse)
+    written = json.loads(save_skill(evaluation, tmp_path).read_text(), parse_constant=lambda name: 1 / 0)
+    assert written["skills"][0]["rmse"] is None and written["skills"][1]["rmse"] == second.rmse
 
 
 def _check_against_the_files(evaluation, store):

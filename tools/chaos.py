@@ -5,7 +5,8 @@ one fault at a random instant of every start, until it reaches the same last ste
 
 * every checkpoint that counts as whole holds, bit for bit, what the undisturbed run had at that step;
 * the others are there because this tool damaged them, and are passed over by name;
-* no start is left hanging; at most one save interval is lost;
+* no start is left hanging; at most one save interval is lost (two where saving goes on in the background), and
+  nothing where SIGTERM has asked to stop; a rank that was stopped is named;
 * the final weights equal those of the undisturbed run to the last bit.
 
 Run: python tools/chaos.py                               200 kills during saves, 100 other faults: some 40 minutes
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +79,8 @@ class Job:
         self.run_dir, self.patience = run_dir, patience
         self.log = run_dir.with_suffix(".log")
         self.signalled = False
+        self.printed = self.log.stat().st_size if self.log.exists() else 0  # by earlier starts
+        self.records = _signature(run_dir)
         self.stopped: list[int] = []
         self.killed: list[int] = []
         self.ranks = [
@@ -92,6 +96,11 @@ class Job:
         assert pid is not None, f"rank {rank} was not started"
         self.signalled = True
         os.kill(pid, number)
+
+    @property
+    def told(self) -> str:
+        """What this start has printed."""
+        return self.log.read_bytes()[self.printed :].decode(errors="replace")
 
     @property
     def over(self) -> bool:
@@ -190,10 +199,10 @@ class Chaos:
                 self.left[kind] -= 1
                 self.done[kind] += 1
                 self._say(kind, run_dir, codes)
-            told = job.log.read_text()
-            if kind == "stopped rank" and injected and "has not answered for" not in told:
-                raise BrokenPromiseError(f"a stopped rank is not named in {job.log}")
-            passed_over |= {name for name in ever if f"passed over {run_dir}/checkpoints/{name}" in told}
+            for rank in job.stopped if kind == "stopped rank" and injected else ():
+                if not re.search(rf"rank {rank}(, which all ranks meet at,)? has not answered for", job.told):
+                    raise BrokenPromiseError(f"the stopped rank {rank} is not named in {job.log}")
+            passed_over |= {name for name in ever if f"passed over {run_dir}/checkpoints/{name}" in job.told}
             if all(code == EXIT_OK for code in codes):
                 break
             if any(codes) and not job.signalled and not injected:
@@ -279,8 +288,10 @@ def _kill(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -
 
 
 def _kill_at_start(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
-    """Before the ranks have met, while they load, or soon after: those who wait for it are ended by their launcher."""
+    """Before the ranks have met, or while they load: those who wait for it are ended by their launcher."""
     time.sleep(chaos.random.uniform(0, 4))
+    if _signature(run_dir) != job.records:
+        return False  # it trains already, and all ranks must leave
     job.send(rank, signal.SIGKILL)
     job.stopped += range(RANKS)
     return True
@@ -299,6 +310,9 @@ def _terminate(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[st
     codes = job.wait()
     if not set(codes) <= {EXIT_STOPPED, EXIT_OK}:
         raise BrokenPromiseError(f"exit codes {codes} after SIGTERM, {EXIT_STOPPED} is documented; see {job.log}")
+    newest, last = [one for one in checkpoints_in(run_dir) if one.problem() is None][-1:], _last_step(run_dir)
+    if [one.step for one in newest] != [last]:
+        raise BrokenPromiseError(f"stopped by SIGTERM after step {last}, but {newest} is saved; see {job.log}")
     return True
 
 
@@ -325,8 +339,7 @@ def _fill_disk(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[st
             except OSError:
                 size //= 2
     codes = job.wait()
-    told = job.log.read_text()
-    if any(codes) and "No space left on device" not in told:
+    if any(codes) and "No space left on device" not in job.told:
         raise BrokenPromiseError(f"a full disk was not told; see {job.log}")
     return any(codes)
 
@@ -391,6 +404,15 @@ def _unfinished(run_dir: Path) -> list[str]:
         return [path.name for path in (run_dir / "checkpoints").iterdir() if UNFINISHED.fullmatch(path.name)]
     except FileNotFoundError:
         return []
+
+
+def _signature(run_dir: Path) -> tuple[int, int]:
+    """Of the records of steps: it changes with the first step of a start, or before."""
+    try:
+        status = (run_dir / "steps.jsonl").stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _last_step(run_dir: Path) -> int:

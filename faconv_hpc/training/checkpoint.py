@@ -23,6 +23,7 @@ from .records import versions
 from .resume import Resumed
 from .setup import Workspace
 from .shards import (
+    FOLDER,
     FORMAT,
     PARAMETER,
     RANDOM,
@@ -219,9 +220,8 @@ class CheckpointWriter:
         )
 
     def _raise(self, step: int, problem: str) -> None:
-        newest = (
-            f"the newest checkpoint is that of step {self.saved_step}" if self.saved_step else "there is none before"
-        )
+        kept = self._config.run_dir / FOLDER / directory_name(self.saved_step)
+        newest = f"the newest checkpoint is still {kept}" if self.saved_step else "there is no checkpoint before it"
         raise RunError(
             f"the checkpoint of step {step} could not be written to {self._config.run_dir} ({problem}); {newest}. "
             f"Make room or mend the file system, and start the same command again."
