@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -81,6 +82,24 @@ def test_no_rank_0_is_said_with_where_it_was_looked_for():
     here = RankEnvironment(rank=1, world_size=2, job="nobody")
     with pytest.raises(RunError, match=r"rank 1 has not found rank 0 of job nobody in 1 s at 127\.0\.0\.1, ports 2"):
         meet(here, 1.0)
+
+
+def test_no_rank_leaves_before_all_are_there():
+    """Or srun would end the late ones by a signal, which counts for more than an exit code."""
+    code = "import time; from faconv_hpc.spatial.environment import RankEnvironment as E\n"
+    code += "from faconv_hpc.spatial.meeting import meet\nkept = meet(E({}, 3, job='late-" + JOB + "'), 60.0)\n"
+    code += "print(time.time()); time.sleep(2)"
+    with ExitStack() as stack:
+        ranks = []
+        for rank in (0, 1, 2):
+            if rank == 2:
+                time.sleep(8.0)
+                assert [one.poll() for one in ranks] == [None, None]
+                began = time.time()
+            command = [sys.executable, "-c", code.format(rank)]
+            ranks.append(stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+        met = [float(rank.communicate(timeout=120)[0]) for rank in ranks]
+    assert min(met) > began
 
 
 def test_ranks_that_do_not_come_are_counted():

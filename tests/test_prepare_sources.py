@@ -1,5 +1,6 @@
 """Sources that are not what they seem: half copied, of other units, of one level, with several versions of a field."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import xarray as xr
 
 from faconv_hpc.data import catalogue, writer
+from faconv_hpc.data.hdf5_file import replacing
 from faconv_hpc.data.prepare import default_frames_per_file, prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
@@ -214,6 +216,13 @@ def test_a_file_that_another_preparation_has_replaced_is_found(tmp_path: Path) -
     with pytest.raises(InputError, match=r"fields-00001\.nc is of another request"):
         prepare([source], tmp_path / "o", frames_per_file=2, progress=replace)
     assert not (tmp_path / "o" / "store.nc").exists()
+
+
+def test_a_disk_that_is_full_at_the_last_block_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "last_block.nc") as (nc, disk):
+        nc.dimensions["time"] = 3
+        disk._error = OSError(errno.ENOSPC, "No space left on device")  # so that nothing is written at the close
+    assert not (tmp_path / "last_block.nc").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")

@@ -22,11 +22,14 @@ FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out p
 CANDIDATES = 16  # another job, or one that is only just ending, holds some of them now and then
 ANSWER_S = 3.0  # within which a door answers; a port may be held by a program that never says a word
 AGAIN_S, LONGEST_S = 0.05, 2.0  # between two rounds of knocking: longer each time, while rank 0 is starting
-ARRIVED = "arrived"
+ARRIVED, MET = "arrived", "met"
 
 
 def meet(environment: RankEnvironment, timeout_s: float) -> Store:
-    """The store through which the ranks of a job find each other. Collective.
+    """The store through which the ranks of a job find each other. Collective: none returns before all are there.
+
+    A rank that left sooner, with an error of the config's for example, would have srun end those that are still
+    starting, by a signal, and report that in place of the rank's own exit code.
 
     Where no port was agreed on, rank 0 opens the store at any free port and a door at the first free one of those
     that all ranks derive from the job's name; the others knock at them until one answers for this very job.
@@ -47,6 +50,7 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
         store = TCPStore(environment.address, port, wait_for_workers=False, timeout=timeout)
         store.add(ARRIVED, 1)
         replace(environment, port=port).export()
+        _wait_for_all(environment, store, timeout)
     store.set_timeout(timeout)
     return store
 
@@ -102,7 +106,20 @@ def _host(environment: RankEnvironment, timeout: timedelta) -> TCPStore:
             f"{timeout.total_seconds():g} s. See what the others printed; if they run, the nodes do not reach each "
             f"other: ask for a way through the firewall, or set MASTER_ADDR and MASTER_PORT."
         )
+    store.set(MET, "")
     return store
+
+
+def _wait_for_all(environment: RankEnvironment, store: Store, timeout: timedelta) -> None:
+    """The others: until rank 0 has counted all."""
+    try:
+        store.wait([MET], timeout)
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {environment.rank} has found rank 0 of job {environment.job}, but not all {environment.world_size} "
+            f"ranks have come in {timeout.total_seconds():g} s. See what the others printed, and whether their nodes "
+            f"are up. The store says: {error}"
+        ) from None
 
 
 @contextmanager
