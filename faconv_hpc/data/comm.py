@@ -7,6 +7,7 @@ code path.
 
 import os
 import sys
+import time
 import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 T = TypeVar("T")
+
+TOLD_S = 0.5  # for mpiexec to pass on what a rank has said, which it does not do once the job is aborted
 
 
 class Comm(Protocol):
@@ -143,6 +146,7 @@ class TogetherOrNotAtAll:
         else:
             traceback.print_exception(kind, error, trace)
         sys.stderr.flush()
+        time.sleep(TOLD_S)
         self._comm.abort(EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED)
 
 
