@@ -23,7 +23,7 @@ from faconv_hpc.scaling.results import repeats_of, write_results
 from faconv_hpc.scaling.stores import check_stores, make_stores
 from faconv_hpc.scaling.study import StudyConfig, merged, points_of
 from runs import make_store, write_config
-from studies import FakeCluster, NoStop, fail, finish, record, write_records
+from studies import FakeCluster, fail, finish, record, write_records
 from test_cli import faconv, messages
 
 ROOT = Path(__file__).parent.parent
@@ -55,10 +55,21 @@ def study_of(directory, **values):
     return config, points_of(config)
 
 
+class Patience:
+    """A signal comes once a driver has taken so long that it never would end."""
+
+    def __init__(self, seconds):
+        self._until = time.monotonic() + seconds
+
+    @property
+    def number(self):
+        return signal.SIGTERM if time.monotonic() > self._until else 0
+
+
 def drive(study, points, cluster, where="slurm", **options):
     """The points' states by name, after a driver has brought them to their ends."""
     made = StudyDriver(study, points, cluster, where, **{"poll_s": 0.0, "settle_s": 0.0} | options)
-    return {state.point.name: state.status for state in made.run(NoStop())}
+    return {state.point.name: state.status for state in made.run(Patience(SECONDS))}
 
 
 # ---- points and rules ------------------------------------------------------------------------------------------------
