@@ -1,5 +1,5 @@
 """``python -m faconv_hpc`` is ``faconv``."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner
 
-from faconv_hpc.cli_data import data_app
+from faconv_hpc.cli.data import data_app
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 

@@ -13,7 +13,7 @@ import h5py
 import pytest
 
 from faconv_hpc import load_config
-from faconv_hpc.cli_doctor import _show
+from faconv_hpc.cli.doctor import _show
 from faconv_hpc.data.locking import locking_problem
 from faconv_hpc.launch import checks, doctor, file_checks, rank_checks
 from faconv_hpc.launch.findings import FILES, MACHINE, NETWORK, SOFTWARE, Finding, Report, Subject, Verdict, merged

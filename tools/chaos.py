@@ -55,7 +55,7 @@ SMALL = {
     "training.give_up_after": "0",
     "training.timeout_s": str(TIMEOUT_S),
 }
-PRELOADED = ["torch", "deepspeed", "faconv_hpc.cli", "faconv_hpc.training.trainer"]
+PRELOADED = ["torch", "deepspeed", "faconv_hpc.cli.app", "faconv_hpc.training.trainer"]
 DISK_MIB = 24
 SAVE_S = 0.024  # kills fall within so long after a save has begun to write
 
@@ -131,7 +131,7 @@ def _rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
     os.environ.update(RankEnvironment(rank, RANKS, rank, port=port).variables())
     torch.set_num_threads(1)
     signal.signal(signal.SIGRTMIN, _raise)
-    from faconv_hpc.cli import main
+    from faconv_hpc.cli.app import main
 
     sys.argv = ["faconv", *arguments]
     main()

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .config import MeshConfig
-from .errors import EXIT_OK, InputError, LostRankError, RunError
-from .launch.local import inside_a_job, run_local_ranks
-from .spatial.environment import RankEnvironment
+from ..config import MeshConfig
+from ..errors import EXIT_OK, InputError, LostRankError, RunError
+from ..launch.local import inside_a_job, run_local_ranks
+from ..spatial.environment import RankEnvironment
 
 if TYPE_CHECKING:
-    from .spatial.mesh import ProcessMesh
+    from ..spatial.mesh import ProcessMesh
 
 
 def job_ranks() -> int:
@@ -51,7 +51,7 @@ def run_ranks(arguments: Sequence[str], ranks: int | None) -> int:
 
 def in_job(mesh: MeshConfig | None, timeout_s: float, work: "Callable[[ProcessMesh], int | None]") -> int:
     """Joins the ranks (all of them along lon, if no mesh is given), works, and leaves together."""
-    from .spatial.mesh import ProcessMesh
+    from ..spatial.mesh import ProcessMesh
 
     sizes = (mesh.replicas, mesh.lat, mesh.lon) if mesh else (1, 1, job_ranks())
     joined = ProcessMesh.start(*sizes, timeout_s=timeout_s)
@@ -65,6 +65,6 @@ def say_before_joining(error: Exception) -> None:
     """One rank of several says it for all and ends them; returns where there are no others, or they do not come."""
     with suppress(LostRankError, InputError, RunError):  # such as the very error
         if job_ranks() > 1:
-            from .spatial.mesh import report_before_joining
+            from ..spatial.mesh import report_before_joining
 
             report_before_joining(error)

@@ -11,20 +11,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_checkpoint import checkpoint_app
-from .cli_data import data_app
-from .cli_doctor import doctor_command
-from .cli_ranks import check_ranks, in_job, job_ranks, run_ranks, say_before_joining, set_options, starts_ranks
-from .cli_study import study_command
-from .cli_submit import submit_command
-from .config import MeshConfig, RunConfig, load_config
-from .errors import EXIT_FAILED, EXIT_OK, InputError, LostRankError, RunError, exit_code_of
-from .launch.local import inside_a_job, run_and_read
+from ..config import MeshConfig, RunConfig, load_config
+from ..errors import EXIT_FAILED, EXIT_OK, InputError, LostRankError, RunError, exit_code_of
+from ..launch.local import inside_a_job, run_and_read
+from .checkpoint import checkpoint_app
+from .data import data_app
+from .doctor import doctor_command
+from .ranks import check_ranks, in_job, job_ranks, run_ranks, say_before_joining, set_options, starts_ranks
+from .study import study_command
+from .submit import submit_command
 
 if TYPE_CHECKING:
-    from .evaluation.skill import Evaluation
-    from .spatial.mesh import ProcessMesh
-    from .training.parity import ParityRow
+    from ..evaluation.skill import Evaluation
+    from ..spatial.mesh import ProcessMesh
+    from ..training.parity import ParityRow
 
 app = typer.Typer(
     help="Train FAConvLSTM on large lat/lon grids, cut into tiles over ranks.",
@@ -77,11 +77,11 @@ def train(
     if starts_ranks(ranks):
         check_ranks(run.mesh, ranks)
         raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *["--strict"] * strict], ranks))
-    from .training.signals import StopRequest, grace_s
+    from ..training.signals import StopRequest, grace_s
 
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
         counted = _counted_on_slurm(run)
-        from .training.trainer import train as train_run
+        from ..training.trainer import train as train_run
 
         def job(mesh: "ProcessMesh") -> int:
             return train_run(run, mesh, strict=strict, stop=stop, counted=counted)
@@ -121,7 +121,7 @@ def verify(
         raise typer.Exit(EXIT_OK if all(row.passed for row in rows) else EXIT_FAILED)
     import torch
 
-    from .training.parity import verify_parity
+    from ..training.parity import verify_parity
 
     def job(mesh: "ProcessMesh") -> int:
         rows = verify_parity(run, mesh, torch.float64 if float64 else torch.float32, layouts or None)
@@ -140,16 +140,16 @@ def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> 
 
     Example: `faconv evaluate runs/quickstart_era5 --ranks 2`
     """
-    from .evaluation.skill import load_run
+    from ..evaluation.skill import load_run
 
     run = load_run(run_dir)
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
     if starts_ranks(ranks):
         check_ranks(tiles, ranks)
         raise typer.Exit(run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
-    from .evaluation.figures import draw_forecast
-    from .evaluation.skill import evaluate as evaluate_run
-    from .evaluation.skill import save_skill
+    from ..evaluation.figures import draw_forecast
+    from ..evaluation.skill import evaluate as evaluate_run
+    from ..evaluation.skill import save_skill
 
     run = run.model_copy(update={"run_dir": run_dir})
 
@@ -166,7 +166,7 @@ def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> 
 
 def main() -> None:
     """Entry point: a mistake of the user's ends with one message and exit code 2."""
-    from .training.signals import hold_signals
+    from ..training.signals import hold_signals
 
     hold_signals()
     try:
@@ -182,8 +182,8 @@ def main() -> None:
 
 def _counted_on_slurm(run: RunConfig) -> bool:
     """Counts this start on the first rank of a Slurm job, which is requeued even if its ranks never meet."""
-    from .spatial.environment import RankEnvironment
-    from .training.starts import count_start
+    from ..spatial.environment import RankEnvironment
+    from ..training.starts import count_start
 
     if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != job_ranks():
         return False
@@ -195,9 +195,9 @@ def _rows_of_local_ranks(
     run: RunConfig, arguments: Sequence[str], ranks: int | None, layouts: Sequence[MeshConfig]
 ) -> "list[ParityRow]":
     """The layouts' rows, from ranks started here: one start for all layouts of as many ranks."""
-    from .data.store import Store
-    from .training.parity import ParityRow, check_layout
-    from .training.setup import grid_of
+    from ..data.store import Store
+    from ..training.parity import ParityRow, check_layout
+    from ..training.setup import grid_of
 
     grid = grid_of(run, Store.open(run.data.store))
     by_ranks: dict[int, list[MeshConfig]] = {ranks: []} if ranks else {}

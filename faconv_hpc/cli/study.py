@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .config import load_yaml
-from .errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, InputError
+from ..config import load_yaml
+from ..errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, InputError
 
 if TYPE_CHECKING:
-    from .scaling.driver import PointState
-    from .scaling.report import StudyReport
-    from .scaling.study import Cluster, Point, StudyConfig
+    from ..scaling.driver import PointState
+    from ..scaling.report import StudyReport
+    from ..scaling.study import Cluster, Point, StudyConfig
 
 FILE_WIDTH = 130  # of the table where it is not printed on a terminal
 FOR_THE_PAGE = ("min to max", "samples/s", "data")  # columns that report.md has and the terminal has no room for
@@ -61,8 +61,8 @@ def study_command(
 
     Example: `faconv study configs/study_strong.yaml --cluster slurm`
     """
-    from .scaling.report import report_of, write_report
-    from .scaling.study import StudyConfig, points_of
+    from ..scaling.report import report_of, write_report
+    from ..scaling.study import StudyConfig, points_of
 
     config = load_yaml(StudyConfig, study, set_ or ())
     points = points_of(config)
@@ -78,10 +78,10 @@ def study_command(
 
 def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_failed: bool) -> None:
     """Until all points have ended; leaves with exit code 75 if a signal came."""
-    from .scaling.driver import StudyDriver
-    from .scaling.points import locked
-    from .scaling.stores import check_stores, make_stores
-    from .training.signals import StopRequest
+    from ..scaling.driver import StudyDriver
+    from ..scaling.points import locked
+    from ..scaling.stores import check_stores, make_stores
+    from ..training.signals import StopRequest
 
     console = Console(stderr=True)
     cluster = _cluster(where)  # first: one that does not answer is no failure of a point
@@ -98,14 +98,14 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
 
 
 def _cluster(where: Where) -> "Cluster":
-    from .launch.cluster import LocalCluster, SlurmCluster
+    from ..launch.cluster import LocalCluster, SlurmCluster
 
     return SlurmCluster() if where is Where.SLURM else LocalCluster()
 
 
 def _default_cluster() -> Where:
     """Slurm, where its client is; a controller that is away for a moment does not make this machine a cluster."""
-    from .launch.slurm import check_client
+    from ..launch.slurm import check_client
 
     if shutil.which("scontrol") is None:
         return Where.LOCAL
@@ -118,7 +118,7 @@ def _default_cluster() -> Where:
 
 def _check_begun(config: "StudyConfig", points: "Sequence[Point]") -> None:
     """Raises InputError unless there is something to report, and it was measured as the study's file says."""
-    from .scaling.points import PointFiles
+    from ..scaling.points import PointFiles
 
     for point in points:
         PointFiles(point).check_same()
@@ -177,7 +177,7 @@ def _progress_table(states: "Sequence[PointState]") -> Table:
 
 
 def _show_report(report: "StudyReport", study_dir: Path) -> None:
-    from .scaling.report import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
+    from ..scaling.report import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
 
     left_out = () if any(one.point != one.mesh for one in report.points) else ("mesh",)
     shown = [place for place, column in enumerate(COLUMNS) if column not in (*FOR_THE_PAGE, *left_out)]

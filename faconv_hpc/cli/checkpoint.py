@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import EXIT_FAILED, EXIT_OK, InputError
+from ..errors import EXIT_FAILED, EXIT_OK, InputError
 
 if TYPE_CHECKING:
-    from .training.shards import Checkpoint
+    from ..training.shards import Checkpoint
 
 checkpoint_app = typer.Typer(help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def list_command(where: Where, as_json: Json = False) -> None:
 
     Example: faconv checkpoint list runs/quickstart_era5
     """
-    from .training.export import summary
+    from ..training.export import summary
 
     rows = [summary(one) for one in _checkpoints(where)]
     if as_json:
@@ -70,8 +70,8 @@ def export_command(
 
     Example: faconv checkpoint export runs/quickstart_era5 --output forecast.safetensors
     """
-    from .training.export import export
-    from .training.shards import whole_of
+    from ..training.export import export
+    from ..training.shards import whole_of
 
     whole = next(whole_of(_checkpoints(where)), None)
     if whole is None:
@@ -85,7 +85,7 @@ def export_command(
 
 def _checkpoints(where: Path) -> "list[Checkpoint]":
     """Of a run, or the one whose directory is given; oldest first."""
-    from .training.shards import NAME, Checkpoint, checkpoints_in
+    from ..training.shards import NAME, Checkpoint, checkpoints_in
 
     match = NAME.fullmatch(where.name)
     try:

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_ranks import in_job, job_ranks, run_ranks, set_options, starts_ranks
-from .config import load_config
-from .errors import EXIT_INPUT, InputError, exit_code_of
-from .launch.local import inside_a_job
+from ..config import load_config
+from ..errors import EXIT_INPUT, InputError, exit_code_of
+from ..launch.local import inside_a_job
+from .ranks import in_job, job_ranks, run_ranks, set_options, starts_ranks
 
 if TYPE_CHECKING:
-    from .launch.findings import Report, Subject
-    from .spatial.mesh import ProcessMesh
+    from ..launch.findings import Report, Subject
+    from ..spatial.mesh import ProcessMesh
 
 TIMEOUT_S = 120.0  # for all ranks to come, where no config says how long they may take
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -50,7 +50,7 @@ def doctor_command(
 
     Example: `srun faconv doctor configs/quickstart_era5.yaml && srun faconv train configs/quickstart_era5.yaml`
     """
-    from .launch.findings import Subject
+    from ..launch.findings import Subject
 
     if config is None and set_:
         raise InputError(
@@ -66,8 +66,8 @@ def doctor_command(
 
 def _examined(subject: "Subject", as_json: bool) -> int:
     """Examines the ranks that are there, prints the report on one of them, and returns its exit code on all."""
-    from .launch.checks import load_torch
-    from .launch.doctor import call_roll, examine_alone, joining_problems, node_name
+    from ..launch.checks import load_torch
+    from ..launch.doctor import call_roll, examine_alone, joining_problems, node_name
 
     torch = load_torch()
     if isinstance(torch, str) and inside_a_job():  # it cannot even say so to the others
@@ -91,7 +91,7 @@ def _examined(subject: "Subject", as_json: bool) -> int:
 
 
 def _examined_job(mesh: "ProcessMesh", subject: "Subject", as_json: bool) -> int:
-    from .launch.doctor import examine
+    from ..launch.doctor import examine
 
     report = examine(mesh, subject)
     if mesh.rank == 0:
@@ -104,7 +104,7 @@ def _examined_job(mesh: "ProcessMesh", subject: "Subject", as_json: bool) -> int
 
 def _leave_together(code: int) -> NoReturn:
     """At once: srun sends SIGTERM to the ranks that are still there when the first has left with a code not 0."""
-    from .spatial.failure import leave
+    from ..spatial.failure import leave
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     leave(code)
@@ -117,7 +117,7 @@ def _show(report: "Report", as_json: bool) -> int:
 
 
 def _show_table(report: "Report") -> None:
-    from .launch.findings import Verdict
+    from ..launch.findings import Verdict
 
     console = Console()
     table = Table(

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .config import load_config
-from .errors import EXIT_OK
+from ..config import load_config
+from ..errors import EXIT_OK
 
 
 def submit_command(
@@ -36,8 +36,8 @@ def submit_command(
 
     Example: `faconv submit configs/global_era5_025.yaml --set slurm.account=climate --wait`
     """
-    from .launch.slurm import follow
-    from .launch.submit import script, submit
+    from ..launch.slurm import follow
+    from ..launch.submit import script, submit
 
     run = load_config(config, set_ or ())
     if dry_run:
