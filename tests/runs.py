@@ -3,7 +3,7 @@
 import yaml
 
 from faconv_hpc import load_config
-from faconv_hpc.data.synthetic import SyntheticOptions, synthesise
+from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 
 SMALL = {
     "data": {"window": 3, "held_out_frames": 3, "lat_boundary": "pole"},

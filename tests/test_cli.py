@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
-from faconv_hpc.data.prepare import prepare
 from faconv_hpc.errors import EXIT_STOPPED
+from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
 from sources import dataset, save

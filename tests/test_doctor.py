@@ -14,7 +14,7 @@ import pytest
 
 from faconv_hpc import load_config
 from faconv_hpc.cli.doctor import _show
-from faconv_hpc.data.locking import locking_problem
+from faconv_hpc.data.probe import locking_problem
 from faconv_hpc.launch import checks, doctor, file_checks, rank_checks
 from faconv_hpc.launch.findings import FILES, MACHINE, NETWORK, SOFTWARE, Finding, Report, Subject, Verdict, merged
 from faconv_hpc.spatial import bandwidth
@@ -159,7 +159,7 @@ def test_mpi_is_asked_in_a_process_of_its_own(tmp_path, programs, monkeypatch):
 
 
 def test_mpi_is_loaded_and_not_started(tmp_path):
-    source = "from faconv_hpc.data.comm import mpi_library\nprint(mpi_library())\n"
+    source = "from faconv_hpc.prepare.comm import mpi_library\nprint(mpi_library())\n"
     source += "from mpi4py import MPI\nassert not MPI.Is_initialized()"
     ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
     if ran.stdout.strip() == "None":

@@ -10,19 +10,20 @@ ROOMS = {
     "spatial": set(),
     "model": {"spatial"},
     "data": {"spatial"},
+    "prepare": {"spatial", "data"},
     "training": {"spatial", "model", "data"},
     "evaluation": {"spatial", "model", "data", "training"},
-    "scaling": {"spatial", "model", "data", "training"},
+    "scaling": {"spatial", "model", "data", "prepare", "training"},
     "launch": {"spatial", "data", "training", "scaling"},
 }
 CHOKE_POINTS = {
     "torch.distributed": ("spatial/", "training/engine.py"),
     "deepspeed": ("training/engine.py",),
     "submitit": ("launch/submit.py",),
-    "h5py": ("data/",),
-    "h5netcdf": ("data/",),
-    "xarray": ("data/", "evaluation/"),
-    "mpi4py": ("spatial/environment.py", "data/"),
+    "h5py": ("data/", "prepare/"),
+    "h5netcdf": ("prepare/",),
+    "xarray": ("prepare/", "evaluation/"),
+    "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
 }
 ENVIRONMENT_READERS = ("spatial/environment.py", "launch/")
 LINES = 400

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from faconv_hpc.data.catalogue import unwrap
-from faconv_hpc.data.prepare import PrepareSummary, prepare
 from faconv_hpc.data.store import Store
-from faconv_hpc.data.writer import write_store
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.catalogue import unwrap
+from faconv_hpc.prepare.preparation import PrepareSummary, prepare
+from faconv_hpc.prepare.writer import write_store
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 
@@ -118,7 +118,7 @@ def test_slabs_change_nothing(
     fields_of_source = {"t": (DIMS, data), "u": (DIMS, values(1)), "w": (DIMS, values(2))}
     source = save(dataset(fields_of_source, lat=south_first), tmp_path / "s.nc")
     prepare([source], tmp_path / "want")
-    monkeypatch.setattr("faconv_hpc.data.prepare.write_store", partial(write_store, slab_bytes=slab_bytes))
+    monkeypatch.setattr("faconv_hpc.prepare.preparation.write_store", partial(write_store, slab_bytes=slab_bytes))
     prepare([source], tmp_path / "o", frames_per_file=4, mesh=chunked_for)
     fields, valid, store = whole(tmp_path / "o")
     want, want_valid, reference = whole(tmp_path / "want")
@@ -137,7 +137,7 @@ def test_no_more_than_a_slab_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
         xr.Dataset({"u": (DIMS, values(1, shape)), "v": (DIMS, values(2, shape))}, coordinates), tmp_path / "s.nc"
     )
     slab = 500_000
-    monkeypatch.setattr("faconv_hpc.data.prepare.write_store", partial(write_store, slab_bytes=slab))
+    monkeypatch.setattr("faconv_hpc.prepare.preparation.write_store", partial(write_store, slab_bytes=slab))
     prepare([source], tmp_path / "warm", variables=["u"])  # imports and caches
     tracemalloc.start()
     try:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from faconv_hpc.data.moments import Moments
-from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.preparation import prepare
 from sources import DIMS, ROOT, dataset, save, values
 
 # Overwriting, killed runs, ranks
@@ -52,7 +52,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 KILLED = """
 import os, signal, sys
-from faconv_hpc.data.prepare import prepare
+from faconv_hpc.prepare.preparation import prepare
 def progress(done, total):
     if done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -99,8 +99,8 @@ MPIEXEC = Path(sys.executable).parent / "mpiexec"
 needs_mpi = pytest.mark.skipif(not MPIEXEC.exists(), reason=f"no {MPIEXEC}: pip install mpich")
 RANKS = """
 import sys, json
-from faconv_hpc.data.comm import mpi_comm
-from faconv_hpc.data.prepare import prepare
+from faconv_hpc.prepare.comm import mpi_comm
+from faconv_hpc.prepare.preparation import prepare
 comm = mpi_comm()
 assert comm.size == 3, comm.size
 summary = prepare([sys.argv[1]], sys.argv[2], frames_per_file=2, mesh=(2, 1), comm=comm)

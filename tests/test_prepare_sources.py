@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from faconv_hpc.data import catalogue, writer
-from faconv_hpc.data.hdf5_file import replacing
-from faconv_hpc.data.prepare import default_frames_per_file, prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.locks import DirectoryLock
+from faconv_hpc.prepare import catalogue, writer
+from faconv_hpc.prepare.hdf5_file import replacing
+from faconv_hpc.prepare.preparation import default_frames_per_file, prepare
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values
 
 LEVELS = (1000.0, 850.0, 500.0, 250.0)
@@ -93,7 +93,9 @@ def test_levels_are_read_together(
 
     monkeypatch.setattr(catalogue.Segment, "read", counting)
     write = writer.write_store
-    monkeypatch.setattr("faconv_hpc.data.prepare.write_store", lambda *a, **k: write(*a, **k, slab_bytes=slab_bytes))
+    monkeypatch.setattr(
+        "faconv_hpc.prepare.preparation.write_store", lambda *a, **k: write(*a, **k, slab_bytes=slab_bytes)
+    )
     monkeypatch.setattr("faconv_hpc.data.chunks.MIN_CHUNK_BYTES", 1)  # one channel in a chunk, as on large grids
     prepare([source], tmp_path / "o", variables=wanted, frames_per_file=FRAMES)
     store = Store.open(tmp_path / "o")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.times import TimeAxis, decode_times
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.preparation import prepare
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 # Times

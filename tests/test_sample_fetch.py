@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from faconv_hpc.data import sample
-from faconv_hpc.data.sample import DONE, NAME, default_directory, fetch_sample
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare import sample
+from faconv_hpc.prepare.sample import DONE, NAME, default_directory, fetch_sample
 
 FILES = {"zarr.json": b"{}", "t2m/zarr.json": b"{}", "t2m/c/0/0": b"\1\2\3"}
 

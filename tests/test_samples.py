@@ -12,10 +12,10 @@ import torch
 import xarray as xr
 
 from faconv_hpc.data.forcings import FORCINGS, equation_of_time, insolation, solar_declination
-from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.samples import Batch, ReadAhead, Windows, sample_order
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Cuts, Tile
 
 NLAT, NLON, FRAMES = 13, 20, 17

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from faconv_hpc.data.chunks import MAX_CHUNK_BYTES, bytes_needed, bytes_read, chunk_shape, parse_mesh
 from faconv_hpc.data.layout import STORE_FILE
-from faconv_hpc.data.prepare import prepare
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError, TryAgainError, exit_code_of
+from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Cuts, LatLonGrid, Tile
 
 NLAT, NLON, FRAMES, CHANNELS = 37, 53, 11, ("u", "v", "sst")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from faconv_hpc.data.store import Store
-from faconv_hpc.data.synthetic import SyntheticOptions, synthesise
-from faconv_hpc.data.writer import write_store
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
+from faconv_hpc.prepare.writer import write_store
 from faconv_hpc.spatial.grid import Tile
 
 OPTIONS = SyntheticOptions(nlat=19, nlon=30, channels=2, frames=13, seed=4)
@@ -43,7 +43,7 @@ def test_slabs_and_files_change_no_bit(
 ) -> None:
     synthesise(tmp_path / "want", OPTIONS)
     slabs = partial(write_store, slab_bytes=slab_bytes)
-    monkeypatch.setattr("faconv_hpc.data.synthetic.write_store", slabs)
+    monkeypatch.setattr("faconv_hpc.prepare.synthetic.write_store", slabs)
     synthesise(tmp_path / "s", OPTIONS, mesh=(3, 2), frames_per_file=frames_per_file)
     assert np.array_equal(fields_of(tmp_path / "s"), fields_of(tmp_path / "want"))
 

@@ -172,7 +172,7 @@ def _punch_holes(store):
     """Prepares the same store again with a third of its cells missing, other ones at other times."""
     import xarray as xr
 
-    from faconv_hpc.data.prepare import prepare
+    from faconv_hpc.prepare.preparation import prepare
 
     (part,) = sorted(store.glob("fields-*.nc"))
     with xr.open_dataset(part, engine="h5netcdf") as opened:

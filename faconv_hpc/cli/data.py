@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.chunks import parse_mesh
-from ..data.comm import Comm, mpi_comm
 from ..data.inspection import describe_reading, describe_store
-from ..data.prepare import PrepareSummary, prepare
-from ..data.sample import fetch_sample
 from ..data.store import Store
-from ..data.synthetic import SyntheticOptions, synthesise
-from ..data.writer import Progress
 from ..errors import InputError
+from ..prepare.comm import Comm, mpi_comm
+from ..prepare.preparation import PrepareSummary, prepare
+from ..prepare.sample import fetch_sample
+from ..prepare.synthetic import SyntheticOptions, synthesise
+from ..prepare.writer import Progress
 
 data_app = typer.Typer(help="From files to a store, and what is in one.", no_args_is_help=True)
 

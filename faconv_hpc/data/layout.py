@@ -6,26 +6,21 @@ directory without it is not finished. All are NetCDF4: any tool opens them.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5netcdf
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
 from .chunks import ChunkShape
-from .hdf5_file import replacing
-from .moments import ChannelMoments
-from .times import EPOCH_UNITS, TimeAxis
+from .times import TimeAxis
 
 FORMAT = "faconv_hpc store"
 FORMAT_VERSION = 1
 STORE_FILE = "store.nc"
-CONVENTIONS = "CF-1.8"
 DIMS = ("time", "channel", "latitude", "longitude")
 
 
@@ -88,78 +83,6 @@ class StoreLayout:
 def file_name(file: int) -> str:
     """Name of a file of fields."""
     return f"fields-{file:05d}.nc"
-
-
-def write_coordinates(nc: h5netcdf.File, layout: StoreLayout, frames: range) -> None:
-    """Dimensions, coordinates and their attributes, the same in every file of a store."""
-    sizes = (len(frames), len(layout.channels), *layout.grid_shape)
-    nc.dimensions = dict(zip(DIMS, sizes, strict=True))
-    time = nc.create_variable("time", ("time",), np.int64)
-    time[:] = layout.time.seconds[frames.start : frames.stop]
-    time.attrs.update(standard_name="time", axis="T", units=EPOCH_UNITS, calendar=layout.time.calendar)
-    write_strings(nc, "channel", "channel", [channel.name for channel in layout.channels])
-    for name, values, axis, direction in (
-        ("latitude", layout.latitude_deg, "Y", "north"),
-        ("longitude", layout.longitude_deg, "X", "east"),
-    ):
-        variable = nc.create_variable(name, (name,), np.float64)
-        variable[:] = values
-        variable.attrs.update(standard_name=name, axis=axis, units=f"degrees_{direction}")
-
-
-def write_strings(nc: h5netcdf.File, name: str, dim: str, texts: Sequence[str]) -> None:
-    """A variable of texts."""
-    nc.create_variable(name, (dim,), h5py.string_dtype())[:] = np.array(list(texts), dtype=object)
-
-
-def write_store_file(
-    directory: Path, layout: StoreLayout, files: Sequence[FileEntry], moments: Sequence[ChannelMoments]
-) -> None:
-    """Writes store.nc: it appears whole or not at all."""
-    with replacing(directory / STORE_FILE) as (nc, _):
-        write_coordinates(nc, layout, range(len(layout.time)))
-        _write_channels(nc, layout.channels, moments)
-        for name, values in (("year_fraction", layout.time.year_fraction), ("utc_hour", layout.time.utc_hour)):
-            nc.create_variable(name, ("time",), np.float64)[:] = values
-        _write_file_table(nc, files)
-        _write_attributes(nc, layout, moments)
-
-
-def _write_channels(nc: h5netcdf.File, channels: Sequence[Channel], moments: Sequence[ChannelMoments]) -> None:
-    write_strings(nc, "units", "channel", [channel.units for channel in channels])
-    write_strings(nc, "long_name", "channel", [channel.long_name for channel in channels])
-    columns = {
-        "mean": ([moment.value.mean for moment in moments], "area-weighted mean over valid cells"),
-        "std": ([moment.value.std for moment in moments], "area-weighted standard deviation over valid cells"),
-        "tendency_std": (
-            [moment.tendency.std for moment in moments],
-            "area-weighted standard deviation of the difference of consecutive frames",
-        ),
-        "valid_share": ([moment.valid_cells / moment.cells for moment in moments], "share of cells that are valid"),
-    }
-    for name, (values, meaning) in columns.items():
-        variable = nc.create_variable(name, ("channel",), np.float64)
-        variable[:] = np.array(values)
-        variable.attrs["long_name"] = meaning
-
-
-def _write_file_table(nc: h5netcdf.File, files: Sequence[FileEntry]) -> None:
-    nc.dimensions["file"] = len(files)
-    write_strings(nc, "file", "file", [entry.name for entry in files])
-    for name in ("first_frame", "frames", "size_bytes"):
-        nc.create_variable(name, ("file",), np.int64)[:] = np.array([getattr(entry, name) for entry in files])
-
-
-def _write_attributes(nc: h5netcdf.File, layout: StoreLayout, moments: Sequence[ChannelMoments]) -> None:
-    nc.attrs["Conventions"] = CONVENTIONS
-    nc.attrs["format"] = FORMAT
-    nc.attrs["format_version"] = np.int64(FORMAT_VERSION)
-    nc.attrs["chunk_shape"] = np.array(layout.chunk.dims, dtype=np.int64)
-    nc.attrs["intended_mesh"] = np.array(layout.mesh, dtype=np.int64)
-    nc.attrs["frames_per_file"] = np.int64(layout.frames_per_file)
-    nc.attrs["compression"] = np.int64(layout.compression or 0)
-    nc.attrs["has_missing"] = np.int64(any(moment.valid_cells < moment.cells for moment in moments))
-    nc.attrs["provenance"] = json.dumps(layout.provenance, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,7 +115,7 @@ def build_locks(subject: Subject) -> list[Finding]:
 
 def mpi(subject: Subject) -> list[Finding]:
     """The library that mpi4py loads, asked in a process of its own: MPI in one that srun started may end it."""
-    question = f"from {_PACKAGE}.data.comm import mpi_library; print(mpi_library())"
+    question = f"from {_PACKAGE}.prepare.comm import mpi_library; print(mpi_library())"
     code, told = _answer([sys.executable, "-c", question], line=-1)
     if code == 0 and told != "None":
         return [Finding(MACHINE, "MPI", Verdict.OK, told)]

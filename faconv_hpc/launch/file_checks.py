@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..config import DataConfig, MeshConfig
-from ..data.locking import locking_problem
+from ..data.probe import locking_problem
 from ..data.store import Store
 from ..errors import InputError
 from ..spatial.grid import Cuts

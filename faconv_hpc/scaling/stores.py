@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from ..data.store import Store
-from ..data.synthetic import SyntheticOptions, synthesise
 from ..errors import InputError
+from ..prepare.synthetic import SyntheticOptions, synthesise
 from ..spatial.grid import Cuts
 from .study import Point, StudyConfig
 

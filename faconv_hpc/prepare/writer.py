@@ -13,23 +13,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.layout import DIMS, FORMAT_VERSION, STORE_FILE, FileEntry, StoreLayout, file_name
+from ..data.moments import ChannelMoments, Moments
 from ..errors import InputError
 from ..locks import DirectoryLock
 from ..spatial.grid import LatLonGrid, Span
 from .comm import Comm
 from .hdf5_file import ForgivingFile, replacing
-from .layout import (
-    CONVENTIONS,
-    DIMS,
-    FORMAT_VERSION,
-    STORE_FILE,
-    FileEntry,
-    StoreLayout,
-    file_name,
-    write_coordinates,
-    write_store_file,
-)
-from .moments import ChannelMoments, Moments
+from .store_file import CONVENTIONS, write_coordinates, write_store_file
 
 SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
 LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34

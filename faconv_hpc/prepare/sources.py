@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import xarray as xr
 
+from ..data.layout import DIMS, STORE_FILE
 from ..errors import InputError
-from .layout import DIMS, STORE_FILE
 
 LAZY: dict[str, Any] = {"decode_times": False, "decode_timedelta": False, "cache": False}
 UNLOCKED: dict[str, Any] = {"driver_kwds": {"locking": False}}  # parallel file systems may refuse locks

@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..data.chunks import VALUE_BYTES, chunk_shape
+from ..data.layout import StoreLayout
 from ..errors import InputError
 from .catalogue import Catalogue, build_catalogue
-from .chunks import VALUE_BYTES, chunk_shape
 from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
-from .layout import StoreLayout
 from .sources import SourceOptions, expand
 from .writer import Progress, Written, started_directory, write_store
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.chunks import chunk_shape
+from ..data.layout import Channel, StoreLayout
+from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
 from ..spatial.grid import Span
-from .chunks import chunk_shape
 from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
-from .layout import Channel, StoreLayout
-from .prepare import PrepareSummary, check_request, default_frames_per_file, summarise, versions
-from .times import SECONDS_PER_HOUR, TimeAxis, decode_times
+from .preparation import PrepareSummary, check_request, default_frames_per_file, summarise, versions
 from .writer import Progress, started_directory, write_store
 
 WAVENUMBERS = (1, 2, 3, 4, 5, 6)

@@ -10,12 +10,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ..data.layout import Channel
+from ..data.names import unknown_name
+from ..data.times import TimeAxis, check_increasing, decode_times
 from ..errors import InputError
 from ..spatial.grid import LatLonGrid, Span
-from .layout import Channel
-from .names import unknown_name
 from .sources import Roles, SourceOptions, coordinate, find_roles, open_source, time_variable
-from .times import TimeAxis, check_increasing, decode_times
 from .zarr_chunks import ZarrChunks
 
 SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
