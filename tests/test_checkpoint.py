@@ -17,9 +17,9 @@ from faconv_hpc import FAConvLSTMNetwork
 from faconv_hpc.errors import InputError, NoProgressError, RunError
 from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
 from faconv_hpc.training.export import export
+from faconv_hpc.training.faults.starts import counted_start, made_progress
 from faconv_hpc.training.records import STEPS_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
-from faconv_hpc.training.starts import counted_start, made_progress
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config

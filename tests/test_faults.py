@@ -17,17 +17,17 @@ import pytest
 import torch
 
 from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED, LostRankError, NoProgressError, RunError
+from faconv_hpc.files import write_durably
 from faconv_hpc.observe import SAVING, Activity
 from faconv_hpc.spatial import failure
 from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
 from faconv_hpc.training import checkpoint
 from faconv_hpc.training import trainer as trainer_module
-from faconv_hpc.training.files import write_durably
-from faconv_hpc.training.health import MicroBatch
+from faconv_hpc.training.faults.health import MicroBatch
+from faconv_hpc.training.faults.signals import StopRequest
+from faconv_hpc.training.faults.starts import count_start
 from faconv_hpc.training.records import STEPS_FILE, claimed, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
-from faconv_hpc.training.signals import StopRequest
-from faconv_hpc.training.starts import count_start
 from faconv_hpc.training.trainer import Boundary, Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config

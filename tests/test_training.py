@@ -19,7 +19,7 @@ from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
 from faconv_hpc.spatial.exchange import HaloExchange
 from faconv_hpc.training.engine import Engine
-from faconv_hpc.training.guard import ReplicaGuard
+from faconv_hpc.training.faults.drift import ReplicaGuard
 from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import layouts_of, verify_parity
 from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, claimed, read_records

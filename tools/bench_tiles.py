@@ -16,7 +16,7 @@ from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.model.attention import AxialAttention, exchange_costs
 from faconv_hpc.training.engine import Engine
-from faconv_hpc.training.guard import ReplicaGuard
+from faconv_hpc.training.faults.drift import ReplicaGuard
 
 GRID = LatLonGrid(181, 360)  # the quick start's, and its network
 STEPS, FIELDS, INPUTS, HIDDEN, ATTENTION = 6, 5, 10, 32, 16

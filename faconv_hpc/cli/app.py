@@ -77,7 +77,7 @@ def train(
     if starts_ranks(ranks):
         check_ranks(run.mesh, ranks)
         raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *["--strict"] * strict], ranks))
-    from ..training.signals import StopRequest, grace_s
+    from ..training.faults.signals import StopRequest, grace_s
 
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
         counted = _counted_on_slurm(run)
@@ -166,7 +166,7 @@ def evaluate(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> 
 
 def main() -> None:
     """Entry point: a mistake of the user's ends with one message and exit code 2."""
-    from ..training.signals import hold_signals
+    from ..training.faults.signals import hold_signals
 
     hold_signals()
     try:
@@ -183,7 +183,7 @@ def main() -> None:
 def _counted_on_slurm(run: RunConfig) -> bool:
     """Counts this start on the first rank of a Slurm job, which is requeued even if its ranks never meet."""
     from ..spatial.environment import RankEnvironment
-    from ..training.starts import count_start
+    from ..training.faults.starts import count_start
 
     if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != job_ranks():
         return False

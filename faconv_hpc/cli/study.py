@@ -81,7 +81,7 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
     from ..scaling.driver import StudyDriver
     from ..scaling.points import locked
     from ..scaling.stores import check_stores, make_stores
-    from ..training.signals import StopRequest
+    from ..training.faults.signals import StopRequest
 
     console = Console(stderr=True)
     cluster = _cluster(where)  # first: one that does not answer is no failure of a point

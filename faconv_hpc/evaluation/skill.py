@@ -14,10 +14,10 @@ from torch import Tensor
 from ..config import RunConfig, load_config
 from ..data.samples import Windows
 from ..errors import InputError
+from ..files import write_durably
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
-from ..training.files import write_durably
 from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network

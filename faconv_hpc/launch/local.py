@@ -13,7 +13,7 @@ from typing import IO
 
 from ..errors import EXIT_OK, EXIT_STOPPED
 from ..spatial.environment import RankEnvironment, free_port
-from ..training.signals import hold_signals, release_signals, restore_signals
+from ..training.faults.signals import hold_signals, release_signals, restore_signals
 
 GRACE_S = 10.0  # the others end themselves when they learn of a failure; see spatial/failure.py
 POLL_S = 0.05

@@ -17,8 +17,8 @@ import submitit
 
 from ..config import RunConfig
 from ..errors import InputError, SilentClusterError
+from ..files import write_durably
 from ..spatial.environment import outside_a_job
-from ..training.files import write_durably
 from .slurm import check_client
 
 SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # or one dead rank leaves the others hanging

@@ -14,8 +14,8 @@ import yaml
 
 from ..config import RunConfig, validated
 from ..errors import InputError
+from ..files import write_durably
 from ..locks import DirectoryLock
-from ..training.files import write_durably
 from ..training.records import CONFIG_FILE, LOCK_FILE, StepRecord, read_records
 from .study import Point
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
+from ..files import flush_entries, write_durably
 from ..observe import SAVING
 from .engine import Engine
-from .files import flush_entries, write_durably
+from .faults.starts import made_progress
 from .identity import identity
 from .records import versions
 from .resume import Resumed
@@ -42,7 +43,6 @@ from .shards import (
     sweep,
     write_shard,
 )
-from .starts import made_progress
 
 RUN_ID_FILE = "run-id"
 

@@ -23,9 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .._version import __version__
 from ..config import RunConfig
 from ..errors import InputError, LostRankError
+from ..files import write_durably
 from ..locks import DirectoryLock
 from ..spatial.environment import RankEnvironment
-from .files import write_durably
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"

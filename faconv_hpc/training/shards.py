@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import InputError, RunError
-from .files import flush_entries, write_flushed
+from ..files import flush_entries, write_flushed
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
 FORMAT = "faconv_hpc checkpoint 1"

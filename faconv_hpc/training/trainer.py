@@ -20,14 +20,14 @@ from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import CheckpointWriter
 from .engine import Engine
-from .guard import ReplicaGuard
-from .health import MicroBatch
-from .mender import Mender
+from .faults.drift import ReplicaGuard
+from .faults.health import MicroBatch
+from .faults.not_finite import Mender
+from .faults.signals import StopRequest, grace_s
+from .faults.starts import counted_start, made_progress
 from .records import Recorder, StepRecord, claimed, recording
 from .resume import resume
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
-from .signals import StopRequest, grace_s
-from .starts import counted_start, made_progress
 
 
 def train(

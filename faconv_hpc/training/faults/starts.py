@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import InputError, NoProgressError
-from .files import write_durably
+from ...errors import InputError, NoProgressError
+from ...files import write_durably
 
 STARTS_FILE = "starts.json"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.samples import Batch
-from ..model.network import NetworkOutput
-from ..spatial.mesh import ProcessMesh
+from ...data.samples import Batch
+from ...model.network import NetworkOutput
+from ...spatial.mesh import ProcessMesh
 
 SHOWN = 8  # findings in one message
 

@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from ..errors import RunError
-from ..spatial.mesh import ProcessMesh
+from ...errors import RunError
+from ...spatial.mesh import ProcessMesh
 
 
 class ReplicaGuard:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from types import FrameType, TracebackType
 
-from ..config import TrainingConfig
+from ...config import TrainingConfig
 
 HELD = (signal.SIGUSR1, signal.SIGUSR2)
 """Blocked until somebody listens: what they do by default would end a rank that is still starting."""

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-from ..errors import NoProgressError
-from .checkpoint import CheckpointWriter
-from .engine import Engine
+from ...errors import NoProgressError
+from ..checkpoint import CheckpointWriter
+from ..engine import Engine
+from ..resume import resume
+from ..setup import Workspace
 from .health import MicroBatch, is_sound, report
-from .resume import resume
-from .setup import Workspace
 
 SKIPS, RESTORES = 10, 3  # in a row, then the run ends
 
