@@ -188,12 +188,12 @@ def test_sequences_of_different_length_equal_each_by_itself(cell):
     lengths, domain = (3, 5), Domain(LatLonGrid(6, 8))
     valid_BT = torch.arange(5) < torch.tensor(lengths)[:, None]
     together = network(x, season, domain=domain, valid_BT=valid_BT)
-    loss = network.loss(together, x, target, domain)
+    loss = network.losses(together, x, target, domain).total
     losses = []
     for sample, length in enumerate(lengths):
         part = (slice(sample, sample + 1), slice(length))
         alone = network(x[part], season[part], domain=domain)
-        losses.append(network.loss(alone, x[part], target[part], domain).value)
+        losses.append(network.losses(alone, x[part], target[part], domain).total.value)
         torch.testing.assert_close(together.tendency_BTCYX[part], alone.tendency_BTCYX)
         torch.testing.assert_close(together.embedding_BTE[part], alone.embedding_BTE)
         torch.testing.assert_close(together.state[1][0][sample], alone.state[1][0][0])

@@ -61,7 +61,7 @@ def study_command(
 
     Example: `faconv study configs/study_strong.yaml --cluster slurm`
     """
-    from ..scaling.report import report_of, write_report
+    from ..scaling.report import report_of
     from ..scaling.study import StudyConfig, points_of
 
     config = load_yaml(StudyConfig, study, set_ or ())
@@ -71,6 +71,8 @@ def study_command(
     else:
         _run(config, points, cluster or _default_cluster(), retry_failed)
     report = report_of(config, points)
+    from ..scaling.page import write_report  # here, so that a study that is going on does not load matplotlib
+
     write_report(report, config.study_dir)
     print(report.to_json()) if as_json else _show_report(report, config.study_dir)
     raise typer.Exit(EXIT_OK if report.all_done else EXIT_FAILED)
@@ -177,7 +179,7 @@ def _progress_table(states: "Sequence[PointState]") -> Table:
 
 
 def _show_report(report: "StudyReport", study_dir: Path) -> None:
-    from ..scaling.report import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
+    from ..scaling.page import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
 
     left_out = () if any(one.point != one.mesh for one in report.points) else ("mesh",)
     shown = [place for place, column in enumerate(COLUMNS) if column not in (*FOR_THE_PAGE, *left_out)]

@@ -17,7 +17,7 @@ import submitit
 
 from ..config import RunConfig
 from ..errors import InputError, SilentClusterError
-from ..files import write_durably
+from ..files import cannot_write, write_durably
 from ..spatial.environment import outside_a_job
 from .slurm import check_client
 
@@ -198,11 +198,8 @@ def _written(config: RunConfig) -> Path:
     text = config.to_yaml()
     path = _folder(config) / f"config-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(errors="replace") != text:  # a job that waits may read it
             write_durably(path, text)
     except OSError as error:
-        raise InputError(
-            f"run_dir {config.run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
-        ) from None
+        raise cannot_write("run_dir", config.run_dir, error) from None
     return path

@@ -192,8 +192,8 @@ class ColumnAttention(LineAttention):
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
         tiny = math.log(torch.finfo(torch.float32).tiny)
-        bias = domain.coordinates.row_areas(like.new_empty(0, dtype=torch.float64)).log().clamp_min(tiny)
-        return bias.to(like.dtype)
+        area = domain.coordinates.row_areas(like.new_empty(0, dtype=torch.float64))
+        return area.log().clamp_min(tiny).to(like.dtype)
 
 
 class AxialAttention(nn.Module):
@@ -229,7 +229,8 @@ class AxialAttention(nn.Module):
     def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
         """What attention adds to h: (B, C, Y, X)."""
         taper = domain.coordinates.pole_taper(h_BCYX)[:, None]
-        return self.gamma[:, None, None] * (self.rows(h_BCYX, domain) + self.columns(h_BCYX, domain) * taper)
+        attended: Tensor = self.rows(h_BCYX, domain) + self.columns(h_BCYX, domain) * taper
+        return self.gamma[:, None, None] * attended
 
 
 def _check(channels: int, heads: int, attention_channels: int, exchange: str) -> None:

@@ -86,7 +86,7 @@ class FailureWatch:
             thread.start()
 
     @contextmanager
-    def guarding(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
         """Ends this process, and with it the job, if the block raises."""
         try:
             yield

@@ -64,7 +64,7 @@ class ProcessMesh:
         environment = RankEnvironment.read()
         store = meet(environment, timeout_s)
         watch = _watch(store, environment, timeout_s)  # first, so that none waits in vain for one that fails here
-        with watch.guarding():
+        with watch.guarded():
             device = _device(environment)
             _join(environment, store, device, timeout_s)
             ranks = range(environment.world_size)
@@ -173,7 +173,7 @@ class ProcessMesh:
         if self.watch is None:
             yield
             return
-        with self.watch.guarding():
+        with self.watch.guarded():
             yield
 
     def stop(self) -> None:
