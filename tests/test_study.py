@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from faconv_hpc.cli.study import make_stores
 from faconv_hpc.config import load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.files import read_json_lines
@@ -22,7 +23,7 @@ from faconv_hpc.scaling.page import markdown, write_report
 from faconv_hpc.scaling.points import Outcomes, PointFiles, locked
 from faconv_hpc.scaling.report import Spread, report_of
 from faconv_hpc.scaling.results import repeats_of, write_results
-from faconv_hpc.scaling.stores import check_stores, make_stores
+from faconv_hpc.scaling.stores import check_stores
 from faconv_hpc.scaling.study import StudyConfig, merged, points_of
 from runs import make_store, write_config
 from studies import FakeCluster, fail, finish, record, write_records
