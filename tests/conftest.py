@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from balance import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_xdist_make_scheduler,
+)
 from ranks import close_pools
 
 torch.set_num_threads(1)

@@ -33,7 +33,7 @@ from pathlib import Path
 
 MODULES = ("faconv_hpc", "forks")
 ALSO = ("torch", "deepspeed", "matplotlib.pyplot", "xarray", "zarr", "h5netcdf")  # imported by functions, late
-AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "DS_", "MPL", "HDF5_", "LANG", "LC_", "TZ")
+AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "DS_", "MPL", "HDF5_", "LANG", "LC_", "TZ")
 OF_SERVER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # with more threads than one, no fork is safe
 ENVIRONMENT = os.environ | OF_SERVER
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -120,6 +120,21 @@ class _ForkingItself(_Forking):
         return pid
 
 
+HELD = []
+
+
+def held_port():
+    """As `faconv_hpc.spatial.environment.free_port`, but given to nobody else until this process ends.
+
+    Gloo listens at some five ports for every rank: beside other jobs, one that was free a second ago may not be.
+    A socket that is bound and does not listen keeps others from being handed its port, but not those who name it.
+    """
+    HELD.append(socket.socket())
+    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    HELD[-1].bind(("127.0.0.1", 0))
+    return HELD[-1].getsockname()[1]
+
+
 def _server():
     """The line to a new server; it ends when the line does."""
     import torch
@@ -142,6 +157,9 @@ def _serve(line):
     for name in (*ALSO, *(module.name for module in pkgutil.walk_packages(faconv_hpc.__path__, "faconv_hpc."))):
         if not name.endswith("__main__"):
             importlib.import_module(name)
+    for module in list(sys.modules.values()):
+        if getattr(module, "free_port", None) is faconv_hpc.spatial.environment.free_port:
+            module.free_port = held_port
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing from the forks"
     gc.collect()
     gc.freeze()  # so that a collection does not copy what is shared

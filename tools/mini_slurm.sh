@@ -108,10 +108,9 @@ wait_until_idle() {
     exit 1
 }
 
-end() {
+wait_for_end() { # and no longer than 5 s
     local process
     process=$(cat "$1" 2> /dev/null) || return 0
-    kill "$process" 2> /dev/null || return 0
     for _ in $(seq 50); do
         kill -0 "$process" 2> /dev/null || return 0
         sleep 0.1
@@ -122,7 +121,8 @@ end() {
 stop() {
     if ours; then
         scancel --state=RUNNING 2> /dev/null || true
-        for file in "$dir"/*.pid; do end "$file"; done
+        for file in "$dir"/*.pid; do kill "$(cat "$file")" 2> /dev/null || true; done # they leave together
+        for file in "$dir"/*.pid; do wait_for_end "$file"; done
         rm -rf "$dir"
     fi
 }
