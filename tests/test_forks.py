@@ -108,17 +108,20 @@ def test_what_means_something_to_a_new_interpreter_gets_one(variables, forked):
 
 def test_ranks_are_their_launchers_children_and_sessions_of_their_own(tmp_path):
     config = write_config(tmp_path, make_store(tmp_path / "waves"), mesh={"lon": 2}, training={"steps": 100000})
-    process = start("train", config, "--ranks", 2)
-    wait_for_steps(tmp_path / "run", process)
-    ranks = ranks_of(process)
-    for pid in (process.pid, *ranks):
-        assert b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    for rank in ranks:
-        parent = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
-        assert parent == process.pid and os.getsid(rank) == rank
-    os.kill(ranks[1], signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
-    assert "rank 1 was ended by SIGKILL" in told
+    with start("train", config, "--ranks", 2) as process:
+        try:
+            wait_for_steps(tmp_path / "run", process)
+            ranks = ranks_of(process)
+            for pid in (process.pid, *ranks):
+                assert b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            for rank in ranks:
+                parent = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+                assert parent == process.pid and os.getsid(rank) == rank
+            os.kill(ranks[1], signal.SIGKILL)
+            _, told = process.communicate(timeout=60)
+            assert "rank 1 was ended by SIGKILL" in told
+        finally:
+            process.kill()
 
 
 def test_the_server_has_done_nothing_and_said_nothing():
