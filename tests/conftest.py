@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from balance import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_xdist_make_scheduler,
+)
 from ranks import close_pools
 
 torch.set_num_threads(1)
@@ -63,7 +69,9 @@ def slurm(tmp_path_factory):
             f"needs root and Slurm's daemons (missing: {missing}): apt-get install slurmctld slurmd slurm-client munge"
         )
     directory = str(tmp_path_factory.mktemp("slurm") / "mini")
-    environment = os.environ | {"MINI_SLURM_DIR": directory}
+    worker = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # 0 is a user's own
+    number = os.environ.get("MINI_SLURM_NUMBER", str(worker))
+    environment = os.environ | {"MINI_SLURM_DIR": directory, "MINI_SLURM_NUMBER": number}
     subprocess.run(["bash", MINI_SLURM, "start", "4"], env=environment, check=True, timeout=120)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = f"{directory}/slurm.conf"

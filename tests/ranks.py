@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from faconv_hpc import ProcessMesh
-from faconv_hpc.spatial.environment import RankEnvironment, free_port
+from faconv_hpc.spatial.environment import RankEnvironment
+from forks import held_port
 
 TIMEOUT_S = 300.0
 LINGER_S = 5.0
@@ -54,7 +55,7 @@ class RankPool:
     def __init__(self, ranks: int) -> None:
         context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but done nothing
         context.set_forkserver_preload(PRELOADED)
-        port = free_port()
+        port = held_port()  # workers of other pytest processes start at the same time
         self.pipes: list[Connection] = []
         self.workers = []
         for rank in range(ranks):

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+import forks
 from faconv_hpc.errors import EXIT_STOPPED
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.training.records import read_records
@@ -28,7 +29,7 @@ def faconv(*arguments, before=(sys.executable,), environment=None):
     """Runs ``faconv`` and returns the finished process."""
     command = [*before, "-m", "faconv_hpc", *map(str, arguments)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=variables)
+    return forks.run(command, timeout=SECONDS, env=variables)
 
 
 def messages(process):
@@ -180,7 +181,8 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path, store):
 def start(*arguments):
     """``faconv train`` as a shell starts it, in a process group of its own."""
     command = [sys.executable, "-m", "faconv_hpc", *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    return forks.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=variables)
 
 
 def wait_for_steps(run_dir, process, steps=2):
@@ -191,11 +193,8 @@ def wait_for_steps(run_dir, process, steps=2):
 
 
 def ranks_of(process):
-    """Process numbers of the ranks, in order."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    variable = re.compile(rb"FACONV_LOCAL_RANK=(\d+)")
-    found = {int(variable.search(Path(f"/proc/{child}/environ").read_bytes())[1]): int(child) for child in children}
-    return [found[rank] for rank in sorted(found)]
+    """Process numbers of the ranks, in order: that of their births."""
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -254,9 +253,9 @@ def test_a_config_that_only_one_rank_lacks(tmp_path, store):
     processes = []
     for rank, path in enumerate([config, tmp_path / "nowhere.yaml"]):
         port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
-        variables = os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        variables = os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "faconv_hpc", "train", str(path)]
-        processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+        processes.append(forks.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
     told = "".join(process.communicate(timeout=60)[1] for process in processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert told.count("faconv: error") == 1 and "nowhere.yaml cannot be read" in told

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import h5py
 import pytest
 
+import forks
 from faconv_hpc import load_config
 from faconv_hpc.cli.doctor import _show
 from faconv_hpc.data.probe import locking_problem
@@ -556,7 +557,7 @@ def processes_of_a_job(tmp_path, commands, **environment):
             *arguments,
         ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, env=variables, text=True, **pipes))
+        started.append(forks.Popen(command, env=variables, text=True, **pipes))
     answers = [process.communicate(timeout=100) for process in started]
     return (
         [process.returncode for process in started],

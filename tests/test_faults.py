@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
 from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED, LostRankError, NoProgressError, RunError
 from faconv_hpc.files import write_durably
 from faconv_hpc.observe import SAVING, Activity
@@ -113,7 +114,7 @@ def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store, background):
 
 def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_path, store):
     config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 1000})
-    process = launched(config)
+    process = launched(config, start=subprocess.Popen)  # a fork has imported
     deadline = time.monotonic() + 60
     while len(started := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) < 2:
         assert time.monotonic() < deadline
@@ -148,11 +149,11 @@ def test_the_grace_that_ends_first_counts():
     assert StepEnd(15, 5.0, 3.0, True).may_save and not StepEnd(15, 5.0, 3.5, True).may_save
 
 
-def launched(config, ranks=2):
+def launched(config, ranks=2, start=forks.Popen):
     """``faconv train --ranks 2`` as a user starts it, still running."""
     command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for_step(run_dir, step, process, timeout_s=90):

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 from torch.distributed import TCPStore
 
+import forks
 from faconv_hpc.errors import InputError, LostRankError, RunError
 from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment
@@ -209,13 +210,10 @@ def test_starts_whose_ranks_never_meet_are_counted_and_end(tmp_path):
     variables = os.environ | SLURM | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     (directory / "run").mkdir()
     (directory / "run" / "starts.json").write_text('{"starts": 1}')
-    alone = subprocess.run(
-        command, env=variables | {"SLURM_PROCID": "0"}, capture_output=True, text=True, timeout=120, check=False
-    )
+    alone = forks.run(command, env=variables | {"SLURM_PROCID": "0"}, timeout=120)
     assert alone.returncode == 75 and "1 of 2 ranks have arrived" in alone.stderr, alone.stderr
     ranks = [
-        subprocess.Popen(command, env=variables | {"SLURM_PROCID": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "10"
+        forks.Popen(command, env=variables | {"SLURM_PROCID": rank}, stderr=subprocess.PIPE, text=True) for rank in "10"
     ]
     told = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [93, 93], told

@@ -2,12 +2,12 @@
 
 import json
 import signal
-import subprocess
 import sys
 
 import pytest
 import yaml
 
+import forks
 from runs import make_store, write_config
 from slurms import MINUTES_S, job_environment, left_behind, wait_for
 from test_cli import faconv
@@ -41,7 +41,7 @@ def test_over_one_two_and_four_nodes_killed_in_the_middle_and_continued(tmp_path
     command = [sys.executable, "-m", "faconv_hpc", "study", str(study), "--cluster", "slurm"]
     log = tmp_path / "first.log"
     with log.open("w") as file:
-        first = subprocess.Popen(command, env=job_environment(), stdout=file, stderr=file)
+        first = forks.Popen(command, env=job_environment(), stdout=file, stderr=file)
     wait_for("a point is done", lambda: results_of(tmp_path), 4 * MINUTES_S, log)
     first.send_signal(signal.SIGKILL)
     first.wait()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+import forks
 from faconv_hpc.cli.study import make_stores
 from faconv_hpc.config import load_yaml
 from faconv_hpc.errors import InputError
@@ -633,7 +634,7 @@ def test_a_real_study_of_one_and_two_ranks_stopped_and_continued(tmp_path):
     config, points = study_of(tmp_path, points=[{"mesh": "1x1"}, {"mesh": "1x2"}])
     command = [sys.executable, "-m", "faconv_hpc", "study", str(study), "--cluster", "local"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = forks.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     until = time.monotonic() + SECONDS
     while not (points[1].directory / "attempt-1.log").exists() and time.monotonic() < until:
         time.sleep(0.05)

@@ -23,6 +23,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from faconv_hpc.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED
-from faconv_hpc.spatial.environment import RankEnvironment, free_port
+from faconv_hpc.spatial.environment import LOOPBACK, RankEnvironment
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import UNFINISHED, Checkpoint, checkpoints_in
 
@@ -75,7 +76,7 @@ class Job:
         options = SMALL | {"run_dir": str(run_dir), "training.save_in_background": str(background).lower()}
         options["training.checkpoint_every"] = str(interval)
         arguments = ["train", str(config), *(part for item in options.items() for part in ("--set", "=".join(item)))]
-        port = free_port()
+        port = self._reserved_port()
         self.run_dir, self.patience = run_dir, patience
         self.log = run_dir.with_suffix(".log")
         self.signalled = False
@@ -89,6 +90,13 @@ class Job:
         ]
         for process in self.ranks:
             process.start()
+
+    def _reserved_port(self) -> int:
+        """One that nobody else is handed, among many jobs of the same machine, before the ranks have met."""
+        self.held = socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind((LOOPBACK, 0))
+        return int(self.held.getsockname()[1])
 
     def send(self, rank: int, number: int) -> None:
         """A signal to one rank."""

@@ -3,10 +3,14 @@
 #   tools/mini_slurm.sh start [NODES]    starts them (default 4 nodes) and prints the line to source
 #   tools/mini_slurm.sh status           what runs
 #   tools/mini_slurm.sh stop             ends them and removes the directory
-# MINI_SLURM_DIR chooses the directory (default /tmp/mini_slurm). Needs root, and Debian's packages
-# slurmctld slurmd slurm-client munge.
+# MINI_SLURM_DIR chooses the directory (default /tmp/mini_slurm), MINI_SLURM_NUMBER (default 0, at most 17) the ports and
+# the first job's number: clusters of different directories and numbers run side by side. Needs root, and Debian's
+# packages slurmctld slurmd slurm-client munge.
 set -euo pipefail
 dir=${MINI_SLURM_DIR:-/tmp/mini_slurm}
+number=${MINI_SLURM_NUMBER:-0}
+port=$((16817 + 10 * number))         # of the controller; the nodes' are from first_port on
+first_port=$((17001 + 10 * number))
 export SLURM_CONF=$dir/slurm.conf
 
 need() {
@@ -28,6 +32,10 @@ ours() { grep -qs "^ClusterName=mini$" "$SLURM_CONF"; }
 
 write_config() {
     local nodes=$1 cpus memory_mib
+    if [ "$nodes" -gt 10 ] && [ "$number" -gt 0 ]; then
+        echo "a numbered cluster has room for 10 nodes, not $nodes" >&2
+        exit 1
+    fi
     cpus=$(nproc)
     memory_mib=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 8 / 10))
     if [ -e "$SLURM_CONF" ] && ! ours; then
@@ -43,7 +51,8 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=cred_expire=5
 SchedulerParameters=sched_interval=5,sched_min_interval=1000000
-SlurmctldPort=16817
+SlurmctldPort=$port
+FirstJobId=$((1 + 10000 * number))
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/%n
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -59,26 +68,33 @@ ReturnToService=2
 JobRequeue=1
 KillWait=5
 SlurmdTimeout=10
-NodeName=n[1-$nodes] NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17001-$((17000 + nodes)) CPUs=$cpus RealMemory=$memory_mib
+NodeName=n[1-$nodes] NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$first_port-$((first_port + nodes - 1)) CPUs=$cpus RealMemory=$memory_mib
 PartitionName=debug Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 CONF
 }
 
 start() {
-    local nodes=${1:-4}
+    local nodes=${1:-4} node
     need
     if [ -f "$SLURM_CONF" ] && scontrol ping 2> /dev/null | grep -q UP; then
         echo "already running in $dir" >&2
     else
         write_config "$nodes"
-        mkdir -p /run/munge /var/log/munge && chown munge /run/munge /var/log/munge
-        [ -f /etc/munge/munge.key ] || mungekey --create
-        pgrep -x munged > /dev/null || runuser -u munge -- munged
+        start_munge
         slurmctld -f "$SLURM_CONF"
-        for number in $(seq "$nodes"); do slurmd -f "$SLURM_CONF" -N "n$number"; done
+        for node in $(seq "$nodes"); do slurmd -f "$SLURM_CONF" -N "n$node"; done
         wait_until_idle "$nodes"
     fi
     echo "export SLURM_CONF=$SLURM_CONF"
+}
+
+start_munge() { # one for all clusters; two may start at once
+    mkdir -p /run/munge /var/log/munge && chown munge /run/munge /var/log/munge
+    (
+        flock 9
+        [ -f /etc/munge/munge.key ] || mungekey --create
+        pgrep -x munged > /dev/null || runuser -u munge -- munged 9>&-
+    ) 9> /run/munge/mini_slurm.lock
 }
 
 wait_until_idle() {
@@ -92,10 +108,9 @@ wait_until_idle() {
     exit 1
 }
 
-end() {
+wait_for_end() { # and no longer than 5 s
     local process
     process=$(cat "$1" 2> /dev/null) || return 0
-    kill "$process" 2> /dev/null || return 0
     for _ in $(seq 50); do
         kill -0 "$process" 2> /dev/null || return 0
         sleep 0.1
@@ -106,7 +121,8 @@ end() {
 stop() {
     if ours; then
         scancel --state=RUNNING 2> /dev/null || true
-        for file in "$dir"/*.pid; do end "$file"; done
+        for file in "$dir"/*.pid; do kill "$(cat "$file")" 2> /dev/null || true; done # they leave together
+        for file in "$dir"/*.pid; do wait_for_end "$file"; done
         rm -rf "$dir"
     fi
 }
@@ -115,5 +131,5 @@ case ${1:-} in
     start) start "${2:-4}" ;;
     status) sinfo && squeue ;;
     stop) stop ;;
-    *) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

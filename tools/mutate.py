@@ -113,7 +113,7 @@ def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | No
             fault.put_into(copy / "faconv_hpc" / fault.file)
         tests = [f"tests/test_{name}.py" for name in names]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
-        environment = os.environ | {"PYTHONPATH": directory, "MINI_SLURM_NUMBER": str(20 + place)}
+        environment = os.environ | {"PYTHONPATH": directory, "MINI_SLURM_NUMBER": str(12 + place)}
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv, installs what the tests need, and runs all checks. Arguments go to pytest.
+# Makes .venv, installs what the tests need, and runs all checks, on several workers. Arguments go to pytest.
+#   tools/test.sh             all of it: some 15 minutes on two cores
+#   tools/test.sh --quick     the daily loop: only tests that take less than a second, and no Slurm
+#   tools/test.sh -n0 -k NAME some tests, one after the other
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/make_venv.sh test
 source .venv/bin/activate
 
 # Slurm's daemons, for the tests that start a real one; where they may be installed.
-if ! command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+if [ "${1:-}" != --quick ] && ! command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         slurmctld slurmd slurm-client munge > /dev/null || echo "Slurm could not be installed" >&2
 fi
@@ -14,4 +17,10 @@ fi
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+
+# Two workers per core, as most tests wait for something; each may have 24 ranks, 4 GiB, and a Slurm of its own.
+cores=$(nproc)
+memory_gib=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
+workers=$((2 * cores < 12 ? 2 * cores : 12))
+workers=$((memory_gib / 4 < workers ? memory_gib / 4 : workers))
+python -m pytest -n "$((workers > 1 ? workers : 1))" --durations=20 "$@"

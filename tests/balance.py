@@ -1,0 +1,103 @@
+"""Which worker of pytest-xdist runs which tests: the longest first, those of a file together for half a minute.
+
+A file's tests share what is expensive (a run of four ranks, a reference, pools of ranks), so they stay together; but
+no worker may be left with a long file while the others have ended. ``durations.json`` has the seconds of those tests
+that take more than one, as ``pytest --store-durations`` has measured them; what is not in it is taken for a short one.
+Every test is in exactly one unit. Without xdist, tests run in the order of their files.
+"""
+
+import json
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import pytest
+
+DURATIONS = Path(__file__).with_name("durations.json")
+SHORT_S, TOGETHER_S = 1.0, 30.0
+
+
+def known_seconds():
+    """Of the tests that take long, by name."""
+    return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+
+
+def units_of(names, seconds):
+    """The unit of every test: its file, and a number that grows whenever half a minute is full."""
+    units, numbers, filled = {}, defaultdict(int), defaultdict(float)
+    for name in names:
+        file, took = name.partition("::")[0], seconds.get(name, 0.0)
+        if filled[file] and filled[file] + took > TOGETHER_S:
+            numbers[file] += 1
+            filled[file] = 0.0
+        filled[file] += took
+        units[name] = f"{file} {numbers[file]}"
+    return units
+
+
+class LongestFirst(OrderedDict):
+    """Units that are still to be dealt out, each a dict whose keys are tests."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def popitem(self, last=True):
+        longest = max(self, key=lambda unit: sum(self.seconds.get(name, 0.0) for name in self[unit]))
+        return longest, self.pop(longest)
+
+
+def scheduler(config, log):
+    """xdist's, which keeps the tests of a scope together, with our scopes and our order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTime(LoadScopeScheduling):
+        def __init__(self):
+            super().__init__(config, log)
+            self.seconds, self.units = known_seconds(), {}
+            self.workqueue = LongestFirst(self.seconds)
+
+        def _split_scope(self, nodeid):
+            self.units = self.units or units_of(self.collection, self.seconds)
+            return self.units[nodeid]
+
+    return ByTime()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return scheduler(config, log) if config.getvalue("dist") == "load" else None
+
+
+def pytest_addoption(parser):
+    parser.addoption("--store-durations", action="store_true", help=f"measure how long tests take, for {DURATIONS}")
+    parser.addoption("--quick", action="store_true", help="leave out what is known to take long, and Slurm")
+
+
+def pytest_configure(config):
+    if config.getoption("--store-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Stopwatch())
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        long = known_seconds().keys()
+        kept, left_out = [], []
+        for item in items:
+            (left_out if item.nodeid in long or "slurm" in getattr(item, "fixturenames", ()) else kept).append(item)
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
+
+
+class Stopwatch:
+    """Sums up what each test takes, with its fixtures, and writes down the long ones beside those that did not run."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self):
+        merged = known_seconds() | {name: round(took, 1) for name, took in self.seconds.items()}
+        kept = {name: merged[name] for name in sorted(merged) if merged[name] > SHORT_S}
+        DURATIONS.write_text(json.dumps(kept, indent=1) + "\n")

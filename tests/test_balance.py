@@ -1,0 +1,36 @@
+"""Tests are dealt out whole: none is lost, none runs twice."""
+
+from types import SimpleNamespace
+
+from balance import TOGETHER_S, LongestFirst, pytest_collection_modifyitems, units_of
+
+NAMES = [f"tests/test_{file}.py::test_{number}[a::b]" for file in "abc" for number in range(8)]
+
+
+def test_units_are_of_one_file_and_about_half_a_minute():
+    seconds = dict.fromkeys(NAMES[:8], 12.0) | {NAMES[9]: 500.0}
+    units = units_of(NAMES, seconds)
+    assert list(units) == NAMES  # each once
+    held = {unit: [name for name in NAMES if units[name] == unit] for unit in units.values()}
+    assert all(len({name.partition("::")[0] for name in names}) == 1 for names in held.values())
+    assert [len(names) for names in held.values()] == [2, 2, 2, 2, 2, 6, 8]
+    for names in held.values():
+        assert sum(seconds.get(name, 0.0) for name in names) <= TOGETHER_S or NAMES[9] in names
+
+
+def test_the_longest_unit_is_dealt_out_first():
+    units = LongestFirst({"b": 30.0, "c": 5.0, "d": 26.0})
+    units.update({"first": {"a": False}, "second": {"b": False}, "third": {"c": False, "d": False}})
+    assert [units.popitem(last=False)[0] for _ in range(3)] == ["third", "second", "first"] and not units
+
+
+def test_all_tests_run_unless_quick_is_asked_for(monkeypatch):
+    monkeypatch.setattr("balance.known_seconds", lambda: {"long": 9.0})
+    for quick, left in ((False, ["new", "long", "job"]), (True, ["new"])):
+        out = []
+        hook = SimpleNamespace(pytest_deselected=lambda items, out=out: out.extend(items))
+        config = SimpleNamespace(getoption=lambda name, quick=quick: quick and name == "--quick", hook=hook)
+        fixtures = {"new": ["tmp_path"], "long": [], "job": ["slurm"]}
+        items = [SimpleNamespace(nodeid=name, fixturenames=fixtures[name]) for name in fixtures]
+        pytest_collection_modifyitems(config, items)
+        assert [item.nodeid for item in items] == left and len(items) + len(out) == 3
