@@ -106,24 +106,24 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network; see FAConvLSTMNetwork and FAConvLSTM2d for the meaning of each part."""
 
-    cell: Literal["faconvlstm", "convlstm"] = "faconvlstm"
-    hidden_channels: Count = 32
-    layers: Count = 2
-    kernel_size: Count = 3
-    dilations: tuple[Count, ...] = (1, 2, 4)
-    bottleneck_channels: Count | None = None
-    fuse: Literal["sum", "concat"] = "sum"
-    se_reduction: Count = 4
-    peephole: bool = True
+    cell: Literal["faconvlstm", "convlstm"] = Field("faconvlstm", description="convlstm: the baseline")
+    hidden_channels: Count = Field(32, description="C_h of every layer")
+    layers: Count = Field(2, description="how many are stacked")
+    kernel_size: Count = Field(3, description="odd size of the kernels")
+    dilations: tuple[Count, ...] = Field((1, 2, 4), description="one depthwise kernel for each")
+    bottleneck_channels: Count | None = Field(None, description="C_b; default: half of C_h")
+    fuse: Literal["sum", "concat"] = Field("sum", description="how the dilations' results are joined")
+    se_reduction: Count = Field(4, description="the squeeze has C_b over this channels")
+    peephole: bool = Field(True, description="whether the gates see the cell state")
     attention_every: int = Field(4, ge=0, description="axial attention every so many steps; 0: never")
-    attention_heads: Count = 4
-    attention_channels: Count | None = None
-    attention_exchange: Literal["auto", "gather", "swap"] = "auto"
+    attention_heads: Count = Field(4, description="of the axial attention")
+    attention_channels: Count | None = Field(None, description="of queries and keys, over all heads; default: C_h")
+    attention_exchange: Literal["auto", "gather", "swap"] = Field("auto", description="auto: what moves fewer bytes")
     embedding_channels: Annotated[int, Field(ge=8, multiple_of=8, description="4 heads, an even number in each")] = 32
-    embedding_weight: float = Field(0.1, ge=0)
-    coarse_shape: tuple[Count, Count] = (6, 12)
+    embedding_weight: float = Field(0.1, ge=0, description="of the coarse field's error in the loss")
+    coarse_shape: tuple[Count, Count] = Field((6, 12), description="regions whose means the embedding maps to")
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")
-    kernels: Literal["eager", "compiled"] = "compiled"
+    kernels: Literal["eager", "compiled"] = Field("compiled", description="compiled takes a minute for each tile shape")
 
 
 class TrainingConfig(Section):
@@ -132,15 +132,15 @@ class TrainingConfig(Section):
     steps: Count = Field(description="optimizer steps")
     micro_batch: Count = Field(1, description="samples per replica and backward")
     accumulation: Count = Field(1, description="micro-batches per optimizer step")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(4e-3, gt=0)
-    final_learning_rate_share: Fraction = 0.02
-    warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's, under DeepSpeed ZeRO")
+    learning_rate: float = Field(4e-3, gt=0, description="after the warm-up; then half a cosine down")
+    final_learning_rate_share: Fraction = Field(0.02, description="what is left of it at the last step")
+    warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed ZeRO shards over all ranks")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = Field(0, ge=0, lt=2**63)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of activations; cell states and sums stay fp32")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights and of the order of samples")
     checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: Count = Field(3, description="newest checkpoints that are kept; older ones of this run are removed")
     keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this stay for good; 0: none do")
@@ -187,14 +187,14 @@ class SlurmConfig(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: str | None = Field(None, description="as sbatch's option")
+    account: str | None = Field(None, description="as sbatch's option")
+    qos: str | None = Field(None, description="as sbatch's option")
+    constraint: str | None = Field(None, description="as sbatch's option")
     time_min: Count = Field(60, description="limit of one start, minutes or H:MM:SS; a longer run is requeued")
     tasks_per_node: Count = Field(4, description="ranks on one node, one per GPU")
     gpus_per_node: int = Field(0, ge=0, description="GPUs asked for on each node; 0: none are")
-    cpus_per_task: Count = 1
+    cpus_per_task: Count = Field(1, description="cores of a rank")
     mem: str | None = Field(None, description="memory of a node, such as 200GB; default: what the cluster gives")
     setup: tuple[str, ...] = Field((), description="shell lines before the ranks start, such as `module load cuda`")
     sbatch: dict[str, str | int | bool] = Field({}, description="any other option of sbatch, such as reservation: name")

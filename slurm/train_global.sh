@@ -3,7 +3,7 @@
 #   sbatch slurm/train_global.sh                                       from the project's root
 #   sbatch slurm/train_global.sh my.yaml --set training.steps=50000    another config, other values
 # Edit the site lines, or leave them: options of sbatch (`sbatch --account=climate --nodes=2 ...`) win over them.
-# slurm/README.md says what to look at. `scancel JOB` ends a run for good.
+# docs/cluster.md says what to look at. `scancel JOB` ends a run for good.
 
 # ---- site -----------------------------------------------------------------------------------------------------------
 ##SBATCH --partition=gpu

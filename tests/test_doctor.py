@@ -73,8 +73,10 @@ def only(findings, verdict, value, fix=""):
     ("found", "verdict", "value", "fix"),
     [
         ({"torch": "2.13.0+cpu"}, OK, r"2\.13\.0\+cpu", ""),
-        ({"torch": "2.9.1"}, FAILURE, r"2\.9\.1, needed is 2\.13 or newer", r"pip install --upgrade 'torch>=2\.13'"),
-        ({"deepspeed": "not installed"}, FAILURE, "not installed", r"pip install 'deepspeed>=0\.19'"),
+        ({"torch": "2.11.0"}, OK, r"2\.11\.0", ""),
+        ({"torch": "2.9.1"}, FAILURE, r"2\.9\.1, needed is 2\.11 or newer", r"--upgrade 'torch>=2\.11,<2\.14'"),
+        ({"torch": "2.14.0"}, WARNING, r"2\.14\.0, tested is up to before 2\.14", "faconv verify"),
+        ({"deepspeed": "not installed"}, FAILURE, "not installed", r"pip install 'deepspeed>=0\.19,<0\.20'"),
     ],
 )
 def test_libraries_must_be_there_and_new_enough(tmp_path, monkeypatch, found, verdict, value, fix):

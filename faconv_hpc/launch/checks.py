@@ -34,7 +34,7 @@ extern "C" int probe() { return static_cast<int>(std::vector<float>(omp_get_max_
 def library_versions(subject: Subject) -> list[Finding]:
     """Of this package, Python and the libraries: there, new enough for this package, and alike on all ranks."""
     needed = _needed_versions()
-    return [_version(name, found, needed.get(name)) for name, found in versions().items() if name != "host"]
+    return [_version(name, found, needed.get(name, ("", ""))) for name, found in versions().items() if name != "host"]
 
 
 def backend(subject: Subject) -> list[Finding]:
@@ -160,25 +160,37 @@ def load_torch() -> ModuleType | str:
 _PACKAGE = __name__.partition(".")[0]
 
 
-def _version(package: str, found: str, least: str | None) -> Finding:
+def _version(package: str, found: str, needed: tuple[str, str]) -> Finding:
+    """Beside the least version that is needed and the first one that is not tested; empty: any will do."""
     differs = Verdict.FAILURE if package in DECISIVE else Verdict.WARNING
+    least, beyond = needed
+    wanted = package + ",".join(f"{sign}{limit}" for sign, limit in ((">=", least), ("<", beyond)) if limit)
     if found == "not installed":
-        fix = f"pip install '{package}{f'>={least}' if least else ''}' in the environment that starts the ranks."
+        fix = f"pip install '{wanted}' in the environment that starts the ranks."
         return Finding(SOFTWARE, package, Verdict.FAILURE, found, fix)
-    if least and _numbers(found) < _numbers(least):
-        fix = f"pip install --upgrade '{package}>={least}'."
+    if _numbers(found) < _numbers(least):
+        fix = f"pip install --upgrade '{wanted}'."
         return Finding(SOFTWARE, package, Verdict.FAILURE, f"{found}, needed is {least} or newer", fix)
+    if beyond and _numbers(found) >= _numbers(beyond):
+        fix = f"pip install '{wanted}', or see that `faconv verify` passes with yours."
+        return Finding(
+            SOFTWARE, package, Verdict.WARNING, f"{found}, tested is up to before {beyond}", fix, differs=differs
+        )
     return Finding(SOFTWARE, package, Verdict.OK, found, differs=differs)
 
 
-def _needed_versions() -> dict[str, str]:
-    """The least version of each package, as this one's metadata tell; none where it is not installed."""
+def _needed_versions() -> dict[str, tuple[str, str]]:
+    """(least, beyond the last tested) version of each package, as this one's metadata tell."""
     try:
         required = metadata.requires(_PACKAGE) or []
     except metadata.PackageNotFoundError:
         return {}
-    matches = (re.match(r"([\w.-]+)\s*>=\s*([\d.]+)", line) for line in required)
-    return {match[1]: match[2] for match in matches if match}
+    limits = {}
+    for line in required:
+        package, rules = re.match(r"([\w.-]+)(.*)", line.partition(";")[0]).groups()  # type: ignore[union-attr]
+        least, beyond = (re.search(rf"{sign}\s*([\d.]+)", rules) for sign in (">=", "<"))
+        limits[package] = (least[1] if least else "", beyond[1] if beyond else "")
+    return limits
 
 
 def _numbers(version: str) -> tuple[int, ...]:
