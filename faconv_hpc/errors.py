@@ -1,4 +1,10 @@
-"""Errors with a message for the user, and the exit codes. Everything else that is raised is ours to mend."""
+"""Errors with a message for the user, the exit codes, and what the terminal shows of an error.
+
+Everything else that is raised is ours to mend, and shown with its traceback.
+"""
+
+import errno
+import traceback
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -6,6 +12,7 @@ EXIT_INPUT = 2
 EXIT_STOPPED = 75  # a signal asked for it or a rank was lost; the run can go on: sysexits.h's "try again"
 EXIT_NO_REQUEUE = 93
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # what shells make of Ctrl-C and SIGTERM
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class InputError(ValueError):
@@ -50,3 +57,21 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, TryAgainError):
         return EXIT_STOPPED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+def describe(error: BaseException, rank: int | None = None) -> str:
+    """What the terminal shows: the message alone for what the user can mend, else the traceback."""
+    where = "" if rank is None else f" (rank {rank})"
+    if isinstance(error, InputError):
+        return f"faconv: error{where}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"faconv: interrupted{where}"
+    if isinstance(error, FloatingPointError | RunError):
+        return f"faconv: failed{where}: {error}"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return (
+            f"faconv: failed{where}: {error.strerror}: {error.filename or 'a file of the run'}. The checkpoints that "
+            f"are there stay. Make room, and start the same command again."
+        )
+    lines = "".join(traceback.format_exception(error))
+    return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"

@@ -1,9 +1,15 @@
-"""Small files that are whole on disk, or not there."""
+"""Files that are whole on disk, or not there; and lines of JSON."""
 
 import errno
+import json
 import os
 import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from .errors import InputError
 
 
 def write_flushed(path: Path, raw: bytes) -> None:
@@ -26,12 +32,45 @@ def flush_entries(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file by one rename, on disk before and after. Others may do the same meanwhile."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """Another name beside ``final``, whose file gets its own by one rename when the block ends: whole or not at all.
+
+    Others may do the same meanwhile. The block writes the file and flushes it to disk; if it raises, the file goes.
+
+    Raises:
+        OSError: it could not be renamed; nothing has changed then.
+    """
+    beside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
-        write_flushed(beside, text.encode())
-        beside.replace(path)
+        yield beside
+        beside.replace(final)
     finally:
         beside.unlink(missing_ok=True)
-    flush_entries(path.parent)
+    flush_entries(final.parent)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a small file as a whole, on disk before and after; its directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        write_flushed(beside, text.encode())
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON line each; the file appears whole."""
+    write_durably(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none if there is no file. A line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def cannot_write(what: str, path: Path, error: OSError) -> InputError:
+    """The error for a directory that the user has named; ``what`` is the name of the key or option."""
+    return InputError(f"{what} {path} cannot be written: {error.strerror}. Give a directory where you may write.")

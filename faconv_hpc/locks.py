@@ -3,8 +3,14 @@
 import fcntl
 import os
 import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+
+from .errors import InputError
+from .files import cannot_write
 
 
 class DirectoryLock:
@@ -30,20 +36,18 @@ class DirectoryLock:
     ) -> None:
         self._file.close()
 
-    def attempt(self) -> bool:
-        """Locks it; False where another process holds it. Raises OSError on a file system without locks."""
+    def take(self) -> bool:
+        """Locks it; False where another process holds it. On a file system without locks it is taken, and said so."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:  # some parallel file systems are mounted without locks
+            print(
+                f"{self.path} cannot be locked ({error.strerror}): see to it that no other job works there",
+                file=sys.stderr,
+            )
         return True
-
-    def is_held_elsewhere(self) -> bool:
-        """Locks it unless another process holds it; a file system without locks tells of none."""
-        try:
-            return not self.attempt()
-        except OSError:
-            return False
 
     def sign(self, more: str = "") -> None:
         """Says who holds it, for those who come later."""
@@ -54,4 +58,51 @@ class DirectoryLock:
     @property
     def holder(self) -> str:
         """What the holder says; empty where it says nothing."""
-        return self.path.read_text().strip()
+        return holder_of(self.path)
+
+
+def opened(path: Path, what: str) -> DirectoryLock:
+    """A lock that is not taken yet; raises InputError if its directory, which ``what`` names, cannot be written."""
+    try:
+        return DirectoryLock(path)
+    except OSError as error:
+        raise cannot_write(what, path.parent, error) from None
+
+
+@contextmanager
+def locked_directory(path: Path, what: str, refusal: Callable[[str], InputError]) -> Iterator[None]:
+    """A directory for this process alone, as long as the block lasts.
+
+    Args:
+        path: of the lock's file in it.
+        what: the key or option that names the directory.
+        refusal: makes the error of what the holder says, where another process has it.
+
+    Raises:
+        InputError: that one, or the directory cannot be written.
+    """
+    with opened(path, what) as lock:
+        if not lock.take():
+            raise refusal(lock.holder)
+        lock.sign()
+        yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds a lock. Nothing is made; without a file, or without locks, nobody does."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def holder_of(path: Path) -> str:
+    """What the holder of a lock says; empty where it says nothing, or there is no such file."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -35,6 +35,8 @@ if [ $# -eq 0 ]; then
 fi
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 module_lines
+# What every job does, among it how it goes back to the queue.
+source "$(python -c 'import faconv_hpc.launch as launch; print(launch.__path__[0])')/job.sh" || exit 2
 own_job=${SLURM_JOB_ID:-}
 where=()
 if [ -n "$own_job" ]; then
@@ -51,13 +53,6 @@ while true; do
     kill -0 "$study" 2> /dev/null || break           # else a signal ended the waiting, not the study
 done
 if [ -n "$own_job" ] && { [ "$code" -eq 75 ] || { [ "$asked" = yes ] && [ "$code" -gt 128 ]; }; }; then
-    for again in 1 2 3 4 5 6; do
-        state=$(scontrol show job "$own_job" | grep -o "JobState=[A-Z]*")
-        # A job that scancel ends is no longer RUNNING: it stays ended.
-        if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then exit "$code"; fi
-        if [ -n "$state" ] && scontrol requeue "$own_job"; then sleep 60; fi   # meanwhile Slurm ends this script
-        sleep 10
-    done
-    echo "Slurm does not take this job back: start the same command again" >&2
+    faconv_requeue
 fi
 exit "$code"

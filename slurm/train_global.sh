@@ -35,12 +35,12 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 module_lines
 export SLURM_EXPORT_ENV=ALL                           # what is set here reaches the ranks, whatever --export says
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # since Slurm 22.05 srun does not take it from sbatch
-echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
 
-# What cannot work is found before the ranks train, and ends the job; at a later start, which began well, it is only
-# told. PREFLIGHT=no leaves it out.
-if [ "${PREFLIGHT:-yes}" != no ]; then
-    settings=() before=              # of the options only --set means something to doctor
+# What every job does at its start and its end, among it the rule for requeueing.
+source "$(python -c 'import faconv_hpc.launch as launch; print(launch.__path__[0])')/job.sh" || exit 2
+faconv_say_start
+if [ "${PREFLIGHT:-yes}" != no ]; then   # PREFLIGHT=no leaves it out
+    settings=() before=                  # of the options only --set means something to doctor
     for word in "$@"; do
         case $before,$word in
             --set,*) settings+=(--set "$word") ;;
@@ -48,16 +48,7 @@ if [ "${PREFLIGHT:-yes}" != no ]; then
         esac
         before=$word
     done
-    srun --kill-on-bad-exit=1 --wait=60 faconv doctor "$config" "${settings[@]}" --quick
-    if [ $? -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then exit 2; fi
+    faconv_preflight srun --kill-on-bad-exit=1 --wait=60 faconv doctor "$config" "${settings[@]}" --quick
 fi
-
 srun --kill-on-bad-exit=1 --wait=60 faconv train "$config" "$@"
-code=$?
-# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config
-# or the data), 1 (failed) or 93 (starting again leads nowhere).
-if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
-    for again in 1 2 3 4 5 6; do scontrol requeue "$SLURM_JOB_ID" && break; sleep 10; done
-    sleep 60  # meanwhile Slurm ends this script
-fi
-exit "$code"
+faconv_end $?

@@ -69,8 +69,9 @@ def slurm(tmp_path_factory):
             f"needs root and Slurm's daemons (missing: {missing}): apt-get install slurmctld slurmd slurm-client munge"
         )
     directory = str(tmp_path_factory.mktemp("slurm") / "mini")
-    number = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # 0 is a user's own
-    environment = os.environ | {"MINI_SLURM_DIR": directory, "MINI_SLURM_NUMBER": str(number)}
+    worker = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # 0 is a user's own
+    number = os.environ.get("MINI_SLURM_NUMBER", str(worker))
+    environment = os.environ | {"MINI_SLURM_DIR": directory, "MINI_SLURM_NUMBER": number}
     subprocess.run(["bash", MINI_SLURM, "start", "4"], env=environment, check=True, timeout=120)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = f"{directory}/slurm.conf"

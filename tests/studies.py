@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from faconv_hpc import files
 from faconv_hpc.config import load_yaml
 from faconv_hpc.scaling import driver, points, results
 from faconv_hpc.scaling.study import StudyConfig, points_of
@@ -131,7 +132,7 @@ def job(config):
 def kill_at(count):
     """This process kills itself at its n-th durable write: before, or for odd numbers after it."""
     written = 0
-    original = points.replace_whole
+    original = files.write_durably
 
     def counting(path, text):
         nonlocal written
@@ -142,7 +143,7 @@ def kill_at(count):
         if written == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    points.replace_whole = driver.replace_whole = counting
+    files.write_durably = points.write_durably = driver.write_durably = counting
 
 
 def drive(study, starts, count=None):
@@ -161,5 +162,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "job":
         job(Path(sys.argv[2]))
     else:
-        assert results.write_lines is points.write_lines, "all durable writes are counted"
+        assert results.write_json_lines is points.write_json_lines is files.write_json_lines, "all are counted"
         drive(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)

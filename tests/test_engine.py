@@ -46,7 +46,7 @@ def one_process_gradient(precision="fp32"):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, domain = network().to(dtype), Domain(grid())
     x, target, season, valid = samples(dtype)
-    model.loss(model(x, season, domain=domain), x, target, domain, valid).objective.backward()
+    model.losses(model(x, season, domain=domain), x, target, domain, valid).total.objective.backward()
     return {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 
 
@@ -74,8 +74,8 @@ def sharded_update(engine, domain, micro_batch, accumulation, learning_rate):
         part = slice(first, first + micro_batch)
         inputs = domain.scatter(x[part])
         output = engine.forward(inputs, season[part], domain)
-        loss = engine.network.loss(output, inputs, domain.scatter(target[part]), domain, domain.scatter(valid[part]))
-        engine.backward(loss)
+        wanted, counted = domain.scatter(target[part]), domain.scatter(valid[part])
+        engine.backward(engine.network.losses(output, inputs, wanted, domain, counted).total)
         engine.step(learning_rate)
 
 

@@ -24,12 +24,13 @@ from faconv_hpc.spatial import failure
 from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
 from faconv_hpc.training import checkpoint
 from faconv_hpc.training import trainer as trainer_module
+from faconv_hpc.training.faults.claim import claimed
 from faconv_hpc.training.faults.health import MicroBatch
-from faconv_hpc.training.faults.signals import StopRequest
+from faconv_hpc.training.faults.signals import StepEnd, StopRequest
 from faconv_hpc.training.faults.starts import count_start
-from faconv_hpc.training.records import STEPS_FILE, claimed, read_records
+from faconv_hpc.training.records import STEPS_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
-from faconv_hpc.training.trainer import Boundary, Trainer, train
+from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config
 from test_checkpoint import assert_same_state
@@ -146,7 +147,7 @@ def test_the_grace_that_ends_first_counts():
         assert stop.number == signal.SIGUSR1 and 95 < stop.left_s <= 100
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM and 4 < stop.left_s <= 5
-    assert Boundary(15, 5.0, 3.0, True).may_save and not Boundary(15, 5.0, 3.5, True).may_save
+    assert StepEnd(15, 5.0, 3.0, True).may_save and not StepEnd(15, 5.0, 3.5, True).may_save
 
 
 def launched(config, ranks=2, start=forks.Popen):
@@ -302,7 +303,7 @@ def test_errors_of_ours_are_not_taken_for_those_of_a_collective():
 
 
 def test_a_save_that_is_under_way_takes_its_time_first():
-    boundary = Boundary(signal=10, left_s=20.0, save_s=10.0, written=True)
+    boundary = StepEnd(signal=10, left_s=20.0, save_s=10.0, written=True)
     assert boundary.may_save and not replace(boundary, written=False).may_save
     assert replace(boundary, written=False, left_s=25.0).may_save
 
@@ -408,7 +409,7 @@ def test_a_bad_micro_batch_among_good_ones_leaves_its_step_out(tmp_path, store, 
 def test_restore_goes_back_to_the_checkpoint_and_on_with_the_next_samples(tmp_path, store):
     training = {"checkpoint_every": 2, "on_not_finite": "restore", "steps": 8, "keep_last": 9}
     assert with_nan(tmp_path, store, TWO, training, {5}) == 0
-    records = list(read_records(tmp_path / "run"))
+    records = read_records(tmp_path / "run")
     assert [record.update for record in records] == ["applied"] * 4 + ["restored"] + ["applied"] * 3
     assert [record.step for record in records] == list(range(1, 9))
     found = {one.step: one for one in checkpoints_in(tmp_path / "run")}

@@ -13,7 +13,7 @@ ROOMS = {
     "prepare": {"spatial", "data"},
     "training": {"spatial", "model", "data"},
     "evaluation": {"spatial", "model", "data", "training"},
-    "scaling": {"spatial", "model", "data", "prepare", "training"},
+    "scaling": {"spatial", "model", "data", "training"},
     "launch": {"spatial", "data", "training", "scaling"},
 }
 CHOKE_POINTS = {

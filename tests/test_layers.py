@@ -13,6 +13,7 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
 from faconv_hpc.model.kernels import Taps, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
+from faconv_hpc.spatial import collectives
 from ranks import Layout, run_on_ranks
 from test_domain import random_like
 from test_parity import randomized, relative_difference
@@ -187,12 +188,12 @@ def test_sequences_of_different_length_equal_each_by_itself(cell):
     lengths, domain = (3, 5), Domain(LatLonGrid(6, 8))
     valid_BT = torch.arange(5) < torch.tensor(lengths)[:, None]
     together = network(x, season, domain=domain, valid_BT=valid_BT)
-    loss = network.loss(together, x, target, domain)
+    loss = network.losses(together, x, target, domain).total
     losses = []
     for sample, length in enumerate(lengths):
         part = (slice(sample, sample + 1), slice(length))
         alone = network(x[part], season[part], domain=domain)
-        losses.append(network.loss(alone, x[part], target[part], domain).value)
+        losses.append(network.losses(alone, x[part], target[part], domain).total.value)
         torch.testing.assert_close(together.tendency_BTCYX[part], alone.tendency_BTCYX)
         torch.testing.assert_close(together.embedding_BTE[part], alone.embedding_BTE)
         torch.testing.assert_close(together.state[1][0][sample], alone.state[1][0][0])
@@ -223,9 +224,9 @@ def test_column_attention_weighs_keys_by_area():
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.zero_()
-            if name.endswith("_out"):
+            if name.endswith(".out"):
                 parameter.copy_(torch.eye(4))
-        module.lat_qkv[8:] = torch.eye(4)  # values are h itself, queries and keys are zero
+        module.columns.qkv[8:] = torch.eye(4)  # values are h itself, queries and keys are zero
         module.gamma.fill_(1.0)
     h = random_like((1, 4, 6, 4), 0)
     area = torch.as_tensor(grid.cell_area_sr)[:, None]
@@ -290,18 +291,19 @@ def test_the_cost_rule_counts_the_bytes_that_the_collectives_bring(exchange, dty
 
         ranks, index = mesh.size(axis), mesh.index(axis)
         brought = {
-            "all_gather_single": lambda into, options: into.numel() * (ranks - 1) // ranks,
-            "reduce_scatter_single": lambda into, options: into.numel() * (ranks - 1),
-            "all_to_all_single": lambda into, options: into.numel() - options["output_split_sizes"][index],
+            (collectives, "_all_gather"): lambda into, options: into.numel() * (ranks - 1) // ranks,
+            (collectives, "_reduce_scatter"): lambda into, options: into.numel() * (ranks - 1),
+            (dist, "all_to_all_single"): lambda into, options: into.numel() - options["output_split_sizes"][index],
         }
-        originals = {name: getattr(dist, name) for name in brought}
+        originals = {place: getattr(*place) for place in brought}
+        lines_attention = attention.rows if axis == "lon" else attention.columns
         try:
-            for name, function in brought.items():
-                setattr(dist, name, counting(originals[name], function))
-            attention._along(axis, x, domain).float().square().sum().backward()
+            for place, function in brought.items():
+                setattr(*place, counting(originals[place], function))
+            lines_attention(x, domain).float().square().sum().backward()
         finally:
-            for name, original in originals.items():
-                setattr(dist, name, original)
+            for place, original in originals.items():
+                setattr(*place, original)
         lines = 2 * domain.tile.shape[0 if axis == "lon" else 1]
         return received, exchange_costs(lines, domain.cuts.sizes(axis), 4, dtype)[exchange]
 

@@ -17,7 +17,7 @@ from faconv_hpc.spatial import environment
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
 from faconv_hpc.spatial.meeting import _opened, candidate_ports, meet
 from faconv_hpc.training import records
-from faconv_hpc.training.records import claimed
+from faconv_hpc.training.faults.claim import claimed
 from runs import make_store, write_config
 from studies import record, write_records
 

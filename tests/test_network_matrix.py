@@ -70,7 +70,7 @@ def quantities(grid, domain, checkpoint_steps):
         output = model(x[:, piece], season[:, piece], domain=domain, state=state, first_step=piece.start,
                        valid_BT=steps[:, piece])  # fmt: skip
         known = there[:, piece].double()
-        loss = model.loss(output, x[:, piece], target[:, piece], domain, there[:, piece], known)
+        loss = model.losses(output, x[:, piece], target[:, piece], domain, there[:, piece], known).total
         objective, value, state = objective + loss.objective, value + loss.value, output.state
         outputs.append(output.tendency_BTCYX.detach())
         embeddings.append(output.embedding_BTE.detach())

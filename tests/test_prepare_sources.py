@@ -13,7 +13,7 @@ from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.locks import DirectoryLock
 from faconv_hpc.prepare import catalogue, writer
-from faconv_hpc.prepare.hdf5_file import replacing
+from faconv_hpc.prepare.hdf5_file import new_netcdf
 from faconv_hpc.prepare.preparation import default_frames_per_file, prepare
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values
 
@@ -198,7 +198,7 @@ def test_an_overwriting_run_that_is_killed_goes_on(tmp_path: Path) -> None:
 def test_one_preparation_at_a_time(tmp_path: Path) -> None:
     source = save(dataset(), tmp_path / "s.nc")
     with DirectoryLock(tmp_path / "o" / ".lock") as lock:
-        assert lock.attempt()
+        assert lock.take()
         lock.sign()
         with pytest.raises(InputError, match=rf"another preparation writes to .*: process {os.getpid()} on"):
             prepare([source], tmp_path / "o")
@@ -221,7 +221,7 @@ def test_a_file_that_another_preparation_has_replaced_is_found(tmp_path: Path) -
 
 
 def test_a_disk_that_is_full_at_the_last_block_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "last_block.nc") as (nc, disk):
+    with pytest.raises(OSError, match="No space left"), new_netcdf(tmp_path / "last_block.nc") as (nc, disk):
         nc.dimensions["time"] = 3
         disk._error = OSError(errno.ENOSPC, "No space left on device")  # so that nothing is written at the close
     assert not (tmp_path / "last_block.nc").exists()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from faconv_hpc.launch.slurm import job_state
-from faconv_hpc.launch.submit import PREFLIGHT, REQUEUE, START
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import checkpoints_in
 from runs import make_store, write_config
@@ -196,12 +195,6 @@ def test_the_dry_run_is_what_sbatch_gets(tmp_path, slurm, store):
     assert all("config-" in line for line in lines ^ others) and len(lines ^ others) == 4  # the config's copy, twice
     versions = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert versions["hosts"] == [socket.gethostname()] and versions["device"] == "cpu" and len(versions["commit"]) > 10
-
-
-def test_both_scripts_requeue_by_the_same_rule():
-    text = (ROOT / "slurm" / "train_global.sh").read_text()
-    for line in (*(one for one in REQUEUE if not one.startswith("#")), PREFLIGHT, START):
-        assert line in text
 
 
 def test_doctor_gets_the_settings_of_the_script_and_not_its_other_options(tmp_path):

@@ -15,13 +15,16 @@ import pytest
 import yaml
 
 import forks
+from faconv_hpc.cli.study import make_stores
 from faconv_hpc.config import load_yaml
 from faconv_hpc.errors import InputError
+from faconv_hpc.files import read_json_lines
 from faconv_hpc.scaling.driver import StudyDriver
-from faconv_hpc.scaling.points import Outcomes, PointFiles, locked, read_lines
-from faconv_hpc.scaling.report import Spread, markdown, report_of, write_report
+from faconv_hpc.scaling.page import markdown, write_report
+from faconv_hpc.scaling.points import Outcomes, PointFiles, locked
+from faconv_hpc.scaling.report import Spread, report_of
 from faconv_hpc.scaling.results import repeats_of, write_results
-from faconv_hpc.scaling.stores import check_stores, make_stores
+from faconv_hpc.scaling.stores import check_stores
 from faconv_hpc.scaling.study import StudyConfig, merged, points_of
 from runs import make_store, write_config
 from studies import FakeCluster, fail, finish, record, write_records
@@ -333,20 +336,20 @@ def test_jobs_that_finish_fail_and_are_killed_are_told_apart(tmp_path):
     cluster = FakeCluster({"1x2": fail}, looks=3)
     assert drive(study, points, cluster) == {"1x1": "done", "1x2": "failed", "2x2": "done"}
     assert cluster.submitted == ["1x1", "1x2", "2x2"] and cluster.most == 3
-    lines = read_lines(study.study_dir / "points.jsonl")
+    lines = read_json_lines(study.study_dir / "points.jsonl")
     failed = next(line for line in lines if line["point"] == "1x2")
     assert len(lines) == 3 and (failed["status"], failed["steps"], failed["of"]) == ("failed", 2, 6)
     assert failed["why"] == "faconv: failed: rank 0 was ended by SIGKILL" and "srun: error" in failed["last_lines"][-1]
     report = report_of(study, points)
     assert [one.status for one in report.points] == ["done", "failed", "done"] and not report.all_done
     assert "1x2 failed: faconv: failed: rank 0 was ended by SIGKILL" in markdown(report, None)
-    assert len(read_lines(study.study_dir / "results.jsonl")) == 10
+    assert len(read_json_lines(study.study_dir / "results.jsonl")) == 10
     again = FakeCluster()
     assert drive(study, points, again) == {"1x1": "done", "1x2": "failed", "2x2": "done"}
     assert again.submitted == []
     assert drive(study, points, again, retry_failed=True)["1x2"] == "done"
-    assert again.submitted == ["1x2"] and len(read_lines(study.study_dir / "points.jsonl")) == 4
-    assert len(read_lines(study.study_dir / "results.jsonl")) == 15
+    assert again.submitted == ["1x2"] and len(read_json_lines(study.study_dir / "points.jsonl")) == 4
+    assert len(read_json_lines(study.study_dir / "results.jsonl")) == 15
 
 
 def test_a_job_that_hangs_holds_up_no_other_and_fails_when_the_cluster_ends_it(tmp_path):
@@ -380,7 +383,7 @@ def test_a_job_that_is_not_taken_is_a_failed_point(tmp_path):
 
     study, points = study_of(tmp_path)
     assert drive(study, points, FakeCluster({"1x2": refuse})) == {"1x1": "done", "1x2": "failed", "2x2": "done"}
-    line = next(one for one in read_lines(study.study_dir / "points.jsonl") if one["point"] == "1x2")
+    line = next(one for one in read_json_lines(study.study_dir / "points.jsonl") if one["point"] == "1x2")
     assert line["why"] == "not started: sbatch refused the job: invalid partition" and line["job"] is None
 
 
@@ -479,14 +482,14 @@ def started(starts):
 
 def check_books(study, points):
     """No repeat twice, all of the points that are done, and of none else."""
-    lines = read_lines(study.study_dir / "results.jsonl")
+    lines = read_json_lines(study.study_dir / "results.jsonl")
     keys = [(line["point"], line["repeat"]) for line in lines]
     assert len(set(keys)) == len(keys)
     done = {point.name for point in points if PointFiles(point).complete}
     assert {name for name, _ in keys} <= done and all(keys.count((name, 1)) == 1 for name, _ in keys)
-    outcomes = [(line["point"], line["attempt"]) for line in read_lines(study.study_dir / "points.jsonl")]
+    outcomes = [(line["point"], line["attempt"]) for line in read_json_lines(study.study_dir / "points.jsonl")]
     assert len(set(outcomes)) == len(outcomes)
-    return {line["point"] for line in read_lines(study.study_dir / "points.jsonl")}
+    return {line["point"] for line in read_json_lines(study.study_dir / "points.jsonl")}
 
 
 def test_killed_at_any_durable_write_and_continued_a_study_ends_as_if_it_had_not_been(tmp_path):
@@ -507,7 +510,7 @@ def test_killed_at_any_durable_write_and_continued_a_study_ends_as_if_it_had_not
     assert process.returncode == 0, err
     assert json.loads(out) == {"1x1": "done", "failing": "failed", "2x2": "done"} and kills >= 5
     assert check_books(study, points) == {"1x1", "failing", "2x2"}
-    assert len(read_lines(study.study_dir / "results.jsonl")) == 10
+    assert len(read_json_lines(study.study_dir / "results.jsonl")) == 10
     assert [len(PointFiles(point).records()) for point in points] == [6, 2, 6]
     states = [Outcomes(study.study_dir).of(point.name, PointFiles(point).attempt()).status for point in points]
     assert states == ["done", "failed", "done"]
@@ -648,7 +651,7 @@ def test_a_real_study_of_one_and_two_ranks_stopped_and_continued(tmp_path):
     ]
     assert report["base"] == "1x1" and "share its cores" in report["notes"][0]
     assert report["points"][1]["communication_share"] > 0 and report["points"][1]["nodes"] == 1
-    keys = [(line["point"], line["repeat"]) for line in read_lines(config.study_dir / "results.jsonl")]
+    keys = [(line["point"], line["repeat"]) for line in read_json_lines(config.study_dir / "results.jsonl")]
     assert keys == [(name, repeat) for name in ("1x1", "1x2") for repeat in range(1, 6)]
     assert (config.study_dir / "scaling.png").stat().st_size > 10_000
     assert PointFiles(points[0]).attempt().number == 1 and PointFiles(points[1]).attempt().number == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from faconv_hpc.errors import InputError, SilentClusterError
-from faconv_hpc.launch.submit import script, submit
+from faconv_hpc.launch.submit import JOB, script, submit
 from runs import small_config
 from test_cli import faconv, messages
 
@@ -81,6 +81,48 @@ def test_the_config_that_a_waiting_job_will_read_is_not_written_again(sbatch):
     copy.write_text("half of it")
     script(config)
     assert copy.read_text() == config.to_yaml()
+
+
+FAKE_SCONTROL = """#!/bin/sh
+if [ $1 = show ]; then echo "JobId=7 JobState=$(cat $STATE)"; else echo "$@" >> $REQUEUED; echo PENDING > $STATE; fi
+"""
+
+
+def job(directory, commands, state="RUNNING", **variables):
+    """Runs what every job reads, then commands; the exit code, and what was asked of scontrol."""
+    for name, text in (("scontrol", FAKE_SCONTROL), ("sleep", "#!/bin/sh\n")):
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    (directory / "state").write_text(state)
+    environment = os.environ | {"PATH": f"{directory}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"} | variables
+    environment |= {"STATE": str(directory / "state"), "REQUEUED": str(directory / "requeued")}
+    ran = subprocess.run(["bash", "-c", f"source {JOB}\n{commands}"], env=environment, check=False)
+    return ran.returncode, (directory / "requeued").read_text() if (directory / "requeued").exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(0, False), (1, False), (2, False), (75, True), (93, False), (128, False), (137, True)]
+)
+def test_which_exit_codes_put_a_job_back_into_the_queue(tmp_path, code, again):
+    assert job(tmp_path, f"faconv_end {code}") == (code, "requeue 7\n" if again else "")
+
+
+def test_a_job_that_is_cancelled_is_not_put_back(tmp_path):
+    assert job(tmp_path, "faconv_end 75", state="COMPLETING") == (75, "")
+
+
+def test_what_doctor_finds_ends_a_job_at_its_first_start_only(tmp_path):
+    commands = "faconv_preflight sh -c 'exit 2'; exit 7"
+    assert job(tmp_path, commands)[0] == 2
+    assert job(tmp_path, commands, SLURM_RESTART_COUNT="1")[0] == 7
+    assert job(tmp_path, "faconv_preflight sh -c 'exit 1'; exit 7")[0] == 7  # a warning
+
+
+def test_all_scripts_have_what_a_job_does_from_one_text(sbatch):
+    assert JOB.read_text() in script(small_config(sbatch, sbatch / "waves"))
+    for name in ("train_global.sh", "scaling_study.sh"):
+        text = (JOB.parents[2] / "slurm" / name).read_text()
+        assert "/job.sh" in text and "scontrol requeue" not in text
 
 
 @pytest.mark.parametrize(

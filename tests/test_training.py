@@ -19,10 +19,11 @@ from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
 from faconv_hpc.spatial.exchange import HaloExchange
 from faconv_hpc.training.engine import Engine
-from faconv_hpc.training.faults.drift import ReplicaGuard
+from faconv_hpc.training.faults.claim import claimed
+from faconv_hpc.training.faults.drift import DriftCheck
 from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import layouts_of, verify_parity
-from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, claimed, read_records
+from faconv_hpc.training.records import CONFIG_FILE, STEPS_FILE, VERSIONS_FILE, read_records
 from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
@@ -302,7 +303,7 @@ def test_a_weight_that_drifts_on_one_rank_is_caught_and_named(stage):
     def check(mesh):
         training = TrainingConfig(steps=100, zero_stage=stage, micro_batch=1)
         engine = Engine(FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2)), mesh, training)
-        guard = ReplicaGuard(engine.network, mesh, every=2)
+        guard = DriftCheck(engine.network, mesh, every=2)
         guard.after_step(2)
         weight = dict(engine.network.named_parameters())["layers.1.expansion_weight"]
         if mesh.rank == 2:

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from faconv_hpc import ProcessMesh, RunConfig, load_config
 from faconv_hpc.config import TrainingConfig
-from faconv_hpc.training.checkpoint import CheckpointWriter, resume
+from faconv_hpc.training.checkpoint import CheckpointWriter
 from faconv_hpc.training.engine import Engine
+from faconv_hpc.training.resume import Resumed, resume
 from faconv_hpc.training.setup import Workspace, build_network
 from faconv_hpc.training.shards import checkpoints_in
 
@@ -41,16 +42,16 @@ def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
     def step() -> None:
         network = engine.network
         output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
-        loss = network.loss(
+        losses = network.losses(
             output, batch.inputs_BTCYX, batch.target_BTCYX, domain, batch.valid_BTCYX, batch.known_BTCYX
         )
-        engine.backward(loss)
+        engine.backward(losses.total)
         engine.step(1e-3)
 
     def writer(background: bool) -> CheckpointWriter:
         training = config.training.model_copy(update={"save_in_background": background, "keep_last": 2})
         changed = Workspace(config.model_copy(update={"training": training}), workspace.store, domain)
-        return CheckpointWriter(changed, engine)
+        return CheckpointWriter(changed, engine, Resumed())
 
     foreground, background = writer(False), writer(True)
     times: dict[str, list[float]] = {"step": [], "saving": [], "saving in the background": [], "loading": []}

@@ -16,7 +16,7 @@ from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.model.attention import AxialAttention, exchange_costs
 from faconv_hpc.training.engine import Engine
-from faconv_hpc.training.faults.drift import ReplicaGuard
+from faconv_hpc.training.faults.drift import DriftCheck
 
 GRID = LatLonGrid(181, 360)  # the quick start's, and its network
 STEPS, FIELDS, INPUTS, HIDDEN, ATTENTION = 6, 5, 10, 32, 16
@@ -55,10 +55,10 @@ def step_and_comparison_s(domain: Domain, zero_stage: int) -> tuple[float, float
 
     def step() -> None:
         output = engine.forward(x_BTCYX, season_BT, domain)
-        engine.backward(network.loss(output, x_BTCYX, target_BTCYX, domain))
+        engine.backward(network.losses(output, x_BTCYX, target_BTCYX, domain).total)
         engine.step(1e-3)
 
-    guard = ReplicaGuard(network, domain.mesh, every=1)
+    guard = DriftCheck(network, domain.mesh, every=1)
     return median_s(step), median_s(lambda: guard.compare(0))
 
 

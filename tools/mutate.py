@@ -2,11 +2,15 @@
 
 Every fault of tools/faults.yaml changes one line in a copy of the tree; the tests that it names, else those named
 here, then run until the first that fails. A fault that no test sees is printed as MISSED, and the exit code is 1.
+First the tests run without any fault, or every fault would count as caught. What was found is kept in .mutate.json:
+stopped, the same command goes on, and runs again what has changed since.
 
-Run: python tools/mutate.py [--only TEXT]      (some 45 minutes on two cores)
+Run: python tools/mutate.py [--only TEXT] [--jobs 2]
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,19 +18,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import NamedTuple
 
 import yaml
 
+from faconv_hpc.files import write_durably
+
 ROOT = Path(__file__).parent.parent
-COPIED = ("faconv_hpc", "tests", "configs", "tools", "slurm", "pyproject.toml")
+FOUND = ROOT / ".mutate.json"
+COPIED = ("faconv_hpc", "tests", "configs", "docs", "tools", "slurm", "pyproject.toml", "README.md")
 TESTS = (  # those that end soonest first
     "grid", "halo", "losses", "domain", "parity", "smoothness", "layers", "network_matrix", "properties", "engine",
     "training",
 )  # fmt: skip
 TIMEOUT_S = 1800
 FAILED = 1  # pytest's exit code when a test fails; others mean that it could not run them
+MISSED, PASSED = "MISSED", "pass"
 
 
 class Fault(NamedTuple):
@@ -38,14 +49,60 @@ class Fault(NamedTuple):
     wrong: str
     tests: Sequence[str] = TESTS
 
+    @property
+    def name(self) -> str:
+        """For people, and for what is kept."""
+        return f"{self.file}: {self.what}"
+
+    def put_into(self, path: Path) -> None:
+        """Changes the line; ends if it is not there just once."""
+        text = path.read_text()
+        places = text.count(self.right)
+        if places != 1:
+            raise SystemExit(f"{self.file} has {self.right!r} {places} times: bring tools/faults.yaml up to date.")
+        path.write_text(text.replace(self.right, self.wrong))
+
+
+class Findings:
+    """What was found before, and for which content of the code and the tests."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._found: dict[str, dict[str, str]] = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+
+    def verdict(self, name: str, mark: str) -> str | None:
+        """What is known, if nothing has changed since."""
+        found = self._found.get(name, {})
+        return found.get("verdict") if found.get("mark") == mark else None
+
+    def keep(self, name: str, mark: str, verdict: str) -> None:
+        """On disk at once."""
+        with self._lock:
+            self._found[name] = {"mark": mark, "verdict": verdict}
+            write_durably(FOUND, json.dumps(self._found, indent=1, sort_keys=True) + "\n")
+
 
 def known_faults() -> list[Fault]:
     """All of tools/faults.yaml."""
     return [Fault(**fault) for fault in yaml.safe_load((ROOT / "tools" / "faults.yaml").read_text())]
 
 
-def caught_by(fault: Fault | None, names: Sequence[str]) -> str | None:
-    """The first of these tests that fails with the fault in place; None if all pass."""
+def mark_of(fault: Fault | None, names: Sequence[str]) -> str:
+    """Of all that a verdict depends on closely: the fault, the file that it changes, the tests that are asked."""
+    digest = hashlib.sha256(repr((fault, names)).encode())
+    files = [ROOT / "tests" / f"test_{name}.py" for name in names]
+    files += [ROOT / "faconv_hpc" / fault.file] if fault else sorted((ROOT / "faconv_hpc").rglob("*.py"))
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | None:
+    """The first of these tests that fails with the fault in place; None if all pass.
+
+    Args:
+        place: of those that run side by side; what machines have once is kept apart by it.
+    """
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
         for name in COPIED:
@@ -53,49 +110,85 @@ def caught_by(fault: Fault | None, names: Sequence[str]) -> str | None:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
         if fault is not None:
-            _put_in(fault, copy / "faconv_hpc" / fault.file)
+            fault.put_into(copy / "faconv_hpc" / fault.file)
         tests = [f"tests/test_{name}.py" for name in names]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
-        environment = os.environ | {"PYTHONPATH": directory}
+        environment = os.environ | {"PYTHONPATH": directory, "MINI_SLURM_NUMBER": str(12 + place)}
+        process = subprocess.Popen(
+            command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         try:
-            done = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-            )
+            printed, _ = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            process.kill()
             return f"no test in particular: they hung for {TIMEOUT_S} s"
-    if done.returncode == 0:
+    if process.returncode == 0:
         return None
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    if done.returncode != FAILED or not lines:
-        raise SystemExit(f"pytest could not run (exit code {done.returncode}):\n{done.stdout[-2000:]}{done.stderr}")
+    lines = [line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if process.returncode != FAILED or not lines:
+        raise SystemExit(f"pytest could not run (exit code {process.returncode}):\n{printed[-3000:]}")
     return lines[0].partition(" ")[2].split(" - ")[0]
 
 
-def _put_in(fault: Fault, path: Path) -> None:
-    text = path.read_text()
-    places = text.count(fault.right)
-    if places != 1:
-        raise SystemExit(f"{fault.file} has {fault.right!r} {places} times: bring this list up to date.")
-    path.write_text(text.replace(fault.right, fault.wrong))
+def asked(chosen: Sequence[Fault], findings: Findings, jobs: int) -> int:
+    """Prints one line per fault; how many were missed."""
+    missed, number = 0, 0
+    places: SimpleQueue[int] = SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
+
+    def ask(fault: Fault) -> tuple[Fault, str, float]:
+        began, mark = time.monotonic(), mark_of(fault, fault.tests)
+        verdict = findings.verdict(fault.name, mark)
+        if verdict is None:
+            place = places.get()
+            try:
+                test = caught_by(fault, fault.tests, place)
+            finally:
+                places.put(place)
+            verdict = MISSED if test is None else f"caught by {test}"
+            findings.keep(fault.name, mark, verdict)
+        return fault, verdict, time.monotonic() - began
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(ask, fault) for fault in chosen]):
+            fault, verdict, seconds = done.result()
+            number += 1
+            missed += verdict == MISSED
+            print(f"{number:3d}/{len(chosen)} {seconds:4.0f} s  {fault.name}: {verdict}", flush=True)
+    return missed
+
+
+def check_baseline(names: Sequence[str], findings: Findings, jobs: int) -> None:
+    """Ends if a test file fails without any fault."""
+
+    def passes(place: int, name: str) -> str | None:
+        mark = mark_of(None, [name])
+        if findings.verdict(f"without any fault: {name}", mark) == PASSED:
+            return None
+        failed = caught_by(None, [name], place)
+        if failed is None:
+            findings.keep(f"without any fault: {name}", mark, PASSED)
+        return failed
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for failed in pool.map(lambda numbered: passes(numbered[0] % jobs, numbered[1]), enumerate(names)):
+            if failed:
+                raise SystemExit(f"{failed} fails without any fault: mend it first.")
 
 
 def main() -> None:
     """Prints one line per fault and ends with the number that was caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="faults whose file or description holds this text")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="do not run without a fault first")
     options = parser.parse_args()
-    chosen = [fault for fault in known_faults() if options.only in f"{fault.file} {fault.what}"]
-    named = list(dict.fromkeys(name for fault in chosen for name in fault.tests))
-    if options.baseline and (failed := caught_by(None, named)):
-        raise SystemExit(f"{failed} fails without any fault: mend it first, or every fault would count as caught.")
-    missed = 0
-    for fault in chosen:
-        start = time.monotonic()
-        test = caught_by(fault, fault.tests)
-        missed += test is None
-        verdict = "MISSED" if test is None else f"caught by {test}"
-        print(f"{time.monotonic() - start:4.0f} s  {fault.file}: {fault.what}: {verdict}", flush=True)
+    chosen = [fault for fault in known_faults() if options.only in fault.name]
+    findings = Findings()
+    if options.baseline:
+        check_baseline(list(dict.fromkeys(name for fault in chosen for name in fault.tests)), findings, options.jobs)
+    missed = asked(chosen, findings, options.jobs)
     print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
     sys.exit(missed > 0)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import EXIT_FAILED, EXIT_OK, InputError
+from .options import AsJson
 
 if TYPE_CHECKING:
     from ..training.shards import Checkpoint
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
 checkpoint_app = typer.Typer(help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
 
 Where = Annotated[Path, typer.Argument(help="The run_dir of a run, or the directory of one checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 @checkpoint_app.command("list")
-def list_command(where: Where, as_json: Json = False) -> None:
+def list_command(where: Where, as_json: AsJson = False) -> None:
     """Lists the checkpoints with their sizes and where they come from; reads the manifests only.
 
     Example: faconv checkpoint list runs/quickstart_era5
@@ -44,7 +44,7 @@ def list_command(where: Where, as_json: Json = False) -> None:
 
 
 @checkpoint_app.command("verify")
-def verify_command(where: Where, as_json: Json = False) -> None:
+def verify_command(where: Where, as_json: AsJson = False) -> None:
     """Reads every byte and compares it with what was written. Exit code 1 if anything is damaged.
 
     Example: faconv checkpoint verify runs/quickstart_era5/checkpoints/step-00000120
@@ -62,7 +62,7 @@ def verify_command(where: Where, as_json: Json = False) -> None:
 def export_command(
     where: Where,
     output: Annotated[Path, typer.Option(help="File to write: .safetensors, or .pt for torch.load.")],
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Writes one plain state dict, for inference on one device, from the newest whole checkpoint.
 

@@ -18,6 +18,7 @@ from ..prepare.preparation import PrepareSummary, prepare
 from ..prepare.sample import fetch_sample
 from ..prepare.synthetic import SyntheticOptions, synthesise
 from ..prepare.writer import Progress
+from .options import AsJson
 
 data_app = typer.Typer(help="From files to a store, and what is in one.", no_args_is_help=True)
 
@@ -28,7 +29,6 @@ Output = Annotated[Path, typer.Option(help="Directory of the store.")]
 FramesPerFile = Annotated[int | None, typer.Option(help="Frames in one file. Default: 256 MiB of them, at least 16.")]
 Compression = Annotated[int | None, typer.Option(help="gzip level 1 to 9. Default: none, which reads fastest.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 @data_app.command("prepare")
@@ -52,7 +52,7 @@ def prepare_command(
         ),
     ] = False,
     overwrite: Overwrite = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turns any source that xarray reads into a store; goes on where it was killed.
 
@@ -94,7 +94,7 @@ def synth_command(
     frames_per_file: FramesPerFile = None,
     compression: Compression = None,
     overwrite: Overwrite = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Makes a store of travelling planetary waves, of any size.
 
@@ -120,7 +120,7 @@ def inspect_command(
     store: Annotated[Path, typer.Argument(help="Directory of the store.")],
     mesh: Annotated[str | None, typer.Option(help="Tiles LATxLON. Default: those the store was made for.")] = None,
     window: Annotated[int | None, typer.Option(help="Count bytes per sample of so many input frames.")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Shows what is in a store, and what every tile of a mesh would read of it.
 

@@ -15,7 +15,8 @@ from rich.text import Text
 from ..config import load_config
 from ..errors import EXIT_INPUT, InputError, exit_code_of
 from ..launch.local import inside_a_job
-from .ranks import in_job, job_ranks, run_ranks, set_options, starts_ranks
+from .options import AsJson, Overrides, Ranks
+from .ranks import job_ranks, joined, run_ranks, set_options, starts_ranks
 
 if TYPE_CHECKING:
     from ..launch.findings import Report, Subject
@@ -27,19 +28,13 @@ STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 def doctor_command(
     config: Annotated[Path | None, typer.Argument(help="YAML file of the run that is to be started, if any.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated."),
-    ] = None,
+    set_: Overrides = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Directory to look at. Default: run_dir of the config, or the current one.")
     ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option("--ranks", min=1, help="Start so many ranks on this machine; without it, this process is one."),
-    ] = None,
+    ranks: Ranks = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out write speed and large messages.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is installed and what works, with the fix for what does not.
 
@@ -84,7 +79,8 @@ def _examined(subject: "Subject", as_json: bool) -> int:
                 code = _show(examine_alone(subject, problems), as_json) if roll.rank == 0 else EXIT_INPUT
                 roll.until_rank_0_is_done(timeout_s)
                 _leave_together(code)
-        return in_job(None, timeout_s, lambda mesh: _examined_job(mesh, subject, as_json))
+        with joined(None, timeout_s) as mesh:
+            return _examined_job(mesh, subject, as_json)
     except RuntimeError as error:  # the ranks have not met
         print(f"faconv: failed: {error}", file=sys.stderr)
         return max(exit_code_of(error), EXIT_INPUT)

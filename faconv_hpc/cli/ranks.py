@@ -1,11 +1,11 @@
 """Ranks behind a command: those to start on this machine, or those that this process is one of."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from ..config import MeshConfig
-from ..errors import EXIT_OK, InputError, LostRankError, RunError
+from ..errors import InputError, LostRankError, RunError
 from ..launch.local import inside_a_job, run_local_ranks
 from ..spatial.environment import RankEnvironment
 
@@ -49,16 +49,19 @@ def run_ranks(arguments: Sequence[str], ranks: int | None) -> int:
     return run_local_ranks(arguments, ranks or 1)
 
 
-def in_job(mesh: MeshConfig | None, timeout_s: float, work: "Callable[[ProcessMesh], int | None]") -> int:
-    """Joins the ranks (all of them along lon, if no mesh is given), works, and leaves together."""
+@contextmanager
+def joined(mesh: MeshConfig | None, timeout_s: float) -> "Iterator[ProcessMesh]":
+    """The ranks, arranged in a mesh (all of them along lon, if none is given); they leave together when the block ends.
+
+    An exception inside ends all of them, with one message.
+    """
     from ..spatial.mesh import ProcessMesh
 
     sizes = (mesh.replicas, mesh.lat, mesh.lon) if mesh else (1, 1, job_ranks())
-    joined = ProcessMesh.start(*sizes, timeout_s=timeout_s)
-    with joined.guarded():
-        code = work(joined)
-    joined.stop()
-    return code or EXIT_OK
+    ranks = ProcessMesh.start(*sizes, timeout_s=timeout_s)
+    with ranks.guarded():
+        yield ranks
+    ranks.stop()
 
 
 def say_before_joining(error: Exception) -> None:

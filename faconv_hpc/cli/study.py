@@ -3,7 +3,7 @@
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..config import load_yaml
 from ..errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, InputError
+from .options import AsJson, Overrides
 
 if TYPE_CHECKING:
     from ..scaling.driver import PointState
@@ -41,17 +42,14 @@ def study_command(
         Where | None,
         typer.Option(help="slurm, or local: ranks of this machine, one point at a time. Default: slurm if it answers."),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the study's file. May be repeated."),
-    ] = None,
+    set_: Overrides = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run points again that have failed. Else they stay as they are.")
     ] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Start nothing: table and figure of what is done.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure strong or weak scaling: one config at several meshes, each point a job of its own.
 
@@ -61,7 +59,7 @@ def study_command(
 
     Example: `faconv study configs/study_strong.yaml --cluster slurm`
     """
-    from ..scaling.report import report_of, write_report
+    from ..scaling.report import report_of
     from ..scaling.study import StudyConfig, points_of
 
     config = load_yaml(StudyConfig, study, set_ or ())
@@ -71,6 +69,8 @@ def study_command(
     else:
         _run(config, points, cluster or _default_cluster(), retry_failed)
     report = report_of(config, points)
+    from ..scaling.page import write_report  # here, so that a study that is going on does not load matplotlib
+
     write_report(report, config.study_dir)
     print(report.to_json()) if as_json else _show_report(report, config.study_dir)
     raise typer.Exit(EXIT_OK if report.all_done else EXIT_FAILED)
@@ -80,7 +80,7 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
     """Until all points have ended; leaves with exit code 75 if a signal came."""
     from ..scaling.driver import StudyDriver
     from ..scaling.points import locked
-    from ..scaling.stores import check_stores, make_stores
+    from ..scaling.stores import check_stores
     from ..training.faults.signals import StopRequest
 
     console = Console(stderr=True)
@@ -95,6 +95,17 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
         if stop.number:
             _say_how_to_go_on(where, stop.number, config.study_dir)
             raise typer.Exit(EXIT_STOPPED)
+
+
+def make_stores(config: "StudyConfig", points: "Sequence[Point]", say: Callable[[str], None]) -> None:
+    """Makes the synthetic stores that are not there yet; one that was cut short is finished."""
+    from ..prepare.synthetic import SyntheticOptions, synthesise
+    from ..scaling.stores import missing_stores
+
+    for store in missing_stores(config, points):
+        say(store.told)
+        options = SyntheticOptions(store.nlat, store.nlon, store.channels, store.frames)
+        synthesise(store.path, options, mesh=store.mesh, command=f"faconv study, point {store.point}")
 
 
 def _cluster(where: Where) -> "Cluster":
@@ -177,7 +188,7 @@ def _progress_table(states: "Sequence[PointState]") -> Table:
 
 
 def _show_report(report: "StudyReport", study_dir: Path) -> None:
-    from ..scaling.report import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
+    from ..scaling.page import COLUMNS, FIGURE, REPORT_MD, TEXT_COLUMNS, rows_of
 
     left_out = () if any(one.point != one.mesh for one in report.points) else ("mesh",)
     shown = [place for place, column in enumerate(COLUMNS) if column not in (*FOR_THE_PAGE, *left_out)]

@@ -1,21 +1,18 @@
 """``faconv submit``: a run as a Slurm job."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..config import load_config
 from ..errors import EXIT_OK
+from .options import AsJson, ConfigPath, Overrides
 
 
 def submit_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/global_era5_025.yaml.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated."),
-    ] = None,
+    config: ConfigPath,
+    set_: Overrides = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -25,7 +22,7 @@ def submit_command(
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job is over; its exit code.")] = False,
     preflight: Annotated[bool, typer.Option(help="Let `faconv doctor` look at the nodes before every start.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a run as a Slurm job that is requeued at its time limit, as often as it takes.
 

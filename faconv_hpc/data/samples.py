@@ -67,7 +67,7 @@ class Batch:
 
 
 class Windows:
-    """The samples that a tile takes out of a store: window ``i`` starts at ``frames[i * stride]``.
+    """The samples that a tile takes out of a store: window ``i`` starts at ``frames[i]``.
 
     It holds ``window`` input frames and one more, the target of the last.
 
@@ -80,7 +80,6 @@ class Windows:
         forcings: names out of `FORCINGS`.
         allow_irregular_time: accept steps of different length.
         grid: the store's grid, for the forcings.
-        stride: frames from the start of one window to that of the next.
 
     Attributes:
         field_channels: names of the predicted fields.
@@ -102,16 +101,15 @@ class Windows:
         grid: LatLonGrid,
         forcings: Sequence[str] = (),
         allow_irregular_time: bool = False,
-        stride: int = 1,
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
-        self.store, self.tile, self.window, self.frames, self.stride = store, tile, window, frames, stride
+        self.store, self.tile, self.window, self.frames = store, tile, window, frames
         self.field_channels = tuple(store.channels if variables is None else variables)
         self._channels = store.channel_indices(self.field_channels)
         self._forcings = check_forcings(forcings)
         validity = tuple(f"valid_{name}" for name in self.field_channels) if store.has_missing else ()
         self.input_channels = (*self.field_channels, *validity, *self._forcings)
-        _check_frames(store, frames, window, stride)
+        _check_frames(store, frames, window)
         if not allow_irregular_time:
             check_regular(store, frames)
         self._latitude = grid.latitude[slice(*tile.rows)]
@@ -121,7 +119,7 @@ class Windows:
         self._tendency_scale = _inverse(store.tendency_std[self._channels])
 
     def __len__(self) -> int:
-        return (len(self.frames) - self.window - 1) // self.stride + 1
+        return len(self.frames) - self.window
 
     def read(self, indices: Sequence[int]) -> Batch:
         """Reads windows; each frame of a window is read once.
@@ -147,7 +145,7 @@ class Windows:
         """Frames of the store that a window takes: its inputs and the one after them."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = self.frames.start + index * self.stride
+        start = self.frames.start + index
         return range(start, start + self.window + 1)
 
     def _fill(
@@ -179,9 +177,9 @@ def _inverse(std: NDArray[np.float64]) -> NDArray[np.float32]:
     return (1.0 / np.where(std > 0, std, 1.0)).astype(np.float32)[:, None, None]
 
 
-def _check_frames(store: Store, frames: range, window: int, stride: int) -> None:
-    if window < 1 or stride < 1:
-        raise InputError(f"a window and its stride are at least 1 frame, got window {window}, stride {stride}.")
+def _check_frames(store: Store, frames: range, window: int) -> None:
+    if window < 1:
+        raise InputError(f"a window has at least 1 input frame, got {window}. Use data.window 1 or more.")
     if frames.step != 1 or frames.start < 0 or frames.stop > store.frames:
         raise InputError(
             f"frames must follow each other within the store's {store.frames}, got {frames.start} to {frames.stop} in "

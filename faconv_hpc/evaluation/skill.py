@@ -181,7 +181,7 @@ def _last_step(network: FAConvLSTMNetwork, windows: Windows, index: int, domain:
 def _area_square(x_CYX: Tensor, valid_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
     """(C,) area-weighted sums over the whole grid of the squares where they are valid, and of their weights."""
     square = x_CYX.double().square().where(valid_CYX, 0.0)
-    weight = domain.row_weights(square)[:, None] * valid_CYX
+    weight = domain.coordinates.row_weights(square)[:, None] * valid_CYX
     sums = domain.total(torch.stack([(square * weight).sum((-2, -1)), weight.sum((-2, -1))])).cpu()
     return sums[0], sums[1]
 

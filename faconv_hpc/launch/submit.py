@@ -17,7 +17,7 @@ import submitit
 
 from ..config import RunConfig
 from ..errors import InputError, SilentClusterError
-from ..files import write_durably
+from ..files import cannot_write, write_durably
 from ..spatial.environment import outside_a_job
 from .slurm import check_client
 
@@ -25,20 +25,8 @@ SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # or one dead rank leaves the othe
 NOT_NOW = ("nable to contact", "imed out", "MaxSubmitJob", "temporarily")
 """In what sbatch says: its controller is away or busy, or the user has as many jobs as is allowed."""
 
-REQUEUE = (
-    "# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config",
-    "# or the data), 1 (failed) or 93 (starting again leads nowhere).",
-    'if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then',
-    '    for again in 1 2 3 4 5 6; do scontrol requeue "$SLURM_JOB_ID" && break; sleep 10; done',
-    "    sleep 60  # meanwhile Slurm ends this script",
-    "fi",
-    'exit "$code"',
-)
-START = (
-    'echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), '
-    'on $SLURM_JOB_NODELIST"'
-)
-PREFLIGHT = 'if [ $? -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then exit 2; fi'
+JOB = Path(__file__).with_name("job.sh")
+"""What a job does at its start and its end, among it the rule for requeueing; the scripts in slurm/ read it too."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +137,14 @@ def _executor(config: RunConfig, preflight: bool, log: Path | None = None, name:
         "wckey": None,
         "stderr_to_stdout": True,
         "srun_args": [f"--output={output}", "--open-mode=append", *_srun(config)],
-        "setup": ["export SLURM_EXPORT_ENV=ALL", *slurm.setup, START, *(_preflight(config, copy) if preflight else ())],
-        "teardown": ["code=$?", *REQUEUE],  # its first line stands directly behind srun
+        "setup": [
+            "export SLURM_EXPORT_ENV=ALL",
+            *slurm.setup,
+            JOB.read_text(),
+            "faconv_say_start",
+            *([_preflight(config, copy)] if preflight else []),
+        ],
+        "teardown": ["faconv_end $?"],  # directly behind srun
         "additional_parameters": {
             "output": output,
             "requeue": True,
@@ -171,9 +165,8 @@ def _srun(config: RunConfig) -> tuple[str, ...]:
     return *SRUN, f"--cpus-per-task={config.slurm.cpus_per_task}"  # since Slurm 22.05 srun does not take it from sbatch
 
 
-def _preflight(config: RunConfig, copy: Path) -> tuple[str, ...]:
-    """What cannot work is found before the ranks train, and ends the job; at a later start it is only told."""
-    return shlex.join(["srun", *_srun(config)]) + " " + _faconv("doctor", copy, "--quick"), PREFLIGHT
+def _preflight(config: RunConfig, copy: Path) -> str:
+    return f"faconv_preflight {shlex.join(['srun', *_srun(config)])} {_faconv('doctor', copy, '--quick')}"
 
 
 def _faconv(*arguments: str | Path) -> str:
@@ -198,11 +191,8 @@ def _written(config: RunConfig) -> Path:
     text = config.to_yaml()
     path = _folder(config) / f"config-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(errors="replace") != text:  # a job that waits may read it
             write_durably(path, text)
     except OSError as error:
-        raise InputError(
-            f"run_dir {config.run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
-        ) from None
+        raise cannot_write("run_dir", config.run_dir, error) from None
     return path

@@ -1,7 +1,7 @@
 """Axial attention over the whole globe from a tile: along every row, and along every column."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError
-from ..spatial.domain import Domain, line_shares
-from ..spatial.exchange import at_least_float32
+from ..spatial.axis import line_shares
+from ..spatial.collectives import at_least_float32
+from ..spatial.domain import Domain
 from .kernels import pointwise
 
 EXCHANGES = ("auto", "gather", "swap")
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, order=True)
@@ -77,13 +76,128 @@ def cheaper_exchange(lines: int, sizes: Sequence[int], channels: int, dtype: tor
     return min(costs, key=lambda name: costs[name])
 
 
+class LineAttention(nn.Module):
+    """Multi-head attention among the cells of every line along one axis, over all tiles: the base of rows and columns.
+
+    Args:
+        channels: C of the field that is attended to.
+        heads: number of heads.
+        attention_channels: C_a, channels of queries, keys and values together over heads.
+        exchange: see `AxialAttention`.
+    """
+
+    axis: str
+    """``"lon"`` or ``"lat"``: along which lines run."""
+
+    def __init__(self, channels: int, heads: int, attention_channels: int, exchange: str) -> None:
+        super().__init__()
+        self.heads, self.exchange = heads, exchange
+        self.head_size = attention_channels // heads
+        self.qkv = nn.Parameter(torch.empty(3 * attention_channels, channels))
+        self.out = nn.Parameter(torch.empty(channels, attention_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the projections anew: uniform, Glorot."""
+        nn.init.xavier_uniform_(self.qkv)
+        nn.init.xavier_uniform_(self.out)
+
+    def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
+        """What the cells of each line gather from one another: (B, C, Y, X)."""
+        qkv_BLCN = self._lines(pointwise(self.qkv, h_BCYX))
+        qkv_LCN = self._turned(qkv_BLCN.flatten(0, 1), domain)
+        mixed_LCN = self._exchanged(qkv_LCN, qkv_BLCN.shape[:2], domain)
+        return pointwise(self.out, self._cells(mixed_LCN, qkv_BLCN.shape[:2]))
+
+    def _lines(self, x_BCYX: Tensor) -> Tensor:
+        """All lines of every sample, (B, L, C, N)."""
+        raise NotImplementedError
+
+    def _cells(self, x_LCN: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `_lines`, for lines of all samples; ``shape`` is (B, lines per sample)."""
+        raise NotImplementedError
+
+    def _position(self, domain: Domain, like: Tensor) -> Tensor:
+        """(N,) angle of each owned cell of a line, in radians."""
+        raise NotImplementedError
+
+    def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
+        """(N',) what is added to the logits of each key of a whole line; None: nothing."""
+        raise NotImplementedError
+
+    def _turned(self, qkv_LCN: Tensor, domain: Domain) -> Tensor:
+        """Queries and keys turned by their positions: harmonic m of the angle, in float64, turns the m-th pair."""
+        position = self._position(domain, qkv_LCN.new_empty(0, dtype=torch.float64))
+        harmonic = torch.arange(1, self.head_size // 2 + 1, dtype=torch.float64, device=qkv_LCN.device)
+        q, k, v = self._heads(qkv_LCN)
+        return torch.stack([*_rotate(q, k, harmonic[:, None] * position), v], dim=1).flatten(1, 3)
+
+    def _exchanged(self, qkv_LCN: Tensor, shape: torch.Size, domain: Domain) -> Tensor:
+        """Attention over whole lines, (L, C_a, N) of the owned cells: over gathered keys, or on lines dealt out."""
+        axis, sizes, (lines, channels, _) = self.axis, domain.cuts.sizes(self.axis), qkv_LCN.shape
+        bias, exchange = self._key_bias(domain, qkv_LCN), self.exchange
+        if exchange == "auto":  # the same on all ranks of the axis: they share their lines
+            exchange = cheaper_exchange(lines, sizes, channels // 3, qkv_LCN.dtype)
+        if exchange == "swap":
+            q, k, v = self._heads(domain.swap(qkv_LCN, axis))
+            return domain.swap_back(_attend(q, k, v, bias).flatten(1, 2), axis, lines)
+        q, k, v = self._heads(qkv_LCN)
+        if len(sizes) > 1:
+            keys_values = domain.gather(self._cells(qkv_LCN[:, channels // 3 :], shape), axis)
+            whole_LCN = self._lines(keys_values).flatten(0, 1)
+            k, v = whole_LCN.unflatten(1, (2, self.heads, self.head_size)).unbind(1)
+        return _attend(q, k, v, bias).flatten(1, 2)
+
+    def _heads(self, qkv_LCN: Tensor) -> tuple[Tensor, ...]:
+        heads: tuple[Tensor, ...] = qkv_LCN.unflatten(1, (3, self.heads, self.head_size)).unbind(1)
+        return heads
+
+
+class RowAttention(LineAttention):
+    """Along latitude circles. Angles are integer harmonics of longitude: only differences count, the circle closes."""
+
+    axis = "lon"
+
+    def _lines(self, x_BCYX: Tensor) -> Tensor:
+        return x_BCYX.transpose(1, 2)
+
+    def _cells(self, x_LCN: Tensor, shape: torch.Size) -> Tensor:
+        x_BLCN: Tensor = x_LCN.unflatten(0, shape)
+        return x_BLCN.transpose(1, 2)
+
+    def _position(self, domain: Domain, like: Tensor) -> Tensor:
+        return domain.coordinates.longitudes(like)
+
+    def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
+        return None  # the cells of a row are equal
+
+
+class ColumnAttention(LineAttention):
+    """Along meridians. Angles are proportional to latitude; keys are weighed by cell area (log area on the logits).
+
+    A sum over the cells of a column stands for an integral over the sphere.
+    """
+
+    axis = "lat"
+
+    def _lines(self, x_BCYX: Tensor) -> Tensor:
+        return x_BCYX.permute(0, 3, 1, 2)
+
+    def _cells(self, x_LCN: Tensor, shape: torch.Size) -> Tensor:
+        x_BLCN: Tensor = x_LCN.unflatten(0, shape)
+        return x_BLCN.permute(0, 2, 3, 1)
+
+    def _position(self, domain: Domain, like: Tensor) -> Tensor:
+        return domain.coordinates.latitudes(like)
+
+    def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
+        tiny = math.log(torch.finfo(torch.float32).tiny)
+        area = domain.coordinates.row_areas(like.new_empty(0, dtype=torch.float64))
+        return area.log().clamp_min(tiny).to(like.dtype)
+
+
 class AxialAttention(nn.Module):
     """gamma (row attention + cos(latitude) column attention), multi-head, with positions from coordinates.
-
-    Row attention joins all cells of a latitude circle. Its rotary angles are integer harmonics of
-    longitude, so only differences of longitude count and the circle closes. Column attention joins
-    all cells of a meridian, with rotary angles in proportion to latitude; its keys are weighed by cell
-    area (log area added to the logits), as a sum over cells stands for an integral over the sphere.
 
     All meridians meet at a pole, and what each of them adds there belongs to the same point: only what vanishes
     towards the pole is continuous across it. Hence the cosine of latitude, on grids that end at a pole; on others
@@ -103,56 +217,20 @@ class AxialAttention(nn.Module):
         super().__init__()
         attention_channels = attention_channels or channels
         _check(channels, heads, attention_channels, exchange)
-        self.heads, self.exchange = heads, exchange
-        self.head_size = attention_channels // heads
-        for axis in ("lon", "lat"):
-            self.register_parameter(f"{axis}_qkv", nn.Parameter(torch.empty(3 * attention_channels, channels)))
-            self.register_parameter(f"{axis}_out", nn.Parameter(torch.empty(channels, attention_channels)))
+        self.rows = RowAttention(channels, heads, attention_channels, exchange)
+        self.columns = ColumnAttention(channels, heads, attention_channels, exchange)
         self.gamma = nn.Parameter(torch.full((channels,), 0.1))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the projections anew: uniform, Glorot."""
-        for name, parameter in self.named_parameters():
-            if name != "gamma":
-                nn.init.xavier_uniform_(parameter)
+        """Draws the projections anew."""
+        self.rows.reset_parameters()
+        self.columns.reset_parameters()
 
     def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
         """What attention adds to h: (B, C, Y, X)."""
-        rows, columns = self._along("lon", h_BCYX, domain), self._along("lat", h_BCYX, domain)
-        return self.gamma[:, None, None] * (rows + columns * domain.pole_taper(h_BCYX)[:, None])
-
-    def _along(self, axis: str, h_BCYX: Tensor, domain: Domain) -> Tensor:
-        qkv = self._parameters[f"{axis}_qkv"]
-        out = self._parameters[f"{axis}_out"]
-        assert qkv is not None and out is not None, f"the projections along {axis} are missing"
-        lines_LCN, shape = _lines(pointwise(qkv, h_BCYX), axis)
-        lines_L3HDN = lines_LCN.unflatten(1, (3, self.heads, self.head_size))
-        q, k, v = lines_L3HDN.unbind(1)
-        turned = torch.stack([*_rotate(q, k, _angles(axis, self.head_size, domain, h_BCYX)), v], dim=1)
-        mixed_LCN = self._exchanged(axis, turned.flatten(1, 3), domain, _key_bias(axis, domain, h_BCYX), shape)
-        return pointwise(out, _cells(mixed_LCN, axis, shape))
-
-    def _exchanged(self, axis: str, qkv_LCN: Tensor, domain: Domain, bias: Tensor | None, shape: torch.Size) -> Tensor:
-        sizes, (lines, channels, _) = domain.cuts.sizes(axis), qkv_LCN.shape
-        exchange = self.exchange
-        if exchange == "auto":  # the same on all ranks of the axis: they share their lines
-            exchange = cheaper_exchange(lines, sizes, channels // 3, qkv_LCN.dtype)
-        if exchange == "swap":
-            whole = domain.swap(qkv_LCN, axis)
-            q, k, v = self._heads(whole)
-            mixed = _attend(q, k, v, bias).flatten(1, 2)
-            return domain.swap_back(mixed, axis, lines)
-        q, k, v = self._heads(qkv_LCN)
-        if len(sizes) > 1:
-            keys_values = qkv_LCN[:, channels // 3 :]
-            whole, _ = _lines(domain.gather(_cells(keys_values, axis, shape), axis), axis)
-            k, v = whole.unflatten(1, (2, self.heads, self.head_size)).unbind(1)
-        return _attend(q, k, v, bias).flatten(1, 2)
-
-    def _heads(self, qkv_LCN: Tensor) -> tuple[Tensor, ...]:
-        heads: tuple[Tensor, ...] = qkv_LCN.unflatten(1, (3, self.heads, self.head_size)).unbind(1)
-        return heads
+        taper = domain.coordinates.pole_taper(h_BCYX)[:, None]
+        attended: Tensor = self.rows(h_BCYX, domain) + self.columns(h_BCYX, domain) * taper
+        return self.gamma[:, None, None] * attended
 
 
 def _check(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
@@ -170,29 +248,6 @@ def _check(channels: int, heads: int, attention_channels: int, exchange: str) ->
         )
 
 
-def _lines(x_BCYX: Tensor, axis: str) -> tuple[Tensor, torch.Size]:
-    """All lines along an axis, (L, C, N), and the shape (B, lines per sample) that they came from."""
-    x_BLCN = x_BCYX.transpose(1, 2) if axis == "lon" else x_BCYX.permute(0, 3, 1, 2)
-    return x_BLCN.flatten(0, 1), x_BLCN.shape[:2]
-
-
-def _cells(x_LCN: Tensor, axis: str, shape: torch.Size) -> Tensor:
-    """The inverse of `_lines`."""
-    x_BLCN: Tensor = x_LCN.unflatten(0, shape)
-    return x_BLCN.transpose(1, 2) if axis == "lon" else x_BLCN.permute(0, 2, 3, 1)
-
-
-def _angles(axis: str, head_size: int, domain: Domain, like: Tensor) -> Tensor:
-    """(D / 2, N) rotary angles of the owned cells: integer harmonics of longitude, or of latitude.
-
-    Computed in float32 or better; harmonic m turns m times around the circle.
-    """
-    coordinate = like.new_empty(0, dtype=torch.float64)
-    position = domain.longitudes(coordinate) if axis == "lon" else domain.latitudes(coordinate)
-    harmonic = torch.arange(1, head_size // 2 + 1, dtype=torch.float64, device=like.device)
-    return harmonic[:, None] * position
-
-
 def _rotate(q_LHDN: Tensor, k_LHDN: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions (Su et al., arXiv 2104.09864): pairs of channels turned by their angle."""
     cosine, sine = angles.cos().to(q_LHDN.dtype), angles.sin().to(q_LHDN.dtype)
@@ -202,14 +257,6 @@ def _rotate(q_LHDN: Tensor, k_LHDN: Tensor, angles: Tensor) -> tuple[Tensor, Ten
         return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=2)
 
     return turned(q_LHDN), turned(k_LHDN)
-
-
-def _key_bias(axis: str, domain: Domain, like: Tensor) -> Tensor | None:
-    """(nlat,) log area of the keys of a column; the cells of a row are equal."""
-    if axis == "lon":
-        return None
-    tiny = math.log(torch.finfo(torch.float32).tiny)
-    return domain.row_areas(like.new_empty(0, dtype=torch.float64)).log().clamp_min(tiny).to(like.dtype)
 
 
 def _attend(q_LHDN: Tensor, k_LHDM: Tensor, v_LHDM: Tensor, bias_M: Tensor | None) -> Tensor:

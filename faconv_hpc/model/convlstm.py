@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .layer import State, held, zero_state
+from .recurrence import State, unrolled, zero_state
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,  # Keras 3
@@ -76,15 +76,12 @@ class ConvLSTM2d(nn.Module):
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         gates_BTCYX = self._input_gates(x_BTCYX, domain)
         inner = domain if self.padding == "same" else Domain.plane(*gates_BTCYX.shape[-2:])
-        h, c = state if state is not None else zero_state(gates_BTCYX, self.hidden_channels)
-        outputs = []
-        for step in range(x_BTCYX.shape[1]):
-            before = h, c
-            h, c = self._step(gates_BTCYX[:, step], h, c, inner)
-            if valid_BT is not None:
-                h, c = held((h, c), before, valid_BT[:, step])
-            outputs.append(h)
-        return torch.stack(outputs, dim=1), (h, c)
+        start = state if state is not None else zero_state(gates_BTCYX, self.hidden_channels)
+
+        def step(number: int, before: State) -> State:
+            return self._step(gates_BTCYX[:, number], before, inner)
+
+        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
 
     def _input_gates(self, x_BTCYX: Tensor, domain: Domain) -> Tensor:
         """The input convolution of all steps at once, (B, T, 4 C_h, Y, X)."""
@@ -99,7 +96,8 @@ class ConvLSTM2d(nn.Module):
         gates = functional.conv2d(x, self.input_weight, self.bias)
         return gates.view(*x_BTCYX.shape[:2], *gates.shape[1:])
 
-    def _step(self, gates_BCYX: Tensor, h: Tensor, c: Tensor, domain: Domain) -> State:
+    def _step(self, gates_BCYX: Tensor, state: State, domain: Domain) -> State:
+        h, c = state
         recurrent = functional.conv2d(domain.pad(h, self.reach), self.recurrent_weight)
         i, f, g, o = (gates_BCYX + recurrent).to(c.dtype).chunk(4, dim=1)
         activation = self.recurrent_activation

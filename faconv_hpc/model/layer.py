@@ -10,9 +10,7 @@ from ..errors import InputError
 from ..spatial.domain import Domain
 from .attention import AxialAttention
 from .kernels import Taps, kernels_for, pointwise
-
-State = tuple[Tensor, Tensor]
-"""(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
+from .recurrence import State, unrolled, zero_state
 
 FUSES = ("sum", "concat")
 
@@ -133,18 +131,16 @@ class FAConvLSTM2d(nn.Module):
         """
         _check_input(x_BTCYX, self.in_channels)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        h, c = state if state is not None else zero_state(x_BTCYX, self.hidden_channels)
         padded_BTCYX, mean_BTC = self._input_bottleneck(x_BTCYX, domain)
-        outputs = []
-        for step in range(x_BTCYX.shape[1]):
-            before = h, c
-            h, c = self._step(padded_BTCYX[:, step], mean_BTC[:, step], before, domain)
-            if self.attention is not None and (first_step + step + 1) % self.attention_every == 0:
+
+        def step(number: int, before: State) -> State:
+            h, c = self._step(padded_BTCYX[:, number], mean_BTC[:, number], before, domain)
+            if self.attention is not None and (first_step + number + 1) % self.attention_every == 0:
                 h = h + self.attention(h, domain)
-            if valid_BT is not None:
-                h, c = held((h, c), before, valid_BT[:, step])
-            outputs.append(h)
-        return torch.stack(outputs, dim=1), (h, c)
+            return h, c
+
+        start = state if state is not None else zero_state(x_BTCYX, self.hidden_channels)
+        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
 
     def _input_bottleneck(self, x_BTCYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
         """W_x x + b of all steps at once, with its halo and mean: one product, one exchange."""
@@ -179,18 +175,6 @@ class FAConvLSTM2d(nn.Module):
         """(B, C, taps): kernel weights added where kernels of several dilations share a cell."""
         owner_DKN = self._owner_DKN[first : first + weight_BDCK.shape[1]].to(weight_BDCK.dtype)
         return torch.einsum("bdck,dkn->bcn", weight_BDCK, owner_DKN)
-
-
-def zero_state(like_BTCYX: Tensor, hidden_channels: int) -> State:
-    """The state of a sequence that begins, on the cells of ``like_BTCYX``."""
-    h = like_BTCYX.new_zeros(like_BTCYX.shape[0], hidden_channels, *like_BTCYX.shape[-2:])
-    return h, h.to(torch.promote_types(h.dtype, torch.float32))
-
-
-def held(after: State, before: State, valid_B: Tensor) -> State:
-    """The state after a step for samples whose step is valid, the one before it for the others."""
-    valid = valid_B[:, None, None, None]
-    return after[0].where(valid, before[0]), after[1].where(valid, before[1])
 
 
 def _check(kernel_size: int, dilations: Sequence[int], fuse: str, attention_every: int) -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
-from ..spatial.exchange import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -82,4 +82,4 @@ def shared_mean_squared_error(predicted: Tensor, target: Tensor, valid: Tensor |
 
 def _area_sum(x_BTCYX: Tensor, domain: Domain) -> Tensor:
     """(B, T, C) this tile's part of the area-weighted mean."""
-    return x_BTCYX.sum(-1) @ domain.row_weights(x_BTCYX)
+    return x_BTCYX.sum(-1) @ domain.coordinates.row_weights(x_BTCYX)

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .convlstm import ConvLSTM2d
-from .layer import FAConvLSTM2d, State
+from .layer import FAConvLSTM2d
 from .losses import Loss, area_mean_squared_error, shared_mean_squared_error
+from .recurrence import State
 from .subspace import SubspaceHead, coarse_means
 
 CELLS = {"faconvlstm": FAConvLSTM2d, "convlstm": ConvLSTM2d}
@@ -36,6 +37,14 @@ class NetworkOutput:
     coarse_BTCRS: Tensor
     state: tuple[State, ...]
     valid_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TrainingLosses:
+    """The loss of a micro-batch and its part from the forecast of the tendency."""
+
+    total: Loss
+    forecast: Loss
 
 
 class FAConvLSTMNetwork(nn.Module):
@@ -118,7 +127,7 @@ class FAConvLSTMNetwork(nn.Module):
         final = tuple(one for one in states if one is not None)
         return NetworkOutput(torch.cat(tendencies, dim=1), embedding_BTE, coarse, final, valid_BT)
 
-    def loss(
+    def losses(
         self,
         output: NetworkOutput,
         x_BTCYX: Tensor,
@@ -126,10 +135,10 @@ class FAConvLSTMNetwork(nn.Module):
         domain: Domain,
         valid: Tensor | None = None,
         known: Tensor | None = None,
-    ) -> Loss:
-        """`forecast_loss` plus `embedding_loss`: what training minimizes."""
+    ) -> TrainingLosses:
+        """What training minimizes, and its part from the forecast; see `forecast_loss` and `embedding_loss`."""
         forecast = self.forecast_loss(output, target_BTCYX, domain, valid)
-        return forecast + self.embedding_loss(output, x_BTCYX, domain, known)
+        return TrainingLosses(forecast + self.embedding_loss(output, x_BTCYX, domain, known), forecast)
 
     def forecast_loss(
         self, output: NetworkOutput, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None

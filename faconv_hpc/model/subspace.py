@@ -119,7 +119,7 @@ def _check_fits(domain: Domain, coarse_shape: tuple[int, int]) -> None:
 
 
 def _region_means(x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int]) -> Tensor:
-    rows = _shares(domain.row_areas(x_BTCYX), coarse_shape[0])[:, slice(*domain.tile.rows)]
+    rows = _shares(domain.coordinates.row_areas(x_BTCYX), coarse_shape[0])[:, slice(*domain.tile.rows)]
     columns = _shares(x_BTCYX.new_ones(domain.grid.nlon), coarse_shape[1])[:, slice(*domain.tile.columns)]
     return domain.total(rows @ x_BTCYX @ columns.T)
 

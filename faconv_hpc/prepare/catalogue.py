@@ -15,7 +15,9 @@ from ..data.names import unknown_name
 from ..data.times import TimeAxis, check_increasing, decode_times
 from ..errors import InputError
 from ..spatial.grid import LatLonGrid, Span
-from .sources import Roles, SourceOptions, coordinate, find_roles, open_source, time_variable
+from .channel_names import channels_of
+from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
+from .sources import open_source
 from .zarr_chunks import ZarrChunks
 
 SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
@@ -186,36 +188,9 @@ def _segments_of(path: Path, options: SourceOptions, notes: list[str], constant:
             times[roles.time] = _times(dataset, roles, options, path, notes)
         segments += [
             Segment(path, channel, dataset[name], roles, level, grid, times[roles.time], what, chunks)
-            for level, channel, what in _channels_of(dataset, name, roles)
+            for level, channel, what in channels_of(dataset, name, roles)
         ]
     return segments
-
-
-def _channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple[int | None, Channel, str]]:
-    """A variable's channels: itself, or one per level, such as z500. With what each is, for messages."""
-    whole = f"variable {name!r}"
-    attributes = dataset[name].attrs
-    units, long_name = str(attributes.get("units", "")), str(attributes.get("long_name", name))
-    if roles.level is None:
-        return [(None, Channel(str(name), units, long_name), whole)]
-    size = dataset.sizes[roles.level]
-    if roles.level not in dataset.variables:
-        texts = [f"{roles.level} {i}" for i in range(size)]
-        return [
-            (i, Channel(f"{name}_{roles.level}{i}", units, f"{long_name}, {text}"), f"{whole}, {text}")
-            for i, text in enumerate(texts)
-        ]
-    level = dataset[roles.level]
-    if level.dtype.kind in "OSUT":  # names, as a store of ours has them
-        return [(i, Channel(str(text), units, str(text)), f"channel {text}") for i, text in enumerate(level.values)]
-    unit = str(level.attrs.get("units", ""))
-    values = level.values / 100.0 if unit == "Pa" else level.values
-    unit = "hPa" if unit == "Pa" else unit
-    texts = [f"at {value:g} {unit}".strip() for value in values]
-    return [
-        (i, Channel(f"{name}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
-        for i, (value, text) in enumerate(zip(values, texts, strict=True))
-    ]
 
 
 def _times(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path, notes: list[str]) -> TimeAxis:

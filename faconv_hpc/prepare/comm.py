@@ -8,11 +8,11 @@ code path.
 import os
 import sys
 import time
-import traceback
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
-from ..errors import EXIT_FAILED, EXIT_INPUT, InputError
+from ..errors import InputError, describe, exit_code_of
 from ..spatial.environment import RankEnvironment, choose_steady_mpi
 
 if TYPE_CHECKING:
@@ -122,32 +122,23 @@ def mpi_library() -> str | None:
     return " ".join(described.partition(",")[0].split())
 
 
-class TogetherOrNotAtAll:
-    """``with`` block in which the failure of one rank of several ends them all.
+@contextmanager
+def guarded(comm: Comm) -> Iterator[None]:
+    """What `ProcessMesh.guarded` is to a mesh: an exception inside ends all ranks, with one message.
 
-    Without it the others would wait in the next collective for ever. The failing rank prints one
-    message (a traceback if the failure is ours and not the user's) and ends the job. A job of one
-    rank is left alone: the exception goes on.
+    Without it the others would wait in the next collective for ever. The rank that fails says why and ends the job.
+    A job of one rank is left alone: the exception goes on.
     """
-
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm
-
-    def __enter__(self) -> Comm:
-        return self._comm
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None or self._comm.size == 1 or isinstance(error, Agreed):
-            return
-        if isinstance(error, InputError):
-            print(f"faconv: rank {self._comm.rank}: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(kind, error, trace)
-        sys.stderr.flush()
+    try:
+        yield
+    except Agreed:
+        raise
+    except BaseException as error:
+        if comm.size == 1:
+            raise
+        print(describe(error, comm.rank), file=sys.stderr, flush=True)
         time.sleep(TOLD_S)
-        self._comm.abort(EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED)
+        comm.abort(exit_code_of(error))
 
 
 class Agreed(SystemExit):
@@ -164,11 +155,11 @@ def agree(comm: Comm, error: InputError | None) -> None:
         InputError: on a job of one rank.
         Agreed: on every rank of a larger job, with exit code 2.
     """
-    first = next((message for message in comm.allgather(error and str(error)) if message is not None), None)
+    first = next((one for one in comm.allgather(error) if one is not None), None)
     if first is None:
         return
-    if comm.size == 1 and error is not None:
-        raise error
+    if comm.size == 1:
+        raise first
     if comm.rank == 0:
-        print(f"faconv: {first}", file=sys.stderr, flush=True)
-    raise Agreed(EXIT_INPUT)
+        print(describe(first), file=sys.stderr, flush=True)
+    raise Agreed(exit_code_of(first))

@@ -8,6 +8,8 @@ from typing import Any
 
 import h5netcdf
 
+from ..files import replacing
+
 
 class ForgivingFile:
     """A file as h5py takes one, in which writing never fails; what went wrong is kept for `raise_error`.
@@ -78,23 +80,22 @@ class ForgivingFile:
 
 
 @contextmanager
-def replacing(final: Path) -> Iterator[tuple[h5netcdf.File, ForgivingFile]]:
+def new_netcdf(final: Path) -> Iterator[tuple[h5netcdf.File, ForgivingFile]]:
     """A new NetCDF file under another name, which is given its own at the end: it appears whole or not at all.
 
     Ask the second of the two for errors now and then, so that a full disk ends the work soon.
 
     Raises:
-        OSError: it could not be written; nothing has changed then, but for the partial file.
+        OSError: it could not be written; nothing has changed then.
     """
-    temporary = final.with_name(f".{final.name}.part")
-    file = ForgivingFile(temporary)
-    try:
-        with h5netcdf.File(file, "w") as nc:
-            yield nc, file
-    except Exception:
-        file.raise_error()  # which is why, if HDF5 was led astray by a block that is not there
-        raise
-    finally:
-        file.sync_and_close()
-    file.raise_error()
-    temporary.replace(final)
+    with replacing(final) as beside:
+        file = ForgivingFile(beside)
+        try:
+            with h5netcdf.File(file, "w") as nc:
+                yield nc, file
+        except Exception:
+            file.raise_error()  # which is why, if HDF5 was led astray by a block that is not there
+            raise
+        finally:
+            file.sync_and_close()
+        file.raise_error()

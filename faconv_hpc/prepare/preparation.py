@@ -11,8 +11,9 @@ from ..data.chunks import VALUE_BYTES, chunk_shape
 from ..data.layout import StoreLayout
 from ..errors import InputError
 from .catalogue import Catalogue, build_catalogue
-from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
-from .sources import SourceOptions, expand
+from .comm import Comm, SerialComm, agree, guarded
+from .roles import SourceOptions
+from .sources import expand
 from .writer import Progress, Written, started_directory, write_store
 
 FILE_BYTES = 256 * 1024 * 1024  # of fields in one file, unless the user says how many frames
@@ -91,7 +92,7 @@ def prepare(
         drop_repeated_column,
         fill_absent_chunks,
     )
-    with TogetherOrNotAtAll(comm):
+    with guarded(comm):
         paths, catalogue, layout = _plan_together(sources, options, mesh, frames_per_file, compression, command, comm)
         _refuse_own_source(Path(output), paths)
         request = "\n".join([repr(options), *map(_identity, paths)])

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.layout import DIMS, FORMAT, FORMAT_VERSION, STORE_FILE, Channel, FileEntry, StoreLayout
 from ..data.moments import ChannelMoments
 from ..data.times import EPOCH_UNITS
-from .hdf5_file import replacing
+from .hdf5_file import new_netcdf
 
 CONVENTIONS = "CF-1.8"
 
@@ -42,7 +42,7 @@ def write_store_file(
     directory: Path, layout: StoreLayout, files: Sequence[FileEntry], moments: Sequence[ChannelMoments]
 ) -> None:
     """Writes store.nc: it appears whole or not at all."""
-    with replacing(directory / STORE_FILE) as (nc, _):
+    with new_netcdf(directory / STORE_FILE) as (nc, _):
         write_coordinates(nc, layout, range(len(layout.time)))
         _write_channels(nc, layout.channels, moments)
         for name, values in (("year_fraction", layout.time.year_fraction), ("utc_hour", layout.time.utc_hour)):

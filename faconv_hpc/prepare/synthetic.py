@@ -13,7 +13,7 @@ from ..data.layout import Channel, StoreLayout
 from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
 from ..spatial.grid import Span
-from .comm import Comm, SerialComm, TogetherOrNotAtAll, agree
+from .comm import Comm, SerialComm, agree, guarded
 from .preparation import PrepareSummary, check_request, default_frames_per_file, summarise, versions
 from .writer import Progress, started_directory, write_store
 
@@ -152,7 +152,7 @@ def synthesise(
     """
     started = time.monotonic()
     comm = comm or SerialComm()
-    with TogetherOrNotAtAll(comm):
+    with guarded(comm):
         layout = _plan_together(options, mesh, frames_per_file, compression, command, comm)
         fields = SyntheticFields(layout, options)
         with started_directory(Path(output), comm, overwrite=overwrite):

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..locks import DirectoryLock
 from ..spatial.grid import LatLonGrid, Span
 from .comm import Comm
-from .hdf5_file import ForgivingFile, replacing
+from .hdf5_file import ForgivingFile, new_netcdf
 from .store_file import CONVENTIONS, write_coordinates, write_store_file
 
 SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
@@ -102,7 +102,7 @@ def _claimed(output: Path) -> Iterator[None]:
     except OSError as error:
         raise _cannot_write(output, error) from None
     with lock:
-        if lock.is_held_elsewhere():
+        if not lock.take():
             raise InputError(
                 f"another preparation writes to {output}: {lock.holder or 'unknown'}. Wait for it, or give another "
                 f"--output; if it is dead for certain, remove {lock.path}."
@@ -230,7 +230,7 @@ def _check_statistics(layout: StoreLayout, moments: list[ChannelMoments]) -> Non
 def _write_file(output: Path, layout: StoreLayout, reader: FieldReader, file: int, mark: str, slab_bytes: int) -> None:
     """Writes one file of fields; it appears whole or not at all."""
     frames = layout.frames_of(file)
-    with replacing(output / file_name(file)) as (nc, disk):
+    with new_netcdf(output / file_name(file)) as (nc, disk):
         write_coordinates(nc, layout, frames)
         fields = _create(nc, layout, "fields", np.float32, np.float32(np.nan), layout.compression)
         fields.attrs["long_name"] = "one field per channel, units as in store.nc"

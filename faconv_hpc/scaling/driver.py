@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import InputError, RunError, SilentClusterError
-from .points import DONE, FAILED, Attempt, Outcome, Outcomes, PointFiles, replace_whole
+from ..files import write_durably
+from .points import DONE, FAILED, Attempt, Outcome, Outcomes, PointFiles
 from .results import LOCAL, write_results
 from .study import Cluster, Point, StudyConfig
 
@@ -97,7 +98,7 @@ class StudyDriver:
             InputError: what is on disk was run with another config or cluster, or belongs to somebody else.
         """
         states = [self._found(point) for point in self._points]
-        replace_whole(self._study.study_dir / STUDY_FILE, self._study.to_yaml())
+        write_durably(self._study.study_dir / STUDY_FILE, self._study.to_yaml())
         write_results(self._study, self._points)
         while not stop.number:
             for state in states:

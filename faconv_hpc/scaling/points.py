@@ -1,22 +1,21 @@
 """What is on disk of a study's points: which job runs one, which steps it has done, how its attempts have ended."""
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..config import RunConfig, validated
 from ..errors import InputError
-from ..files import write_durably
-from ..locks import DirectoryLock
-from ..training.records import CONFIG_FILE, LOCK_FILE, StepRecord, read_records
+from ..files import read_json_lines, write_durably, write_json_lines
+from ..locks import holder_of, is_held, locked_directory
+from ..training.faults.claim import LOCK_FILE
+from ..training.records import CONFIG_FILE, StepRecord, read_records
 from .study import Point
 
 JOB_FILE, OUTCOMES_FILE, STUDY_LOCK = "job.json", "points.jsonl", ".lock"
@@ -94,7 +93,7 @@ class PointFiles:
 
     def save(self, attempt: Attempt) -> None:
         """Puts the attempt on disk, at once and whole."""
-        replace_whole(self.point.directory / JOB_FILE, json.dumps(asdict(attempt)) + "\n")
+        write_durably(self.point.directory / JOB_FILE, json.dumps(asdict(attempt)) + "\n")
 
     def begin(self, cluster: str) -> Attempt:
         """A new attempt: noted, what an earlier one left removed, the config written. The job's id is to follow.
@@ -119,12 +118,12 @@ class PointFiles:
                 f"{self.run_dir}, of an earlier attempt, cannot be removed: {error.strerror or error}. Remove it, and "
                 f"start the study again."
             ) from None
-        replace_whole(self.config, self.point.run.to_yaml())
+        write_durably(self.config, self.point.run.to_yaml())
         return attempt
 
     def records(self) -> list[StepRecord]:
         """The steps that are done, from the first, without a gap."""
-        found = list(read_records(self.run_dir))
+        found = read_records(self.run_dir)
         return [record for place, record in enumerate(found, start=1) if record.step == place]
 
     @property
@@ -134,22 +133,12 @@ class PointFiles:
 
     def is_trained_in(self) -> bool:
         """Whether some process still holds the run directory, such as a job whose id was lost."""
-        try:
-            with (self.run_dir / LOCK_FILE).open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no run there, or a file system without locks
-            return False
-        return False
+        return is_held(self.run_dir / LOCK_FILE)
 
     @property
     def holder(self) -> str:
         """Who trains there, by what its lock says."""
-        try:
-            return (self.run_dir / LOCK_FILE).read_text().strip() or "somebody"
-        except OSError:
-            return "somebody"
+        return holder_of(self.run_dir / LOCK_FILE) or "somebody"
 
     def check_same(self) -> None:
         """Raises InputError where what is there was run with another config: a study compares like with like."""
@@ -193,7 +182,8 @@ class Outcomes:
 
     def __init__(self, study_dir: Path) -> None:
         self._path = study_dir / OUTCOMES_FILE
-        self._all = [Outcome(**line | {"last_lines": tuple(line["last_lines"])}) for line in read_lines(self._path)]
+        lines = read_json_lines(self._path)
+        self._all = [Outcome(**line | {"last_lines": tuple(line["last_lines"])}) for line in lines]
 
     def of(self, point: str, attempt: Attempt | None) -> Outcome | None:
         """Of this attempt, if it has ended and was seen to."""
@@ -204,7 +194,7 @@ class Outcomes:
         """One line more, whole or not at all; none twice."""
         self._all = [one for one in self._all if (one.point, one.attempt) != (outcome.point, outcome.attempt)]
         self._all.append(outcome)
-        write_lines(self._path, [asdict(one) for one in self._all])
+        write_json_lines(self._path, [asdict(one) for one in self._all])
 
 
 @contextmanager
@@ -214,40 +204,15 @@ def locked(study_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another process runs the study, or the directory cannot be made.
     """
-    try:
-        lock = DirectoryLock(study_dir / STUDY_LOCK)
-    except OSError as error:
-        raise InputError(
-            f"study_dir {study_dir} cannot be written: {error.strerror}. Give a directory where you may write."
-        ) from None
-    with lock:
-        if lock.is_held_elsewhere():
-            raise InputError(
-                f"the study in {study_dir} is already run by {lock.holder or 'another process'}. Wait for "
-                f"it, or look at what is done with --report-only."
-            )
-        lock.sign()
+
+    def refusal(holder: str) -> InputError:
+        return InputError(
+            f"the study in {study_dir} is already run by {holder or 'another process'}. Wait for "
+            f"it, or look at what is done with --report-only."
+        )
+
+    with locked_directory(study_dir / STUDY_LOCK, "study_dir", refusal):
         yield
-
-
-def replace_whole(path: Path, text: str) -> None:
-    """Writes a file by one rename: it is there as before or as asked, also after a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, text)
-
-
-def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON line each; the file appears whole."""
-    replace_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `write_lines` wrote; nothing if there is no file. Lines that are damaged are left out."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
 
 
 def now() -> str:

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json_lines
 from ..training.records import STEPS_FILE, VERSIONS_FILE, StepRecord
-from .points import PointFiles, write_lines
+from .points import PointFiles
 from .study import Point, StudyConfig
 
 RESULTS_FILE = "results.jsonl"
@@ -91,7 +92,7 @@ def write_results(study: StudyConfig, points: Sequence[Point]) -> list[Repeat]:
     The file is replaced as a whole, so that no repeat stands there twice whenever this is cut short.
     """
     found = [repeat for point in points for repeat in repeats_of(study, point)]
-    write_lines(study.study_dir / RESULTS_FILE, [asdict(repeat) for repeat in found])
+    write_json_lines(study.study_dir / RESULTS_FILE, [asdict(repeat) for repeat in found])
     return found
 
 

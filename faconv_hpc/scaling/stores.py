@@ -1,34 +1,50 @@
-"""The data of a study's points: found, or made where the work of a rank is to stay the same."""
+"""The data of a study's points: what is there, and what is wanted where the work of a rank is to stay the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..data.store import Store
 from ..errors import InputError
-from ..prepare.synthetic import SyntheticOptions, synthesise
 from ..spatial.grid import Cuts
 from .study import Point, StudyConfig
 
 VALUE_BYTES = 4  # float32
 
 
-def make_stores(study: StudyConfig, points: Sequence[Point], say: Callable[[str], None]) -> None:
-    """Makes the synthetic stores that are not there yet; one that was cut short is finished.
+@dataclass(frozen=True)
+class WantedStore:
+    """A synthetic store that a weak study needs: tiles of one size for every rank."""
 
-    Args:
-        say: is told what is made, as large ones take minutes.
-    """
+    path: Path
+    point: str
+    nlat: int
+    nlon: int
+    channels: int
+    frames: int
+    mesh: tuple[int, int]
+
+    @property
+    def told(self) -> str:
+        """For people, who wait for it: large ones take minutes."""
+        size_gb = self.nlat * self.nlon * self.channels * self.frames * VALUE_BYTES / 1e9
+        return (
+            f"making {self.path}: {self.frames} frames of {self.channels} channels on {self.nlat} x {self.nlon} "
+            f"cells, {size_gb:.2g} GB"
+        )
+
+
+def missing_stores(study: StudyConfig, points: Sequence[Point]) -> Iterator[WantedStore]:
+    """Those that are not there yet, or were cut short; each is looked for when it is asked for."""
     if study.cells_per_rank is None or study.channels is None:
         return
+    rows, columns = study.cells_per_rank
     for point in points:
-        mesh, store = point.run.mesh, point.run.data.store
-        if _is_finished(point):
-            continue
-        nlat, nlon = study.cells_per_rank[0] * mesh.lat, study.cells_per_rank[1] * mesh.lon
-        frames = int(store.name.rpartition("x")[2])
-        size_gb = nlat * nlon * study.channels * frames * VALUE_BYTES / 1e9
-        say(f"making {store}: {frames} frames of {study.channels} channels on {nlat} x {nlon} cells, {size_gb:.2g} GB")
-        options = SyntheticOptions(nlat, nlon, study.channels, frames)
-        synthesise(store, options, mesh=(mesh.lat, mesh.lon), command=f"faconv study, point {point.name}")
+        mesh, path = point.run.mesh, point.run.data.store
+        if not _is_finished(point):
+            frames = int(path.name.rpartition("x")[2])
+            sizes = rows * mesh.lat, columns * mesh.lon, study.channels, frames
+            yield WantedStore(path, point.name, *sizes, (mesh.lat, mesh.lon))
 
 
 def _is_finished(point: Point) -> bool:

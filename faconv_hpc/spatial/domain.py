@@ -3,20 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..autograd import Context, Operation
 from ..errors import InputError
 from ..observe import Clock
-from . import exchange
-from .exchange import HaloExchange, at_least_float32
-from .grid import Boundary, Cuts, LatLonGrid, Tile
+from .area_mean import AreaMean
+from .axis import DIMS, Axis
+from .collectives import gathered_hashes, start_sum
+from .coordinates import Coordinates
+from .exchange import HaloExchange
+from .grid import Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
+from .operations import Gather, Mean, Pad, PadAndMean, Swap, SwapBack, Total
 from .tape import Tape
 
 Value = TypeVar("Value")
@@ -33,6 +34,11 @@ class Domain:
         grid: the whole grid.
         mesh: the ranks; default: this process owns everything.
         cuts: where the grid is cut; default: as evenly as possible over the mesh.
+
+    Attributes:
+        tile: the owned cells.
+        coordinates: areas and angles of the owned cells.
+        clock: what the verbs have cost.
     """
 
     def __init__(self, grid: LatLonGrid, mesh: ProcessMesh | None = None, *, cuts: Cuts | None = None) -> None:
@@ -49,7 +55,8 @@ class Domain:
         self.clock = Clock(self.mesh.activity)
         self._tape: Tape | None = None
         self._halo_exchanges: dict[int, HaloExchange] = {}
-        self._constants: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.coordinates = Coordinates(grid, self.tile)
+        self._area_mean = AreaMean(self.coordinates.row_weights, self.mesh.tile_group, self.clock)
 
     @staticmethod
     @lru_cache(maxsize=16)
@@ -71,7 +78,7 @@ class Domain:
         is the sum over all uses.
         """
         self._check_cells(x)
-        padded: Tensor = _Pad.call(x, self, width) if width else x
+        padded: Tensor = Pad.call(x, self.halo_exchange(width), self.remembered) if width else x
         return padded
 
     def gather(self, x: Tensor, axis: str) -> Tensor:
@@ -80,7 +87,7 @@ class Domain:
         Adjoint: reduce-scatter. Every rank of the axis uses every cell, so their gradients are
         summed and each rank keeps its own cells'.
         """
-        joined: Tensor = _Gather.call(x, self, axis) if self.mesh.size(axis) > 1 else x
+        joined: Tensor = Gather.call(x, self.axis(axis)) if self.mesh.size(axis) > 1 else x
         return joined
 
     def swap(self, x_LCN: Tensor, axis: str) -> Tensor:
@@ -95,12 +102,12 @@ class Domain:
 
         Adjoint: `swap_back`; both only move numbers, so each is the other's inverse and adjoint.
         """
-        whole_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else _Swap.call(x_LCN, self, axis, x_LCN.shape[0])
+        whole_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else Swap.call(x_LCN, self.axis(axis))
         return whole_LCN
 
     def swap_back(self, x_LCN: Tensor, axis: str, lines: int) -> Tensor:
         """The inverse of `swap`: ``lines`` is the number of lines that run through this tile."""
-        owned_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else _SwapBack.call(x_LCN, self, axis, lines)
+        owned_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else SwapBack.call(x_LCN, self.axis(axis), lines)
         return owned_LCN
 
     def mean(self, x: Tensor) -> Tensor:
@@ -111,7 +118,7 @@ class Domain:
         so on every cell of every tile.
         """
         self._check_cells(x)
-        mean: Tensor = _Mean.call(x, self)
+        mean: Tensor = Mean.call(x, self._area_mean, self.remembered)
         return mean
 
     def total(self, x: Tensor) -> Tensor:
@@ -120,13 +127,13 @@ class Domain:
         Adjoint: the identity. Each rank's share enters the total once. Unlike `mean`, the result
         must not be used by further layers.
         """
-        summed: Tensor = _Total.call(x, self) if self.tiles > 1 else x
+        summed: Tensor = Total.call(x, self.mesh.tile_group, self.clock) if self.tiles > 1 else x
         return summed
 
     def pad_and_mean(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """`pad` and `mean` of the same x in one communication phase, forward and backward."""
         self._check_cells(x)
-        padded, mean = _PadAndMean.call(x, self, width)
+        padded, mean = PadAndMean.call(x, self.halo_exchange(width), self._area_mean, self.remembered)
         return padded, mean
 
     # Between a tile and the whole grid, for small tensors: tests, figures, examples
@@ -148,29 +155,7 @@ class Domain:
     def verdict(self, passed: bool) -> bool:
         """Whether all tiles say so: lets every rank agree before anyone raises."""
         votes = torch.tensor(float(not passed), device=self.mesh.device)
-        return not exchange.start_sum(votes, self.mesh.tile_group, self.clock, "verdict")().item()
-
-    # Coordinates of the owned cells
-
-    def row_weights(self, like: Tensor) -> Tensor:
-        """(Y,) the share of each owned row's cell in the area of the whole grid."""
-        return self._constant("weight", like)
-
-    def row_areas(self, like: Tensor) -> Tensor:
-        """(nlat,) relative area of a cell in each row of the grid, 1 on average."""
-        return self._constant("area", like)
-
-    def latitudes(self, like: Tensor) -> Tensor:
-        """(Y,) latitudes of the owned rows, in radians."""
-        return self._constant("latitude", like)
-
-    def longitudes(self, like: Tensor) -> Tensor:
-        """(X,) longitudes of the owned columns, in radians."""
-        return self._constant("longitude", like)
-
-    def pole_taper(self, like: Tensor) -> Tensor:
-        """(Y,) cosine of the owned rows' latitudes where the grid ends at a pole, ones on other grids."""
-        return self._constant("taper", like)
+        return not start_sum(votes, self.mesh.tile_group, self.clock, "verdict")().item()
 
     # Activation checkpointing
 
@@ -195,6 +180,13 @@ class Domain:
         """What ``communicate`` returns, or what it returned when the segment was first computed."""
         return communicate() if self._tape is None else self._tape.value(communicate)
 
+    # What moves the numbers
+
+    def axis(self, name: str) -> Axis:
+        """The ranks along ``"lat"`` or ``"lon"`` that share this tile's lines."""
+        mesh = self.mesh
+        return Axis(DIMS[name], self.cuts.sizes(name), mesh.index(name), mesh.axis_groups.get(name), self.clock)
+
     def halo_exchange(self, width: int) -> HaloExchange:
         """The exchange for one halo width; made once. Collective when it is made: all tiles must see the same plan."""
         if width not in self._halo_exchanges:
@@ -210,7 +202,7 @@ class Domain:
         if group is None:
             return
         plan = f"{self.grid} {self.cuts} {width}"
-        seen = exchange.gathered_hashes(plan, group, self.mesh.device)
+        seen = gathered_hashes(plan, group, self.mesh.device)
         others = [tile for tile, value in enumerate(seen) if value != seen[0]]
         if others:
             raise InputError(
@@ -219,178 +211,9 @@ class Domain:
                 f"{self.cuts.lon} tiles, width {width}). Pass the same grid and cuts on every rank."
             )
 
-    def _constant(self, name: str, like: Tensor) -> Tensor:
-        key = (name, like.dtype, like.device)
-        if key not in self._constants:
-            with torch.inference_mode(False):  # constants made while evaluating serve training too
-                values = torch.from_numpy(self._values(name).copy())
-                self._constants[key] = values.to(dtype=like.dtype, device=like.device)
-        return self._constants[key]
-
-    def _values(self, name: str) -> NDArray[np.float64]:
-        rows, columns = self.tile.slices
-        area = self.grid.cell_area_sr
-        if name == "taper":
-            has_pole = Boundary.POLE in (self.grid.north, self.grid.south)
-            return np.cos(self.grid.latitude[rows]) if has_pole else np.ones(self.tile.shape[0])
-        if name in ("latitude", "longitude"):
-            return self.grid.latitude[rows] if name == "latitude" else self.grid.longitude[columns]
-        scaled: NDArray[np.float64] = area[rows] / self.grid.total_area_sr if name == "weight" else area / area.mean()
-        return scaled
-
     def _check_cells(self, x: Tensor) -> None:
         if x.shape[-2:] != self.tile.shape:
             raise InputError(
                 f"this rank's tile has {self.tile.shape[0]} x {self.tile.shape[1]} cells, the tensor ends in "
                 f"{tuple(x.shape[-2:])}. Pass owned cells only: `domain.scatter(x)` cuts them from a whole field."
             )
-
-
-class _Pad(Operation):
-    """Owner to halo going forward; halo to owner, added, going back."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, domain: Domain, width: int) -> Tensor:
-        ctx.halo = domain.halo_exchange(width)
-        received = domain.remembered(lambda: ctx.halo.start_fill(x)())
-        padded: Tensor = ctx.halo.pad(x, received)
-        return padded
-
-    @staticmethod
-    def backward(ctx: Context, grad_padded: Tensor) -> tuple[Tensor, None, None]:
-        received = ctx.halo.start_accumulate(grad_padded)()
-        return ctx.halo.add_halo(grad_padded, received), None, None
-
-
-class _Mean(Operation):
-    """Area-weighted sum over all tiles going forward; gradients summed over tiles going back."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, domain: Domain) -> Tensor:
-        ctx.domain, ctx.columns = domain, x.shape[-1]
-        # Detached: what autograd returns must not be the tensor on the tape, or the two keep each other alive.
-        return domain.remembered(lambda: _start_mean(x, domain)()).detach().to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None]:
-        total = _start_grad_sum(grad_mean, ctx.domain)()
-        return _spread(total, ctx.domain, ctx.columns).to(grad_mean.dtype), None
-
-
-class _PadAndMean(Operation):
-    """`_Pad` and `_Mean` with both exchanges under way at once."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, domain: Domain, width: int) -> tuple[Tensor, Tensor]:
-        ctx.domain, ctx.columns, ctx.halo = domain, x.shape[-1], domain.halo_exchange(width)
-
-        def communicate() -> tuple[exchange.Received, Tensor]:
-            halo, mean = ctx.halo.start_fill(x), _start_mean(x, domain)
-            return halo(), mean()
-
-        received, mean = domain.remembered(communicate)
-        return ctx.halo.pad(x, received), mean.detach().to(x.dtype)  # detached: see _Mean
-
-    @staticmethod
-    def backward(ctx: Context, grad_padded: Tensor, grad_mean: Tensor) -> tuple[Tensor, None, None]:
-        halo = ctx.halo.start_accumulate(grad_padded)
-        total = _start_grad_sum(grad_mean, ctx.domain)
-        grad = ctx.halo.add_halo(grad_padded, halo())
-        return grad.add_(_spread(total(), ctx.domain, ctx.columns)), None, None
-
-
-class _Gather(Operation):
-    """All-gather along one axis going forward; reduce-scatter going back."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, domain: Domain, axis: str) -> Tensor:
-        ctx.domain, ctx.axis = domain, axis
-        return exchange.gather(x, _dim(axis), domain.cuts.sizes(axis), *_axis(domain, axis))
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        domain, axis = ctx.domain, ctx.axis
-        sizes, index = domain.cuts.sizes(axis), domain.mesh.index(axis)
-        return exchange.reduce_scatter(grad, _dim(axis), sizes, index, *_axis(domain, axis)), None, None
-
-
-class _Swap(Operation):
-    """All-to-all from owned pieces of all lines to whole lines, fewer; going back, the reverse."""
-
-    @staticmethod
-    def forward(ctx: Context, x_LCN: Tensor, domain: Domain, axis: str, lines: int) -> Tensor:
-        ctx.domain, ctx.axis, ctx.lines = domain, axis, lines
-        return _to_whole_lines(x_LCN, domain, axis)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _to_owned_pieces(grad, ctx.domain, ctx.axis, ctx.lines), None, None, None
-
-
-class _SwapBack(Operation):
-    """All-to-all from whole lines to owned pieces of all lines; going back, the reverse."""
-
-    @staticmethod
-    def forward(ctx: Context, x_LCN: Tensor, domain: Domain, axis: str, lines: int) -> Tensor:
-        ctx.domain, ctx.axis = domain, axis
-        return _to_owned_pieces(x_LCN, domain, axis, lines)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _to_whole_lines(grad, ctx.domain, ctx.axis), None, None, None
-
-
-class _Total(Operation):
-    """Sum over all tiles going forward; the identity going back."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, domain: Domain) -> Tensor:
-        return exchange.start_sum(x.clone(), domain.mesh.tile_group, domain.clock, "total")()
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def _start_mean(x: Tensor, domain: Domain) -> exchange.Finish:
-    rows = x.sum(-1, dtype=at_least_float32(x.dtype))
-    return exchange.start_sum(rows @ domain.row_weights(rows), domain.mesh.tile_group, domain.clock, "mean")
-
-
-def _start_grad_sum(grad_mean: Tensor, domain: Domain) -> exchange.Finish:
-    share = grad_mean.to(at_least_float32(grad_mean.dtype), copy=True).contiguous()
-    return exchange.start_sum(share, domain.mesh.tile_group, domain.clock, "adjoint of mean")
-
-
-def _spread(total: Tensor, domain: Domain, columns: int) -> Tensor:
-    """The gradient of a mean at every owned cell: its weight times the mean's gradient."""
-    by_row = total[..., None, None] * domain.row_weights(total)[:, None]
-    return by_row.expand(*by_row.shape[:-1], columns)
-
-
-def _dim(axis: str) -> int:
-    return -2 if axis == "lat" else -1
-
-
-def _axis(domain: Domain, axis: str) -> tuple[Any, Clock]:
-    return domain.mesh.axis_groups[axis], domain.clock
-
-
-def line_shares(lines: int, ranks: int) -> list[int]:
-    """How many of the lines each rank of the axis takes; some take none where there are too few."""
-    return [lines // ranks + (rank < lines % ranks) for rank in range(ranks)]
-
-
-def _to_whole_lines(x_LCN: Tensor, domain: Domain, axis: str) -> Tensor:
-    lines, channels, _ = x_LCN.shape
-    shares = line_shares(lines, domain.mesh.size(axis))
-    mine = shares[domain.mesh.index(axis)]
-    shapes = [torch.Size((mine, channels, size)) for size in domain.cuts.sizes(axis)]
-    return torch.cat(exchange.all_to_all(x_LCN.split(shares), shapes, *_axis(domain, axis)), dim=-1)
-
-
-def _to_owned_pieces(x_LCN: Tensor, domain: Domain, axis: str, lines: int) -> Tensor:
-    sizes = domain.cuts.sizes(axis)
-    owned = sizes[domain.mesh.index(axis)]
-    shapes = [torch.Size((share, x_LCN.shape[1], owned)) for share in line_shares(lines, len(sizes))]
-    return torch.cat(exchange.all_to_all(x_LCN.split(sizes, dim=-1), shapes, *_axis(domain, axis)))

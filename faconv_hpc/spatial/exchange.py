@@ -1,11 +1,10 @@
-"""Moving cells between tiles: started early, waited for late. No autograd here, see domain.py.
+"""Moving halos between tiles: started early, waited for late. No autograd here, see operations.py.
 
 Every message between two ranks is one tensor that holds all rectangles for that peer in the plan's
 order. One message per pair and phase leaves no order of messages to get wrong, which matters on a
 periodic axis of two ranks, where the western and the eastern neighbour are the same peer.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -16,9 +15,6 @@ from torch import Tensor
 from ..observe import Clock
 from .grid import Cuts, LatLonGrid
 from .halo import Rectangle, halo_rectangles, rectangles_sent
-
-Finish = Callable[[], Tensor]
-"""Waits for what was started and returns the result."""
 
 Received = dict[int, Tensor]
 """One flat buffer per peer."""
@@ -111,87 +107,6 @@ class HaloExchange:
             return incoming
 
         return finish
-
-
-def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb: str) -> Finish:
-    """Starts the sum of ``value`` over the group, for a verb; ``value`` is overwritten."""
-    if group is None:
-        return lambda: value
-    with clock.timing("exchange", verb):
-        work = dist.all_reduce(value, group=group, async_op=True)
-
-    def finish() -> Tensor:
-        with clock.timing("exchange", verb):
-            work.wait()
-        return value
-
-    return finish
-
-
-def gather(tile: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup, clock: Clock) -> Tensor:
-    """Joins the tiles of all ranks of the group along ``dim``, whose sizes are ``sizes``.
-
-    Tiles are filled up to the largest, because collectives want equal parts, and trimmed again.
-    """
-    largest = max(sizes)
-    part = _filled(tile.movedim(dim, 0), largest)
-    parts = part.new_empty(len(sizes) * largest, *part.shape[1:])
-    with clock.timing("exchange", "gather"):
-        dist.all_gather_single(parts, part, group=group)
-    parts = parts.view(len(sizes), largest, *part.shape[1:])
-    return torch.cat([parts[rank, :size] for rank, size in enumerate(sizes)]).movedim(0, dim)
-
-
-def reduce_scatter(
-    whole: Tensor, dim: int, sizes: Sequence[int], index: int, group: dist.ProcessGroup, clock: Clock
-) -> Tensor:
-    """Sums ``whole`` over the group and leaves each rank its own part along ``dim``: adjoint of `gather`."""
-    largest = max(sizes)
-    spans = whole.movedim(dim, 0).to(at_least_float32(whole.dtype)).split(list(sizes))
-    parts = torch.cat([_filled(span, largest) for span in spans])
-    part = parts.new_empty(largest, *parts.shape[1:])
-    with clock.timing("exchange", "adjoint of gather"):
-        dist.reduce_scatter_single(part, parts, group=group)
-    return part[: sizes[index]].to(whole.dtype).movedim(0, dim)
-
-
-def all_to_all(
-    pieces: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup, clock: Clock
-) -> list[Tensor]:
-    """Sends piece i to rank i of the group and returns what each rank sent here, of the given shapes."""
-    outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
-    counts = [shape.numel() for shape in shapes]
-    incoming = outgoing.new_empty(sum(counts))
-    with clock.timing("exchange", "swap"):
-        dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=counts,
-            input_split_sizes=[piece.numel() for piece in pieces],
-            group=group,
-        )
-    return [part.view(shape) for part, shape in zip(incoming.split(counts), shapes, strict=True)]
-
-
-def gathered_hashes(text: str, group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """A 63-bit hash of every rank's text."""
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    mine = torch.tensor([digest], dtype=torch.int64, device=device)
-    everyone = mine.new_empty(dist.get_world_size(group))
-    dist.all_gather_single(everyone, mine, group=group)
-    hashes: list[int] = everyone.tolist()
-    return hashes
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which values of ``dtype`` are summed: float64 stays, all others become float32."""
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def _filled(part: Tensor, size: int) -> Tensor:
-    filled = part.new_zeros(size, *part.shape[1:])
-    filled[: part.shape[0]] = part
-    return filled
 
 
 def _by_peer(rectangles: Sequence[Rectangle], role: str, here: int) -> dict[int, list[Rectangle]]:

@@ -1,12 +1,10 @@
 """One failed rank ends the job at once, with one message: the first rank that knows speaks."""
 
-import errno
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -14,7 +12,7 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from ..errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, InputError, LostRankError, RunError, exit_code_of
+from ..errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, LostRankError, RunError, describe, exit_code_of
 from ..observe import FILE_ACTIVITIES, Activity
 from .heartbeat import PAUSE_S, Heartbeats
 
@@ -26,7 +24,6 @@ VERDICT = "verdict"
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "emote process exited")  # gloo, NCCL
 LOST_PEER_CHARS = 200
 TIMED_OUT = ("imed out", "imeout")  # gloo, NCCL, the store
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 Value = TypeVar("Value")
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
@@ -86,7 +83,7 @@ class FailureWatch:
             thread.start()
 
     @contextmanager
-    def guarding(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
         """Ends this process, and with it the job, if the block raises."""
         try:
             yield
@@ -102,7 +99,10 @@ class FailureWatch:
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
         if _is_timeout(error):
             error = self._explained(error)
-        code = EXIT_STOPPED if _is_lost_peer(error) else exit_code_of(error)
+        if _is_lost_peer(error):
+            told = str(error)[:LOST_PEER_CHARS]
+            error = LostRankError(f"another rank has left while this one waited for it ({told})")
+        code = exit_code_of(error)
         self._stopped.set()
         claim = self._claim(code)
         if claim is _Claim.TAKEN:
@@ -219,27 +219,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def describe(error: BaseException, rank: int | None = None) -> str:
-    """What the terminal shows: the message alone for the user's mistakes, else the traceback."""
-    where = "" if rank is None else f" (rank {rank})"
-    if isinstance(error, InputError):
-        return f"faconv: error{where}: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return f"faconv: interrupted{where}"
-    if isinstance(error, FloatingPointError | RunError):
-        return f"faconv: failed{where}: {error}"
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return (
-            f"faconv: failed{where}: {error.strerror}: {error.filename or 'a file of the run'}. The checkpoints that "
-            f"are there stay. Make room, and start the same command again."
-        )
-    if _is_lost_peer(error):
-        told = str(error)[:LOST_PEER_CHARS]
-        return f"faconv: failed{where}: another rank has left while this one waited for it ({told})"
-    lines = "".join(traceback.format_exception(error))
-    return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"
 
 
 def _is_lost_peer(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ..errors import InputError
 from ..observe import Activity
+from .collectives import all_gather
 from .environment import RankEnvironment
 from .failure import MARGIN_S, FailureWatch
 from .meeting import meet
@@ -63,7 +64,7 @@ class ProcessMesh:
         environment = RankEnvironment.read()
         store = meet(environment, timeout_s)
         watch = _watch(store, environment, timeout_s)  # first, so that none waits in vain for one that fails here
-        with watch.guarding():
+        with watch.guarded():
             device = _device(environment)
             _join(environment, store, device, timeout_s)
             ranks = range(environment.world_size)
@@ -138,9 +139,7 @@ class ProcessMesh:
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.group is None:
             return [mine.tolist()]
-        everyone = mine.new_empty(self.ranks * mine.numel())
-        dist.all_gather_single(everyone, mine, group=self.group)
-        rows: list[list[float]] = everyone.view(self.ranks, -1).tolist()
+        rows: list[list[float]] = all_gather(mine, self.group).tolist()
         return rows
 
     def from_first(self, value: Value) -> Value:
@@ -174,7 +173,7 @@ class ProcessMesh:
         if self.watch is None:
             yield
             return
-        with self.watch.guarding():
+        with self.watch.guarded():
             yield
 
     def stop(self) -> None:

@@ -59,7 +59,7 @@ def roll_call(answer: Callable[[int], str], timeout_s: float) -> RollCall:
     store = meet(environment, timeout_s)
     own: Store = store.clone()  # type: ignore[attr-defined]
     watch = FailureWatch(PrefixStore("failure", own), environment.rank)
-    with watch.guarding():
+    with watch.guarded():
         board = PrefixStore("roll call", store)
         board.set(str(environment.rank), answer(environment.local_rank))
         if environment.rank == 0:

@@ -153,7 +153,8 @@ def _update(workspace: Workspace) -> Values:
     batch = _window(workspace, windows, workspace.domain.mesh.replica)
     output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, workspace.domain)
     inputs, target = batch.inputs_BTCYX, batch.target_BTCYX
-    engine.backward(network.loss(output, inputs, target, workspace.domain, batch.valid_BTCYX, batch.known_BTCYX))
+    losses = network.losses(output, inputs, target, workspace.domain, batch.valid_BTCYX, batch.known_BTCYX)
+    engine.backward(losses.total)
     engine.step(1.0)
     return {f"{UPDATE}{name}": before[name] - after for name, after in engine.full_parameters()}
 
@@ -172,7 +173,7 @@ def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Value
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
     output = network(inputs, batch.year_fraction_BT, domain=domain)
     known = None if batch.known_BTCYX is None else batch.known_BTCYX.to(dtype)
-    loss = network.loss(output, inputs, batch.target_BTCYX.to(dtype), domain, batch.valid_BTCYX, known)
+    loss = network.losses(output, inputs, batch.target_BTCYX.to(dtype), domain, batch.valid_BTCYX, known).total
     named = dict(network.named_parameters())
     share = loss.objective / domain.tiles
     gradients = torch.autograd.grad(share, [inputs, *named.values()], materialize_grads=True)

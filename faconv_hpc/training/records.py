@@ -4,11 +4,9 @@ import json
 import math
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,17 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .._version import __version__
 from ..config import RunConfig
-from ..errors import InputError, LostRankError
-from ..files import write_durably
-from ..locks import DirectoryLock
-from ..spatial.environment import RankEnvironment
+from ..files import read_json_lines, write_durably, write_json_lines
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
-LOCK_FILE = ".lock"
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "h5netcdf", "xarray", "mpi4py")
-EARLIER_START_S = 60  # for the last start of a job that was requeued to end, and its lock with it
 LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a log file
 
 
@@ -80,10 +73,10 @@ class StepRecord:
         return json.dumps(values)
 
     @classmethod
-    def from_json(cls, line: str) -> "StepRecord":
-        """The inverse of `to_json`; null becomes NaN."""
-        values: dict[str, Any] = json.loads(line)
-        return cls(**(dict.fromkeys(values, math.nan) | {name: one for name, one in values.items() if one is not None}))
+    def from_row(cls, values: Mapping[str, Any]) -> "StepRecord":
+        """From the values of a line of `to_json`; null becomes NaN."""
+        known: dict[str, Any] = {name: math.nan if one is None else one for name, one in values.items()}
+        return cls(**known)
 
     @property
     def communication_share(self) -> float:
@@ -170,13 +163,9 @@ class _Display:
             print(f"step {record.step}/{self._steps}  {text}", file=sys.stderr, flush=True)
 
 
-def read_records(run_dir: Path) -> Iterator[StepRecord]:
-    """The records of a run, in order."""
-    path = run_dir / STEPS_FILE
-    if path.exists():
-        for line in _lines(path):
-            if math.isfinite(_step_of(line)):  # a kill may have cut the last line short
-                yield StepRecord.from_json(line)
+def read_records(run_dir: Path) -> list[StepRecord]:
+    """The records of a run, in order; none where there is no run."""
+    return [StepRecord.from_row(row) for row in _rows(run_dir / STEPS_FILE)]
 
 
 def versions() -> dict[str, str]:
@@ -215,113 +204,28 @@ def _write_config(config: RunConfig, done: int) -> None:
     write_durably(path, config.to_yaml())
 
 
-@contextmanager
-def claimed(run_dir: Path, here: bool) -> Iterator[None]:
-    """The run directory for this job alone, as long as the block lasts; the kernel frees it if the rank is killed.
-
-    Raises:
-        InputError: another job trains there, or the directory cannot be made.
-        LostRankError: an earlier start of this very job does, and goes on.
-    """
-    if not here:
-        yield
-        return
-    try:
-        lock = DirectoryLock(run_dir / LOCK_FILE)
-        (run_dir / "checkpoints").mkdir(exist_ok=True)  # now, and not when the first one is due
-        (run_dir / STEPS_FILE).open("a").close()
-    except OSError as error:
-        raise InputError(
-            f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
-        ) from None
-    with lock:
-        _lock(lock, run_dir)
-        lock.sign(_slurm_job())
-        yield
-
-
-def _slurm_job() -> str:
-    start = RankEnvironment.slurm_start()
-    return f", Slurm job {start[0]}, start {start[1]}" if start else ""
-
-
-def _is_earlier_start(holder: str) -> bool:
-    """Whether a lock is held by an earlier start of this very job; NFS may keep that of a lost node."""
-    start = RankEnvironment.slurm_start()
-    found = re.search(r", Slurm job (\S+), start (\d+)$", holder)
-    return start is not None and found is not None and found[1] == start[0] and int(found[2]) < start[1]
-
-
-def _lock(lock: DirectoryLock, run_dir: Path) -> None:
-    began, at_first = time.monotonic(), None
-    while not _taken(lock):
-        if not _is_earlier_start(holder := lock.holder):
-            raise InputError(
-                f"run_dir {run_dir} is in use by {holder or 'another job'}: two jobs would mix "
-                f"their records. Wait for it to end, or give another run_dir."
-            )
-        step, seconds = _last_step(run_dir)
-        at_first = step if at_first is None else at_first
-        if time.monotonic() - began >= max(EARLIER_START_S, 3 * seconds):  # one that trains does a step meanwhile
-            if step != at_first:
-                raise LostRankError(
-                    f"{holder}, which is an earlier start of this job, still trains in {run_dir}: a node that "
-                    f"Slurm has given up is alive. End its processes; the job is requeued meanwhile."
-                )
-            print(f"{lock.path} is still held by an earlier start of this job ({holder}): going on", file=sys.stderr)
-            return
-        time.sleep(1.0)
-
-
-def _taken(lock: DirectoryLock) -> bool:
-    try:
-        return lock.attempt()
-    except OSError as error:  # some parallel file systems are mounted without locks
-        print(
-            f"{lock.path} cannot be locked ({error.strerror}): see to it that no other job trains there",
-            file=sys.stderr,
-        )
-        return True
-
-
-def _last_step(run_dir: Path) -> tuple[int, float]:
-    """Number and seconds of the last step on record; 0 where there is none."""
-    step, seconds = 0, 0.0
-    for record in read_records(run_dir):
-        step, seconds = record.step, record.seconds
-    return step, seconds
-
-
 def _reopened(path: Path, done: int) -> TextIO:
     """The file without the records beyond ``done``; replaced by one rename, so that a kill loses nothing.
 
     Where a run begins anew, the records of what was there before are kept aside.
     """
-    lines = _lines(path) if path.exists() else []
-    steps = [_step_of(line) for line in lines]
-    kept = [line for line, step in zip(lines, steps, strict=True) if step <= done]
-    unreadable = sum(not math.isfinite(step) for step in steps)
-    if len(kept) < len(lines):
-        again = len(lines) - len(kept) - unreadable
+    lines = len(path.read_text(errors="replace").splitlines()) if path.exists() else 0
+    rows = _rows(path)
+    kept = [row for row in rows if row["step"] <= done]
+    if len(kept) < lines:
+        unreadable = lines - len(rows)
         damage = f", {unreadable} lines that cannot be read are left out" if unreadable else ""
-        print(f"{path}: {again} steps beyond step {done} are done again{damage}", file=sys.stderr)
+        print(f"{path}: {len(rows) - len(kept)} steps beyond step {done} are done again{damage}", file=sys.stderr)
         if done == 0:
             number = sum(1 for _ in path.parent.glob("steps-before-*.jsonl"))
             path.rename(path.with_name(f"steps-before-{number}.jsonl"))
-        write_durably(path, "".join(f"{line}\n" for line in kept))
+        write_json_lines(path, kept)
     return path.open("a")
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()
-
-
-def _step_of(line: str) -> float:
-    """The step of a record; a line that a kill cut short is no record and counts as beyond the end."""
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines that are records."""
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 def _board(config: RunConfig, done: int) -> Any:

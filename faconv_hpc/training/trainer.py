@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +19,13 @@ from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import CheckpointWriter
 from .engine import Engine
-from .faults.drift import ReplicaGuard
+from .faults.claim import claimed
+from .faults.drift import DriftCheck
 from .faults.health import MicroBatch
-from .faults.not_finite import Mender
-from .faults.signals import StopRequest, grace_s
+from .faults.not_finite import NotFinite
+from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
-from .records import Recorder, StepRecord, claimed, recording
+from .records import Recorder, StepRecord, recording
 from .resume import resume
 from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
 
@@ -63,25 +63,16 @@ def train(
         engine = Engine(build_network(config, windows), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
         done = resumed.step
-        if done < config.training.steps:
-            writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, resumed)))
-            return _train_from(done, workspace, windows, engine, writer, stop)
-        if here:
-            made_progress(config.run_dir)
-            print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
-    return EXIT_OK
-
-
-def _train_from(
-    done: int, workspace: Workspace, windows: Windows, engine: Engine, writer: CheckpointWriter, stop: StopRequest
-) -> int:
-    config, mesh = workspace.config, workspace.domain.mesh
-    requests = _requests(config, windows, mesh.replica, done)
-    machines = _machines(mesh)
-    with (
-        recording(config, done, here=mesh.rank == 0, machines=machines) as recorder,
-        ReadAhead(partial(_read, windows, mesh.device), requests, depth=config.data.read_ahead) as batches,
-    ):
+        if done >= config.training.steps:
+            if here:
+                made_progress(config.run_dir)
+                print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
+            return EXIT_OK
+        writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, resumed)))
+        recorder = stack.enter_context(recording(config, done, here=here, machines=_machines(mesh)))
+        requests = _requests(config, windows, mesh.replica, done)
+        read = partial(_read, windows, mesh.device)
+        batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
         return Trainer(workspace, engine, batches, recorder, writer, stop).run(done)
 
 
@@ -107,31 +98,6 @@ def _read(windows: Windows, device: torch.device, indices: Sequence[int]) -> Bat
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """What all ranks agree on between two steps.
-
-    Attributes:
-        signal: that some rank was sent; 0: none.
-        left_s: until the first rank may be killed.
-        save_s: what the last checkpoint took the slowest rank.
-        written: whether all ranks have written the checkpoint that is under way.
-    """
-
-    signal: int
-    left_s: float
-    save_s: float
-    written: bool
-
-    @property
-    def may_save(self) -> bool:
-        """Whether a checkpoint that takes as long as the last one, and half of that more, is done in time.
-
-        One that is still being written comes first.
-        """
-        return not self.signal or (1.5 if self.written else 2.5) * self.save_s <= self.left_s
-
-
 class Trainer:
     """Steps through a run; made by `train`."""
 
@@ -150,34 +116,34 @@ class Trainer:
         self._writer, self._stop = writer, stop
         self._clock = Clock(self._activity)
         every = workspace.config.training.compare_replicas_every
-        self._guard = ReplicaGuard(engine.network, self._mesh, every)
-        self._mender = Mender(workspace, engine, writer)
+        self._drift = DriftCheck(engine.network, self._mesh, every)
+        self._not_finite = NotFinite(workspace, engine, writer)
 
     def run(self, done: int) -> int:
         """All steps that are left, with checkpoints on the way and at the end; the exit code."""
         last = self._config.training.steps
         asked = max(number for (number,) in self._mesh.gathered([self._stop.number]))
         if asked:
-            return self._leave(done, Boundary(int(asked), left_s=0.0, save_s=0.0, written=True))
+            return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
         for step in range(done + 1, last + 1):
-            record, boundary = self._step(step)
+            record, end = self._step(step)
             if self._recorder is not None:
                 self._recorder.write(record)
-            self._guard.after_step(step)
+            self._drift.after_step(step)
             with self._activity.during(SAVING):
-                self._save_if_due(step, boundary)
-                if boundary.signal:
-                    return self._leave(step, boundary)
+                self._save_if_due(step, end)
+                if end.signal:
+                    return self._leave(step, end)
         with self._activity.during(SAVING):
             self._writer.finish()
         return EXIT_OK
 
-    def _save_if_due(self, step: int, boundary: Boundary) -> None:
-        if self._writer.pending and boundary.written:
+    def _save_if_due(self, step: int, end: StepEnd) -> None:
+        if self._writer.pending and end.written:
             self._writer.finish()
         training = self._config.training
         every = training.checkpoint_every
-        if (step == training.steps or (every and step % every == 0)) and boundary.may_save:
+        if (step == training.steps or (every and step % every == 0)) and end.may_save:
             self._save(step)
 
     def _save(self, step: int) -> None:
@@ -185,17 +151,17 @@ class Trainer:
             self._recorder.flush()
         self._writer.save(step)
 
-    def _leave(self, step: int, boundary: Boundary) -> int:
+    def _leave(self, step: int, end: StepEnd) -> int:
         """Saves, if the time left allows it, and says how to go on."""
-        if self._writer.newest_step != step and boundary.may_save:
+        if self._writer.newest_step != step and end.may_save:
             self._save(step)
         self._writer.finish()
         saved = self._writer.saved_step
         if step == saved == self._config.training.steps:
             return EXIT_OK
         if self._mesh.rank == 0:
-            name = signal.Signals(boundary.signal).name
-            why = "" if saved == step else f" (a save takes {boundary.save_s:.0f} s, {boundary.left_s:.0f} s were left)"
+            name = signal.Signals(end.signal).name
+            why = "" if saved == step else f" (a save takes {end.save_s:.0f} s, {end.left_s:.0f} s were left)"
             newest = f"the checkpoint of step {saved} is saved" if saved else "there is no checkpoint"
             print(
                 f"faconv: stopped by {name} after step {step}; {newest}{why}. The same command goes on from there.",
@@ -203,7 +169,7 @@ class Trainer:
             )
         return EXIT_STOPPED
 
-    def _step(self, step: int) -> tuple[StepRecord, Boundary]:
+    def _step(self, step: int) -> tuple[StepRecord, StepEnd]:
         """One optimizer step, numbered from 1: the numbers leave the device once, before the update."""
         start = time.perf_counter()
         self._activity.step = step
@@ -215,7 +181,9 @@ class Trainer:
             micros.append(self._backward(self._next_batch()))
         loss, forecast = torch.stack([micro.losses for micro in micros]).mean(0).tolist()
         with self._activity.during("optimizer step"):
-            update = self._mender.step(step, rate, loss, micros)
+            doubt = self._not_finite.before_update(step, loss, micros)
+            self._engine.step(rate)
+            update = self._not_finite.after_update(doubt)
         return self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
 
     def _next_batch(self) -> Batch:
@@ -228,15 +196,15 @@ class Trainer:
         network, domain = self._engine.network, self._domain
         with self._activity.during("forward"):
             output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
-            forecast = network.forecast_loss(output, batch.target_BTCYX, domain, batch.valid_BTCYX)
-            loss = forecast + network.embedding_loss(output, batch.inputs_BTCYX, domain, batch.known_BTCYX)
+            inputs, target = batch.inputs_BTCYX, batch.target_BTCYX
+            losses = network.losses(output, inputs, target, domain, batch.valid_BTCYX, batch.known_BTCYX)
         with self._activity.during("backward"):
-            self._engine.backward(loss)
-        return MicroBatch.of(torch.stack([loss.value, forecast.value]), output, batch)
+            self._engine.backward(losses.total)
+        return MicroBatch.of(torch.stack([losses.total.value, losses.forecast.value]), output, batch)
 
     def _record(
         self, step: int, loss: float, forecast: float, rate: float, seconds: float, update: str
-    ) -> tuple[StepRecord, Boundary]:
+    ) -> tuple[StepRecord, StepEnd]:
         mesh, samples = self._mesh, self._config.global_batch
         waited = [
             self._clock.take("data"),
@@ -264,7 +232,7 @@ class Trainer:
             peak_memory_gib=max(peaks),
             update=update,
         )
-        return record, Boundary(int(max(signals)), min(left_s), max(save_s), all(written))
+        return record, StepEnd(int(max(signals)), min(left_s), max(save_s), all(written))
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -10,7 +10,7 @@ from ...errors import RunError
 from ...spatial.mesh import ProcessMesh
 
 
-class ReplicaGuard:
+class DriftCheck:
     """Compares checksums of all weights over all ranks, every so many steps.
 
     Every rank computes its own copy of every weight's update. A bit that flips in memory, or a sum that one

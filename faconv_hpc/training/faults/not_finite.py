@@ -1,11 +1,12 @@
-"""The update of a step, and what is done where loss or gradient are no finite numbers: stop, skip, or restore."""
+"""What is done where loss or gradient are no finite numbers: the run stops, skips the step, or restores."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...errors import NoProgressError
 from ..checkpoint import CheckpointWriter
-from ..engine import Engine
+from ..engine import Engine, Snapshot
 from ..resume import resume
 from ..setup import Workspace
 from .health import MicroBatch, is_sound, report
@@ -13,8 +14,25 @@ from .health import MicroBatch, is_sound, report
 SKIPS, RESTORES = 10, 3  # in a row, then the run ends
 
 
-class Mender:
-    """Makes updates and follows ``training.on_not_finite``.
+@dataclass(frozen=True)
+class Doubt:
+    """What was known of a step before its update.
+
+    Attributes:
+        step: its number.
+        loss: of some rank, that is no finite number; None: all are.
+        micros: the step's micro-batches.
+        before: what the update changes, where the policy is to skip.
+    """
+
+    step: int
+    loss: float | None
+    micros: Sequence[MicroBatch]
+    before: Snapshot | None
+
+
+class NotFinite:
+    """Follows ``training.on_not_finite`` before and after every update.
 
     ``stop`` ends the run; the newest checkpoint is from before. ``skip`` leaves the step out: parameters, moments
     and the optimizer's count stay as they were, and the next samples come. ``restore`` goes back to parameters and
@@ -32,32 +50,38 @@ class Mender:
         self._policy = workspace.config.training.on_not_finite
         self._in_a_row = 0  # steps without an update
 
-    def step(self, step: int, rate: float, loss: float, micros: Sequence[MicroBatch]) -> str:
-        """Updates with this learning rate; ``applied``, ``skipped`` or ``restored``. Collective.
+    def before_update(self, step: int, loss: float, micros: Sequence[MicroBatch]) -> Doubt:
+        """Looks at the losses of all ranks. Collective.
 
         Raises:
-            FloatingPointError: loss or gradient are not finite and the policy is to stop, or has led nowhere.
-            NoProgressError: restoring has led nowhere.
+            FloatingPointError: one is not finite and the policy is to stop.
         """
         losses = [one for (one,) in self._mesh.gathered([loss])]
         worst = next((one for one in losses if not is_sound(one)), None)
         if worst is not None and self._policy == "stop":
             raise FloatingPointError(self._told("loss", worst, step, micros))
-        snapshot = self._engine.snapshot() if self._policy == "skip" else None
-        self._engine.step(rate)
+        return Doubt(step, worst, micros, self._engine.snapshot() if self._policy == "skip" else None)
+
+    def after_update(self, doubt: Doubt) -> str:
+        """``applied``, or what was done where loss or gradient are not finite: ``skipped``, ``restored``. Collective.
+
+        Raises:
+            FloatingPointError: the policy is to stop, or has led nowhere.
+            NoProgressError: restoring has led nowhere.
+        """
         norms = [one for (one,) in self._mesh.gathered([self._engine.gradient_norm])]
         norm = next((one for one in norms if not is_sound(one)), norms[0])  # the same on all ranks
-        if worst is None and is_sound(norm):
+        if doubt.loss is None and is_sound(norm):
             self._in_a_row = 0
             return "applied"
-        what, value = ("norm of the gradient", norm) if worst is None else ("loss", worst)
-        told = self._told(what, value, step, micros)
+        what, value = ("norm of the gradient", norm) if doubt.loss is None else ("loss", doubt.loss)
+        told = self._told(what, value, doubt.step, doubt.micros)
         self._in_a_row += 1
         if self._policy == "restore":
-            return self._restore(step, told)
-        if snapshot is None or self._in_a_row > SKIPS:
+            return self._restore(doubt.step, told)
+        if doubt.before is None or self._in_a_row > SKIPS:
             raise FloatingPointError(told)
-        self._engine.put_back(snapshot)
+        self._engine.put_back(doubt.before)
         self._say(f"{told} The step is left out.")
         return "skipped"
 

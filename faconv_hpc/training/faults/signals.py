@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ...config import TrainingConfig
@@ -89,3 +90,28 @@ def grace_s(training: TrainingConfig) -> dict[signal.Signals, float]:
     """What the config says of each signal."""
     usr_s = training.usr_grace_s
     return {signal.SIGTERM: training.term_grace_s, signal.SIGUSR1: usr_s, signal.SIGUSR2: usr_s}
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """What all ranks agree on between two steps.
+
+    Attributes:
+        signal: that some rank was sent; 0: none.
+        left_s: until the first rank may be killed.
+        save_s: what the last checkpoint took the slowest rank.
+        written: whether all ranks have written the checkpoint that is under way.
+    """
+
+    signal: int
+    left_s: float
+    save_s: float
+    written: bool
+
+    @property
+    def may_save(self) -> bool:
+        """Whether a checkpoint that takes as long as the last one, and half of that more, is done in time.
+
+        One that is still being written comes first.
+        """
+        return not self.signal or (1.5 if self.written else 2.5) * self.save_s <= self.left_s

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import InputError, NoProgressError
-from ...files import write_durably
+from ...files import cannot_write, write_durably
 
 STARTS_FILE = "starts.json"
 
@@ -49,12 +49,9 @@ def count_start(run_dir: Path, give_up_after: int) -> None:
             f"start the same command again."
         )
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         _write(path, before + 1)
     except OSError as error:
-        raise InputError(
-            f"run_dir {run_dir} cannot be written: {error.strerror}. Give a directory where you may write."
-        ) from None
+        raise cannot_write("run_dir", run_dir, error) from None
 
 
 def take_back(run_dir: Path) -> None:

@@ -1,0 +1,61 @@
+"""``faconv evaluate``: how good a run's forecasts are."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..config import MeshConfig
+from .options import AsJson, Ranks, RunPath
+from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
+
+if TYPE_CHECKING:
+    from ..evaluation.skill import Evaluation
+
+
+def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> None:
+    """Forecast the held-out frames of a run: RMSE per variable beside persistence, and a figure.
+
+    On several ranks the globe is cut as the run's mesh says, on one it is whole; the numbers are the same.
+
+    Example: `faconv evaluate runs/quickstart_era5 --ranks 2`
+    """
+    from ..evaluation.skill import load_run
+
+    run = load_run(run_dir)
+    tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
+    if starts_ranks(ranks):
+        check_ranks(tiles, ranks)
+        raise typer.Exit(run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
+    from ..evaluation.figures import draw_forecast
+    from ..evaluation.skill import evaluate as evaluate_run
+    from ..evaluation.skill import save_skill
+
+    run = run.model_copy(update={"run_dir": run_dir})
+
+    with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
+        evaluation = evaluate_run(run, mesh)
+        if mesh.rank == 0:
+            title = f"{run_dir.name}: change to the last frame, {'held out' if evaluation.held_out else 'trained on'}"
+            figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title)
+            saved = save_skill(evaluation, run_dir)
+            print(saved.read_text()) if as_json else _show_skill(evaluation, figure)
+
+
+def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
+    what = "held-out" if evaluation.held_out else "training"
+    title = f"one-step forecasts of {evaluation.forecasts} {what} frames by the checkpoint of step {evaluation.step}"
+    table = Table(title=f"{title}, area-weighted RMSE")
+    for column in ("variable", "units", "forecast", "persistence", "ratio"):
+        table.add_column(column, justify="left" if column in ("variable", "units") else "right")
+    for skill in evaluation.skills:
+        numbers = (f"{skill.rmse:.4g}", f"{skill.persistence_rmse:.4g}", f"{skill.ratio:.3f}")
+        table.add_row(skill.variable, skill.units, *numbers)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"loss of the run: {evaluation.first_loss:.4f} at its start, {evaluation.last_loss:.4f} at its end "
+        f"({evaluation.last_loss / evaluation.first_loss:.2f} of it)\nfigure: {figure}"
+    )

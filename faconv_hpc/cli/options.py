@@ -1,0 +1,17 @@
+"""Arguments and options that several verbs take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
+RunPath = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated.")
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Start so many ranks on this machine; without it, this process is one rank."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]

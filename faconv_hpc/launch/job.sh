@@ -1,0 +1,35 @@
+# What every job of ours does, whoever wrote its batch script. `faconv submit` puts this text into the script that it
+# gives to sbatch; slurm/train_global.sh and slurm/scaling_study.sh read it when they start. Bash, and Slurm's client.
+
+# A line for every start of a job: one log holds them all.
+faconv_say_start() {
+    echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
+}
+
+# Runs `... faconv doctor ...`. What cannot work is found before the ranks train, and ends the job; at a later start,
+# which began well, it is only told.
+faconv_preflight() {
+    "$@"
+    if [ $? -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then exit 2; fi
+}
+
+# Ends the job with the exit code of its ranks, or puts it back into the queue.
+# 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config or the
+# data), 1 (failed) or 93 (starting again leads nowhere).
+faconv_end() {
+    if [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; then faconv_requeue; fi
+    exit "$1"
+}
+
+# Puts this job back into the queue; where Slurm does not answer, for a minute again and again.
+faconv_requeue() {
+    local again state
+    for again in 1 2 3 4 5 6; do
+        state=$(scontrol show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z]*")
+        # A job that scancel ends is no longer RUNNING: it stays ended.
+        if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then return; fi
+        if [ -n "$state" ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi   # meanwhile Slurm ends this script
+        sleep 10
+    done
+    echo "Slurm does not take this job back: start the same command again" >&2
+}

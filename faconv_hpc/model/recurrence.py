@@ -1,0 +1,41 @@
+"""Steps one after the other: the loop that recurrent layers share, their state, and samples that end before others."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+"""(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
+
+
+def zero_state(like_BTCYX: Tensor, hidden_channels: int) -> State:
+    """The state of a sequence that begins, on the cells of ``like_BTCYX``."""
+    h = like_BTCYX.new_zeros(like_BTCYX.shape[0], hidden_channels, *like_BTCYX.shape[-2:])
+    return h, h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+def unrolled(
+    step: Callable[[int, State], State], steps: int, state: State, valid_BT: Tensor | None
+) -> tuple[Tensor, State]:
+    """Runs so many steps from a state.
+
+    Args:
+        step: the state after a step, from its number (from 0) and the state before it.
+        valid_BT: bool; at a step that is not valid a sample keeps its state and repeats its output. Default: all are.
+
+    Returns:
+        h of every step (B, T, C_h, Y, X), and the state after the last.
+    """
+    outputs = []
+    for number in range(steps):
+        after = step(number, state)
+        state = after if valid_BT is None else _held(after, state, valid_BT[:, number])
+        outputs.append(state[0])
+    return torch.stack(outputs, dim=1), state
+
+
+def _held(after: State, before: State, valid_B: Tensor) -> State:
+    """The state after a step for samples whose step is valid, the one before it for the others."""
+    valid = valid_B[:, None, None, None]
+    return after[0].where(valid, before[0]), after[1].where(valid, before[1])

@@ -1,0 +1,39 @@
+"""What the channels of a variable are called: its own name, or one per level, such as z500.
+
+A variable's name is the one that xarray shows: in NetCDF and zarr that of the file, in GRIB the short name that cfgrib
+takes from ecCodes (`t2m`, `u10`). Pressure in Pa is named in hPa.
+"""
+
+from collections.abc import Hashable
+
+import xarray as xr
+
+from ..data.layout import Channel
+from .roles import Roles
+
+
+def channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple[int | None, Channel, str]]:
+    """A variable's channels: itself, or one per level, such as z500. With what each is, for messages."""
+    whole = f"variable {name!r}"
+    attributes = dataset[name].attrs
+    units, long_name = str(attributes.get("units", "")), str(attributes.get("long_name", name))
+    if roles.level is None:
+        return [(None, Channel(str(name), units, long_name), whole)]
+    size = dataset.sizes[roles.level]
+    if roles.level not in dataset.variables:
+        texts = [f"{roles.level} {i}" for i in range(size)]
+        return [
+            (i, Channel(f"{name}_{roles.level}{i}", units, f"{long_name}, {text}"), f"{whole}, {text}")
+            for i, text in enumerate(texts)
+        ]
+    level = dataset[roles.level]
+    if level.dtype.kind in "OSUT":  # names, as a store of ours has them
+        return [(i, Channel(str(text), units, str(text)), f"channel {text}") for i, text in enumerate(level.values)]
+    unit = str(level.attrs.get("units", ""))
+    values = level.values / 100.0 if unit == "Pa" else level.values
+    unit = "hPa" if unit == "Pa" else unit
+    texts = [f"at {value:g} {unit}".strip() for value in values]
+    return [
+        (i, Channel(f"{name}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
+        for i, (value, text) in enumerate(zip(values, texts, strict=True))
+    ]

@@ -1,0 +1,107 @@
+"""Collectives over a group of ranks, one tensor each; halos are moved in exchange.py. No autograd here.
+
+A group of None is a single rank, which has nothing to send.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..observe import Clock
+
+Finish = Callable[[], Tensor]
+"""Waits for what was started and returns the result."""
+
+# What torch 2.13 calls all_gather_single and reduce_scatter_single has other names in 2.11 and 2.12, which 2.13
+# takes too, with a warning that they are going away.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb: str) -> Finish:
+    """Starts the sum of ``value`` over the group, for a verb; ``value`` is overwritten."""
+    if group is None:
+        return lambda: value
+    with clock.timing("exchange", verb):
+        work = dist.all_reduce(value, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        with clock.timing("exchange", verb):
+            work.wait()
+        return value
+
+    return finish
+
+
+def gather(tile: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup, clock: Clock) -> Tensor:
+    """Joins the tiles of all ranks of the group along ``dim``, whose sizes are ``sizes``.
+
+    Tiles are filled up to the largest, because collectives want equal parts, and trimmed again.
+    """
+    largest = max(sizes)
+    part = _filled(tile.movedim(dim, 0), largest)
+    parts = part.new_empty(len(sizes) * largest, *part.shape[1:])
+    with clock.timing("exchange", "gather"):
+        _all_gather(parts, part, group=group)
+    parts = parts.view(len(sizes), largest, *part.shape[1:])
+    return torch.cat([parts[rank, :size] for rank, size in enumerate(sizes)]).movedim(0, dim)
+
+
+def reduce_scatter(
+    whole: Tensor, dim: int, sizes: Sequence[int], index: int, group: dist.ProcessGroup, clock: Clock
+) -> Tensor:
+    """Sums ``whole`` over the group and leaves each rank its own part along ``dim``: adjoint of `gather`."""
+    largest = max(sizes)
+    spans = whole.movedim(dim, 0).to(at_least_float32(whole.dtype)).split(list(sizes))
+    parts = torch.cat([_filled(span, largest) for span in spans])
+    part = parts.new_empty(largest, *parts.shape[1:])
+    with clock.timing("exchange", "adjoint of gather"):
+        _reduce_scatter(part, parts, group=group)
+    return part[: sizes[index]].to(whole.dtype).movedim(0, dim)
+
+
+def all_to_all(
+    pieces: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup, clock: Clock
+) -> list[Tensor]:
+    """Sends piece i to rank i of the group and returns what each rank sent here, of the given shapes."""
+    outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
+    counts = [shape.numel() for shape in shapes]
+    incoming = outgoing.new_empty(sum(counts))
+    with clock.timing("exchange", "swap"):
+        dist.all_to_all_single(
+            incoming,
+            outgoing,
+            output_split_sizes=counts,
+            input_split_sizes=[piece.numel() for piece in pieces],
+            group=group,
+        )
+    return [part.view(shape) for part, shape in zip(incoming.split(counts), shapes, strict=True)]
+
+
+def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(R, ...) the tensors of the R ranks of the group, all of one shape."""
+    ranks = dist.get_world_size(group)
+    everyone = mine.new_empty(ranks * mine.numel())
+    _all_gather(everyone, mine.flatten(), group=group)
+    return everyone.view(ranks, *mine.shape)
+
+
+def gathered_hashes(text: str, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """A 63-bit hash of every rank's text."""
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    hashes: list[int] = all_gather(torch.tensor(digest, dtype=torch.int64, device=device), group).tolist()
+    return hashes
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values of ``dtype`` are summed: float64 stays, all others become float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _filled(part: Tensor, size: int) -> Tensor:
+    filled = part.new_zeros(size, *part.shape[1:])
+    filled[: part.shape[0]] = part
+    return filled

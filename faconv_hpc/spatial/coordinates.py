@@ -1,0 +1,56 @@
+"""What the owned cells of a tile know about their place, as tensors of the type and device that is asked for."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .grid import Boundary, LatLonGrid, Tile
+
+
+class Coordinates:
+    """Areas and angles of a tile's rows and columns; each is made once for every type and device.
+
+    Args:
+        grid: the whole grid.
+        tile: the owned cells.
+    """
+
+    def __init__(self, grid: LatLonGrid, tile: Tile) -> None:
+        self._grid = grid
+        self._rows, self._columns = tile.slices
+        self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def row_weights(self, like: Tensor) -> Tensor:
+        """(Y,) the share of each owned row's cell in the area of the whole grid."""
+        return self._like("weight", lambda: self._grid.cell_area_sr[self._rows] / self._grid.total_area_sr, like)
+
+    def row_areas(self, like: Tensor) -> Tensor:
+        """(nlat,) relative area of a cell in each row of the grid, 1 on average."""
+        return self._like("area", lambda: self._grid.cell_area_sr / self._grid.cell_area_sr.mean(), like)
+
+    def latitudes(self, like: Tensor) -> Tensor:
+        """(Y,) latitudes of the owned rows, in radians."""
+        return self._like("latitude", lambda: self._grid.latitude[self._rows], like)
+
+    def longitudes(self, like: Tensor) -> Tensor:
+        """(X,) longitudes of the owned columns, in radians."""
+        return self._like("longitude", lambda: self._grid.longitude[self._columns], like)
+
+    def pole_taper(self, like: Tensor) -> Tensor:
+        """(Y,) cosine of the owned rows' latitudes where the grid ends at a pole, ones on other grids."""
+        return self._like("taper", self._taper, like)
+
+    def _taper(self) -> NDArray[np.float64]:
+        latitude = self._grid.latitude[self._rows]
+        has_pole = Boundary.POLE in (self._grid.north, self._grid.south)
+        return np.cos(latitude) if has_pole else np.ones_like(latitude)
+
+    def _like(self, name: str, values: Callable[[], NDArray[np.float64]], like: Tensor) -> Tensor:
+        key = (name, like.dtype, like.device)
+        if key not in self._made:
+            with torch.inference_mode(False):  # made while evaluating, they serve training too
+                self._made[key] = torch.from_numpy(values().copy()).to(dtype=like.dtype, device=like.device)
+        return self._made[key]

@@ -1,0 +1,126 @@
+"""The differentiable operations behind a domain's verbs: what is sent going forward, and going back.
+
+Each stands with its adjoint. What moves the numbers is in exchange.py (halos), area_mean.py and axis.py, each in
+two halves, start and finish, so that what does not depend on it can be computed in between.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..autograd import Context, Operation
+from ..observe import Clock
+from .area_mean import AreaMean
+from .axis import Axis
+from .collectives import start_sum
+from .exchange import HaloExchange
+
+Remembered = Callable[[Callable[[], Any]], Any]
+"""Communicates, or gives what was received when the same segment was first computed; see tape.py."""
+
+
+class Pad(Operation):
+    """Owner to halo going forward; halo to owner, added, going back."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, halo: HaloExchange, remembered: Remembered) -> Tensor:
+        ctx.halo = halo
+        return halo.pad(x, remembered(lambda: halo.start_fill(x)()))
+
+    @staticmethod
+    def backward(ctx: Context, grad_padded: Tensor) -> tuple[Tensor, None, None]:
+        received = ctx.halo.start_accumulate(grad_padded)()
+        return ctx.halo.add_halo(grad_padded, received), None, None
+
+
+class Mean(Operation):
+    """Area-weighted sum over all tiles going forward; gradients summed over tiles going back."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, mean: AreaMean, remembered: Remembered) -> Tensor:
+        ctx.mean, ctx.columns = mean, x.shape[-1]
+        # Detached: what autograd returns must not be the tensor on the tape, or the two keep each other alive.
+        received: Tensor = remembered(lambda: mean.start(x)())
+        return received.detach().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None, None]:
+        total = ctx.mean.start_gradient(grad_mean)()
+        return ctx.mean.spread(total, ctx.columns).to(grad_mean.dtype), None, None
+
+
+class PadAndMean(Operation):
+    """`Pad` and `Mean` with both exchanges under way at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, halo: HaloExchange, mean: AreaMean, remembered: Remembered
+    ) -> tuple[Tensor, Tensor]:
+        ctx.halo, ctx.mean, ctx.columns = halo, mean, x.shape[-1]
+
+        def communicate() -> tuple[Any, Tensor]:
+            cells, value = halo.start_fill(x), mean.start(x)
+            return cells(), value()
+
+        received, value = remembered(communicate)
+        return halo.pad(x, received), value.detach().to(x.dtype)  # detached: see Mean
+
+    @staticmethod
+    def backward(ctx: Context, grad_padded: Tensor, grad_mean: Tensor) -> tuple[Tensor, None, None, None]:
+        cells = ctx.halo.start_accumulate(grad_padded)
+        total = ctx.mean.start_gradient(grad_mean)
+        grad = ctx.halo.add_halo(grad_padded, cells())
+        return grad.add_(ctx.mean.spread(total(), ctx.columns)), None, None, None
+
+
+class Gather(Operation):
+    """All-gather along one axis going forward; reduce-scatter going back."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return axis.join(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.part(grad), None
+
+
+class Swap(Operation):
+    """All-to-all from owned pieces of all lines to whole lines, fewer; going back, the reverse."""
+
+    @staticmethod
+    def forward(ctx: Context, x_LCN: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.lines = axis, x_LCN.shape[0]
+        return axis.deal(x_LCN)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.collect(grad, ctx.lines), None
+
+
+class SwapBack(Operation):
+    """All-to-all from whole lines to owned pieces of all lines; going back, the reverse."""
+
+    @staticmethod
+    def forward(ctx: Context, x_LCN: Tensor, axis: Axis, lines: int) -> Tensor:
+        ctx.axis = axis
+        return axis.collect(x_LCN, lines)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.deal(grad), None, None
+
+
+class Total(Operation):
+    """Sum over all tiles going forward; the identity going back."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, group: dist.ProcessGroup | None, clock: Clock) -> Tensor:
+        return start_sum(x.clone(), group, clock, "total")()
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
