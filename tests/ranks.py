@@ -1,8 +1,12 @@
 """Several ranks from plain pytest: pools of gloo worker processes, started once per session."""
 
+import ctypes
 import multiprocessing
+import os
+import signal
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -12,7 +16,7 @@ import torch.distributed as dist
 
 from faconv_hpc import ProcessMesh
 from faconv_hpc.spatial.environment import RankEnvironment
-from forks import held_port
+from forks import PR_SET_PDEATHSIG, held_port
 
 TIMEOUT_S = 300.0
 LINGER_S = 5.0
@@ -50,7 +54,11 @@ def close_pools() -> None:
 
 
 class RankPool:
-    """Workers that share one process group."""
+    """Workers that share one process group.
+
+    Between two checks they are stopped: for every process group Gloo has a thread that wakes up a hundred times a
+    second, and the ranks of all pools of all pytest workers would take a core from those that are checked.
+    """
 
     def __init__(self, ranks: int) -> None:
         context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but done nothing
@@ -67,6 +75,7 @@ class RankPool:
 
     def run(self, layout, check, arguments) -> list[Any]:
         request = cloudpickle.dumps((layout, check, arguments))
+        self._send(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send_bytes(request)
         answers = self._answers()
@@ -75,6 +84,7 @@ class RankPool:
             self.close()
             silent = sorted(set(range(len(self.pipes))) - set(answers))
             raise AssertionError("\n".join([*failures, f"ranks without an answer: {silent}"]))
+        self._send(signal.SIGSTOP)
         return [cloudpickle.loads(answers[rank][1]) for rank in range(len(self.pipes))]
 
     def _answers(self) -> dict[int, tuple[bool, Any]]:
@@ -91,6 +101,11 @@ class RankPool:
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + LINGER_S)
         return answers
+
+    def _send(self, number: int) -> None:
+        for worker in self.workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -120,7 +135,8 @@ _POOLS = _Pools()
 
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
-    """One worker: joins the others, then does what it is asked to until its pipe closes."""
+    """One worker: joins the others, then does what it is asked to until its pipe closes, or pytest is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # of the fork server; who is stopped sees no pipe
     torch.set_num_threads(1)
     RankEnvironment(rank, ranks, rank, port=port).export()
     dist.init_process_group("gloo", rank=rank, world_size=ranks)

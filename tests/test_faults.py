@@ -108,7 +108,7 @@ def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store, background):
     training = {"checkpoint_every": 2, "term_grace_s": 1.4, "save_in_background": background, "steps": 12}
     codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 7, training, save_s=1.0)
     assert codes == [EXIT_STOPPED] * 2
-    assert re.search(r"after step 7; the checkpoint of step 6 is saved \(a save takes 1 s", told)
+    assert re.search(r"after step 7; the checkpoint of step 6 is saved \(a save takes [1-9]\d* s", told)
     assert [one.step for one in checkpoints_in(tmp_path / "run")] == [2, 4, 6]
 
 
@@ -136,7 +136,8 @@ def test_what_a_save_takes_is_known_at_the_next_start(tmp_path, store):
     common = {"checkpoint_every": 2, "term_grace_s": 1.4}
     assert sent(tmp_path, store, signal.SIGTERM, {0}, 99, common | {"steps": 4}, save_s=1.0)[0] == [0, 0]
     codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 5, common | {"steps": 8}, save_s=1.0)
-    assert codes == [EXIT_STOPPED] * 2 and "after step 5; the checkpoint of step 4 is saved (a save takes 1 s" in told
+    assert codes == [EXIT_STOPPED] * 2
+    assert re.search(r"after step 5; the checkpoint of step 4 is saved \(a save takes [1-9]\d* s", told)
 
 
 def test_the_grace_that_ends_first_counts():

@@ -363,7 +363,7 @@ def test_close_does_not_wait_for_what_nobody_takes(monkeypatch: pytest.MonkeyPat
     started = time.monotonic()
     ahead.close()
     ahead.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     with pytest.raises(StopIteration):
         next(ahead)
     release.set()
@@ -379,8 +379,8 @@ def test_after_close_no_read_is_under_way(store: Store) -> None:
 
 
 def wait_until(condition: object) -> None:
-    for _ in range(200):
+    for _ in range(6000):
         if condition():  # type: ignore[operator]
             return
         time.sleep(0.01)
-    raise AssertionError("nothing happened for 2 seconds")
+    raise AssertionError("nothing happened for a minute")

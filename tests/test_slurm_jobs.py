@@ -94,9 +94,9 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     for job, config in jobs.items():
         wait_for(f"job {job} is requeued 5 times", lambda job=job: job_state(job).restarts >= 5, 15 * MINUTES_S, log)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
-        shorten(config, step_of(run_dir) + 20)
+        shorten(config, step_of(run_dir) + 5)  # a busy machine does not get far in a minute
     for job, config in jobs.items():
-        state = over(job, log, 5 * MINUTES_S)
+        state = over(job, log, 10 * MINUTES_S)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         assert state.name == "COMPLETED" and state.restarts >= 5
         assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir))

@@ -109,20 +109,20 @@ wait_until_idle() {
 }
 
 wait_for_end() { # and no longer than 5 s
-    local process
-    process=$(cat "$1" 2> /dev/null) || return 0
     for _ in $(seq 50); do
-        kill -0 "$process" 2> /dev/null || return 0
+        kill -0 "$1" 2> /dev/null || return 0
         sleep 0.1
     done
-    kill -9 "$process" 2> /dev/null || true
+    kill -9 "$1" 2> /dev/null || true
 }
 
 stop() {
+    local processes process
     if ours; then
         scancel --state=RUNNING 2> /dev/null || true
-        for file in "$dir"/*.pid; do kill "$(cat "$file")" 2> /dev/null || true; done # they leave together
-        for file in "$dir"/*.pid; do wait_for_end "$file"; done
+        processes=$(cat "$dir"/*.pid 2> /dev/null) || true # now: who is asked to end removes its file, and may take long
+        for process in $processes; do kill "$process" 2> /dev/null || true; done
+        for process in $processes; do wait_for_end "$process"; done
         rm -rf "$dir"
     fi
 }
