@@ -70,7 +70,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_addoption(parser):
     parser.addoption("--store-durations", action="store_true", help=f"measure how long tests take, for {DURATIONS}")
-    parser.addoption("--quick", action="store_true", help="leave out what is known to take long, and Slurm")
+    parser.addoption("--quick", action="store_true", help="leave out what takes long, Slurm, and processes")
 
 
 def pytest_configure(config):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
+import ranks
 from balance import (  # noqa: F401
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_xdist_make_scheduler,
 )
-from ranks import close_pools
 
 torch.set_num_threads(1)
 MINI_SLURM = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
@@ -25,7 +26,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 @pytest.fixture(scope="session", autouse=True)
 def _pools_end_with_the_session():
     yield
-    close_pools()
+    ranks.close_pools()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_tests_start_no_processes(request):
+    """With --quick a test that would start ranks or `faconv` ends there, as skipped."""
+    if request.config.getoption("--quick"):
+
+        def refuse(*arguments, **options):
+            pytest.skip("starts processes, which --quick leaves out")
+
+        ranks.RankPool.__init__ = forks.Popen.__init__ = refuse
 
 
 def _signals():

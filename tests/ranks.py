@@ -1,6 +1,7 @@
 """Several ranks from plain pytest: pools of gloo worker processes, started once per session."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -138,6 +139,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     """One worker: joins the others, then does what it is asked to until its pipe closes, or pytest is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # of the fork server; who is stopped sees no pipe
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage dozens of times in every engine that it makes
     RankEnvironment(rank, ranks, rank, port=port).export()
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     meshes: dict[Layout, ProcessMesh] = {}

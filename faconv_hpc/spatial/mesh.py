@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -204,7 +205,7 @@ class ProcessMesh:
         """A group of some places of the mesh; None for one alone, and where this rank is not in it."""
         if len(members) == 1:
             return None
-        group = dist.new_group([self.job_ranks[member] for member in members])
+        group = _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD)
         return group if self.rank in members else None
 
     def _members(self, replica: int, lat_index: int | None = None, lon_index: int | None = None) -> list[int]:
@@ -215,6 +216,15 @@ class ProcessMesh:
             for j in range(self.lon)
             if lat_index in (None, i) and lon_index in (None, j)
         ]
+
+
+@cache
+def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group of these ranks of a job, made once: each has threads of its own, or buffers on a GPU.
+
+    Every rank of the job asks for every group, in the same order.
+    """
+    return world if len(ranks) == world.size() else dist.new_group(list(ranks))
 
 
 def _device(environment: RankEnvironment) -> torch.device:
