@@ -402,7 +402,7 @@ def test_ranks_are_compared(tmp_path):
         os.environ["SLURMD_NODENAME"] = f"n{mesh.rank}"
         versions, room, is_dir = checks.versions, file_checks._room, Path.is_dir
         if mesh.rank == 1:
-            checks.versions = lambda: versions() | {"torch": "2.14.0", "numpy": "9.9"}
+            checks.versions = lambda: versions() | {"torch": "2.12.1", "numpy": "9.9"}
             file_checks._room = lambda inside: Finding(FILES, "free space", WARNING, "1 GiB", "Make room.", amount=1.0)
             Path.is_dir = lambda path: not path.name.startswith(rank_checks.PREFIX) and is_dir(path)
         try:
@@ -414,7 +414,7 @@ def test_ranks_are_compared(tmp_path):
     first, *others = run_on_ranks(THREE, check)
     assert all(report == first for report in others) and first.exit_code == FAILURE
     found = named(first.findings)
-    only([found["torch"]], FAILURE, r"^2\.14\.0 on n1 \(rank 1\); 2\.13\S* on the 2 others$", "install the same")
+    only([found["torch"]], FAILURE, r"^2\.12\.1 on n1 \(rank 1\); 2\.13\S* on the 2 others$", "install the same")
     only([found["numpy"]], WARNING, r"^9\.9 on n1")
     assert "host" not in found  # which differs by right
     only([found["free space"]], WARNING, r"1 GiB on n1, the least of 3", "Make room")

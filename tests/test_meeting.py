@@ -16,7 +16,7 @@ from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
 from faconv_hpc.spatial.meeting import _opened, candidate_ports, meet
-from faconv_hpc.training import records
+from faconv_hpc.training.faults import claim
 from faconv_hpc.training.faults.claim import claimed
 from runs import make_store, write_config
 from studies import record, write_records
@@ -133,14 +133,14 @@ def claim_while_it_grows(run_dir):
     write_records(run_dir, [record(1, seconds=0.1)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_RESTART_COUNT", "2")
-        patch.setattr(records.time, "sleep", lambda seconds: write_records(run_dir, [record(1, 0.1), record(2, 0.1)]))
-        patch.setattr(records, "EARLIER_START_S", 0.01)
+        patch.setattr(claim.time, "sleep", lambda seconds: write_records(run_dir, [record(1, 0.1), record(2, 0.1)]))
+        patch.setattr(claim, "EARLIER_START_S", 0.01)
         claimed(run_dir, here=True).__enter__()
 
 
 def test_the_lock_of_an_earlier_start_of_the_job_does_not_end_this_one(tmp_path, first_rank, capfd):
     """A node that is lost may keep its lock on a network file system."""
-    first_rank.setattr(records, "EARLIER_START_S", 2)
+    first_rank.setattr(claim, "EARLIER_START_S", 2)
     with claimed(tmp_path, here=True):
         with pytest.raises(InputError, match=r"in use by process \d+ on .*, Slurm job c\.\d+, start 1: two jobs"):
             claimed(tmp_path, here=True).__enter__()
