@@ -209,8 +209,12 @@ def test_all_that_a_page_says_can_be_done(page, site, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_are_there(page):
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", prose(page)):
-        assert ((ROOT / page).parent / link).exists(), f"{page} leads to {link}"
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
+        there = (ROOT / page).parent / link if link else ROOT / page
+        assert there.exists(), f"{page} leads to {link}"
+        titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if anchor else []
+        known = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+        assert not anchor or anchor in known, f"{page} leads to {link}#{anchor}"
     for path in re.findall(r"(?<![\w./])(?:tools|tests|slurm|configs|faconv_hpc)/[\w./*-]+", " ".join(spans(page))):
         assert list(ROOT.glob(path)), f"{page} names {path}"
 
