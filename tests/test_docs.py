@@ -1,5 +1,8 @@
 """README and docs: every command and every snippet is run, or at least parsed by what it calls; names and links exist.
 
+A page is followed in its order, in a user's directory. Nothing is left out in silence: a fence of another kind than
+bash and python, a command that neither runs nor can be parsed, an option, key or file that is not there fail.
+
 Run as a program it writes the table of keys in docs/training.md anew.
 """
 
@@ -10,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -19,7 +23,8 @@ import yaml
 
 import forks
 from faconv_hpc.cli.app import app
-from faconv_hpc.config import RunConfig, Section
+from faconv_hpc.config import RunConfig, Section, load_config, load_yaml
+from faconv_hpc.scaling.study import StudyConfig
 from slurms import job_environment
 from sources import save
 
@@ -28,6 +33,7 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 RUN = [page for page in PAGES if page != "docs/measurements.md"]
 README_LINES, README_WIDTH = 120, 120  # a page and a half
 SECONDS = 300
+TREE = "configs/  slurm/"  # begins the one fence without a language: what is where
 KEYS = "<!-- keys: made from faconv_hpc/config.py by `python tests/test_docs.py` -->\n"
 
 ONLY_PARSED = {  # commands that begin so, and why they are not run here
@@ -59,8 +65,30 @@ STUDY = {
 
 
 def blocks(page):
-    """(language, text) of the fenced blocks of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    """(language, text) of the fenced blocks of a page; every line that looks like a fence begins or ends one."""
+    found, fence, inside = [], None, []
+    for line in (ROOT / page).read_text().splitlines():
+        if not re.match(r"\s*(```|~~~)", line):
+            inside.append(line)
+            continue
+        if fence is None:
+            fence, inside = line, []
+            continue
+        assert line == "```", f"{page}: {line!r} within a block"
+        found.append((fence.removeprefix("```"), "\n".join(inside) + "\n"))
+        fence = None
+    assert fence is None, f"{page}: the block {fence!r} has no end"
+    return found
+
+
+def prose(page):
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(page):
+    """What stands between backticks in the prose of a page."""
+    return re.findall(r"`([^`]+)`", prose(page))
 
 
 def commands(text):
@@ -86,29 +114,39 @@ def _expanded(word, directory):
     return [path.relative_to(directory) for path in directory.glob(word)] if "*" in word else [word]
 
 
-def parse(line):
-    """What can be told of a command without running it: its files are there, its verb knows its options."""
+def parse(line, directory):
+    """What can be told of a command without running it: its files are there, its verb takes its options and config."""
     words = shlex.split(line)
-    for word in words:
-        if re.match(r"(tools|slurm|configs)/", word):
-            assert (ROOT / word).exists(), f"{line}: there is no {word}"
+    files = [word for word in words if re.match(r"(tools|slurm|configs)/", word)]
+    missing = [word for word in files if not (ROOT / word).exists()]
+    assert not missing, f"{line}: there is no {', '.join(missing)}"
     if words[0] == "sbatch":
         script, *rest = words[1:]
         verb = {"slurm/train_global.sh": "train", "slurm/scaling_study.sh": "study"}[script]
         words = ["faconv", verb, *(rest or ["configs/global_era5_025.yaml"])]
+    assert files or "faconv" in words, f"{line}: nothing in it can be checked"
     if "faconv" in words:
-        _parse_verb(words[words.index("faconv") + 1 :])
+        _check_config(_parsed(words[words.index("faconv") + 1 :]).params, directory)
     elif words[0] == "python":
         text = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in text for word in words if word.startswith("--")), f"{line}: unknown option"
 
 
-def _parse_verb(arguments):
-    command, context = typer.main.get_command(app), None
+def _parsed(arguments):
+    """The verb's context, its options read."""
+    context = None
+    command = typer.main.get_command(app)
     while hasattr(command, "resolve_command"):
         context = command.make_context(command.name or "faconv", [*arguments], parent=context)
         _, command, arguments = command.resolve_command(context, [*arguments])
-    command.make_context(command.name, [*arguments], parent=context)
+    return command.make_context(command.name, [*arguments], parent=context)
+
+
+def _check_config(given, directory):
+    """The config or study that a command names is there, and takes what --set says."""
+    for name, load in (("config", load_config), ("study", lambda *given: load_yaml(StudyConfig, *given))):
+        if given.get(name):
+            load(directory / given[name], given["set_"] or ())
 
 
 def follow(page, directory):
@@ -117,13 +155,13 @@ def follow(page, directory):
         if language == "bash":
             for line in commands(text):
                 if any(line.startswith(known) for known in ONLY_PARSED):
-                    parse(line)
+                    parse(line, directory)
                 else:
                     run(line, directory)
         elif language == "python":
             _run_snippet(page, text, directory)
         else:
-            raise AssertionError(f"{page}: a block of {language} is not looked at")
+            assert not language and text.startswith(TREE), f"{page}: a block of {language!r} is not looked at:\n{text}"
 
 
 def _run_snippet(page, text, directory):
@@ -171,12 +209,41 @@ def test_all_that_a_page_says_can_be_done(page, site, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_are_there(page):
-    text = (ROOT / page).read_text()
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert ((ROOT / page).parent / link).exists(), f"{page} leads to {link}"
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    for path in re.findall(r"`((?:tools|tests|slurm|configs|docs|faconv_hpc)/[\w./*-]+)`", prose):
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
+        there = (ROOT / page).parent / link if link else ROOT / page
+        assert there.exists(), f"{page} leads to {link}"
+        titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if anchor else []
+        known = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+        assert not anchor or anchor in known, f"{page} leads to {link}#{anchor}"
+    for path in re.findall(r"(?<![\w./])(?:tools|tests|slurm|configs|faconv_hpc)/[\w./*-]+", " ".join(spans(page))):
         assert list(ROOT.glob(path)), f"{page} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_and_options_in_the_prose_are_there(page):
+    keys = {name for name, _ in config_keys()}
+    for span in spans(page):
+        for key in re.findall(rf"^(?:--set )?((?:{'|'.join(RunConfig.model_fields)})\.\w+)", span):
+            assert key in keys, f"{page}: the config has no {key}"
+        if span.startswith("faconv "):
+            _check_options(page, span)
+
+
+def _check_options(page, span):
+    """Its arguments may be left out: the prose names a verb and what it does."""
+    command, (_, *words) = typer.main.get_command(app), span.split()
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"{page}: faconv has no {words[0]!r} in `{span}`"
+        command = command.commands[words.pop(0)]
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    unknown = {word for word in words if word.startswith("--")} - known - {"--help"}
+    assert not unknown, f"{page}: `{span}` has no {', '.join(unknown)}"
+
+
+def test_only_what_a_page_says_is_excused_from_running():
+    said = [line for page in RUN for language, text in blocks(page) if language == "bash" for line in commands(text)]
+    idle = [known for known in ONLY_PARSED if not any(line.startswith(known) for line in said)]
+    assert not idle, f"no page has {idle}"
 
 
 def test_the_readme_is_a_page_and_a_half_and_names_every_room():
@@ -191,32 +258,46 @@ def test_the_readme_is_a_page_and_a_half_and_names_every_room():
             assert (directory / f"{name}.py").exists(), f"{room}/ has no {name}.py"
 
 
+def config_keys(section=RunConfig, prefix=""):
+    """(name, field) of every key of a run's config."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from config_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
 def key_table():
-    """Every key of a run's config, its default and what it is."""
+    """Every key of a run's config, its default, what it is, and the values it may have where they are few."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
-
-    def add(section, prefix):
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                add(field.annotation, f"{prefix}{name}.")
-                continue
-            default = "(needed)" if field.is_required() else f"`{_shown(field.default)}`"
-            assert field.description, f"{prefix}{name} has no description"
-            rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
-
-    add(RunConfig, "")
+    for name, field in config_keys():
+        assert field.description, f"{name} has no description"
+        default = "(needed)" if field.is_required() else f"`{_shown(field.default)}`"
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        one_of = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+        rows.append(f"| `{name}` | {default} | {field.description}{one_of} |")
     return "\n".join(rows) + "\n"
 
 
 def _shown(value):
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, dict) else "{}"
+    """As YAML writes it."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).splitlines()[0]
 
 
 def test_the_table_of_keys_is_up_to_date():
     _, _, table = (ROOT / "docs" / "training.md").read_text().partition(KEYS)
     assert table == key_table(), "run: python tests/test_docs.py"
+
+
+def test_a_default_is_shown_as_yaml_reads_it():
+    """1 equals True and 0 equals False to Python, not to a reader."""
+    defaults = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", key_table(), re.MULTILINE))
+    for name, field in config_keys():
+        if not field.is_required():
+            read, default = yaml.safe_load(defaults[name]), field.default
+            default = list(default) if isinstance(default, tuple) else default
+            assert (read, type(read)) == (default, type(default)), name
 
 
 def test_tools_can_be_loaded():
