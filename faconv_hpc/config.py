@@ -113,7 +113,7 @@ class ModelConfig(Section):
     dilations: tuple[Count, ...] = Field((1, 2, 4), description="one depthwise kernel for each")
     bottleneck_channels: Count | None = Field(None, description="C_b; default: half of C_h")
     fuse: Literal["sum", "concat"] = Field("sum", description="how the dilations' results are joined")
-    se_reduction: Count = Field(4, description="the squeeze has C_b over this channels")
+    se_reduction: Count = Field(4, description="C_b is squeezed to so many times fewer channels")
     peephole: bool = Field(True, description="whether the gates see the cell state")
     attention_every: int = Field(4, ge=0, description="axial attention every so many steps; 0: never")
     attention_heads: Count = Field(4, description="of the axial attention")
