@@ -2,8 +2,10 @@
 
 import os
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 
@@ -15,7 +17,7 @@ from faconv_hpc.errors import InputError, LostRankError, RunError
 from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
-from faconv_hpc.spatial.meeting import _opened, candidate_ports, meet
+from faconv_hpc.spatial.meeting import _asked, _opened, candidate_ports, meet
 from faconv_hpc.training.faults import claim
 from faconv_hpc.training.faults.claim import claimed
 from runs import make_store, write_config
@@ -77,6 +79,32 @@ def test_a_requeued_job_looks_elsewhere(monkeypatch):
     assert len(jobs) == 2 and len({candidate_ports(job)[0] for job in jobs}) == 2
     monkeypatch.setenv("MASTER_PORT", "1234")
     assert (RankEnvironment.read().job, RankEnvironment.read().port) == ("", 1234)
+
+
+def test_only_rank_0_counts_a_start_of_a_slurm_job(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    for rank in range(3):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        assert RankEnvironment.is_first_of_slurm() == (rank == 0)
+
+
+@pytest.mark.parametrize("said", ["other 4711\n", "220 mail.example\n", "4711\n", "\n"])
+def test_only_the_door_of_this_job_is_believed(said):
+    """Whatever else listens at one of its ports, and answers."""
+
+    class Answer(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(said.encode())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        assert _asked(RankEnvironment(rank=1, world_size=2, job="mine"), server.server_address[1]) is None
+        server.shutdown()
+    with _opened("mine", 4711):
+        found = [_asked(RankEnvironment(rank=1, world_size=2, job="mine"), port) for port in candidate_ports("mine")]
+    assert 4711 in found
 
 
 def test_no_rank_0_is_said_with_where_it_was_looked_for():
