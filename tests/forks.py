@@ -15,6 +15,7 @@ See test_forks.py, which runs any code in this way: ``python -m forks CODE``.
 import atexit
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import inspect
@@ -83,7 +84,16 @@ def _is_ours(asked, environment):
         and all(asked.get(name, value) == value for name, value in PLAIN.items())
         and all((OF_SERVER | environment).get(name) == ENVIRONMENT.get(name) for name in at_import)
         and environment.get("OMP_NUM_THREADS") == "1"
+        and not _has_gpu()
     )
+
+
+@functools.cache
+def _has_gpu():
+    """A driver that one process has initialized is lost to its forks."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 class Popen(_Forking):
@@ -137,21 +147,25 @@ def held_port():
 
 def _server():
     """The line to a new server; it ends when the line does."""
-    import torch
+    import faconv_hpc
 
-    assert not torch.cuda.is_available(), "GPUs are not shared by forks"
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     Popen.said = said = tempfile.TemporaryFile()  # noqa: SIM115
     files = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said, "pass_fds": [there.fileno()]}
-    subprocess.Popen([sys.executable, __file__, "--serve", str(there.fileno())], env=ENVIRONMENT, **files)
+    tree = Path(faconv_hpc.__file__).parents[1]  # which a fork's interpreter would find in its directory
+    command = [sys.executable, __file__, "--serve", str(there.fileno()), str(tree)]
+    subprocess.Popen(command, env=ENVIRONMENT, **files)
     there.close()
-    if here.recv(100) != b"ready":
+    answer = here.recv(1000).decode()
+    if not answer.startswith("ready "):
         said.seek(0)
         raise RuntimeError(f"the fork server did not start:\n{said.read().decode()}")
+    assert answer == f"ready {faconv_hpc.__file__}", f"forks would test another tree: {answer}"
     return here
 
 
-def _serve(line):
+def _serve(line, tree):
+    sys.path.insert(0, tree)
     import faconv_hpc
 
     for name in (*ALSO, *(module.name for module in pkgutil.walk_packages(faconv_hpc.__path__, "faconv_hpc."))):
@@ -160,10 +174,11 @@ def _serve(line):
     for module in list(sys.modules.values()):
         if getattr(module, "free_port", None) is faconv_hpc.spatial.environment.free_port:
             module.free_port = held_port
+    sys.path.remove(tree)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing from the forks"
     gc.collect()
     gc.freeze()  # so that a collection does not copy what is shared
-    line.send(b"ready")
+    line.send(f"ready {faconv_hpc.__file__}".encode())
     while True:
         message, descriptors, *_ = socket.recv_fds(line, 2**20, 3)
         if not message:
@@ -250,6 +265,6 @@ def _forget(request, descriptors):
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        _serve(socket.socket(fileno=int(sys.argv[2])))
+        _serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
     else:
         exec(sys.argv[1])

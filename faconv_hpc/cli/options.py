@@ -8,7 +8,8 @@ import typer
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
 RunPath = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the config. May be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the file. May be repeated."),
 ]
 Ranks = Annotated[
     int | None,
