@@ -39,7 +39,7 @@ def replacing(final: Path) -> Iterator[Path]:
     Others may do the same meanwhile. The block writes the file and flushes it to disk; if it raises, the file goes.
 
     Raises:
-        OSError: it could not be renamed; nothing has changed then.
+        OSError: it could not be renamed, and nothing has changed; or its entry could not be flushed to disk.
     """
     beside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:

@@ -100,11 +100,8 @@ def commands(text):
 def run(line, directory):
     """Runs a command as a user types it, in the user's directory."""
     words = [name for word in shlex.split(line) for name in sorted(map(str, _expanded(word, directory)))]
-    if line.startswith("faconv "):
-        command, start = [sys.executable, "-m", "faconv_hpc", *words[1:]], forks.run
-    else:
-        command, start = words, forks.run
-    done = start(command, timeout=SECONDS, env=job_environment(), cwd=directory)
+    command = [sys.executable, "-m", "faconv_hpc", *words[1:]] if words[0] == "faconv" else words
+    done = forks.run(command, timeout=SECONDS, env=job_environment(), cwd=directory)
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     if line == "cp configs/quickstart_era5.yaml my.yaml":  # and edits it
         (directory / "my.yaml").write_text(yaml.safe_dump(SMALL))

@@ -303,9 +303,9 @@ def test_errors_of_ours_are_not_taken_for_those_of_a_collective():
 
 
 def test_a_save_that_is_under_way_takes_its_time_first():
-    boundary = StepEnd(signal=10, left_s=20.0, save_s=10.0, written=True)
-    assert boundary.may_save and not replace(boundary, written=False).may_save
-    assert replace(boundary, written=False, left_s=25.0).may_save
+    end = StepEnd(signal=10, left_s=20.0, save_s=10.0, written=True)
+    assert end.may_save and not replace(end, written=False).may_save
+    assert replace(end, written=False, left_s=25.0).may_save
 
 
 def test_small_files_are_whole_whoever_else_writes_them(tmp_path):

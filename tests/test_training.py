@@ -303,15 +303,15 @@ def test_a_weight_that_drifts_on_one_rank_is_caught_and_named(stage):
     def check(mesh):
         training = TrainingConfig(steps=100, zero_stage=stage, micro_batch=1)
         engine = Engine(FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2)), mesh, training)
-        guard = DriftCheck(engine.network, mesh, every=2)
-        guard.after_step(2)
+        drift = DriftCheck(engine.network, mesh, every=2)
+        drift.after_step(2)
         weight = dict(engine.network.named_parameters())["layers.1.expansion_weight"]
         if mesh.rank == 2:
             flat = weight.data.view(-1)
             flat[17] = torch.nextafter(flat[17], torch.tensor(torch.inf))
-        guard.after_step(3)  # not its turn
+        drift.after_step(3)  # not its turn
         try:
-            guard.after_step(4)
+            drift.after_step(4)
         except RuntimeError as error:
             return str(error)
         return "not caught"

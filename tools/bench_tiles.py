@@ -58,8 +58,8 @@ def step_and_comparison_s(domain: Domain, zero_stage: int) -> tuple[float, float
         engine.backward(network.losses(output, x_BTCYX, target_BTCYX, domain).total)
         engine.step(1e-3)
 
-    guard = DriftCheck(network, domain.mesh, every=1)
-    return median_s(step), median_s(lambda: guard.compare(0))
+    drift = DriftCheck(network, domain.mesh, every=1)
+    return median_s(step), median_s(lambda: drift.compare(0))
 
 
 def attention_table(domain: Domain) -> Table:

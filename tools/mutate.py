@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -55,12 +56,15 @@ class Fault(NamedTuple):
         return f"{self.file}: {self.what}"
 
     def put_into(self, path: Path) -> None:
-        """Changes the line; ends if it is not there just once."""
-        text = path.read_text()
-        places = text.count(self.right)
+        """Changes the line, in a copy of the file."""
+        self.check()
+        path.write_text(path.read_text().replace(self.right, self.wrong))
+
+    def check(self) -> None:
+        """Ends if the line is not there just once."""
+        places = (ROOT / "faconv_hpc" / self.file).read_text().count(self.right)
         if places != 1:
             raise SystemExit(f"{self.file} has {self.right!r} {places} times: bring tools/faults.yaml up to date.")
-        path.write_text(text.replace(self.right, self.wrong))
 
 
 class Findings:
@@ -88,11 +92,12 @@ def known_faults() -> list[Fault]:
 
 
 def mark_of(fault: Fault | None, names: Sequence[str]) -> str:
-    """Of all that a verdict depends on closely: the fault, the file that it changes, the tests that are asked."""
+    """Of all that a verdict depends on: the fault, the package, the files of tests that are asked, and helpers."""
     digest = hashlib.sha256(repr((fault, names)).encode())
-    files = [ROOT / "tests" / f"test_{name}.py" for name in names]
-    files += [ROOT / "faconv_hpc" / fault.file] if fault else sorted((ROOT / "faconv_hpc").rglob("*.py"))
-    for file in files:
+    shared = [file for file in sorted((ROOT / "tests").glob("*.py")) if not file.name.startswith("test_")]
+    named = [ROOT / "tests" / f"test_{name}.py" for name in names]
+    package = sorted(file for file in (ROOT / "faconv_hpc").rglob("*") if file.suffix in (".py", ".sh"))
+    for file in (*shared, *named, *package):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -113,7 +118,7 @@ def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | No
             fault.put_into(copy / "faconv_hpc" / fault.file)
         tests = [f"tests/test_{name}.py" for name in names]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
-        environment = os.environ | {"PYTHONPATH": directory, "MINI_SLURM_NUMBER": str(12 + place)}
+        environment = os.environ | {"PYTHONPATH": directory, "MINI_SLURM_NUMBER": str(13 + place)}
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -128,6 +133,17 @@ def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | No
     if process.returncode != FAILED or not lines:
         raise SystemExit(f"pytest could not run (exit code {process.returncode}):\n{printed[-3000:]}")
     return lines[0].partition(" ")[2].split(" - ")[0]
+
+
+@contextmanager
+def _stoppable(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that begins nothing more once the block has raised, such as by Ctrl-C."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def asked(chosen: Sequence[Fault], findings: Findings, jobs: int) -> int:
@@ -150,7 +166,7 @@ def asked(chosen: Sequence[Fault], findings: Findings, jobs: int) -> int:
             findings.keep(fault.name, mark, verdict)
         return fault, verdict, time.monotonic() - began
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with _stoppable(jobs) as pool:
         for done in as_completed([pool.submit(ask, fault) for fault in chosen]):
             fault, verdict, seconds = done.result()
             number += 1
@@ -171,7 +187,7 @@ def check_baseline(names: Sequence[str], findings: Findings, jobs: int) -> None:
             findings.keep(f"without any fault: {name}", mark, PASSED)
         return failed
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with _stoppable(jobs) as pool:
         for failed in pool.map(lambda numbered: passes(numbered[0] % jobs, numbered[1]), enumerate(names)):
             if failed:
                 raise SystemExit(f"{failed} fails without any fault: mend it first.")
@@ -185,6 +201,8 @@ def main() -> None:
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="do not run without a fault first")
     options = parser.parse_args()
     chosen = [fault for fault in known_faults() if options.only in fault.name]
+    for fault in chosen:
+        fault.check()
     findings = Findings()
     if options.baseline:
         check_baseline(list(dict.fromkeys(name for fault in chosen for name in fault.tests)), findings, options.jobs)

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from ..errors import InputError, LostRankError, RunError, exit_code_of
+from ..errors import InputError, LostRankError, RunError, describe, exit_code_of
 from .checkpoint import checkpoint_app
 from .data import data_app
 from .doctor import doctor_command
@@ -39,10 +39,8 @@ def main() -> None:
     hold_signals()
     try:
         app()
-    except LostRankError as error:  # the ranks have not met, and cannot agree
-        print(f"faconv: failed: {error}", file=sys.stderr)
-        sys.exit(exit_code_of(error))
     except (InputError, RunError) as error:
-        say_before_joining(error)
-        print(f"faconv: {'error' if isinstance(error, InputError) else 'failed'}: {error}", file=sys.stderr)
+        if not isinstance(error, LostRankError):  # else the ranks have not met, and cannot agree
+            say_before_joining(error)
+        print(describe(error), file=sys.stderr)
         sys.exit(exit_code_of(error))

@@ -86,7 +86,7 @@ def new_netcdf(final: Path) -> Iterator[tuple[h5netcdf.File, ForgivingFile]]:
     Ask the second of the two for errors now and then, so that a full disk ends the work soon.
 
     Raises:
-        OSError: it could not be written; nothing has changed then.
+        OSError: it could not be written, and nothing has changed; or see `replacing`.
     """
     with replacing(final) as beside:
         file = ForgivingFile(beside)

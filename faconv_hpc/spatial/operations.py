@@ -1,7 +1,7 @@
 """The differentiable operations behind a domain's verbs: what is sent going forward, and going back.
 
-Each stands with its adjoint. What moves the numbers is in exchange.py (halos), area_mean.py and axis.py, each in
-two halves, start and finish, so that what does not depend on it can be computed in between.
+Each stands with its adjoint. What moves the numbers is in exchange.py (halos) and area_mean.py, each in two halves,
+start and finish, so that what does not depend on it can be computed in between; and in axis.py, which waits.
 """
 
 from collections.abc import Callable
