@@ -36,14 +36,16 @@ def flush_entries(directory: Path) -> None:
 def replacing(final: Path) -> Iterator[Path]:
     """Another name beside ``final``, whose file gets its own by one rename when the block ends: whole or not at all.
 
-    Others may do the same meanwhile. The block writes the file and flushes it to disk; if it raises, the file goes.
+    Others may do the same meanwhile. The block writes the file, which is then flushed to disk; if it raises, it goes.
 
     Raises:
-        OSError: it could not be renamed, and nothing has changed; or its entry could not be flushed to disk.
+        OSError: it could not be flushed or renamed, and nothing has changed; or its entry could not be flushed to disk.
     """
     beside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
         yield beside
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
         beside.replace(final)
     finally:
         beside.unlink(missing_ok=True)
@@ -52,9 +54,17 @@ def replacing(final: Path) -> Iterator[Path]:
 
 def write_durably(path: Path, text: str) -> None:
     """Replaces a small file as a whole, on disk before and after; its directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_durably(path.parent)
     with replacing(path) as beside:
-        write_flushed(beside, text.encode())
+        beside.write_text(text)
+
+
+def make_durably(directory: Path) -> None:
+    """Makes a directory and those above it that are missing; their entries are on disk when this returns."""
+    if not directory.exists():
+        make_durably(directory.parent)
+        directory.mkdir(exist_ok=True)
+        flush_entries(directory.parent)
 
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -36,7 +36,9 @@ fi
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 module_lines
 # What every job does, among it how it goes back to the queue.
-source "$(python -c 'import faconv_hpc.launch as launch; print(launch.__path__[0])')/job.sh" || exit 2
+job_sh=faconv_hpc/launch/job.sh      # of this checkout; away from one, of the package that python finds
+[ -f "$job_sh" ] || job_sh=$(python -c 'import faconv_hpc; print(faconv_hpc.__path__[0])' 2> /dev/null)/launch/job.sh
+source "$job_sh" || { echo "start it from the project's root, or where python finds faconv_hpc" >&2; exit 2; }
 own_job=${SLURM_JOB_ID:-}
 where=()
 if [ -n "$own_job" ]; then

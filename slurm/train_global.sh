@@ -37,7 +37,9 @@ export SLURM_EXPORT_ENV=ALL                           # what is set here reaches
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # since Slurm 22.05 srun does not take it from sbatch
 
 # What every job does at its start and its end, among it the rule for requeueing.
-source "$(python -c 'import faconv_hpc.launch as launch; print(launch.__path__[0])')/job.sh" || exit 2
+job_sh=faconv_hpc/launch/job.sh      # of this checkout; away from one, of the package that python finds
+[ -f "$job_sh" ] || job_sh=$(python -c 'import faconv_hpc; print(faconv_hpc.__path__[0])' 2> /dev/null)/launch/job.sh
+source "$job_sh" || { echo "start it from the project's root, or where python finds faconv_hpc" >&2; exit 2; }
 faconv_say_start
 if [ "${PREFLIGHT:-yes}" != no ]; then   # PREFLIGHT=no leaves it out
     settings=() before=                  # of the options only --set means something to doctor

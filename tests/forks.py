@@ -40,6 +40,7 @@ ENVIRONMENT = os.environ | OF_SERVER
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 PLAIN = {"pass_fds": (), "shell": False, "gid": None, "gids": None, "uid": None, "umask": -1, "process_group": -1}
 ALL = signal.valid_signals()
+ANSWER_S = 300.0  # of the server, on a busy machine
 
 
 def run(command, *, timeout, **options):
@@ -113,6 +114,10 @@ class Popen(_Forking):
                 socket.send_fds(line, [pickle.dumps(request)], descriptors)
                 pid = int(line.recv(100) or b"-1")
                 assert line.recv(100) == b"adopted", "the fork server has ended"
+            except BaseException:  # it has ended, or says nothing: the next who asks starts another
+                Popen._line = None
+                line.close()
+                raise
             finally:
                 prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             return pid
@@ -123,26 +128,13 @@ class _ForkingItself(_Forking):
 
     def _fork(self, request, descriptors):
         request["blocked"] = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)  # until its handlers are not its parent's
-        pid = os.fork()
-        if pid == 0:
-            _become(request, descriptors)
-        signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become(request, descriptors)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
         return pid
-
-
-HELD = []
-
-
-def held_port():
-    """As `faconv_hpc.spatial.environment.free_port`, but given to nobody else until this process ends.
-
-    Gloo listens at some five ports for every rank: beside other jobs, one that was free a second ago may not be.
-    A socket that is bound and does not listen keeps others from being handed its port, but not those who name it.
-    """
-    HELD.append(socket.socket())
-    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    HELD[-1].bind(("127.0.0.1", 0))
-    return HELD[-1].getsockname()[1]
 
 
 def _server():
@@ -156,6 +148,7 @@ def _server():
     command = [sys.executable, __file__, "--serve", str(there.fileno()), str(tree)]
     subprocess.Popen(command, env=ENVIRONMENT, **files)
     there.close()
+    here.settimeout(ANSWER_S)
     answer = here.recv(1000).decode()
     if not answer.startswith("ready "):
         said.seek(0)
@@ -171,9 +164,6 @@ def _serve(line, tree):
     for name in (*ALSO, *(module.name for module in pkgutil.walk_packages(faconv_hpc.__path__, "faconv_hpc."))):
         if not name.endswith("__main__"):
             importlib.import_module(name)
-    for module in list(sys.modules.values()):
-        if getattr(module, "free_port", None) is faconv_hpc.spatial.environment.free_port:
-            module.free_port = held_port
     sys.path.remove(tree)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing from the forks"
     gc.collect()
@@ -206,29 +196,29 @@ def _fork_twice(line, request, descriptors):
 
 
 def _become(request, descriptors):
-    """This fork does what a new interpreter would do with the request, and ends."""
-    code = 1
+    """This fork does what a new interpreter would do with the request, and ends, whatever interrupts its farewell."""
+    code, interrupted = 1, False
     try:
-        _forget(request, descriptors)
-        runpy.run_module(request["args"][2], run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if not isinstance(end.code, int | None):
-            print(end.code, file=sys.stderr)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
+        try:
+            _forget(request, descriptors)
+            runpy.run_module(request["args"][2], run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if not isinstance(end.code, int | None):
+                print(end.code, file=sys.stderr)
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            interrupted = isinstance(error, KeyboardInterrupt)
         threading._shutdown()
         atexit._run_exitfuncs()
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code & 0xFF)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(code & 0xFF)
 
 
 def _forget(request, descriptors):

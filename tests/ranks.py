@@ -1,5 +1,6 @@
 """Several ranks from plain pytest: pools of gloo worker processes, started once per session."""
 
+import atexit
 import ctypes
 import gc
 import multiprocessing
@@ -16,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from faconv_hpc import ProcessMesh
-from faconv_hpc.spatial.environment import RankEnvironment
-from forks import PR_SET_PDEATHSIG, held_port
+from faconv_hpc.spatial.environment import RankEnvironment, free_port
+from forks import PR_SET_PDEATHSIG
 
 TIMEOUT_S = 300.0
 LINGER_S = 5.0
@@ -64,7 +65,7 @@ class RankPool:
     def __init__(self, ranks: int) -> None:
         context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but done nothing
         context.set_forkserver_preload(PRELOADED)
-        port = held_port()  # workers of other pytest processes start at the same time
+        port = free_port()  # workers of other pytest processes start at the same time
         self.pipes: list[Connection] = []
         self.workers = []
         for rank in range(ranks):
@@ -133,6 +134,7 @@ class _Pools:
 
 
 _POOLS = _Pools()
+atexit.register(close_pools)  # workers that are stopped would let nobody wait for their end
 
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 
 from faconv_hpc import FAConvLSTMNetwork
 from faconv_hpc.errors import InputError, NoProgressError, RunError
+from faconv_hpc.training import export as export_module
 from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
-from faconv_hpc.training.export import export
+from faconv_hpc.training.export import SUFFIXES, export
 from faconv_hpc.training.faults.starts import counted_start, made_progress
 from faconv_hpc.training.records import STEPS_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
@@ -532,6 +534,22 @@ def test_records_survive_damage_and_a_run_begun_anew(tmp_path, store):
     train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3, "steps": 4})
     assert len((tmp_path / "run" / "steps-before-0.jsonl").read_text().splitlines()) == 7
     assert [record.step for record in read_records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_export_that_fails_leaves_the_one_before(copied, tmp_path, monkeypatch, suffix):
+    output = tmp_path / f"model{suffix}"
+    output.write_text("the one before")
+
+    def fails(tensors, path, **options):
+        Path(path).write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "save_file", fails)
+    monkeypatch.setattr(export_module.torch, "save", fails)
+    with pytest.raises(InputError, match=r"model\.\w+ cannot be written: .*No space left"):
+        export(checkpoints_in(copied)[-1], output)
+    assert [path.read_text() for path in tmp_path.glob("*model*")] == ["the one before"]
 
 
 def test_export_never_writes_into_a_checkpoint(copied):

@@ -75,12 +75,14 @@ def _look_at_its_checkpoints(run_dir):
     assert nothing.returncode == 2 and "holds no checkpoints" in nothing.stderr
 
 
-@pytest.mark.parametrize("start", ["torchrun", "mpiexec"])
+@pytest.mark.parametrize("start", ["torchrun", "mpiexec", "--ranks"])
 def test_the_same_losses_however_the_ranks_are_started(tmp_path, store, start):
     if start == "mpiexec" and not MPIEXEC.exists():
         pytest.skip("no mpiexec beside Python: pip install mpich")
-    before = TORCHRUN if start == "torchrun" else [MPIEXEC, "-n", "2", sys.executable]
-    started = faconv("train", write_config(tmp_path / start, store, mesh={"lon": 2}), before=before)
+    before = {"torchrun": TORCHRUN, "mpiexec": [MPIEXEC, "-n", "2", sys.executable]}.get(start, (sys.executable,))
+    config = write_config(tmp_path / start, store, mesh={"lon": 2})
+    real = {"PYTHONPATH": str(tmp_path)}  # new interpreters, not forks
+    started = faconv("train", config, *["--ranks", 2] * (start == "--ranks"), before=before, environment=real)
     assert started.returncode == 0, started.stderr
     plain = faconv("train", write_config(tmp_path / "plain", store))
     assert plain.returncode == 0, plain.stderr

@@ -34,6 +34,8 @@ SAYS = {
     "without farewell": "os._exit(9)",
     "ended by itself": "os.kill(os.getpid(), signal.SIGKILL)",
     "Ctrl-C": "signal.raise_signal(signal.SIGINT)",
+    "Ctrl-C after printing": "atexit.register(print, 'last'); print('main'); signal.raise_signal(signal.SIGINT)",
+    "Ctrl-C in the farewell": "atexit.register(lambda: signal.raise_signal(2)); print('main')",
     "a broken pipe": "r, w = os.pipe(); os.close(r); os.write(w, b'x')",
     "farewells": "atexit.register(print, 'last'); threading.Timer(0.2, print, ['a thread']).start(); print('main')",
     "a farewell of a mistake": "atexit.register(print, 'last'); sys.exit(2)",

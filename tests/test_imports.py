@@ -57,6 +57,12 @@ def test_rooms_import_only_what_lies_below_them(path):
         assert other != "cli", f"{room} imports the command line"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "training").glob("*.py")), ids=inside)
+def test_of_training_only_the_loop_knows_of_faults(path):
+    knows = any(name.startswith("faconv_hpc.training.faults") for name in imports(path))
+    assert knows == (path.name == "trainer.py"), "who deals with faults imports what they happen to"
+
+
 @pytest.mark.parametrize("path", FILES, ids=inside)
 def test_some_packages_are_known_in_one_place_only(path):
     for name in imports(path):

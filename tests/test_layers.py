@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
@@ -98,22 +100,37 @@ def test_gates_and_mixing_have_the_gradients_of_finite_differences():
 
 
 def test_compiled_kernels_equal_eager_ones():
-    layers = [FAConvLSTM2d(3, 8, attention_every=2, kernels=mode) for mode in ("eager", "compiled")]
+    """At sizes that are numbers in the code, then at others, which are symbols, and one that is 1."""
+    options = {"dilations": (1, 3), "attention_every": 2}
+    layers = [FAConvLSTM2d(3, 8, kernels=mode, **options) for mode in ("eager", "compiled")]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = torch.randn(1, 3, 3, 9, 10)
-    outs = [layer(x)[0] for layer in layers]
-    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
-    grads = [
-        torch.autograd.grad(out.square().sum(), list(layer.parameters()))
-        for out, layer in zip(outs, layers, strict=True)
-    ]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for shape in ((1, 3, 3, 9, 10), (2, 3, 3, 1, 7)):
+        x = torch.randn(shape)
+        outs = [layer(x)[0] for layer in layers]
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+        grads = [
+            torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+            for out, layer in zip(outs, layers, strict=True)
+        ]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_layer_takes_any_number_of_shapes():
-    """More than the eight compilations after which torch gives up by default."""
-    options = {"dilations": (1,), "attention_every": 0}  # few taps: a C++ compiler takes its time for many
+@pytest.fixture
+def traced(monkeypatch):
+    """Kernels that are traced as compiled ones are, without C++, which takes seconds for every shape; counts traces."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    kernels_for.cache_clear()
+    yield counter
+    kernels_for.cache_clear()
+    torch.compiler.reset()
+
+
+def test_a_compiled_layer_takes_any_number_of_shapes(traced):
+    """More than the eight compilations of one function after which torch gives up by default."""
+    options = {"dilations": (1,), "attention_every": 0}
     layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
     eager.load_state_dict(layer.state_dict())
     for batch, rows, columns in [
@@ -129,6 +146,7 @@ def test_a_compiled_layer_takes_any_number_of_shapes():
         x = torch.randn(batch, 2, 3, rows, columns)
         grads = [torch.autograd.grad(one(x)[0].square().sum(), one.mixing_weight)[0] for one in (layer, eager)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert traced.frame_count > 4 * 8
 
 
 def test_a_forward_without_backward_frees_everything():

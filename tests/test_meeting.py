@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
@@ -17,6 +18,7 @@ from faconv_hpc.errors import InputError, LostRankError, RunError
 from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
+from faconv_hpc.spatial.failure import MARGIN_S
 from faconv_hpc.spatial.meeting import _asked, _opened, candidate_ports, meet
 from faconv_hpc.training.faults import claim
 from faconv_hpc.training.faults.claim import claimed
@@ -44,6 +46,27 @@ def listening(port):
     held.bind(("0.0.0.0", port))
     held.listen()
     return held
+
+
+LIMITS = """
+import torch
+from faconv_hpc import ProcessMesh
+mesh = ProcessMesh.start(2, 1, 2, timeout_s=77.0)
+groups = [mesh.group, mesh.tile_group, mesh.axis_groups["lon"]]
+print([group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups])
+mesh.stop()
+"""
+
+
+def test_collectives_of_every_group_end_when_the_jobs_do():
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(environment.free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "forks", LIMITS]
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent}
+    ranks = [
+        forks.Popen(command, env=os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "4"}, **options)
+        for rank in range(4)
+    ]
+    assert {rank.communicate(timeout=120)[0] for rank in ranks} == {f"{[77.0 + MARGIN_S] * 3}\n"}
 
 
 def test_ranks_meet_although_others_hold_their_first_ports():

@@ -203,7 +203,16 @@ def test_one_preparation_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"another preparation writes to .*: process {os.getpid()} on"):
             prepare([source], tmp_path / "o")
     prepare([source], tmp_path / "o")
-    assert not (tmp_path / "o" / ".lock").exists()
+
+
+def test_who_opened_the_lock_of_a_preparation_holds_that_of_the_next(tmp_path: Path) -> None:
+    """Its file is not removed when the first ends: a lock on a file that is gone keeps nobody out."""
+    source, waiting = save(dataset(), tmp_path / "s.nc"), []
+    prepare([source], tmp_path / "o", progress=lambda *_: waiting.append(DirectoryLock(tmp_path / "o" / ".lock")))
+    with waiting[-1] as second:
+        assert second.take()
+        with pytest.raises(InputError, match="another preparation writes to"):
+            prepare([source], tmp_path / "o", overwrite=True)
 
 
 def test_a_file_that_another_preparation_has_replaced_is_found(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Submitting without daemons: what sbatch is given, and what it may answer. See test_slurm_jobs.py for real jobs."""
 
 import os
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -107,8 +109,14 @@ def test_which_exit_codes_put_a_job_back_into_the_queue(tmp_path, code, again):
     assert job(tmp_path, f"faconv_end {code}") == (code, "requeue 7\n" if again else "")
 
 
-def test_a_job_that_is_cancelled_is_not_put_back(tmp_path):
+def test_a_job_that_is_cancelled_is_not_put_back(tmp_path, capfd):
     assert job(tmp_path, "faconv_end 75", state="COMPLETING") == (75, "")
+    assert "job 7 is COMPLETING: not put back" in capfd.readouterr().err
+
+
+def test_of_an_array_this_job_counts(tmp_path):
+    """scontrol shows a job that is an array's leader first, then the others."""
+    assert job(tmp_path, "faconv_end 75", state="RUNNING\nJobId=8 JobState=PENDING") == (75, "requeue 7\n")
 
 
 def test_what_doctor_finds_ends_a_job_at_its_first_start_only(tmp_path):
@@ -123,6 +131,27 @@ def test_all_scripts_have_what_a_job_does_from_one_text(sbatch):
     for name in ("train_global.sh", "scaling_study.sh"):
         text = (JOB.parents[2] / "slurm" / name).read_text()
         assert "/job.sh" in text and "scontrol requeue" not in text
+
+
+def test_scripts_need_no_python_in_a_checkout_and_say_so_elsewhere(tmp_path):
+    for name, text in (("python", "exit 1"), ("srun", 'echo "$@"'), ("faconv", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "checkout" / "faconv_hpc" / "launch").mkdir(parents=True)
+    shutil.copy(JOB, tmp_path / "checkout" / "faconv_hpc" / "launch")
+    environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    for name in ("train_global.sh", "scaling_study.sh"):
+        for place, code, said in (("checkout", 0, "my.yaml"), ("", 2, "start it from the project's root, or where")):
+            command = ["bash", str(JOB.parents[2] / "slurm" / name), "my.yaml"]
+            variables = environment | {"SLURM_SUBMIT_DIR": str(tmp_path / place)}
+            ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+            assert ran.returncode == code and said in (ran.stderr if code else ran.stdout), ran.stderr
+
+
+def test_an_installed_package_has_what_a_job_does():
+    tree = tomllib.loads((JOB.parents[2] / "pyproject.toml").read_text())
+    patterns = tree["tool"]["setuptools"]["package-data"]["faconv_hpc"]
+    assert any(JOB in JOB.parents[1].glob(pattern) for pattern in patterns)
 
 
 @pytest.mark.parametrize(

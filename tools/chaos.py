@@ -23,7 +23,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,16 +36,15 @@ from rich.console import Console
 from rich.table import Table
 
 from faconv_hpc.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED
-from faconv_hpc.spatial.environment import LOOPBACK, RankEnvironment
+from faconv_hpc.spatial.environment import RankEnvironment, free_port
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import UNFINISHED, Checkpoint, checkpoints_in
 
-RANKS, STEPS, INTERVAL = 4, 24, 2
+STEPS, INTERVAL = 24, 2
 TIMEOUT_S = 10  # of the run, the least it allows
 HANG_S = TIMEOUT_S + 60  # what is promised for a rank that stops answering
 GRACE_S = 8  # a launcher kills those who do not leave after the first
 SMALL = {
-    "mesh": "{replicas: 1, lat: 2, lon: 2}",
     "model": "{hidden_channels: 8, layers: 1, attention_every: 2, attention_heads: 1, embedding_channels: 16, "
     "kernels: eager}",
     "data.window": "2",
@@ -68,16 +66,19 @@ class BrokenPromiseError(AssertionError):
 class Job:
     """One start of the run: a process for every rank, forked from one that has imported everything."""
 
-    def __init__(
-        self, config: Path, run_dir: Path, background: bool, patience: float, interval: int = INTERVAL
-    ) -> None:
+    def __init__(self, chaos: "Chaos", run_dir: Path, *, background: bool = False, interval: int = INTERVAL) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         options = SMALL | {"run_dir": str(run_dir), "training.save_in_background": str(background).lower()}
         options["training.checkpoint_every"] = str(interval)
-        arguments = ["train", str(config), *(part for item in options.items() for part in ("--set", "=".join(item)))]
-        port = self._reserved_port()
-        self.run_dir, self.patience = run_dir, patience
+        options["mesh"] = f"{{replicas: 1, lat: {chaos.ranks // 2}, lon: 2}}"
+        arguments = [
+            "train",
+            str(chaos.config),
+            *(part for item in options.items() for part in ("--set", "=".join(item))),
+        ]
+        port = free_port()
+        self.run_dir, self.patience = run_dir, chaos.patience
         self.log = run_dir.with_suffix(".log")
         self.signalled = False
         self.printed = self.log.stat().st_size if self.log.exists() else 0  # by earlier starts
@@ -85,18 +86,11 @@ class Job:
         self.stopped: list[int] = []
         self.killed: list[int] = []
         self.ranks = [
-            context.Process(target=_rank_main, args=(rank, port, arguments, str(self.log)), daemon=True)
-            for rank in range(RANKS)
+            context.Process(target=_rank_main, args=(rank, chaos.ranks, port, arguments, str(self.log)), daemon=True)
+            for rank in range(chaos.ranks)
         ]
         for process in self.ranks:
             process.start()
-
-    def _reserved_port(self) -> int:
-        """One that nobody else is handed, among many jobs of the same machine, before the ranks have met."""
-        self.held = socket.socket()
-        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.held.bind((LOOPBACK, 0))
-        return int(self.held.getsockname()[1])
 
     def send(self, rank: int, number: int) -> None:
         """A signal to one rank."""
@@ -132,11 +126,11 @@ class Job:
         return [process.exitcode or 0 for process in self.ranks]
 
 
-def _rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
+def _rank_main(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(RankEnvironment(rank, RANKS, rank, port=port).variables())
+    os.environ.update(RankEnvironment(rank, ranks, rank, port=port).variables())
     torch.set_num_threads(1)
     signal.signal(signal.SIGRTMIN, _raise)
     from faconv_hpc.cli.app import main
@@ -154,7 +148,7 @@ class Chaos:
 
     def __init__(self, options: argparse.Namespace, directory: Path, disk: Path | None) -> None:
         self.config, self.directory, self.disk = options.config, directory, disk
-        self.patience = options.patience
+        self.patience, self.ranks = options.patience, options.ranks
         self.random = random.Random(options.seed)
         self.left = collections.Counter({"kill during a save": options.saves, **self._dealt(options.others)})
         self.done: collections.Counter[str] = collections.Counter()
@@ -180,7 +174,7 @@ class Chaos:
 
     def _undisturbed(self) -> None:
         run_dir = self.directory / "undisturbed"
-        codes = Job(self.config, run_dir, False, self.patience, interval=1).wait()
+        codes = Job(self, run_dir, interval=1).wait()
         if any(codes):
             raise BrokenPromiseError(f"the undisturbed run failed: {codes}; see {run_dir.with_suffix('.log')}")
         for one in checkpoints_in(run_dir):
@@ -197,7 +191,7 @@ class Chaos:
             self.starts += 1
             kind = self._next_kind()
             left_over = set(_unfinished(run_dir))
-            job = Job(self.config, run_dir, background, self.patience)
+            job = Job(self, run_dir, background=background)
             injected = bool(kind) and self._wait_and_inject(kind, job, run_dir, damaged, left_over)
             codes = job.wait()
             ever |= damaged
@@ -233,7 +227,7 @@ class Chaos:
     def _wait_and_inject(self, kind: str, job: Job, run_dir: Path, damaged: set[str], left_over: set[str]) -> bool:
         """Whether the fault has taken place as it was meant."""
         first = _last_step(run_dir)
-        rank = self.turn % RANKS
+        rank = self.turn % self.ranks
         if kind == "kill during a save":
             done = self._kill_in_save(job, run_dir, rank, left_over)
         else:
@@ -302,7 +296,7 @@ def _kill_at_start(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: se
     if _signature(run_dir) != job.records:
         return False  # it trains already, and all ranks must leave
     job.send(rank, signal.SIGKILL)
-    job.stopped += range(RANKS)
+    job.stopped += range(chaos.ranks)
     return True
 
 
@@ -314,7 +308,7 @@ def _stop(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -
 
 def _terminate(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
     """To all ranks, as Slurm does, or to one."""
-    for one in range(RANKS) if chaos.random.random() < 0.5 else (rank,):
+    for one in range(chaos.ranks) if chaos.random.random() < 0.5 else (rank,):
         job.send(one, signal.SIGTERM)
     codes = job.wait()
     if not set(codes) <= {EXIT_STOPPED, EXIT_OK}:
@@ -466,6 +460,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart_era5.yaml"), help="gives the data")
     parser.add_argument("--saves", type=int, default=200, help="kills during saves")
     parser.add_argument("--others", type=int, default=100, help="other faults, of all kinds in turn")
+    parser.add_argument("--ranks", type=int, default=4, choices=(2, 4), help="of the run")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on all time limits, for a busy machine")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     options = parser.parse_args()
@@ -480,7 +475,7 @@ def main() -> None:
             for source in (directory, disk) if disk is not None else (directory,):
                 shutil.copytree(source, kept, dirs_exist_ok=True)
             raise SystemExit(f"BROKEN after {sum(chaos.done.values())} faults: {error}\nkept in {kept}") from None
-    table = Table(title=f"{chaos.starts} starts of a run on {RANKS} processes, {time.monotonic() - began:.0f} s")
+    table = Table(title=f"{chaos.starts} starts of a run on {chaos.ranks} processes, {time.monotonic() - began:.0f} s")
     for column in ("fault", "times"):
         table.add_column(column, justify="left" if column == "fault" else "right")
     for kind, times in chaos.done.items():

@@ -27,7 +27,7 @@ def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = Fa
     run = load_run(run_dir)
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
     if starts_ranks(ranks):
-        check_ranks(tiles, ranks)
+        check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
         raise typer.Exit(run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
     from ..evaluation.figures import draw_forecast
     from ..evaluation.skill import evaluate as evaluate_run

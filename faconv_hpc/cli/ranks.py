@@ -12,6 +12,8 @@ from ..spatial.environment import RankEnvironment
 if TYPE_CHECKING:
     from ..spatial.mesh import ProcessMesh
 
+CHANGE_MESH = "change mesh.replicas, mesh.lat or mesh.lon with --set"
+
 
 def job_ranks() -> int:
     """How many ranks were started, of which this process is one."""
@@ -30,12 +32,12 @@ def starts_ranks(ranks: int | None) -> bool:
     return False
 
 
-def check_ranks(mesh: MeshConfig, ranks: int | None) -> None:
-    """Raises InputError unless the ranks to start fill the mesh."""
+def check_ranks(mesh: MeshConfig, ranks: int | None, otherwise: str = CHANGE_MESH) -> None:
+    """Raises InputError, which says what else to do, unless the ranks to start fill the mesh."""
     if mesh.ranks != ranks:
         raise InputError(
             f"a mesh of {mesh.replicas} replicas x {mesh.lat} lat x {mesh.lon} lon needs {mesh.ranks} ranks, "
-            f"--ranks is {ranks}. Use --ranks {mesh.ranks}, or change mesh.replicas, mesh.lat or mesh.lon with --set."
+            f"--ranks is {ranks}. Use --ranks {mesh.ranks}, or {otherwise}."
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from ..files import replacing
 from .skill import Example
 
 matplotlib.use("Agg")  # ranks have no screen
@@ -31,7 +32,8 @@ def draw_forecast(example: Example, path: Path, title: str) -> Path:
         figure.colorbar(image, ax=list(axes[row]), label=f"change in one step [{example.units[row]}]", pad=0.01)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=FIGURE_DPI)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=FIGURE_DPI, format="png")
     pyplot.close(figure)
     return path
 

@@ -25,9 +25,12 @@ faconv_end() {
 faconv_requeue() {
     local again state
     for again in 1 2 3 4 5 6; do
-        state=$(scontrol show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z]*")
+        state=$(scontrol show job "$SLURM_JOB_ID" | grep -m1 -o "JobState=[A-Z]*")
         # A job that scancel ends is no longer RUNNING: it stays ended.
-        if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then return; fi
+        if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then
+            echo "job $SLURM_JOB_ID is ${state#*=}: not put back" >&2
+            return
+        fi
         if [ -n "$state" ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi   # meanwhile Slurm ends this script
         sleep 10
     done

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..data.layout import DIMS, FORMAT_VERSION, STORE_FILE, FileEntry, StoreLayout, file_name
 from ..data.moments import ChannelMoments, Moments
 from ..errors import InputError
-from ..locks import DirectoryLock
+from ..locks import locked_directory
 from ..spatial.grid import LatLonGrid, Span
 from .comm import Comm
 from .hdf5_file import ForgivingFile, new_netcdf
@@ -97,21 +97,14 @@ def started_directory(output: Path, comm: Comm, *, overwrite: bool) -> Iterator[
 def _claimed(output: Path) -> Iterator[None]:
     if output.exists() and not output.is_dir():
         raise InputError(f"output {output} is a file, but a store is a directory. Give another --output.")
-    try:
-        lock = DirectoryLock(output / LOCK_FILE)
-    except OSError as error:
-        raise _cannot_write(output, error) from None
-    with lock:
-        if not lock.take():
-            raise InputError(
-                f"another preparation writes to {output}: {lock.holder or 'unknown'}. Wait for it, or give another "
-                f"--output; if it is dead for certain, remove {lock.path}."
-            )
-        lock.sign()
-        try:
-            yield
-        finally:
-            lock.path.unlink(missing_ok=True)
+
+    def refusal(holder: str) -> InputError:
+        return InputError(
+            f"another preparation writes to {output}: {holder or 'unknown'}. Wait for it, or give another --output."
+        )
+
+    with locked_directory(output / LOCK_FILE, "output", refusal):
+        yield
 
 
 def _clear(output: Path, *, overwrite: bool) -> None:

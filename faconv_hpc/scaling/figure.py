@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 
+from ..files import replacing
 from .report import PointResult, StudyReport
 
 matplotlib.use("Agg")  # nodes have no screen
@@ -29,7 +30,8 @@ def draw_scaling(report: StudyReport, path: Path) -> Path:
     axes.set_title(f"{report.study}: {report.scaling} scaling", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left" if strong else "lower left", frameon=False)
-    figure.savefig(path, dpi=FIGURE_DPI)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=FIGURE_DPI, format="png")
     pyplot.close(figure)
     return path
 

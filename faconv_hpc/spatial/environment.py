@@ -16,6 +16,9 @@ LOOPBACK = "127.0.0.1"
 OF_A_JOB = re.compile(r"(SLURMD?|PMIX?|OMPI)_.*|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT")
 OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
+_HELD: list[socket.socket] = []
+"""For `free_port`."""
+
 
 @dataclass(frozen=True)
 class RankEnvironment:
@@ -104,10 +107,16 @@ def outside_a_job() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine at which nobody listens, and which is handed to nobody else until this process ends.
+
+    Gloo listens at some five ports for every rank: beside other jobs, one that was free a second ago may not be. A
+    socket that is bound and does not listen keeps the system from handing out its port, but not those who name it.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((LOOPBACK, 0))
+    _HELD.append(held)
+    return int(held.getsockname()[1])
 
 
 def choose_steady_mpi() -> None:

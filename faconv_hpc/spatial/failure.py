@@ -67,7 +67,7 @@ class FailureWatch:
         self._store = store
         self._rank = rank
         self._speaks = speaks
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self.activity = Activity()
         self._heartbeats = Heartbeats(store, rank, ranks, timeout_s, self.activity)
         self._answered = time.monotonic()
@@ -170,11 +170,11 @@ class FailureWatch:
     def _stuck(self) -> str | None:
         """A message, if this rank has been waiting for files for too long: no collective would run out of time."""
         doing, for_s = self.activity.doing, time.monotonic() - self.activity.since
-        if doing not in FILE_ACTIVITIES or for_s < self._timeout_s + MARGIN_S:
+        if doing not in FILE_ACTIVITIES or for_s < self.timeout_s + MARGIN_S:
             return None
         return (
             f"this rank has been {doing} in step {self.activity.step} for {for_s:.0f} s (training.timeout_s is "
-            f"{self._timeout_s:g}). Its file system does not answer, or is slow: look there or raise the time-out, and "
+            f"{self.timeout_s:g}). Its file system does not answer, or is slow: look there or raise the time-out, and "
             f"start the same command again."
         )
 
@@ -186,11 +186,11 @@ class FailureWatch:
             if now - looked > PAUSE_S:
                 self._answered = now
             looked = now
-            if now - self._answered > self._timeout_s:
+            if now - self._answered > self.timeout_s:
                 if self._speaks:
                     self._say(
                         f"rank 0, which all ranks meet at, has not answered for {now - self._answered:.0f} s "
-                        f"(training.timeout_s is {self._timeout_s:g}); this rank is in step {self.activity.step}, "
+                        f"(training.timeout_s is {self.timeout_s:g}); this rank is in step {self.activity.step}, "
                         f"{self.activity.doing}. Its process is stopped or its node is lost: look there, and start "
                         f"the same command again."
                     )
@@ -207,7 +207,7 @@ class FailureWatch:
         except RuntimeError:
             return error
         return LostRankError(
-            f"a collective ran out of time (training.timeout_s is {self._timeout_s:g}): {blame}. Look at what it "
+            f"a collective ran out of time (training.timeout_s is {self.timeout_s:g}): {blame}. Look at what it "
             f"does there, and start the same command again. This rank, in step {self.activity.step}, was told: {error}"
         )
 

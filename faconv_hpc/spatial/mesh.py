@@ -205,7 +205,8 @@ class ProcessMesh:
         """A group of some places of the mesh; None for one alone, and where this rank is not in it."""
         if len(members) == 1:
             return None
-        group = _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD)
+        limit = _limit(self.watch.timeout_s) if self.watch is not None else None
+        group = _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD, limit)
         return group if self.rank in members else None
 
     def _members(self, replica: int, lat_index: int | None = None, lon_index: int | None = None) -> list[int]:
@@ -219,12 +220,17 @@ class ProcessMesh:
 
 
 @cache
-def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup, limit: timedelta | None) -> dist.ProcessGroup:
     """The group of these ranks of a job, made once: each has threads of its own, or buffers on a GPU.
 
-    Every rank of the job asks for every group, in the same order.
+    Every rank of the job asks for every group, in the same order. Collectives end at the limit; None: torch's.
     """
-    return world if len(ranks) == world.size() else dist.new_group(list(ranks))
+    return world if len(ranks) == world.size() else dist.new_group(list(ranks), timeout=limit)
+
+
+def _limit(timeout_s: float) -> timedelta:
+    """Of every collective: later than a silent rank is named."""
+    return timedelta(seconds=timeout_s + MARGIN_S)
 
 
 def _device(environment: RankEnvironment) -> torch.device:
@@ -252,7 +258,7 @@ def _join(environment: RankEnvironment, store: Store, device: torch.device, time
         store=PrefixStore("mesh", store),
         rank=environment.rank,
         world_size=environment.world_size,
-        timeout=timedelta(seconds=timeout_s + MARGIN_S),  # so that a silent rank is named before others give up
+        timeout=_limit(timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
 

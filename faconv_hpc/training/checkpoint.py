@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from ..files import flush_entries, write_durably
+from ..files import make_durably, write_durably
 from ..observe import SAVING
 from .engine import Engine
-from .faults.starts import made_progress
 from .identity import identity
 from .records import versions
 from .resume import Resumed
@@ -79,6 +78,7 @@ class CheckpointWriter:
         workspace: of the run.
         engine: whose state is saved.
         resumed: what the run goes on from.
+        on_commit: called by rank 0 whenever a checkpoint is in place; an OSError is told.
 
     Attributes:
         saved_step: of the newest checkpoint that is in place; 0: none.
@@ -86,8 +86,10 @@ class CheckpointWriter:
         passed_over: names of checkpoints that are known to be damaged; they are not counted among those to keep.
     """
 
-    def __init__(self, workspace: Workspace, engine: Engine, resumed: Resumed) -> None:
-        self._workspace, self._engine = workspace, engine
+    def __init__(
+        self, workspace: Workspace, engine: Engine, resumed: Resumed, on_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        self._workspace, self._engine, self._on_commit = workspace, engine, on_commit
         self._mesh, self._config = workspace.domain.mesh, workspace.config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -178,7 +180,7 @@ class CheckpointWriter:
 
     def _new_directory(self, step: int) -> Path:
         directory = partial_directory(self._config.run_dir, step, self._mesh.from_first(secrets.token_hex(4)))
-        problem = _problem_of(lambda: _make(directory)) if self._mesh.rank == 0 else None
+        problem = _problem_of(lambda: make_durably(directory)) if self._mesh.rank == 0 else None
         problem = self._mesh.from_first(problem)
         if problem is not None:
             self._raise(step, problem)
@@ -234,7 +236,7 @@ class CheckpointWriter:
         """
         run_dir, training = self._config.run_dir, self._config.training
         try:
-            made_progress(run_dir)
+            self._on_commit()
             sweep(run_dir)
             older = [one for one in checkpoints_in(run_dir) if one.step < self.saved_step]
         except (OSError, UnreadableCheckpointError) as error:
@@ -272,13 +274,6 @@ def _run_of(checkpoint: Checkpoint) -> str | None:
         return checkpoint.manifest().run
     except (DamagedCheckpointError, UnreadableCheckpointError):
         return None
-
-
-def _make(directory: Path) -> None:
-    """A new directory whose entry, and its parent's, are on disk."""
-    directory.mkdir(parents=True)
-    flush_entries(directory.parent)
-    flush_entries(directory.parent.parent)
 
 
 def _problem_of(work: Callable[[], object]) -> str | None:

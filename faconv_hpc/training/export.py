@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from ..config import ModelConfig
 from ..errors import InputError
+from ..files import replacing
 from .setup import network_options
 from .shards import NAME, Checkpoint, DamagedCheckpointError, Manifest, UnreadableCheckpointError
 
@@ -51,10 +52,11 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
         )
     parameters, manifest = checkpoint.parameters(), checkpoint.manifest()
     try:
-        if output.suffix == ".pt":
-            torch.save(parameters, output)
-        else:
-            save_file(parameters, output, metadata=_metadata(manifest))
+        with replacing(output) as beside:
+            if output.suffix == ".pt":
+                torch.save(parameters, beside)
+            else:
+                save_file(parameters, beside, metadata=_metadata(manifest))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{output} cannot be written: {str(error).rstrip('.')}. Give a file where you may write."

@@ -63,12 +63,13 @@ def train(
         engine = Engine(build_network(config, windows), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
         done = resumed.step
+        progress = partial(made_progress, config.run_dir)
         if done >= config.training.steps:
             if here:
-                made_progress(config.run_dir)
+                progress()
                 print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
             return EXIT_OK
-        writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, resumed)))
+        writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, resumed, progress)))
         recorder = stack.enter_context(recording(config, done, here=here, machines=_machines(mesh)))
         requests = _requests(config, windows, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
