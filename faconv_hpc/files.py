@@ -61,7 +61,7 @@ def write_durably(path: Path, text: str) -> None:
 
 def make_durably(directory: Path) -> None:
     """Makes a directory and those above it that are missing; their entries are on disk when this returns."""
-    if not directory.exists():
+    if not directory.is_dir():
         make_durably(directory.parent)
         directory.mkdir(exist_ok=True)
         flush_entries(directory.parent)

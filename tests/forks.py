@@ -33,7 +33,15 @@ import time
 from pathlib import Path
 
 MODULES = ("faconv_hpc", "forks")
-ALSO = ("torch", "deepspeed", "matplotlib.pyplot", "xarray", "zarr", "h5netcdf")  # imported by functions, late
+ALSO = (
+    "torch",
+    "torch._dynamo",
+    "deepspeed",
+    "matplotlib.pyplot",
+    "xarray",
+    "zarr",
+    "h5netcdf",
+)  # imported by functions, late
 AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "DS_", "MPL", "HDF5_", "LANG", "LC_", "TZ")
 OF_SERVER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # with more threads than one, no fork is safe
 ENVIRONMENT = os.environ | OF_SERVER

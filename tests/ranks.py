@@ -22,7 +22,7 @@ from forks import PR_SET_PDEATHSIG
 
 TIMEOUT_S = 300.0
 LINGER_S = 5.0
-PRELOADED = ["torch", "deepspeed", "hypothesis", "pytest", "faconv_hpc.training.trainer"]
+PRELOADED = ["torch", "torch._dynamo", "deepspeed", "hypothesis", "pytest", "faconv_hpc.training.trainer"]
 
 
 class Layout(NamedTuple):

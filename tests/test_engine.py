@@ -60,9 +60,9 @@ def one_process_update(training):
 
 def update_of(engine, domain, micro_batch, accumulation=1, learning_rate=LEARNING_RATE):
     """What `sharded_update` subtracts from every parameter."""
-    before = dict(engine.full_parameters())
+    before = dict(network().named_parameters())  # with which the engine began
     sharded_update(engine, domain, micro_batch, accumulation, learning_rate)
-    return {name: before[name] - after for name, after in engine.full_parameters()}
+    return {name: before[name].detach() - after for name, after in engine.full_parameters()}
 
 
 def sharded_update(engine, domain, micro_batch, accumulation, learning_rate):

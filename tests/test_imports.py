@@ -1,6 +1,8 @@
 """The structure of the house: arrows point down, and some packages are known in one room only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,16 @@ def test_some_packages_are_known_in_one_place_only(path):
                 assert inside(path).startswith(allowed), f"{inside(path)} imports {name}"
     if "os.environ" in path.read_text():
         assert inside(path).startswith(ENVIRONMENT_READERS), f"{inside(path)} reads the environment"
+
+
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [("cli.app", {"torch", "xarray", "pandas", "h5py"}), ("training.trainer", {"xarray", "pandas", "torch._dynamo"})],
+)
+def test_ranks_do_not_wait_for_imports_that_they_have_no_use_for(module, late):
+    code = f"import sys, faconv_hpc.{module}; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not late & set(loaded)
 
 
 @pytest.mark.parametrize("path", FILES, ids=inside)

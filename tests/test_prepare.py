@@ -35,7 +35,7 @@ def test_summary_says_what_was_made(tmp_path: Path) -> None:
     assert summary.as_dict()["mesh"] == (2, 2)
     store = Store.open(tmp_path / "o")
     assert store.layout.provenance["sources"] == [str(source)]
-    assert [file.name for file in sorted((tmp_path / "o").iterdir())] == [
+    assert [file.name for file in sorted((tmp_path / "o").glob("*.nc"))] == [
         *(f"fields-0000{i}.nc" for i in range(3)),
         "store.nc",
     ]

@@ -28,7 +28,7 @@ def test_a_finished_store_is_not_overwritten(tmp_path: Path) -> None:
     assert contents(tmp_path / "o") == before
     summary = prepare([source], tmp_path / "o", variables=["u"], frames_per_file=5, overwrite=True)
     assert summary.kept_files == 0
-    assert len(list((tmp_path / "o").iterdir())) == 3
+    assert len(list((tmp_path / "o").glob("*.nc"))) == 3
     Store.open(tmp_path / "o").check_files()
 
 
@@ -47,7 +47,7 @@ def test_a_store_being_overwritten_is_not_finished(tmp_path: Path) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+    return {file.name: file.read_bytes() for file in sorted(directory.glob("*.nc"))}
 
 
 KILLED = """

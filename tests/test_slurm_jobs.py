@@ -1,6 +1,7 @@
 """sbatch, submitit and requeue on real daemons: users walk away and find a finished run."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -42,7 +43,8 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("data") / "waves")
 
 
-TWO_TILES, FOUR_TILES = {"lon": 2}, {"lat": 2, "lon": 2}
+ONE_TILE, TWO_TILES, FOUR_TILES = {}, {"lon": 2}, {"lat": 2, "lon": 2}
+TWO_NODES = ["--nodes=2"]
 
 
 def config_of(directory, store, training=None, slurm=None, mesh=FOUR_TILES):
@@ -54,10 +56,10 @@ def losses_of(run_dir):
     return [(record.step, record.loss) for record in read_records(run_dir)]
 
 
-def assert_as_undisturbed(directory, store, run_dir, steps, mesh=FOUR_TILES):
+def assert_as_undisturbed(directory, store, run_dir, steps, mesh):
     """The run's records and final weights are, to the last bit, those of a run that nobody disturbed."""
     config = config_of(directory, store, LONG | {"steps": steps}, mesh=mesh)
-    process = faconv("train", config, "--ranks", 4 if mesh is FOUR_TILES else 2, environment={"OMP_NUM_THREADS": "1"})
+    process = faconv("train", config, "--ranks", math.prod(mesh.values()))
     assert process.returncode == 0, process.stderr
     assert losses_of(run_dir) == losses_of(directory / "run")
     newest, expected = (checkpoints_in(one)[-1] for one in (run_dir, directory / "run"))
@@ -88,29 +90,28 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     slow = slow_steps(tmp_path / "site", 1.0)
     by_sbatch = config_of(tmp_path / "sbatch", store, training, mesh=TWO_TILES)
     log = tmp_path / "sbatch" / "job.log"
-    jobs = {
-        sbatch(tmp_path / "sbatch", by_sbatch, options=["--nodes=2", "--time=2", "--signal=USR1@55"], **slow): by_sbatch
-    }
-    by_submit = config_of(tmp_path / "submit", store, training, {"time_min": 2, "tasks_per_node": 1}, TWO_TILES)
+    limit = ["--time=2", "--signal=USR1@55"]
+    jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=TWO_NODES + limit, **slow): (by_sbatch, TWO_TILES)}
+    by_submit = config_of(tmp_path / "submit", store, training, {"time_min": 2, "tasks_per_node": 1}, ONE_TILE)
     sent = faconv("submit", by_submit, "--no-preflight", "--json", environment=job_environment(**slow))
     assert sent.returncode == 0, sent.stderr
     (copy,) = (tmp_path / "submit" / "run" / "slurm").glob("config-*.yaml")
-    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy
-    for job, config in jobs.items():
+    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy, ONE_TILE
+    for job, (config, _) in jobs.items():
         wait_for(f"job {job} is requeued 4 times", lambda job=job: job_state(job).restarts >= 4, 15 * MINUTES_S, log)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         shorten(config, step_of(run_dir) + 5)  # a busy machine does not get far in a minute
-    for job, config in jobs.items():
+    for job, (config, mesh) in jobs.items():
         state = over(job, log, 10 * MINUTES_S)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         assert state.name == "COMPLETED" and state.restarts >= 4
-        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), TWO_TILES)
+        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), mesh)
 
 
 def test_requeue_a_killed_rank_and_a_lost_node_lose_nothing(tmp_path, slurm, store):
-    config = config_of(tmp_path, store, LONG)
+    config = config_of(tmp_path, store, LONG, mesh=TWO_TILES)
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
-    job = sbatch(tmp_path, config, **slow_steps(tmp_path / "site", 0.1))
+    job = sbatch(tmp_path, config, options=TWO_NODES, **slow_steps(tmp_path / "site", 0.1))
     nodes = []
     faults = [lambda: subprocess.run(["scontrol", "requeue", job], check=True), lambda: _kill_a_rank(job)]
     faults.append(lambda: nodes.append(_lose_a_node(job, slurm)))
@@ -118,7 +119,7 @@ def test_requeue_a_killed_rank_and_a_lost_node_lose_nothing(tmp_path, slurm, sto
         before = step_of(run_dir)
         wait_for("progress", lambda before=before: step_of(run_dir) >= before + 2 * INTERVAL, 3 * MINUTES_S, log)
         ranks = ranks_of_job(job)
-        assert len(ranks) == 4
+        assert len(ranks) == 2
         fault()
         reached = step_of(run_dir)
         wait_for("the ranks end", lambda ranks=ranks: not any(map(_lives, ranks)), MINUTES_S, log)
@@ -131,7 +132,7 @@ def test_requeue_a_killed_rank_and_a_lost_node_lose_nothing(tmp_path, slurm, sto
     wait_for("progress", lambda: step_of(run_dir) >= steps, 3 * MINUTES_S, log)
     assert over(job, log).name == "COMPLETED"
     assert not left_behind(job)
-    assert_as_undisturbed(tmp_path / "undisturbed", store, run_dir, steps)
+    assert_as_undisturbed(tmp_path / "undisturbed", store, run_dir, steps, TWO_TILES)
 
 
 def _lives(pid):
@@ -142,15 +143,15 @@ def _lives(pid):
 
 
 def _kill_a_rank(job):
-    os.kill(ranks_of_job(job)[2], signal.SIGKILL)
+    os.kill(ranks_of_job(job)[1], signal.SIGKILL)
 
 
 def _lose_a_node(job, slurm):
     """A node goes dark: its daemon, the one that watches its part of the step, and its rank."""
     directory = Path(slurm["SLURM_CONF"]).parent
-    node = "n3"
+    rank = ranks_of_job(job)[1]
+    node = re.search(r"\0SLURMD_NODENAME=(\w+)", Path(f"/proc/{rank}/environ").read_text())[1]
     daemon = int((directory / f"{node}.pid").read_text())
-    rank = ranks_of_job(job)[2]
     watcher = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
     for pid in (daemon, watcher, rank):
         os.kill(pid, signal.SIGKILL)
@@ -163,8 +164,8 @@ def _start_node(node, slurm):
 
 @pytest.mark.parametrize("preflight", ["yes", "no"])
 def test_a_config_error_is_one_message_and_never_requeued(tmp_path, slurm, store, preflight):
-    config = config_of(tmp_path, store)
-    job = sbatch(tmp_path, config, "--set", "training.stepz=8", preflight=preflight)
+    config = config_of(tmp_path, store, mesh=TWO_TILES)
+    job = sbatch(tmp_path, config, "--set", "training.stepz=8", options=TWO_NODES, preflight=preflight)
     log = tmp_path / "job.log"
     state = over(job, log)
     assert (state.name, state.exit_code, state.restarts) == ("FAILED", 2, 0), log.read_text()
@@ -183,7 +184,7 @@ def test_submit_names_what_is_wrong_before_there_is_a_job(tmp_path, slurm, store
 
 
 def test_the_dry_run_is_what_sbatch_gets(tmp_path, slurm, store):
-    config = config_of(tmp_path, store, slurm={"tasks_per_node": 1})
+    config = config_of(tmp_path, store, slurm={"tasks_per_node": 1}, mesh=TWO_TILES)
     printed = faconv("submit", config, "--dry-run", environment=job_environment())
     assert printed.returncode == 0, printed.stderr
     (tmp_path / "dry.sh").write_text(printed.stdout)
@@ -216,8 +217,8 @@ def test_doctor_gets_the_settings_of_the_script_and_not_its_other_options(tmp_pa
 
 
 def test_a_job_that_is_cancelled_does_not_come_back(tmp_path, slurm, store):
-    config = config_of(tmp_path, store, LONG)
-    job = sbatch(tmp_path, config, **slow_steps(tmp_path / "site", 0.1))
+    config = config_of(tmp_path, store, LONG, mesh=TWO_TILES)
+    job = sbatch(tmp_path, config, options=TWO_NODES, **slow_steps(tmp_path / "site", 0.1))
     wait_for("steps", lambda: step_of(tmp_path / "run") > 3, 3 * MINUTES_S, tmp_path / "job.log")
     subprocess.run(["scancel", job], check=True)
     state = over(job, tmp_path / "job.log", MINUTES_S)

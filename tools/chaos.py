@@ -54,7 +54,7 @@ SMALL = {
     "training.give_up_after": "0",
     "training.timeout_s": str(TIMEOUT_S),
 }
-PRELOADED = ["torch", "deepspeed", "faconv_hpc.cli.app", "faconv_hpc.training.trainer"]
+PRELOADED = ["torch", "torch._dynamo", "deepspeed", "faconv_hpc.cli.app", "faconv_hpc.training.trainer"]
 DISK_MIB = 24
 SAVE_S = 0.024  # kills fall within so long after a save has begun to write
 

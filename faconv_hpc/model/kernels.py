@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import _dynamo as dynamo
 from torch.nn import functional
 
 from ..autograd import Context, Operation
@@ -159,6 +158,8 @@ def kernels_for(mode: str) -> Kernels:
         raise InputError(f"kernels={mode!r} is not known. Use one of {', '.join(KERNEL_MODES)}.")
     passes: tuple[Any, ...] = (_shifted_sum, _shifted_products, _gate_forward, _gate_backward)
     if mode == "compiled":
+        from torch import _dynamo as dynamo  # a second of every start, of commands that compute nothing, too
+
         # A tile shape of its own costs a compilation; from the second on sizes are symbols in the code.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, SHAPES)
         passes = tuple(torch.compile(one, fullgraph=True) for one in passes)
