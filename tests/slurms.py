@@ -80,7 +80,7 @@ def wait_for(what, condition, timeout_s, log=None):
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        time.sleep(0.5)
+        time.sleep(1.0)
     printed = log.read_text()[-3000:] if log is not None and log.exists() else ""
     queue = subprocess.run(["squeue"], capture_output=True, text=True, check=False).stdout
     raise AssertionError(f"{what}: not within {timeout_s} s\n{queue}\n{printed}")

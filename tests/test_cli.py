@@ -16,6 +16,7 @@ import pytest
 import forks
 from faconv_hpc.errors import EXIT_STOPPED
 from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.spatial.environment import free_port
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
 from sources import dataset, save
@@ -30,6 +31,18 @@ def faconv(*arguments, before=(sys.executable,), environment=None):
     command = [*before, "-m", "faconv_hpc", *map(str, arguments)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     return forks.run(command, timeout=SECONDS, env=variables)
+
+
+def faconv_after(code, *arguments):
+    """The same after some code that changes what ``faconv`` has imported; ranks that it starts are forked from it."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    return forks.run(command_after(code, *arguments), timeout=SECONDS, env=variables, cwd=Path(__file__).parent)
+
+
+def command_after(code, *arguments):
+    """For `forks.Popen` in this directory."""
+    main = f"import sys\nfrom faconv_hpc.cli.app import main\nsys.argv[1:] = {[*map(str, arguments)]}\nmain()"
+    return [sys.executable, "-m", "forks", f"{code}\n{main}"]
 
 
 def messages(process):
@@ -164,17 +177,17 @@ def test_bad_input_under_torchrun_is_told_once(tmp_path):
 
 def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path, store):
     """A fault of ours, played by breaking the reading on rank 1 only."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
+    broken = (
         "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    from faconv_hpc.data import samples\n"
-        "    def broken(self, indices): raise RuntimeError('played fault')\n"
-        "    samples.Windows.read = broken\n"
+        "from faconv_hpc.data import samples\n"
+        "read = samples.Windows.read\n"
+        "def broken(self, indices):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('played fault')\n"
+        "    return read(self, indices)\n"
+        "samples.Windows.read = broken\n"
     )
     config = write_config(tmp_path, store, mesh={"lon": 2})
-    process = faconv("train", config, "--ranks", 2, environment={"PYTHONPATH": str(site)})
+    process = faconv_after(broken, "train", config, "--ranks", 2)
     assert process.returncode == 1
     assert process.stderr.count("Traceback") == 1
     assert messages(process) == ["faconv: failed (rank 1): RuntimeError: played fault"]
@@ -185,6 +198,22 @@ def start(*arguments):
     command = [sys.executable, "-m", "faconv_hpc", *map(str, arguments)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     return forks.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=variables)
+
+
+def start_ranks(*commands):
+    """A rank for each, as torchrun starts them; nobody watches over them."""
+    ranks = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = os.environ | ranks | {"OMP_NUM_THREADS": "1"}
+    return [
+        forks.Popen(
+            [sys.executable, "-m", "faconv_hpc", *map(str, arguments)],
+            env=variables | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, arguments in enumerate(commands)
+    ]
 
 
 def wait_for_steps(run_dir, process, steps=2):
@@ -252,12 +281,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path, store):
 def test_a_config_that_only_one_rank_lacks(tmp_path, store):
     """Found before the ranks join: those who wait for it are told and end."""
     config = write_config(tmp_path, store, mesh={"lon": 2})
-    processes = []
-    for rank, path in enumerate([config, tmp_path / "nowhere.yaml"]):
-        port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
-        variables = os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "faconv_hpc", "train", str(path)]
-        processes.append(forks.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    processes = start_ranks(["train", config], ["train", tmp_path / "nowhere.yaml"])
     told = "".join(process.communicate(timeout=60)[1] for process in processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert told.count("faconv: error") == 1 and "nowhere.yaml cannot be read" in told
@@ -270,8 +294,9 @@ def test_one_rank_has_nothing_to_verify(tmp_path, store):
     shell = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # srun --pty bash
     started = faconv("verify", config, "--ranks", 2, environment=shell)
     assert started.returncode == 0 and "1x2" in started.stdout, started.stderr
-    inside = faconv("verify", config, "--ranks", 3, before=TORCHRUN)
-    assert "--ranks is 3, but this is one of 2 ranks" in inside.stderr
+    ranks = start_ranks(["verify", config, "--ranks", 3], ["verify", config, "--ranks", 3])
+    told = "".join(rank.communicate(timeout=60)[1] for rank in ranks)
+    assert told.count("faconv: error") == 1 and "--ranks is 3, but this is one of 2 ranks" in told
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -306,17 +331,14 @@ def test_layouts_that_verify_refuses_before_anything_is_started(tmp_path, store,
 
 def test_verify_fails_when_the_exchange_is_broken(tmp_path, store):
     """West and east swapped: what two ranks on a periodic axis get when messages pair by the wrong order."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
+    broken = (
         "from faconv_hpc.spatial import exchange\n"
         "fill = exchange.HaloExchange.pad\n"
         "def broken(self, owned, received):\n"
         "    return fill(self, owned, {peer: buffer.flip(0) for peer, buffer in received.items()})\n"
         "exchange.HaloExchange.pad = broken\n"
     )
-    config = write_config(tmp_path, store)
-    process = faconv("verify", config, "--ranks", 2, "--json", environment={"PYTHONPATH": str(site)})
+    process = faconv_after(broken, "verify", write_config(tmp_path, store), "--ranks", 2, "--json")
     assert process.returncode == 1, process.stderr
     answer = json.loads(process.stdout)
     assert not answer["passed"] and not all(row["passed"] for row in answer["rows"])

@@ -34,7 +34,7 @@ from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config
 from test_checkpoint import assert_same_state
-from test_cli import faconv, messages, ranks_of
+from test_cli import faconv, faconv_after, messages, ranks_of
 
 TWO = Layout(1, 1, 2)
 
@@ -215,14 +215,18 @@ def test_a_rank_that_hangs_while_its_process_lives_is_named():
 
 def test_a_rank_that_cannot_join_ends_the_others_at_once(tmp_path, store):
     """An interface that is not there, on one rank only."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n    os.environ['GLOO_SOCKET_IFNAME'] = 'ib77'\n"
+    elsewhere = (
+        "import os\n"
+        "from faconv_hpc.spatial import mesh\n"
+        "join = mesh._join\n"
+        "def joins(environment, *more):\n"
+        "    if environment.rank == 1: os.environ['GLOO_SOCKET_IFNAME'] = 'ib77'\n"
+        "    join(environment, *more)\n"
+        "mesh._join = joins\n"
     )
     config = write_config(tmp_path, store, mesh={"lon": 2})
     began = time.monotonic()
-    process = faconv("train", config, "--ranks", 2, environment={"PYTHONPATH": str(site)})
+    process = faconv_after(elsewhere, "train", config, "--ranks", 2)
     assert process.returncode == EXIT_FAILED and time.monotonic() - began < 60
     (told,) = messages(process)
     assert told.startswith("faconv: failed (rank 1)") and "ib77" in told
@@ -370,7 +374,7 @@ def test_stop_names_step_variable_and_sample(tmp_path, store, layout):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_that_is_skipped_leaves_no_trace(tmp_path, store, stage, precision):
     """As if its learning rate had been zero, with plain SGD; Adam's count and moments stay as they were."""
-    layout, common = Layout(2, 1, 2), {"zero_stage": stage, "precision": precision, "checkpoint_every": 6}
+    layout, common = Layout(2, 1, 1), {"zero_stage": stage, "precision": precision, "checkpoint_every": 6}
     sgd = common | {"optimizer": "sgd", "learning_rate": 0.1}
     assert with_nan(tmp_path / "skip", store, layout, sgd | {"on_not_finite": "skip"}, {3, 4}) == 0
     assert with_nan(tmp_path / "zero", store, layout, sgd, {}, rate_zero={3, 4}) == 0
@@ -388,7 +392,7 @@ def test_restored_weights_and_moments_are_those_of_the_checkpoint(tmp_path, stor
     """Of several micro-batches the first is bad; what is saved right after is what was loaded."""
     training = {"checkpoint_every": 1, "on_not_finite": "restore", "steps": 5, "keep_last": 9}
     training |= {"zero_stage": stage, "precision": precision, "accumulation": 2}
-    assert with_nan(tmp_path, store, Layout(2, 1, 2), training, {4}) == 0
+    assert with_nan(tmp_path, store, TWO, training, {4}) == 0
     assert [record.update for record in read_records(tmp_path / "run")] == ["applied"] * 3 + ["restored", "applied"]
     third, fourth, fifth = checkpoints_in(tmp_path / "run")[2:]
     assert_same_state(third, fourth)

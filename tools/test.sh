@@ -5,22 +5,23 @@
 #   tools/test.sh -n0 -k NAME some tests, one after the other
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash tools/make_venv.sh test
-source .venv/bin/activate
 
-# Slurm's daemons, for the tests that start a real one; where they may be installed.
+# Slurm's daemons, for the tests that start a real one; where they may be installed. Meanwhile pip works.
 if [ "${1:-}" != --quick ] && ! command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        slurmctld slurmd slurm-client munge > /dev/null || echo "Slurm could not be installed" >&2
+        slurmctld slurmd slurm-client munge > /dev/null || echo "Slurm could not be installed" >&2 &
 fi
+bash tools/make_venv.sh test
+source .venv/bin/activate
+wait
 
 ruff check .
 ruff format --check .
 mypy
 
-# Two workers per core, as most tests wait for something; each may have 24 ranks, 4 GiB, and a Slurm of its own.
+# Two workers per core and one, as many tests wait, three of them for minutes; each may have 24 ranks, 4 GiB, a Slurm.
 cores=$(nproc)
 memory_gib=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
-workers=$((2 * cores < 12 ? 2 * cores : 12))
+workers=$((2 * cores < 12 ? 2 * cores + 1 : 12))
 workers=$((memory_gib / 4 < workers ? memory_gib / 4 : workers))
 python -m pytest -n "$((workers > 1 ? workers : 1))" --durations=20 "$@"
