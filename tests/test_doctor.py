@@ -462,7 +462,7 @@ def test_a_slow_link_is_found_and_chance_is_not():
         try:
             found = []
             for times in (1000, bandwidth.REPEATS + bandwidth.WARM_UP):
-                left[:] = [0.1] * times
+                left[:] = [0.4] * times
                 found.append(named(rank_checks.messages(mesh, ["n0", "n1", "n2"], quick=False)))
             return found
         finally:
@@ -476,9 +476,8 @@ def test_a_slow_link_is_found_and_chance_is_not():
             r"between n1 \(rank 1\), n2 \(rank 2\), the slowest of 2",
             "--exclude",
         )
-        assert (
-            float(always["neighbours 4 MiB"].value.split()[0]) < 0.05 < float(once["neighbours 4 MiB"].value.split()[0])
-        )
+        slow, usual = (float(found["neighbours 4 MiB"].value.split()[0]) for found in (always, once))
+        assert slow < 0.02 and slow < usual / 2
         assert re.search(r"^\d+\.\d\d ms, \d+\.\d\d GB/s$", always["all-reduce 16 MiB"].value)
 
 

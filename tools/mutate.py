@@ -2,8 +2,9 @@
 
 Every fault of tools/faults.yaml changes one line in a copy of the tree; the tests that it names, else those named
 here, then run until the first that fails. A fault that no test sees is printed as MISSED, and the exit code is 1.
-First the tests run without any fault, or every fault would count as caught. What was found is kept in .mutate.json:
-stopped, the same command goes on, and runs again what has changed since.
+First the tests run without any fault, or every fault would count as caught. What was found is kept in
+tools/faults_found.json: stopped, the same command goes on. What has changed since runs again, beginning with the test
+that caught the fault before.
 
 Run: python tools/mutate.py [--only TEXT] [--jobs 2]
 """
@@ -30,7 +31,7 @@ import yaml
 from faconv_hpc.files import write_durably
 
 ROOT = Path(__file__).parent.parent
-FOUND = ROOT / ".mutate.json"
+FOUND = ROOT / "tools" / "faults_found.json"
 COPIED = ("faconv_hpc", "tests", "configs", "docs", "tools", "slurm", "pyproject.toml", "README.md")
 TESTS = (  # those that end soonest first
     "grid", "halo", "losses", "domain", "parity", "smoothness", "layers", "network_matrix", "properties", "engine",
@@ -38,7 +39,8 @@ TESTS = (  # those that end soonest first
 )  # fmt: skip
 TIMEOUT_S = 1800
 FAILED = 1  # pytest's exit code when a test fails; others mean that it could not run them
-MISSED, PASSED = "MISSED", "pass"
+NOT_FOUND = 4  # a test that was there before has another name now
+MISSED, PASSED, CAUGHT = "MISSED", "pass", "caught by "
 
 
 class Fault(NamedTuple):
@@ -79,6 +81,12 @@ class Findings:
         found = self._found.get(name, {})
         return found.get("verdict") if found.get("mark") == mark else None
 
+    def last_test(self, name: str) -> str | None:
+        """Which test caught it before, whatever has changed since; None if it was not caught, or that test is gone."""
+        verdict = self._found.get(name, {}).get("verdict", "")
+        test = verdict.removeprefix(CAUGHT)
+        return test if test != verdict and (ROOT / test.partition("::")[0]).is_file() else None
+
     def keep(self, name: str, mark: str, verdict: str) -> None:
         """On disk at once."""
         with self._lock:
@@ -102,10 +110,16 @@ def mark_of(fault: Fault | None, names: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | None:
-    """The first of these tests that fails with the fault in place; None if all pass.
+def files_of(names: Sequence[str]) -> list[str]:
+    """The tests of these names, as pytest wants them."""
+    return [f"tests/test_{name}.py" for name in names]
+
+
+def caught_by(fault: Fault | None, tests: Sequence[str], place: int) -> str | None:
+    """The first of these tests that fails with the fault in place; None if all pass, or it has another name now.
 
     Args:
+        tests: files or tests, as pytest wants them.
         place: of those that run side by side; what machines have once is kept apart by it.
     """
     with tempfile.TemporaryDirectory() as directory:
@@ -116,7 +130,6 @@ def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | No
             shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
         if fault is not None:
             fault.put_into(copy / "faconv_hpc" / fault.file)
-        tests = [f"tests/test_{name}.py" for name in names]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
         environment = os.environ | {"PYTHONPATH": directory, "MINI_SLURM_NUMBER": str(13 + place)}
         process = subprocess.Popen(
@@ -127,7 +140,7 @@ def caught_by(fault: Fault | None, names: Sequence[str], place: int) -> str | No
         except subprocess.TimeoutExpired:
             process.kill()
             return f"no test in particular: they hung for {TIMEOUT_S} s"
-    if process.returncode == 0:
+    if process.returncode == 0 or (process.returncode == NOT_FOUND and "::" in tests[0]):
         return None
     lines = [line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if process.returncode != FAILED or not lines:
@@ -159,10 +172,12 @@ def asked(chosen: Sequence[Fault], findings: Findings, jobs: int) -> int:
         if verdict is None:
             place = places.get()
             try:
-                test = caught_by(fault, fault.tests, place)
+                last = findings.last_test(fault.name)
+                test = caught_by(fault, [last], place) if last else None
+                test = test or caught_by(fault, files_of(fault.tests), place)
             finally:
                 places.put(place)
-            verdict = MISSED if test is None else f"caught by {test}"
+            verdict = MISSED if test is None else f"{CAUGHT}{test}"
             findings.keep(fault.name, mark, verdict)
         return fault, verdict, time.monotonic() - began
 
@@ -182,7 +197,7 @@ def check_baseline(names: Sequence[str], findings: Findings, jobs: int) -> None:
         mark = mark_of(None, [name])
         if findings.verdict(f"without any fault: {name}", mark) == PASSED:
             return None
-        failed = caught_by(None, [name], place)
+        failed = caught_by(None, files_of([name]), place)
         if failed is None:
             findings.keep(f"without any fault: {name}", mark, PASSED)
         return failed
