@@ -262,7 +262,7 @@ def test_two_jobs_do_not_share_a_run_directory(tmp_path, store):
     assert second.returncode == 2
     assert re.search(r"run is in use by process \d+ on .*two jobs would mix their records", second.stderr)
     first.kill()
-    first.communicate()
+    first.communicate(timeout=60)  # its ranks, too, have closed what they print to
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path, store):

@@ -301,10 +301,8 @@ def test_tools_can_be_loaded():
     """What they import is there, and what they call has the arguments that they give."""
     for path in sorted((ROOT / "tools").glob("*.py")):
         ast.parse(path.read_text())
-        loaded = subprocess.run(
-            [sys.executable, "-c", f"import runpy; runpy.run_path({str(path)!r})"], capture_output=True, text=True,
-            env=job_environment(), timeout=SECONDS, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "forks", f"import runpy; runpy.run_path({str(path)!r})"]
+        loaded = forks.run(command, timeout=SECONDS, env=job_environment(), cwd=Path(__file__).parent)
         assert loaded.returncode == 0, loaded.stderr
 
 

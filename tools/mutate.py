@@ -14,13 +14,14 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -138,14 +139,24 @@ def caught_by(fault: Fault | None, tests: Sequence[str], place: int) -> str | No
         try:
             printed, _ = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
             return f"no test in particular: they hung for {TIMEOUT_S} s"
+        finally:
+            end_all_of(directory)
     if process.returncode == 0 or (process.returncode == NOT_FOUND and "::" in tests[0]):
         return None
     lines = [line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if process.returncode != FAILED or not lines:
         raise SystemExit(f"pytest could not run (exit code {process.returncode}):\n{printed[-3000:]}")
     return lines[0].partition(" ")[2].split(" - ")[0]
+
+
+def end_all_of(directory: str) -> None:
+    """Kills what still runs in a copy of the tree: with a fault, ranks may outlive their test."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with suppress(OSError):
+                if directory.encode() in (process / "cmdline").read_bytes() + (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, installs what the tests need, and runs all checks, on several workers. Arguments go to pytest.
-#   tools/test.sh             all of it: some 20 minutes on two cores
+#   tools/test.sh             all of it: about 20 minutes on two cores
 #   tools/test.sh --quick     the daily loop: what takes less than a second and starts no processes; under 2 minutes
 #   tools/test.sh -n0 -k NAME some tests, one after the other
 set -euo pipefail
