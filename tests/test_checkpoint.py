@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from faconv_hpc import FAConvLSTMNetwork
 from faconv_hpc.errors import InputError, NoProgressError, RunError
 from faconv_hpc.training import export as export_module
+from faconv_hpc.training import shards
 from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
 from faconv_hpc.training.export import SUFFIXES, export
 from faconv_hpc.training.faults.starts import counted_start, made_progress
@@ -534,6 +535,21 @@ def test_records_survive_damage_and_a_run_begun_anew(tmp_path, store):
     train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3, "steps": 4})
     assert len((tmp_path / "run" / "steps-before-0.jsonl").read_text().splitlines()) == 7
     assert [record.step for record in read_records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_what_is_removed_halfway_is_no_checkpoint(copied, monkeypatch):
+    newest = checkpoints_in(copied)[-1].path
+
+    def killed(directory):
+        next(Path(directory).glob("shard-*")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards.shutil, "rmtree", killed)
+        shards.remove(newest, "0123abcd")
+    assert newest not in [one.path for one in checkpoints_in(copied)]
+    shards.sweep(copied)
+    assert not list(newest.parent.glob(f".{newest.name}.*"))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
