@@ -13,6 +13,8 @@ EXIT_STOPPED = 75  # a signal asked for it or a rank was lost; the run can go on
 EXIT_NO_REQUEUE = 93
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # what shells make of Ctrl-C and SIGTERM
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN)
+"""A file system that fails or is away; the file itself may be whole."""
 
 
 class InputError(ValueError):
@@ -54,9 +56,14 @@ def exit_code_of(error: BaseException) -> int:
         return EXIT_INTERRUPTED
     if isinstance(error, NoProgressError):
         return EXIT_NO_REQUEUE
-    if isinstance(error, TryAgainError):
+    if isinstance(error, TryAgainError) or _is_out_of_reach(error):
         return EXIT_STOPPED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+def _is_out_of_reach(error: BaseException) -> bool:
+    """Whether a file system failed here and now; from another node it may answer."""
+    return isinstance(error, OSError) and error.errno in OUT_OF_REACH
 
 
 def describe(error: BaseException, rank: int | None = None) -> str:
@@ -65,7 +72,7 @@ def describe(error: BaseException, rank: int | None = None) -> str:
     if isinstance(error, InputError):
         return f"faconv: error{where}: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return f"faconv: interrupted{where}"
+        return f"faconv: interrupted{where}" + (f": {error}" if str(error) else "")
     if isinstance(error, FloatingPointError | RunError):
         return f"faconv: failed{where}: {error}"
     if isinstance(error, OSError) and error.errno in FULL_DISK:
@@ -73,5 +80,7 @@ def describe(error: BaseException, rank: int | None = None) -> str:
             f"faconv: failed{where}: {error.strerror}: {error.filename or 'a file of the run'}. The checkpoints that "
             f"are there stay. Make room, and start the same command again."
         )
+    if _is_out_of_reach(error):
+        return f"faconv: failed{where}: {error}. The file system is away, or fails: start the same command again."
     lines = "".join(traceback.format_exception(error))
     return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"

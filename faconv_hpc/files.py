@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import OUT_OF_REACH, InputError, TryAgainError
 
 
 def write_flushed(path: Path, raw: bytes) -> None:
@@ -79,6 +79,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def check_in_reach(path: Path, error: BaseException) -> None:
+    """Raises TryAgainError if a file could not be read because its file system is away."""
+    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+        raise TryAgainError(
+            f"{path} cannot be read for now: {os.strerror(error.errno)}. Look at its file system; the same command "
+            f"goes on from the newest checkpoint."
+        ) from None
 
 
 def cannot_write(what: str, path: Path, error: OSError) -> InputError:

@@ -4,8 +4,12 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
+import time
+from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
 
@@ -20,9 +24,10 @@ from faconv_hpc.training import export as export_module
 from faconv_hpc.training import shards
 from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
 from faconv_hpc.training.export import SUFFIXES, export
+from faconv_hpc.training.faults.signals import StopRequest
 from faconv_hpc.training.faults.starts import counted_start, made_progress
 from faconv_hpc.training.records import STEPS_FILE, read_records
-from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
+from faconv_hpc.training.shards import OtherVersionError, checkpoints_in, whole_checkpoints
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
@@ -68,7 +73,7 @@ def test_each_rank_writes_about_the_same_number_of_bytes_and_every_tensor_once(r
     sizes = [file.bytes for name, file in sorted(manifest.files.items())]
     assert len(sizes) == 4 and max(sizes) < 1.5 * min(sizes)
     names = [name for file in manifest.files for name in load_file(checkpoints_in(run)[-1].path / file)]
-    assert len(names) == len(set(names)) == 3 * len(manifest.parameters) + 4  # value, two moments; random states
+    assert len(names) == len(set(names)) == 3 * len(manifest.parameters)  # value, two moments
     stored = manifest.parameters["layers.0.expansion_weight"]
     assert stored.shape == (32, 4) and stored.dtype == "float32" and stored.file in manifest.files
     assert manifest.mesh == "1x2x2" and manifest.step == manifest.updates == 6 and manifest.zero_stage == 1
@@ -139,6 +144,46 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(copied, run, store, ki
     train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
     assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
     assert [record.step for record in read_records(copied)] == [1, 2, 3, 4, 5, 6]
+
+
+def rewritten(checkpoint, **changes):
+    """As another version would have written it: its sums are right."""
+    manifest = checkpoint.path / "manifest.json"
+    raw = json.dumps(json.loads(manifest.read_text()) | changes).encode()
+    sums = checkpoint.path / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(sha256(manifest.read_bytes()).hexdigest(), sha256(raw).hexdigest()))
+    manifest.write_bytes(raw)
+
+
+def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(copied, store):
+    """Going on from the one before would throw away what the newest holds."""
+    newest = checkpoints_in(copied)[-1]
+    rewritten(newest, format="faconv_hpc checkpoint 7", more={"of": "this"})
+    told = r"step-00000006 was written by faconv_hpc \S+ as 'faconv_hpc checkpoint 7', .*Install the version"
+    with pytest.raises(OtherVersionError, match=told):
+        next(whole_checkpoints(copied))
+    with pytest.raises(AssertionError, match=told):
+        train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+    assert re.search(told, newest.problem()) and newest.path.is_dir()
+
+
+def test_a_checkpoint_of_the_format_before_goes_on(copied, run, store):
+    """It has random states, which nothing draws from, and no legs."""
+    for one in checkpoints_in(copied)[1:]:
+        shutil.rmtree(one.path)
+    (first,) = checkpoints_in(copied)
+    raw = json.loads((first.path / "manifest.json").read_text())
+    rewritten(first, format="faconv_hpc checkpoint 1", legs=[])
+    assert raw["format"] == "faconv_hpc checkpoint 2" and raw["legs"] == [{"end": 6, "rule": "begun"}]
+    train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+    assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
+
+
+def test_equal_runs_have_equal_shards(tmp_path, run, store):
+    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2})
+    for one, other in zip(checkpoints_in(run), checkpoints_in(tmp_path / "run"), strict=True):
+        sums = [(each.path / "SHA256SUMS").read_text().splitlines() for each in (one, other)]
+        assert len(sums[0]) == 5 and sum(a == b for a, b in zip(*sums, strict=True)) == 4  # all but the manifest's
 
 
 def resume_strictly(directory, store):
@@ -293,24 +338,6 @@ def test_three_resumes_in_a_row_are_bit_identical(tmp_path, store):
     assert_same_state(checkpoints_in(tmp_path / "cut" / "run")[-1], checkpoints_in(tmp_path / "whole" / "run")[-1])
 
 
-def test_random_states_are_restored(tmp_path, store):
-    short, longer = (
-        small_config(tmp_path, store, mesh={"lon": 2}, training={"checkpoint_every": 3, "steps": steps})
-        for steps in (6, 7)
-    )
-
-    def check(mesh):
-        torch.manual_seed(100 + mesh.rank)
-        train(short, mesh)
-        want = torch.rand(3)
-        torch.manual_seed(0)
-        train(longer, mesh)
-        return torch.equal(torch.rand(3), want), want
-
-    answers = run_on_ranks(Layout(1, 1, 2), check)
-    assert all(equal for equal, _ in answers) and not torch.equal(answers[0][1], answers[1][1])
-
-
 # Writing
 
 
@@ -360,7 +387,7 @@ def test_only_what_this_run_wrote_is_removed(tmp_path, copied, store):
     (copied / "run-id").write_text("0" * 32 + "\n")  # the three checkpoints are another run's from here on
     for name in ("step-00000001", "step-00000003-best", "notes"):
         (folder / name).mkdir()
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 1, "steps": 9})
+    train_on(FOUR, tmp_path, store, "keep", training={"checkpoint_every": 1, "keep_last": 1, "steps": 9})
     names = sorted(path.name for path in folder.iterdir())
     steps = [f"step-{step:08d}" for step in (1, 2, 4, 6, 9)]
     assert names == sorted([*steps, "step-00000003-best", "notes"]) and other != "0" * 32
@@ -371,7 +398,7 @@ def test_the_whole_ones_are_kept_beside_a_damaged_newer_one(tmp_path, copied, st
     train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 2, "steps": 6})
     assert [one.step for one in whole_checkpoints(copied)] == [6, 5]
     copied.joinpath("checkpoints", "step-00000009").mkdir()
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 2, "steps": 7})
+    train_on(FOUR, tmp_path, store, "keep", training={"checkpoint_every": 1, "keep_last": 2, "steps": 7})
     assert [one.step for one in whole_checkpoints(copied)] == [7, 6]
 
 
@@ -381,8 +408,8 @@ def test_a_damaged_one_is_not_counted_among_those_to_keep(tmp_path, copied, stor
     shard.write_bytes(shard.read_bytes()[:-1])
     steps = [one.step for one in checkpoints_in(copied)]
     assert steps == [2, 4, 6]
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 5, "keep_last": 2, "steps": 5})
-    assert [one.step for one in whole_checkpoints(copied)] == [5, 4]
+    train_on(FOUR, tmp_path, store, "keep", training={"checkpoint_every": 7, "keep_last": 2, "steps": 7})
+    assert [one.step for one in whole_checkpoints(copied)] == [7, 4]
 
 
 def test_a_checkpoint_that_cannot_be_read_here_is_not_taken_for_damaged(copied, store, monkeypatch):
@@ -466,7 +493,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, store, backgroun
                 Trainer._step = step
 
         (told,) = run_on_ranks(Layout(1, 1, 1), check)
-        assert "step 6 could not be written" in told and "No space left on device" in told
+        assert "step 12 could not be written" in told and "No space left on device" in told
         assert f"the newest checkpoint is still {disk}/run/checkpoints/step-00000003" in told
         assert [one.step for one in whole_checkpoints(disk / "run")] == [3]
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -475,6 +502,97 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, store, backgroun
         assert [record.step for record in read_records(disk / "run")] == list(range(1, 13))
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def saved_but(config, failing, number=errno.ENOSPC, layout=FOUR):
+    """Trains; the last rank cannot write at some steps. Exit code or (message, exit code) of each rank; what is told.
+
+    The other ranks and the one that commits can.
+    """
+
+    def check(mesh):
+        import contextlib
+        import io
+        import os
+
+        from faconv_hpc.errors import exit_code_of
+        from faconv_hpc.training import checkpoint
+
+        write = checkpoint.write_shard
+
+        def full(directory, rank, share):
+            if rank == mesh.ranks - 1 and int(directory.name.split(".")[1].partition("-")[2]) in failing:
+                raise OSError(number, os.strerror(number))
+            return write(directory, rank, share)
+
+        checkpoint.write_shard, told = full, io.StringIO()
+        try:
+            with contextlib.redirect_stderr(told):
+                return train(config, mesh), told.getvalue()
+        except RunError as error:
+            return (str(error), exit_code_of(error)), told.getvalue()
+        finally:
+            checkpoint.write_shard = write
+
+    answers = run_on_ranks(layout, check)
+    assert len({answer for answer, _ in answers}) == 1
+    return answers[0]
+
+
+def config_that_saves(directory, store, steps, **training):
+    return small_config(directory, store, mesh={"lat": 2, "lon": 2}, training={"steps": steps} | training)
+
+
+def test_what_one_rank_could_not_write_is_no_checkpoint(tmp_path, store):
+    (told, code), _ = saved_but(config_that_saves(tmp_path, store, 4, checkpoint_every=2), {4})
+    assert "step 4 could not be written" in told and "(rank 3: No space left on device)" in told and code == 1
+    assert "still" in told and "step-00000002" in told
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_on_the_way_that_fails_is_told_and_the_next_one_tried(tmp_path, store, background):
+    config = config_that_saves(tmp_path, store, 8, checkpoint_every=1, keep_last=9, save_in_background=background)
+    code, told = saved_but(config, {2, 3, 5, 6})
+    assert code == 0 and [one.step for one in checkpoints_in(tmp_path / "run")] == [1, 4, 7, 8]
+    assert len(re.findall(r"the checkpoint of step \d could not be written .*rank 3.* The run goes on", told)) == 4
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EIO, 75)])
+def test_three_failed_saves_in_a_row_end_the_run(tmp_path, store, number, code):
+    """By the code that is put back into the queue, where another node may reach the file system."""
+    config = config_that_saves(tmp_path, store, 8, checkpoint_every=1)
+    (told, got), _ = saved_but(config, {3, 4, 5}, number)
+    assert "step 5 could not be written" in told and "still" in told and "step-00000002" in told and got == code
+    assert [record.step for record in read_records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, store):
+    """Every loss was finite; the last update was not."""
+    config = config_that_saves(tmp_path, store, 4, checkpoint_every=2, zero_stage=0)
+
+    def check(mesh):
+        step = Trainer._step
+
+        def spoiling(self, number):
+            done = step(self, number)
+            if number == 4:
+                parameter = list(self._engine.network.parameters())[-1]
+                parameter.data.view(-1)[0] = torch.inf
+            return done
+
+        Trainer._step = spoiling
+        try:
+            return train(config, mesh)
+        except FloatingPointError as error:
+            return str(error)
+        finally:
+            Trainer._step = step
+
+    told = run_on_ranks(FOUR, check)
+    assert len(set(told)) == 1
+    assert re.search(r"parameter \S+ \(1 in all\) is not finite after step 4.*Lower training\.learning_rate", told[0])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def fill(disk):
@@ -491,26 +609,76 @@ def fill(disk):
 # Starts
 
 
-def test_starts_that_lead_nowhere_are_counted_and_then_refused(tmp_path):
-    def killed(saves=False):
-        with pytest.raises(ZeroDivisionError), counted_start(tmp_path, 3, here=True):
-            if saves:
-                made_progress(tmp_path)
-            raise ZeroDivisionError
+@pytest.fixture
+def listening():
+    with StopRequest({signal.SIGTERM: 30.0, signal.SIGUSR1: 120.0}) as stop:
+        yield stop
 
-    killed()
+
+def starts_of(config):
+    path = config.run_dir / "starts.json"
+    return json.loads(path.read_text())["starts"] if path.exists() else 0
+
+
+def killed(config, stop, saves=False):
+    with pytest.raises(ZeroDivisionError), counted_start(config, stop, here=True):
+        if saves:
+            made_progress(config.run_dir)
+        raise ZeroDivisionError
+
+
+def test_starts_that_lead_nowhere_are_counted_and_then_refused(tmp_path, listening):
+    config = small_config(tmp_path, tmp_path / "store", training={"give_up_after": 3})
+    killed(config, listening)
     for error in (InputError, KeyboardInterrupt):  # what the user did does not count
-        with pytest.raises(error), counted_start(tmp_path, 3, here=True):
+        with pytest.raises(error), counted_start(config, listening, here=True):
             raise error
-        assert json.loads((tmp_path / "starts.json").read_text()) == {"starts": 1}
-    killed()
-    killed(saves=True)  # a checkpoint is progress
+        assert starts_of(config) == 1
+    killed(config, listening)
+    killed(config, listening, saves=True)  # a checkpoint is progress
     for _ in range(3):
-        killed()
+        killed(config, listening)
     with pytest.raises(NoProgressError, match=r"3 starts in a row .* have saved no checkpoint.*remove"):
-        killed()
-    with counted_start(tmp_path, 1, here=False):
+        killed(config, listening)
+    with counted_start(config, listening, here=False):
         pass  # only one rank counts
+
+
+def test_another_config_is_another_try(tmp_path, listening):
+    config = small_config(tmp_path, tmp_path / "store", training={"give_up_after": 1})
+    killed(config, listening)
+    with pytest.raises(NoProgressError, match=r"if it is not in the config, remove \S+starts\.json"):
+        killed(config, listening)
+    mended = small_config(tmp_path, tmp_path / "store", training={"give_up_after": 1, "learning_rate": 0.1})
+    killed(mended, listening)
+    assert starts_of(mended) == 1
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_start_that_is_told_to_end_says_nothing_about_the_run(tmp_path, listening, early):
+    """As by `scontrol requeue`: at once, as SIGKILL may follow before anything else is done. Not at its time limit."""
+    config = small_config(tmp_path, tmp_path / "store")
+    config.run_dir.mkdir()
+    (config.run_dir / "starts.json").write_text('{"starts": 1}')  # of another process
+    if early:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with counted_start(config, listening, here=True):
+        assert starts_of(config) == 2 - early
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.05)
+        assert starts_of(config) == 2 - early
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: starts_of(config) == 1)
+        os.kill(os.getpid(), signal.SIGTERM)  # once more
+        time.sleep(0.05)
+        assert starts_of(config) == 1
+
+
+def wait_until(true, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_run_that_saves_and_is_killed_again_and_again_is_not_given_up(tmp_path, store):
@@ -529,7 +697,7 @@ def test_records_survive_damage_and_a_run_begun_anew(tmp_path, store):
     path = tmp_path / "run" / STEPS_FILE
     path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
     assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 7))
-    train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3, "steps": 7})
+    train_on(Layout(1, 1, 1), tmp_path, store, "keep", training={"checkpoint_every": 3, "steps": 7})
     assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 8))
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     train_on(Layout(1, 1, 1), tmp_path, store, training={"checkpoint_every": 3, "steps": 4})

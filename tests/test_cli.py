@@ -64,7 +64,7 @@ def test_train_on_two_ranks_then_evaluate_then_go_on(tmp_path, store):
     assert evaluated.returncode == 0, evaluated.stderr
     assert {skill["variable"] for skill in json.loads(evaluated.stdout)["skills"]} == {"wave_0", "wave_1"}
     assert (tmp_path / "run" / "figures" / "forecast.png").is_file()
-    longer = faconv("train", config, "--ranks", 2, "--set", "training.steps=8")
+    longer = faconv("train", config, "--ranks", 2, "--set", "training.steps=8", "--extend", "keep")
     assert longer.returncode == 0, longer.stderr
     assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 9))
     _look_at_its_checkpoints(tmp_path / "run")
@@ -149,11 +149,12 @@ def store_for(kind, directory):
         return directory / "store"
     if kind == "odd":
         return make_store(directory / "store", nlon=13)
-    store = make_store(directory / "store")
     if kind == "irregular":
-        with h5py.File(store / "store.nc", "r+") as file:
-            file["time"][3:] += 3600
-    elif kind is not None:
+        hours = ("time", np.arange(9) * 6.0 + (np.arange(9) > 3), {"units": "hours since 2001-01-01"})
+        prepare([save(dataset(time=hours), directory / "irregular.nc")], directory / "store")
+        return directory / "store"
+    store = make_store(directory / "store")
+    if kind is not None:
         kind(store)
     return store
 
@@ -242,7 +243,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, store, victim):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_all_ranks(tmp_path, store, number, code):
+def test_a_signal_ends_all_ranks_and_loses_nothing(tmp_path, store, number, code):
     config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000})
     process = start("train", config, "--ranks", 2)
     wait_for_steps(tmp_path / "run", process)
@@ -250,8 +251,71 @@ def test_a_signal_ends_all_ranks(tmp_path, store, number, code):
     os.killpg(process.pid, number)  # as a terminal does
     _, told = process.communicate(timeout=30)
     assert process.returncode == code, told
-    assert told.count("interrupted") == (number == signal.SIGINT) and "Traceback" not in told
+    assert told.count("faconv: Ctrl-C: ends after the step under way") == (number == signal.SIGINT)
+    assert told.count(f"stopped by {number.name} after step") == 1 and "Traceback" not in told
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    last = read_records(tmp_path / "run")[-1].step
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+SLOW = """
+import ctypes, time
+from faconv_hpc.training.trainer import Trainer
+step = Trainer._step
+def slow(self, number):
+    end = time.monotonic() + 60 * (number == 3)
+    while time.monotonic() < end:
+        {wait}
+    return step(self, number)
+Trainer._step = slow
+"""
+WAITS = {
+    "in Python": "time.sleep(0.01)",
+    "in a library that never returns": (
+        "lock, lib = ctypes.create_string_buffer(64), ctypes.CDLL(None); "
+        "[lib.pthread_mutex_lock(lock) for _ in range(2)]"
+    ),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=list(WAITS))
+def test_a_second_interrupt_ends_at_once_and_says_what_is_lost(tmp_path, store, wait):
+    """Whether the rank computes in Python, or waits in a library that never comes back."""
+    training = {"steps": 100, "checkpoint_every": 1}
+    config = write_config(tmp_path, store, mesh={"lon": 2}, training=training)
+    code = SLOW.format(wait=wait)
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = forks.Popen(
+        command_after(code, "train", config, "--ranks", 2), env=variables, cwd=Path(__file__).parent, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    wait_for_steps(tmp_path / "run", process, 2)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 12, told
+    assert "Ctrl-C came twice; what was done since the checkpoint of step 2 is lost. The same command" in told
+    assert "Traceback" not in told
+    again = faconv("train", config, "--ranks", 2, "--set", "training.steps=4")
+    assert again.returncode == 0 and [record.step for record in read_records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ranks", [(), ("--ranks", 2)], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("after_s", [0.1, 0.4, 1.0, 2.0])
+def test_an_interrupt_while_it_starts_ends_it_without_a_traceback(tmp_path, store, after_s, ranks):
+    config = write_config(tmp_path, store, mesh={"lon": max(len(ranks), 1)}, training={"steps": 100000})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "faconv_hpc", "train", str(config), *map(str, ranks)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in told, told
+    assert len(told.splitlines()) <= 2, told
 
 
 def test_two_jobs_do_not_share_a_run_directory(tmp_path, store):

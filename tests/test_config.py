@@ -10,7 +10,8 @@ from faconv_hpc import load_config
 from faconv_hpc.config import SlurmConfig, load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.scaling.study import StudyConfig, points_of
-from faconv_hpc.training.setup import learning_rate, sample_positions
+from faconv_hpc.training.schedule import Leg, learning_rate, legs_of
+from faconv_hpc.training.setup import sample_positions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 STUDIES = [path for path in CONFIGS if path.name.startswith("study_")]
@@ -119,11 +120,45 @@ def test_a_config_that_is_not_there(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
+RATES = ["training.steps=100", "training.warmup_steps=10", "training.learning_rate=1.0"]
+
+
+def rates_of(config, before=(), extend=None):
+    legs = legs_of(config, before, extend)
+    return [learning_rate(config.training, legs, step) for step in range(config.training.steps)]
+
+
 def test_the_learning_rate_warms_up_and_falls(config_file):
-    config = load_config(config_file(MINIMAL), ["training.warmup_steps=10", "training.learning_rate=1.0"])
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = rates_of(load_config(config_file(MINIMAL), RATES))
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.02, abs=1e-3) and all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_more_steps_than_the_run_began_with_need_a_rule(config_file):
+    """Spread anew over 200 steps, the rate of step 100 would be 0.54 of its peak after 0.02."""
+    config = load_config(config_file(MINIMAL), [*RATES, "training.steps=200"])
+    with pytest.raises(
+        InputError, match=r"steps=200, but this run began with 100 .*0\.02 .*--extend keep .*rewarm .*100 new"
+    ):
+        legs_of(config, (Leg(end=100),), None)
+    before = rates_of(load_config(config_file(MINIMAL), RATES))
+    kept, again = (rates_of(config, (Leg(end=100),), rule) for rule in ("keep", "rewarm"))
+    assert kept[:100] == again[:100] == before and set(kept[100:]) == {0.02}
+    assert again[100] == pytest.approx(0.02 + 0.98 / 10) and again[109] == again[110] == pytest.approx(1.0)
+    assert again[199] == pytest.approx(0.02, abs=1e-3) and max(b - a for a, b in pairwise(again)) < 0.11
+    twice = load_config(config_file(MINIMAL), [*RATES, "training.steps=250"])
+    assert rates_of(twice, legs_of(config, (Leg(end=100),), "rewarm"), "keep") == again + [0.02] * 50
+
+
+def test_fewer_steps_end_a_run_sooner_and_change_no_rate(config_file):
+    fewer = load_config(config_file(MINIMAL), [*RATES, "training.steps=40"])
+    assert rates_of(fewer, (Leg(end=100),)) == rates_of(load_config(config_file(MINIMAL), RATES))[:40]
+
+
+def test_a_rate_that_does_not_fall_needs_no_rule(config_file):
+    constant = [*RATES, "training.final_learning_rate_share=1.0"]
+    config = load_config(config_file(MINIMAL), [*constant, "training.steps=200"])
+    assert rates_of(config, (Leg(end=100),)) == rates_of(config)
 
 
 @pytest.mark.parametrize(("replicas", "micro", "accumulation"), [(1, 12, 1), (2, 3, 2), (4, 1, 3), (3, 4, 1)])

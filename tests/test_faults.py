@@ -1,6 +1,7 @@
 """Signals, silent ranks, and numbers that are no numbers: whole processes, and ranks from the pool."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -17,7 +18,16 @@ import pytest
 import torch
 
 import forks
-from faconv_hpc.errors import EXIT_FAILED, EXIT_NO_REQUEUE, EXIT_STOPPED, LostRankError, NoProgressError, RunError
+from faconv_hpc.errors import (
+    EXIT_FAILED,
+    EXIT_NO_REQUEUE,
+    EXIT_STOPPED,
+    LostRankError,
+    NoProgressError,
+    RunError,
+    describe,
+    exit_code_of,
+)
 from faconv_hpc.files import write_durably
 from faconv_hpc.observe import SAVING, Activity
 from faconv_hpc.spatial import failure
@@ -133,7 +143,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path, store, background):
 
 
 def test_what_a_save_takes_is_known_at_the_next_start(tmp_path, store):
-    common = {"checkpoint_every": 2, "term_grace_s": 1.4}
+    common = {"checkpoint_every": 2, "term_grace_s": 1.4, "final_learning_rate_share": 1.0}  # so that it can go on
     assert sent(tmp_path, store, signal.SIGTERM, {0}, 99, common | {"steps": 4}, save_s=1.0)[0] == [0, 0]
     codes, told = sent(tmp_path, store, signal.SIGTERM, {0}, 5, common | {"steps": 8}, save_s=1.0)
     assert codes == [EXIT_STOPPED] * 2
@@ -287,14 +297,15 @@ def test_what_the_user_did_wrong_is_no_start(tmp_path, store, ranks_met):
 
         def check(mesh, config=config):
             if ranks_met:
-                count_start(config.run_dir, 3)
+                with StopRequest({}) as stop:
+                    count_start(config, stop)
             with claimed(here.run_dir, here=True):
                 (here.run_dir / ".lock").write_text("process 1")
                 return train(config, mesh, counted=ranks_met)
 
         with pytest.raises(AssertionError, match=message):
             run_on_ranks(Layout(1, 1, 1), check)
-        assert json.loads(file.read_text()) == {"starts": 1}
+        assert json.loads(file.read_text())["starts"] == 1
 
 
 def test_errors_of_ours_are_not_taken_for_those_of_a_collective():
@@ -304,6 +315,70 @@ def test_errors_of_ours_are_not_taken_for_those_of_a_collective():
     for error in (RunError, LostRankError, NoProgressError):
         ours = error("the run in runs/timeout_1 (Connection timed out); Connection reset by peer")
         assert not failure._is_timeout(ours) and not failure._is_lost_peer(ours)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered", 75),
+        ("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`", 75),
+        ("NCCL error in: ../NCCLUtils.cpp:94, unhandled cuda error", 75),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", 1),
+        ("NCCL error: out of memory", 1),
+        ("CUDA error: device-side assert triggered", 1),
+        ("The size of tensor a (3) must match the size of tensor b (4)", 1),
+    ],
+)
+def test_what_another_node_may_do_is_put_back_into_the_queue(said, code):
+    """`training.give_up_after` bounds it. Of a GPU; no such error could be had here."""
+    code_of_rank = f"""
+from torch.distributed import HashStore
+from faconv_hpc.spatial.failure import FailureWatch
+with FailureWatch(HashStore(), 0).guarded():
+    raise RuntimeError({said!r})
+"""
+    ended = forks.run([sys.executable, "-m", "forks", code_of_rank], cwd=Path(__file__).parent, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert ("Another node may do it: start the same command again" in ended.stderr) == (code == 75)
+    assert ("Traceback" in ended.stderr) == (code == 1)
+
+
+def test_a_file_system_that_is_away_is_no_mistake_of_ours():
+    error = OSError(errno.ESTALE, "Stale file handle", "runs/my_run/steps.jsonl")
+    assert exit_code_of(error) == EXIT_STOPPED and exit_code_of(OSError(errno.ENOENT, "No such file")) == 1
+    assert "steps.jsonl'. The file system is away, or fails" in describe(error) and "Traceback" not in describe(error)
+
+
+@pytest.mark.parametrize("writes", ["a record", "a checkpoint"])
+def test_an_older_start_ends_before_it_writes_beside_a_newer_one(tmp_path, store, writes):
+    """Where neither sees the other's lock: the newer has signed after it."""
+    config = small_config(tmp_path, store, mesh={"lon": 2}, training={"checkpoint_every": 4, "steps": 8})
+    lock = config.run_dir / ".lock"
+
+    def check(mesh):
+        step, write = Trainer._step, checkpoint.write_shard
+
+        def signed(*arguments):
+            if mesh.rank == 0:
+                lock.write_text("process 9 on node7, 01234567\n")
+
+        def stepping(self, now):
+            if writes == "a record" and now == 6:
+                signed()
+            return step(self, now)
+
+        def writing(directory, rank, share):
+            if writes == "a checkpoint" and "step-00000008" in directory.name:
+                signed()
+            return write(directory, rank, share)
+
+        Trainer._step, checkpoint.write_shard = stepping, writing  # the pool goes with the error
+        train(config, mesh)
+
+    with pytest.raises(AssertionError, match=r"run was taken over by a later start \(process 9 on node7, 01234567\)"):
+        run_on_ranks(TWO, check)
+    assert [one.step for one in checkpoints_in(config.run_dir)] == [4]
+    assert len(read_records(config.run_dir)) == (5 if writes == "a record" else 8)
 
 
 def test_a_save_that_is_under_way_takes_its_time_first():
@@ -346,8 +421,8 @@ def with_nan(directory, store, layout, training, bad_steps, channel=1, rate_zero
                 batch.target_BTCYX[0, 1, channel, 0, 0] = torch.nan
             return backward(self, batch)
 
-        def sometimes_zero(config, step):
-            return 0.0 if step + 1 in rate_zero else rate(config, step)
+        def sometimes_zero(training, legs, step):
+            return 0.0 if step + 1 in rate_zero else rate(training, legs, step)
 
         Trainer._backward, trainer_module.learning_rate = spoiled, sometimes_zero
         try:

@@ -159,6 +159,23 @@ def test_ranks_that_do_not_come_are_counted():
         meet(RankEnvironment(world_size=3, job="lonely"), 1.0)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("address", ["nowhere.invalid", "127.0.0.1"])
+def test_a_place_where_nobody_can_meet_is_told_and_tried_again(monkeypatch, rank, address):
+    """A name without an address; a port at which somebody else listens, or nobody."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if rank == 0:
+            other.listen()
+        environment = RankEnvironment(rank, 2, rank, address, other.getsockname()[1])
+        for name, value in (environment.variables() | {"DS_ACCELERATOR": "cpu"}).items():
+            monkeypatch.setenv(name, value)  # as it does, and restored
+        with pytest.raises(
+            LostRankError, match=rf"rank {rank} of 2 cannot meet the others at {address}, port \d+ \(.*MAS"
+        ):
+            meet(environment, 2.0)
+
+
 def test_no_free_port_is_said():
     with ExitStack() as stack:
         for port in set(candidate_ports("crowded")):

@@ -291,6 +291,12 @@ def batch_of(number: int) -> Batch:
     return Batch(empty, empty, None, empty, (number,))
 
 
+def test_no_more_is_asked_for_than_there_is() -> None:
+    """A depth of a thousand million, as a config may say, takes no longer than what there is."""
+    with ReadAhead(batch_of, range(5), 10**9) as ahead:
+        assert numbers_of(ahead) == list(range(5))
+
+
 def numbers_of(ahead: ReadAhead[int]) -> list[int]:
     return [batch.windows[0] for batch in ahead]
 

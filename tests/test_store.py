@@ -3,6 +3,9 @@
 import errno
 import os
 import pickle
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -13,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faconv_hpc.data.chunks import MAX_CHUNK_BYTES, bytes_needed, bytes_read, chunk_shape, parse_mesh
-from faconv_hpc.data.layout import STORE_FILE
+from faconv_hpc.data.layout import STORE_FILE, read_store_file
 from faconv_hpc.data.store import Store
+from faconv_hpc.data.verification import verify_files
 from faconv_hpc.errors import InputError, TryAgainError, exit_code_of
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Cuts, LatLonGrid, Tile
@@ -158,11 +162,11 @@ def test_bytes_read_are_those_of_the_chunks_hdf5_stored(path: Path, lat: int, lo
         fields = file["fields"]
         chunks = [fields.id.get_chunk_info(index) for index in range(fields.id.get_num_chunks())]
         extent = fields.chunks
-        stored = [(chunk.chunk_offset, chunk.size) for chunk in chunks if chunk.chunk_offset[0] == 0]
+        stored = [(chunk.chunk_offset, chunk.size - 4) for chunk in chunks if chunk.chunk_offset[0] == 0]
     for index in range(cuts.tiles):
         tile = cuts.tile(index)
         wanted = [set(channels), set(range(*tile.rows)), set(range(*tile.columns))]
-        touched = sum(
+        touched = sum(  # without the four bytes of each one's checksum
             size
             for offset, size in stored
             if all(set(range(o, o + e)) & want for o, e, want in zip(offset[1:], extent[1:], wanted, strict=True))
@@ -293,6 +297,98 @@ def test_a_file_of_the_right_size_that_is_not_hdf5_is_named(copy: Path) -> None:
         store.read([10], Tile((0, 1), (0, 1)), [0])
 
 
+def _flips(path: Path, count: int, seed: int) -> Iterator[int]:
+    """Changes one bit of a file after the other, each time of the file as it was; where."""
+    raw, random = path.read_bytes(), np.random.default_rng(seed)
+    for position in random.integers(len(raw), size=count).tolist():
+        spoilt = bytearray(raw)
+        spoilt[position] ^= 1 << int(random.integers(8))
+        path.write_bytes(spoilt)
+        yield position
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["fields-00000.nc", "fields-00001.nc"])
+def test_every_flipped_bit_of_fields_is_found_or_changes_nothing(copy: Path, source: xr.Dataset, name: str) -> None:
+    found, expected = 0, whole(source)
+    for position in _flips(copy / name, 150, seed=7):
+        try:
+            with Store.open(copy) as store:
+                got, valid = store.read(range(FRAMES), Tile((0, NLAT), (0, NLON)), [0, 1, 2])
+        except InputError as error:
+            assert f"{name} is missing or damaged" in str(error), position
+            found += 1
+        else:
+            np.testing.assert_array_equal(got, expected, err_msg=str(position))
+            np.testing.assert_array_equal(valid, ~np.isnan(expected), err_msg=str(position))
+    assert found > 100  # the rest are gaps, and names that nobody reads
+
+
+def test_every_flipped_bit_of_store_nc_is_found_or_changes_nothing(copy: Path) -> None:
+    with Store.open(copy) as store:
+        digest = read_store_file(copy / STORE_FILE).digest
+    found = 0
+    for position in _flips(copy / STORE_FILE, 300, seed=8):
+        try:
+            assert read_store_file(copy / STORE_FILE).digest == digest, position
+        except InputError as error:
+            assert re.search(r"store\.nc (is damaged|is an HDF5 file of another program|has store format)", str(error))
+            found += 1
+    assert found > 50 and store.fingerprint
+
+
+def test_forty_bytes_flipped_in_the_middle_are_named_when_trained_on(copy: Path) -> None:
+    target = copy / "fields-00001.nc"
+    raw = bytearray(target.read_bytes())
+    with h5py.File(target, "r") as file:
+        chunk = file["fields"].id.get_chunk_info(3)
+    middle = chunk.byte_offset + chunk.size // 2
+    raw[middle : middle + 40] = bytes(byte ^ 0x55 for byte in raw[middle : middle + 40])
+    target.write_bytes(raw)
+    with Store.open(copy) as store, pytest.raises(InputError, match=r"00001\.nc is missing or damaged: .*checksum"):
+        store.read(range(FRAMES), Tile((0, NLAT), (0, NLON)), [0, 1, 2])
+
+
+def test_two_files_that_were_swapped_are_named(path: Path, tmp_path: Path) -> None:
+    prepare([path.parent / "source.nc"], tmp_path / "store", variables=["u", "v"], frames_per_file=4)
+    one, other, aside = (tmp_path / "store" / name for name in ("fields-00000.nc", "fields-00001.nc", "aside"))
+    assert one.stat().st_size == other.stat().st_size
+    one.rename(aside), other.rename(one), aside.rename(other)
+    with Store.open(tmp_path / "store") as store:
+        store.check_files()  # their sizes are right
+        with pytest.raises(InputError, match=r"00000\.nc .*another file of this store, with frames from 4 on, not 0"):
+            store.read([0], Tile((0, 1), (0, 1)), [0])
+
+
+def test_a_file_of_another_store_is_named(copy: Path, source: xr.Dataset, tmp_path: Path) -> None:
+    (source + 1.0).assign_coords(source.coords).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    prepare([tmp_path / "other.nc"], tmp_path / "other", mesh=(3, 5), frames_per_file=4)
+    shutil.copy(tmp_path / "other" / "fields-00000.nc", copy)
+    with Store.open(copy) as store, pytest.raises(InputError, match=r"00000\.nc .*: it is a file of another store"):
+        store.read([0], Tile((0, 1), (0, 1)), [0])
+
+
+def test_verify_names_what_is_damaged_and_nothing_else(copy: Path) -> None:
+    with Store.open(copy) as store:
+        assert [problem for _, problem in verify_files(store, range(3))] == [None] * 3
+    with h5py.File(copy / "fields-00002.nc", "a") as file:
+        file["latitude"][3] += 1e-9
+    with Store.open(copy) as store:
+        entries, problems = zip(*verify_files(store, range(3)), strict=True)
+    assert entries == store.files and problems[:2] == (None, None)
+    assert re.search(r"fields-00002\.nc is missing or damaged: its latitude is not that of the store", problems[2])
+
+
+def test_a_store_file_that_is_away_is_not_to_be_overwritten(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(h5py, "File", away)
+    with pytest.raises(TryAgainError, match=r"store\.nc cannot be read for now: Input/output error") as caught:
+        Store.open(copy)
+    assert "overwrite" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(copy: Path) -> None:
     (copy / "fields-00000.nc").unlink()
     with Store.open(copy) as store, pytest.raises(InputError, match=r"fields-00000\.nc .*damaged: it does not exist"):
@@ -320,7 +416,7 @@ def test_a_damaged_store_file_is_named(copy: Path) -> None:
 def test_another_format_or_version_is_refused(copy: Path) -> None:
     with h5py.File(copy / STORE_FILE, "a") as file:
         file.attrs["format_version"] = 7
-    with pytest.raises(InputError, match=r"has store format 7, this faconv_hpc reads format 1"):
+    with pytest.raises(InputError, match=r"has store format 7, this faconv_hpc reads format 2"):
         Store.open(copy)
     with h5py.File(copy / STORE_FILE, "a") as file:
         file.attrs["format"] = "something"

@@ -10,7 +10,7 @@ import pytest
 
 from faconv_hpc.errors import InputError, SilentClusterError
 from faconv_hpc.launch.submit import JOB, script, submit
-from runs import small_config
+from runs import make_store, small_config
 from test_cli import faconv, messages
 
 MINI_SLURM = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
@@ -103,7 +103,8 @@ def job(directory, commands, state="RUNNING", **variables):
 
 
 @pytest.mark.parametrize(
-    ("code", "again"), [(0, False), (1, False), (2, False), (75, True), (93, False), (128, False), (137, True)]
+    ("code", "again"),
+    [(0, False), (1, False), (2, False), (75, True), (93, False), (128, False), (130, False), (137, True)],
 )
 def test_which_exit_codes_put_a_job_back_into_the_queue(tmp_path, code, again):
     assert job(tmp_path, f"faconv_end {code}") == (code, "requeue 7\n" if again else "")
@@ -117,6 +118,12 @@ def test_a_job_that_is_cancelled_is_not_put_back(tmp_path, capfd):
 def test_of_an_array_this_job_counts(tmp_path):
     """scontrol shows a job that is an array's leader first, then the others."""
     assert job(tmp_path, "faconv_end 75", state="RUNNING\nJobId=8 JobState=PENDING") == (75, "requeue 7\n")
+
+
+def test_a_task_of_an_array_puts_back_itself_alone(tmp_path):
+    """The last one's job number is the array's."""
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job(tmp_path, "faconv_end 75", **task) == (75, "requeue 7_3\n")
 
 
 def test_what_doctor_finds_ends_a_job_at_its_first_start_only(tmp_path):
@@ -166,7 +173,7 @@ def test_what_keeps_ranks_from_joining_is_told_once(tmp_path, variables, message
     process = faconv("train", tmp_path / "nothing.yaml", environment=started | variables)
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert len(messages(process)) == 1
-    config = small_config(tmp_path, tmp_path / "waves", mesh={"lon": 2})
+    config = small_config(tmp_path, make_store(tmp_path / "waves"), mesh={"lon": 2})
     (tmp_path / "resolved.yaml").write_text(config.to_yaml())
     process = faconv("train", tmp_path / "resolved.yaml", environment=started | variables)
     assert process.returncode == 2 and "Traceback" not in process.stderr

@@ -40,11 +40,11 @@ def losses_of(run_dir):
     return [record.loss for record in read_records(run_dir)]
 
 
-def train_on(layout, directory, store, **sections):
+def train_on(layout, directory, store, extend=None, **sections):
     """Trains on a layout of ranks and returns the losses."""
     sections["mesh"] = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
     config = small_config(directory, store, **sections)
-    run_on_ranks(layout, lambda mesh: train(config, mesh))
+    run_on_ranks(layout, lambda mesh: train(config, mesh, extend=extend))
     return losses_of(config.run_dir)
 
 
@@ -94,7 +94,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path, store, layout):
 
 def test_a_run_keeps_the_config_of_its_earlier_part(tmp_path, store):
     train_on(Layout(1, 1, 1), tmp_path, store)
-    train_on(Layout(1, 1, 1), tmp_path, store, training={"steps": 8, "learning_rate": 0.02})
+    train_on(Layout(1, 1, 1), tmp_path, store, "keep", training={"steps": 8, "learning_rate": 0.02})
     run = tmp_path / "run"
     before = (run / CONFIG_FILE).read_text()
     assert load_config(run / "config-until-step-6.yaml").training.steps == 6

@@ -18,6 +18,7 @@ from faconv_hpc.config import TrainingConfig
 from faconv_hpc.training.checkpoint import CheckpointWriter
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.resume import Resumed, resume
+from faconv_hpc.training.schedule import legs_of
 from faconv_hpc.training.setup import Workspace, build_network
 from faconv_hpc.training.shards import checkpoints_in
 
@@ -51,7 +52,7 @@ def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
     def writer(background: bool) -> CheckpointWriter:
         training = config.training.model_copy(update={"save_in_background": background, "keep_last": 2})
         changed = Workspace(config.model_copy(update={"training": training}), workspace.store, domain)
-        return CheckpointWriter(changed, engine, Resumed())
+        return CheckpointWriter(changed, engine, Resumed(), legs_of(changed, (), None))
 
     foreground, background = writer(False), writer(True)
     times: dict[str, list[float]] = {"step": [], "saving": [], "saving in the background": [], "loading": []}

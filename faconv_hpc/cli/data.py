@@ -1,4 +1,4 @@
-"""``faconv data``: prepare, inspect, synth, sample."""
+"""``faconv data``: prepare, inspect, verify, synth, sample."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.chunks import parse_mesh
-from ..errors import InputError
+from ..errors import EXIT_FAILED, EXIT_OK, InputError
 from .options import AsJson
 
 if TYPE_CHECKING:
@@ -143,6 +143,31 @@ def inspect_command(
         print(json.dumps(description, indent=2))
     else:
         _show(description, Console())
+
+
+@data_app.command("verify")
+def verify_command(
+    store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
+) -> None:
+    """Reads every byte of a store and compares it with its checksums. Exit code 1 if a file is damaged.
+
+    Example: mpiexec -n 4 faconv data verify era5-store
+    """
+    from ..data.store import Store
+    from ..data.verification import verify_files
+    from ..prepare.comm import guarded, mpi_comm
+
+    comm = mpi_comm()
+    with guarded(comm), Store.open(store) as opened:
+        mine = range(comm.rank, len(opened.files), comm.size)
+        everywhere = comm.allgather(list(verify_files(opened, mine)))
+    found = sorted((entry.name, problem) for part in everywhere for entry, problem in part)
+    damaged = [problem for _, problem in found if problem]
+    if comm.rank == 0 and as_json:
+        print(json.dumps([{"file": name, "problem": problem} for name, problem in found]))
+    elif comm.rank == 0:
+        print("\n".join(damaged) or f"{store}: whole, {len(found)} file(s), {_size(opened.size_bytes)}")
+    raise typer.Exit(EXIT_FAILED if damaged else EXIT_OK)
 
 
 @data_app.command("sample")

@@ -1,12 +1,15 @@
 """``faconv train``: a run, in the ranks that are there."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..config import RunConfig, load_config
 from .options import ConfigPath, Overrides, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, set_options, starts_ranks
+
+if TYPE_CHECKING:
+    from ..training.faults.signals import StopRequest
 
 
 def train_command(
@@ -16,36 +19,46 @@ def train_command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a damaged checkpoint instead of going on from the one before it.")
     ] = False,
+    extend: Annotated[
+        Literal["keep", "rewarm"] | None,
+        typer.Option(
+            help="If training.steps was raised: keep the last learning rate, or warm up again and decay over the new."
+        ),
+    ] = None,
 ) -> None:
     """Train a run, from its newest whole checkpoint if there is one.
 
     Trains in the ranks that are there: started by torchrun, srun or mpiexec, or by --ranks on this machine.
-    SIGTERM, SIGUSR1 and SIGUSR2 end it after the step under way, with a checkpoint and exit code 75: start the same
-    command again to go on. Exit code 93: starting again has led nowhere several times.
+    SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C end it after the step under way, with a checkpoint and exit code 75 (Ctrl-C:
+    130): start the same command again to go on. Exit code 93: starting again has led nowhere several times.
 
     Example: `faconv train configs/quickstart_era5.yaml --ranks 2 --set training.steps=100`
     """
     run = load_config(config, set_ or ())
+    from ..training.fit import check_fits
+
+    check_fits(run)
     if starts_ranks(ranks):
         check_ranks(run.mesh, ranks)
-        raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *["--strict"] * strict], ranks))
+        more = [*["--strict"] * strict, *(["--extend", extend] if extend else [])]
+        raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *more], ranks))
     from ..training.faults.signals import StopRequest, grace_s
 
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
-        counted = _counted_on_slurm(run)
+        counted = _counted_on_slurm(run, stop)
         from ..training.trainer import train as train_run
 
         with joined(run.mesh, run.training.timeout_s) as mesh:
-            code = train_run(run, mesh, strict=strict, stop=stop, counted=counted)
+            code = train_run(run, mesh, strict=strict, extend=extend, stop=stop, counted=counted)
     raise typer.Exit(code)
 
 
-def _counted_on_slurm(run: RunConfig) -> bool:
+def _counted_on_slurm(run: RunConfig, stop: "StopRequest") -> bool:
     """Counts this start on the first rank of a Slurm job, which is requeued even if its ranks never meet."""
     from ..spatial.environment import RankEnvironment
     from ..training.faults.starts import count_start
 
     if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != job_ranks():
         return False
-    count_start(run.run_dir, run.training.give_up_after)
+    count_start(run, stop)
     return True

@@ -69,8 +69,8 @@ def _rows_of_local_ranks(
 ) -> "list[ParityRow]":
     """The layouts' rows, from ranks started here: one start for all layouts of as many ranks."""
     from ..data.store import Store
+    from ..training.fit import grid_of
     from ..training.parity import ParityRow, check_layout
-    from ..training.setup import grid_of
 
     grid = grid_of(run, Store.open(run.data.store))
     by_ranks: dict[int, list[MeshConfig]] = {ranks: []} if ranks else {}

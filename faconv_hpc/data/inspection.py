@@ -40,7 +40,7 @@ def describe_store(store: Store) -> dict[str, Any]:
             for index, channel in enumerate(layout.channels)
         ],
         "files": len(store.files),
-        "size_bytes": sum(entry.size_bytes for entry in store.files),
+        "size_bytes": store.size_bytes,
         "chunk_shape": list(layout.chunk.dims),
         "compression": layout.compression,
         "intended_mesh": list(layout.mesh),

@@ -3,10 +3,15 @@
 A store is a directory. ``fields-00000.nc``, ``fields-00001.nc``, ... hold the same number of
 frames each (the last one the rest); ``store.nc`` holds everything else and is written last, so a
 directory without it is not finished. All are NetCDF4: any tool opens them.
+
+Every byte that a run depends on is checked: HDF5 keeps a checksum of every chunk (Fletcher-32) and of its own
+structures (`LIBVER`), store.nc a digest of all it says, and every file of fields the store's fingerprint and its place.
 """
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..files import check_in_reach
 from .chunks import ChunkShape
 from .times import TimeAxis
 
 FORMAT = "faconv_hpc store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LIBVER = ("v110", "v110")
+"""HDF5's file format with checksums of its structures, read by every HDF5 since 1.10 (2016)."""
 STORE_FILE = "store.nc"
 DIMS = ("time", "channel", "latitude", "longitude")
 
@@ -87,10 +95,11 @@ def file_name(file: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoreContent:
-    """What store.nc says: the layout, the statistics per channel, the table of files."""
+    """What store.nc says: the layout, the statistics per channel, the table of files, whose fingerprint they bear."""
 
     layout: StoreLayout
     files: tuple[FileEntry, ...]
+    fingerprint: str
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
     tendency_std: NDArray[np.float64]
@@ -99,18 +108,55 @@ class StoreContent:
     utc_hour: NDArray[np.float64]
     has_missing: bool
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        layout = self.layout
+        statistics = (self.mean, self.std, self.tendency_std, self.valid_share, self.year_fraction, self.utc_hour)
+        return digest_of(
+            (layout.latitude_deg, layout.longitude_deg, layout.time.seconds, *statistics),
+            {
+                "channels": [asdict(channel) for channel in layout.channels],
+                "calendar": layout.time.calendar,
+                "chunk": layout.chunk.dims,
+                "mesh": layout.mesh,
+                "frames_per_file": layout.frames_per_file,
+                "compression": layout.compression,
+                "provenance": layout.provenance,
+                "files": [asdict(entry) for entry in self.files],
+                "fingerprint": self.fingerprint,
+                "has_missing": self.has_missing,
+            },
+        )
+
+
+def digest_of(arrays: Iterable[NDArray[Any]], rest: Mapping[str, Any]) -> str:
+    """SHA-256 of arrays and of what JSON can say."""
+    digest = hashlib.sha256()
+    for values in arrays:
+        digest.update(np.ascontiguousarray(values).tobytes())
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
 
 def read_store_file(path: Path) -> StoreContent:
     """Reads store.nc.
 
     Raises:
         InputError: it is damaged, no store of ours, or of another version.
+        TryAgainError: its file system is away.
     """
     try:
         with h5py.File(path, "r", locking=False) as h5:
             _check_format(path, h5.attrs)
-            return _content(h5)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+            content = _content(h5)
+            if content.digest != h5.attrs["digest"]:
+                raise OSError("what it says is not what was written")
+            return content
+    except InputError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:  # as HDF5, or a text or number in it
+        check_in_reach(path, error)
         raise InputError(
             f"{path} is damaged ({error}). Copy the store again, or prepare it anew with "
             f"`faconv data prepare ... --output {path.parent} --overwrite`."
@@ -150,7 +196,8 @@ def _content(h5: h5py.File) -> StoreContent:
     )
     table = zip(*(h5[name][:].tolist() for name in ("first_frame", "frames", "size_bytes")), strict=True)
     files = tuple(FileEntry(name, *row) for name, row in zip(texts["file"], table, strict=True))
-    return StoreContent(layout, files, has_missing=bool(_number(h5.attrs["has_missing"])), **numbers)
+    mark, has_missing = str(h5.attrs["fingerprint"]), bool(_number(h5.attrs["has_missing"]))
+    return StoreContent(layout, files, mark, has_missing=has_missing, **numbers)
 
 
 def _number(attribute: NDArray[np.int64]) -> int:

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InputError
 from ..spatial.grid import LatLonGrid, Tile
 from .forcings import Instants, check_forcings, compute_forcings
+from .frames import check_frames, check_regular
 from .store import Store
-from .times import describe_steps, is_regular
 
 T = TypeVar("T")
 
@@ -109,7 +108,7 @@ class Windows:
         self._forcings = check_forcings(forcings)
         validity = tuple(f"valid_{name}" for name in self.field_channels) if store.has_missing else ()
         self.input_channels = (*self.field_channels, *validity, *self._forcings)
-        _check_frames(store, frames, window)
+        check_frames(store, frames, window)
         if not allow_irregular_time:
             check_regular(store, frames)
         self._latitude = grid.latitude[slice(*tile.rows)]
@@ -177,38 +176,6 @@ def _inverse(std: NDArray[np.float64]) -> NDArray[np.float32]:
     return (1.0 / np.where(std > 0, std, 1.0)).astype(np.float32)[:, None, None]
 
 
-def _check_frames(store: Store, frames: range, window: int) -> None:
-    if window < 1:
-        raise InputError(f"a window has at least 1 input frame, got {window}. Use data.window 1 or more.")
-    if frames.step != 1 or frames.start < 0 or frames.stop > store.frames:
-        raise InputError(
-            f"frames must follow each other within the store's {store.frames}, got {frames.start} to {frames.stop} in "
-            f"steps of {frames.step}. Use frames between 0 and {store.frames}; thin out times before preparing."
-        )
-    if len(frames) < window + 1:
-        raise InputError(
-            f"a window of {window} inputs needs {window + 1} frames (the last is a target), but frames "
-            f"{frames.start} to {frames.stop} of {store.path} are {len(frames)}. Use a window of at most "
-            f"{max(len(frames) - 1, 0)}, or more frames."
-        )
-
-
-def check_regular(store: Store, frames: range) -> None:
-    """A network that steps in time takes all steps to be alike.
-
-    Raises:
-        InputError: they are not.
-    """
-    hours = store.time_hours[frames.start : frames.stop]
-    if not is_regular(hours):
-        smallest, largest = describe_steps(hours)
-        raise InputError(
-            f"the times of {store.path} are irregular: steps run from {smallest:g} to {largest:g} hours in frames "
-            f"{frames.start} to {frames.stop}. Interpolate the source to equal steps, or accept them with "
-            f"`data.allow_irregular_time: true` (then add the forcing 'step_hours', which tells the network)."
-        )
-
-
 def sample_order(seed: int, position: int, count: int, windows: int) -> list[int]:
     """Which windows stand at ``position`` to ``position + count`` of an endless sequence.
 
@@ -248,13 +215,15 @@ class ReadAhead(Generic[T], Iterator[Batch]):
         self._waiting: deque[Future[Batch]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._closed = False
-        for _ in range(depth):
-            self._ask()
+        while len(self._waiting) < depth and self._ask():
+            pass
 
-    def _ask(self) -> None:
+    def _ask(self) -> bool:
+        """Whether there was anything left to ask for."""
         for request in self._requests:
             self._waiting.append(self._thread.submit(self._read, request))
-            return
+            return True
+        return False
 
     def __next__(self) -> Batch:
         if self._closed or not self._waiting:

@@ -1,9 +1,9 @@
 """A store of fields, read tile by tile."""
 
-import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,15 +12,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, TryAgainError
+from ..errors import InputError
+from ..files import check_in_reach
 from ..spatial.grid import Boundary, LatLonGrid, Tile
 from . import chunks
 from .layout import STORE_FILE, FileEntry, StoreContent, read_store_file
 from .names import index_of
 
 OPEN_FILES = 16  # kept open per process; a window reads one or two
-OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN)
-"""A file system that fails or is away; the file itself may be whole."""
+
+FILTER_FAILED = "filter returned failure"  # what HDF5 says of a checksum that is wrong
 
 Run = tuple[int, int, int]
 """Consecutive indices: position of the first one in the request, first index, how many."""
@@ -36,6 +37,7 @@ class Store:
     Attributes:
         path: the directory.
         layout: grid, channels, times and chunks.
+        fingerprint: of the request it was made by; all its files bear it.
         latitude_deg: (latitude,) float64, north first.
         longitude_deg: (longitude,) float64, increasing, from any start.
         channels: names, in stored order.
@@ -47,6 +49,7 @@ class Store:
         year_fraction: (time,) float64 in [0, 1), in the store's calendar.
         utc_hour: (time,) float64 in [0, 24).
         frames: number of times.
+        size_bytes: of all files of fields.
         has_missing: whether some cell of some frame is missing; it is NaN then and not valid.
     """
 
@@ -54,7 +57,7 @@ class Store:
         layout = content.layout
         self.path = path
         self.layout = layout
-        self.files = content.files
+        self.files, self.fingerprint = content.files, content.fingerprint
         self.latitude_deg, self.longitude_deg = layout.latitude_deg, layout.longitude_deg
         self.channels = tuple(channel.name for channel in layout.channels)
         self.units = tuple(channel.units for channel in layout.channels)
@@ -63,6 +66,7 @@ class Store:
         self.time_hours, self.calendar = layout.time.hours, layout.time.calendar
         self.year_fraction, self.utc_hour = content.year_fraction, content.utc_hour
         self.frames = len(layout.time)
+        self.size_bytes = sum(entry.size_bytes for entry in content.files)
         self.has_missing = content.has_missing
         self._first_frames = np.array([entry.first_frame for entry in content.files])
         self._open: OrderedDict[int, h5py.File] = OrderedDict()
@@ -208,24 +212,41 @@ class Store:
         fields_TCYX: NDArray[np.float32],
         valid_TCYX: NDArray[np.bool_] | None,
     ) -> None:
-        try:
-            h5 = self._file(file)
+        with self.reading(file) as h5:
             h5["fields"].read_direct(fields_TCYX, source, target)
             if valid_TCYX is not None and "valid" in h5:  # a file without it has nothing missing
                 valid_TCYX[target] = h5["valid"][source]
-        except (OSError, KeyError) as error:
+
+    @contextmanager
+    def reading(self, file: int) -> Iterator[h5py.File]:
+        """A file of fields, opened; what goes wrong with it is an InputError, or a TryAgainError."""
+        try:
+            yield self._file(file)
+        except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:  # as HDF5 has it
             raise _unreadable(self.path / self.files[file].name, error) from None
 
     def _file(self, file: int) -> h5py.File:
         if self._process != os.getpid():  # after a fork the handles are the parent's
             self._open, self._process = OrderedDict(), os.getpid()
         if file not in self._open:
-            self._check_size(self.files[file])
-            self._open[file] = h5py.File(self.path / self.files[file].name, "r", locking=False)
+            self._open[file] = self._opened(self.files[file])
             while len(self._open) > self._open_limit:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(file)
         return self._open[file]
+
+    def _opened(self, entry: FileEntry) -> h5py.File:
+        self._check_size(entry)
+        h5 = h5py.File(self.path / entry.name, "r", locking=False)
+        try:
+            if h5.attrs["fingerprint"] != self.fingerprint:
+                raise OSError("it is a file of another store")
+            if (first := int(np.ravel(h5.attrs["first_frame"])[0])) != entry.first_frame:
+                raise OSError(f"it is another file of this store, with frames from {first} on, not {entry.first_frame}")
+        except BaseException:
+            h5.close()
+            raise
+        return h5
 
     def _check_size(self, entry: FileEntry) -> None:
         path = self.path / entry.name
@@ -269,15 +290,13 @@ def _runs(indices: range | Sequence[int]) -> Iterator[Run]:
             start = position
 
 
-def _unreadable(path: Path, error: Exception) -> Exception:
-    """Damaged for good, or out of reach for now."""
+def _unreadable(path: Path, error: Exception) -> InputError:
+    """For what is damaged for good; raises TryAgainError for what is out of reach for now."""
     if isinstance(error, FileNotFoundError):
         return _damaged(path, "it does not exist")
-    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
-        return TryAgainError(
-            f"{path} cannot be read for now: {os.strerror(error.errno)}. Look at its file system; the same command "
-            f"goes on from the newest checkpoint."
-        )
+    check_in_reach(path, error)
+    if FILTER_FAILED in str(error):
+        return _damaged(path, f"a block of it is not what was written, its checksum is another ({error})")
     return _damaged(path, str(error))
 
 

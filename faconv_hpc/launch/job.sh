@@ -15,23 +15,25 @@ faconv_preflight() {
 
 # Ends the job with the exit code of its ranks, or puts it back into the queue.
 # 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config or the
-# data), 1 (failed) or 93 (starting again leads nowhere).
+# data), 1 (failed), 93 (starting again leads nowhere) or 130 (interrupted by its user).
 faconv_end() {
-    if [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; then faconv_requeue; fi
+    if [ "$1" -eq 75 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }; then faconv_requeue; fi
     exit "$1"
 }
 
-# Puts this job back into the queue; where Slurm does not answer, for a minute again and again.
+# Puts this job back into the queue; where Slurm does not answer, for a minute again and again. Of an array only this
+# task: the number of the last one stands for the whole array.
 faconv_requeue() {
-    local again state
+    local again state job=$SLURM_JOB_ID
+    if [ -n "$SLURM_ARRAY_TASK_ID" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     for again in 1 2 3 4 5 6; do
-        state=$(scontrol show job "$SLURM_JOB_ID" | grep -m1 -o "JobState=[A-Z]*")
+        state=$(scontrol show job "$job" | grep -m1 -o "JobState=[A-Z]*")
         # A job that scancel ends is no longer RUNNING: it stays ended.
         if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then
-            echo "job $SLURM_JOB_ID is ${state#*=}: not put back" >&2
+            echo "job $job is ${state#*=}: not put back" >&2
             return
         fi
-        if [ -n "$state" ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi   # meanwhile Slurm ends this script
+        if [ -n "$state" ] && scontrol requeue "$job"; then sleep 60; fi   # meanwhile Slurm ends this script
         sleep 10
     done
     echo "Slurm does not take this job back: start the same command again" >&2

@@ -39,13 +39,13 @@ def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | No
     """
     workers: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, _passing_on(workers)) for number in PASSED_ON}
-    waited = release_signals()
+    waited = release_signals(signal.SIGINT)
     try:
         port = free_port()
         for rank in range(ranks):
-            hold_signals()  # a rank inherits this; and none may be lost between its birth and its first line
+            hold_signals(signal.SIGINT)  # a rank inherits this; none may be lost between its birth and its first line
             workers.append(_start(arguments, rank, ranks, port, stdout))
-            release_signals()
+            release_signals(signal.SIGINT)
         return _wait(workers)
     finally:
         restore_signals(waited)

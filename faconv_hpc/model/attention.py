@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import InputError
 from ..spatial.axis import line_shares
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from .kernels import pointwise
-
-EXCHANGES = ("auto", "gather", "swap")
+from .rules import check_attention
 
 
 @dataclass(frozen=True, order=True)
@@ -216,7 +214,7 @@ class AxialAttention(nn.Module):
     ) -> None:
         super().__init__()
         attention_channels = attention_channels or channels
-        _check(channels, heads, attention_channels, exchange)
+        check_attention(channels, heads, attention_channels, exchange)
         self.rows = RowAttention(channels, heads, attention_channels, exchange)
         self.columns = ColumnAttention(channels, heads, attention_channels, exchange)
         self.gamma = nn.Parameter(torch.full((channels,), 0.1))
@@ -231,21 +229,6 @@ class AxialAttention(nn.Module):
         taper = domain.coordinates.pole_taper(h_BCYX)[:, None]
         attended: Tensor = self.rows(h_BCYX, domain) + self.columns(h_BCYX, domain) * taper
         return self.gamma[:, None, None] * attended
-
-
-def _check(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
-    if exchange not in EXCHANGES:
-        raise InputError(f"attention_exchange={exchange!r} is not known. Use one of {', '.join(EXCHANGES)}.")
-    if attention_channels > channels:
-        raise InputError(
-            f"attention_channels={attention_channels} is more than the {channels} hidden channels. "
-            f"Use {channels} or fewer."
-        )
-    if heads < 1 or attention_channels % (2 * heads):
-        raise InputError(
-            f"attention_channels={attention_channels} over {heads} heads must give each head an even number of "
-            f"channels (rotary positions turn pairs). Use a multiple of {2 * max(heads, 1)}."
-        )
 
 
 def _rotate(q_LHDN: Tensor, k_LHDN: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .recurrence import State, unrolled, zero_state
+from .rules import check_kernel
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,  # Keras 3
@@ -106,8 +107,7 @@ class ConvLSTM2d(nn.Module):
 
 
 def _check(kernel_size: int, padding: str, recurrent_activation: str) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise InputError(f"kernel_size={kernel_size} has no centre. Use an odd size, such as 3.")
+    check_kernel(kernel_size)
     if padding not in PADDINGS:
         raise InputError(f"padding={padding!r} is not known. Use one of {', '.join(PADDINGS)}.")
     if recurrent_activation not in RECURRENT_ACTIVATIONS:

@@ -11,8 +11,7 @@ from ..spatial.domain import Domain
 from .attention import AxialAttention
 from .kernels import Taps, kernels_for, pointwise
 from .recurrence import State, unrolled, zero_state
-
-FUSES = ("sum", "concat")
+from .rules import check_layer
 
 
 class FAConvLSTM2d(nn.Module):
@@ -61,7 +60,7 @@ class FAConvLSTM2d(nn.Module):
         kernels: str = "eager",
     ) -> None:
         super().__init__()
-        _check(kernel_size, dilations, fuse, attention_every)
+        check_layer(kernel_size, dilations, fuse, attention_every)
         bottleneck = bottleneck_channels or max(hidden_channels // 2, 1)
         squeezed = max(bottleneck // se_reduction, 1)
         branches = len(dilations)
@@ -175,17 +174,6 @@ class FAConvLSTM2d(nn.Module):
         """(B, C, taps): kernel weights added where kernels of several dilations share a cell."""
         owner_DKN = self._owner_DKN[first : first + weight_BDCK.shape[1]].to(weight_BDCK.dtype)
         return torch.einsum("bdck,dkn->bcn", weight_BDCK, owner_DKN)
-
-
-def _check(kernel_size: int, dilations: Sequence[int], fuse: str, attention_every: int) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise InputError(f"kernel_size={kernel_size} has no centre. Use an odd size, such as 3.")
-    if not dilations or min(dilations) < 1:
-        raise InputError(f"dilations={tuple(dilations)} must be one or more positive numbers, such as (1, 2, 4).")
-    if fuse not in FUSES:
-        raise InputError(f"fuse={fuse!r} is not known. Use one of {', '.join(FUSES)}.")
-    if attention_every < 0:
-        raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
 
 
 def _check_input(x_BTCYX: Tensor, in_channels: int) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
+from .rules import check_coarse
 
 
 class SubspaceHead(nn.Module):
@@ -102,20 +103,12 @@ def coarse_means(
     Returns:
         the means over known cells, and which regions have any (None: all).
     """
-    _check_fits(domain, coarse_shape)
+    check_coarse(coarse_shape, domain.grid.nlat, domain.grid.nlon)
     if known_BTCYX is None:
         return _region_means(x_BTCYX, domain, coarse_shape), None
     known = _region_means(known_BTCYX, domain, coarse_shape)
     means = _region_means(x_BTCYX * known_BTCYX, domain, coarse_shape)
     return means / known.clamp_min(torch.finfo(known.dtype).eps), known > 0
-
-
-def _check_fits(domain: Domain, coarse_shape: tuple[int, int]) -> None:
-    if coarse_shape[0] > domain.grid.nlat or coarse_shape[1] > domain.grid.nlon:
-        raise InputError(
-            f"a coarse field of {coarse_shape[0]} x {coarse_shape[1]} regions does not fit a grid of "
-            f"{domain.grid.nlat} x {domain.grid.nlon} cells. Use at most as many (key model.coarse_shape)."
-        )
 
 
 def _region_means(x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int]) -> Tensor:

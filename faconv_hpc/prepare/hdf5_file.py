@@ -8,6 +8,7 @@ from typing import Any
 
 import h5netcdf
 
+from ..data.layout import LIBVER
 from ..files import replacing
 
 
@@ -89,7 +90,7 @@ def new_netcdf(final: Path) -> Iterator[tuple[h5netcdf.File, ForgivingFile]]:
     with replacing(final) as beside:
         file = ForgivingFile(beside)
         try:
-            with h5netcdf.File(file, "w") as nc:
+            with h5netcdf.File(file, "w", libver=LIBVER) as nc:
                 yield nc, file
         except Exception:
             file.raise_error()  # which is why, if HDF5 was led astray by a block that is not there

@@ -8,7 +8,7 @@ import h5netcdf
 import h5py
 import numpy as np
 
-from ..data.layout import DIMS, FORMAT, FORMAT_VERSION, STORE_FILE, Channel, FileEntry, StoreLayout
+from ..data.layout import DIMS, FORMAT, FORMAT_VERSION, STORE_FILE, FileEntry, StoreContent, StoreLayout
 from ..data.moments import ChannelMoments
 from ..data.times import EPOCH_UNITS
 from .hdf5_file import new_netcdf
@@ -39,33 +39,46 @@ def write_strings(nc: h5netcdf.File, name: str, dim: str, texts: Sequence[str]) 
 
 
 def write_store_file(
-    directory: Path, layout: StoreLayout, files: Sequence[FileEntry], moments: Sequence[ChannelMoments]
+    directory: Path, layout: StoreLayout, files: tuple[FileEntry, ...], moments: Sequence[ChannelMoments], mark: str
 ) -> None:
-    """Writes store.nc: it appears whole or not at all."""
+    """Writes store.nc: it appears whole or not at all.
+
+    Args:
+        mark: the fingerprint that all files of fields bear.
+    """
+    content = StoreContent(
+        layout=layout,
+        files=files,
+        fingerprint=mark,
+        mean=np.array([moment.value.mean for moment in moments]),
+        std=np.array([moment.value.std for moment in moments]),
+        tendency_std=np.array([moment.tendency.std for moment in moments]),
+        valid_share=np.array([moment.valid_cells / moment.cells for moment in moments]),
+        year_fraction=layout.time.year_fraction,
+        utc_hour=layout.time.utc_hour,
+        has_missing=any(moment.valid_cells < moment.cells for moment in moments),
+    )
     with new_netcdf(directory / STORE_FILE) as (nc, _):
         write_coordinates(nc, layout, range(len(layout.time)))
-        _write_channels(nc, layout.channels, moments)
-        for name, values in (("year_fraction", layout.time.year_fraction), ("utc_hour", layout.time.utc_hour)):
-            nc.create_variable(name, ("time",), np.float64)[:] = values
+        _write_channels(nc, content)
+        for name in ("year_fraction", "utc_hour"):
+            nc.create_variable(name, ("time",), np.float64)[:] = getattr(content, name)
         _write_file_table(nc, files)
-        _write_attributes(nc, layout, moments)
+        _write_attributes(nc, content)
 
 
-def _write_channels(nc: h5netcdf.File, channels: Sequence[Channel], moments: Sequence[ChannelMoments]) -> None:
-    write_strings(nc, "units", "channel", [channel.units for channel in channels])
-    write_strings(nc, "long_name", "channel", [channel.long_name for channel in channels])
-    columns = {
-        "mean": ([moment.value.mean for moment in moments], "area-weighted mean over valid cells"),
-        "std": ([moment.value.std for moment in moments], "area-weighted standard deviation over valid cells"),
-        "tendency_std": (
-            [moment.tendency.std for moment in moments],
-            "area-weighted standard deviation of the difference of consecutive frames",
-        ),
-        "valid_share": ([moment.valid_cells / moment.cells for moment in moments], "share of cells that are valid"),
+def _write_channels(nc: h5netcdf.File, content: StoreContent) -> None:
+    write_strings(nc, "units", "channel", [channel.units for channel in content.layout.channels])
+    write_strings(nc, "long_name", "channel", [channel.long_name for channel in content.layout.channels])
+    meanings = {
+        "mean": "area-weighted mean over valid cells",
+        "std": "area-weighted standard deviation over valid cells",
+        "tendency_std": "area-weighted standard deviation of the difference of consecutive frames",
+        "valid_share": "share of cells that are valid",
     }
-    for name, (values, meaning) in columns.items():
+    for name, meaning in meanings.items():
         variable = nc.create_variable(name, ("channel",), np.float64)
-        variable[:] = np.array(values)
+        variable[:] = getattr(content, name)
         variable.attrs["long_name"] = meaning
 
 
@@ -76,7 +89,8 @@ def _write_file_table(nc: h5netcdf.File, files: Sequence[FileEntry]) -> None:
         nc.create_variable(name, ("file",), np.int64)[:] = np.array([getattr(entry, name) for entry in files])
 
 
-def _write_attributes(nc: h5netcdf.File, layout: StoreLayout, moments: Sequence[ChannelMoments]) -> None:
+def _write_attributes(nc: h5netcdf.File, content: StoreContent) -> None:
+    layout = content.layout
     nc.attrs["Conventions"] = CONVENTIONS
     nc.attrs["format"] = FORMAT
     nc.attrs["format_version"] = np.int64(FORMAT_VERSION)
@@ -84,5 +98,7 @@ def _write_attributes(nc: h5netcdf.File, layout: StoreLayout, moments: Sequence[
     nc.attrs["intended_mesh"] = np.array(layout.mesh, dtype=np.int64)
     nc.attrs["frames_per_file"] = np.int64(layout.frames_per_file)
     nc.attrs["compression"] = np.int64(layout.compression or 0)
-    nc.attrs["has_missing"] = np.int64(any(moment.valid_cells < moment.cells for moment in moments))
+    nc.attrs["has_missing"] = np.int64(content.has_missing)
     nc.attrs["provenance"] = json.dumps(layout.provenance, sort_keys=True)
+    nc.attrs["fingerprint"] = content.fingerprint
+    nc.attrs["digest"] = content.digest

@@ -1,7 +1,5 @@
 """Writing a store: files of fields shared out over ranks, each in slabs of bounded size."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import DIMS, FORMAT_VERSION, STORE_FILE, FileEntry, StoreLayout, file_name
+from ..data.layout import DIMS, FORMAT_VERSION, STORE_FILE, FileEntry, StoreLayout, digest_of, file_name
 from ..data.moments import ChannelMoments, Moments
 from ..errors import InputError
 from ..locks import locked_directory
@@ -60,9 +58,6 @@ def fingerprint(layout: StoreLayout, request: str) -> str:
     Args:
         request: what the layout does not tell, such as the sources' sizes and dates.
     """
-    digest = hashlib.sha256()
-    for values in (layout.latitude_deg, layout.longitude_deg, layout.time.seconds):
-        digest.update(np.ascontiguousarray(values).tobytes())
     rest = {
         "version": FORMAT_VERSION,
         "channels": [asdict(channel) for channel in layout.channels],
@@ -72,8 +67,7 @@ def fingerprint(layout: StoreLayout, request: str) -> str:
         "compression": layout.compression,
         "request": request,
     }
-    digest.update(json.dumps(rest, sort_keys=True).encode())
-    return digest.hexdigest()
+    return digest_of((layout.latitude_deg, layout.longitude_deg, layout.time.seconds), rest)
 
 
 @contextmanager
@@ -180,7 +174,7 @@ def _finish(output: Path, layout: StoreLayout, kept_files: int, mark: str) -> Wr
     _check_statistics(layout, moments)
     for path in set(output.glob("fields-*.nc")) - {output / entry.name for entry in entries}:
         path.unlink()  # of an earlier, unfinished run with more files
-    write_store_file(output, layout, entries, moments)
+    write_store_file(output, layout, entries, moments, mark)
     return Written(entries, kept_files, any(moment.valid_cells < moment.cells for moment in moments))
 
 
@@ -231,7 +225,9 @@ def _write_file(output: Path, layout: StoreLayout, reader: FieldReader, file: in
         nc.attrs["Conventions"] = CONVENTIONS
         rows = np.array([moment.as_row() for moment in moments])
         nc.dimensions["moment"] = rows.shape[1]
-        nc.create_variable(MOMENTS, ("channel", "moment"), np.float64)[:] = rows  # serve when a killed run goes on
+        checked = nc.create_variable(MOMENTS, ("channel", "moment"), np.float64, chunks=rows.shape, fletcher32=True)
+        checked[:] = rows  # serve when a killed run goes on
+        nc.attrs["first_frame"] = np.int64(frames.start)
         nc.attrs["fingerprint"] = mark
 
 
@@ -240,7 +236,7 @@ def _create(
 ) -> h5netcdf.Variable:
     # A channel count or grid smaller than the chunk cannot be: chunks come from the grid itself.
     filters = {"compression": "gzip", "compression_opts": compression, "shuffle": True} if compression else {}
-    return nc.create_variable(name, DIMS, dtype, chunks=layout.chunk.dims, fillvalue=fill, **filters)
+    return nc.create_variable(name, DIMS, dtype, chunks=layout.chunk.dims, fillvalue=fill, fletcher32=True, **filters)
 
 
 def _write_slabs(

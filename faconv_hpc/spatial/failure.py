@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -12,7 +13,16 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from ..errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, LostRankError, RunError, describe, exit_code_of
+from ..errors import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_TERMINATED,
+    LostRankError,
+    RunError,
+    TryAgainError,
+    describe,
+    exit_code_of,
+)
 from ..observe import FILE_ACTIVITIES, Activity
 from .heartbeat import PAUSE_S, Heartbeats
 
@@ -21,8 +31,14 @@ MARGIN_S = 15.0  # between the time-out after which a silent rank is named and t
 ANSWER_S = 5.0  # for the store to answer a rank that is about to leave: its host may be stopped
 LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
 VERDICT = "verdict"
+NO_MEMORY = "out of memory"
+BROKEN = (  # of a GPU, its driver or the network between GPUs; another node may do it
+    "NCCL error", "ncclSystemError", "ncclInternalError", "ncclRemoteError", "ncclUnhandledCudaError",
+    "ECC error", "illegal memory access", "unspecified launch failure", "hardware stack error", "GPU is lost",
+    "busy or unavailable", "system not yet initialized", "system has unsupported display driver",
+)  # fmt: skip
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "emote process exited")  # gloo, NCCL
-LOST_PEER_CHARS = 200
+TOLD_CHARS = 400
 TIMED_OUT = ("imed out", "imeout")  # gloo, NCCL, the store
 
 Value = TypeVar("Value")
@@ -99,9 +115,14 @@ class FailureWatch:
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
         if _is_timeout(error):
             error = self._explained(error)
+        told = str(error)[:TOLD_CHARS]
         if _is_lost_peer(error):
-            told = str(error)[:LOST_PEER_CHARS]
             error = LostRankError(f"another rank has left while this one waited for it ({told})")
+        elif _is_broken(error):
+            error = TryAgainError(
+                f"a GPU, its driver or the network of {socket.gethostname()} failed: {told}. Another node may do it: "
+                f"start the same command again, and have this one looked at if it happens there again."
+            )
         code = exit_code_of(error)
         self._stopped.set()
         claim = self._claim(code)
@@ -227,6 +248,11 @@ def _is_lost_peer(error: BaseException) -> bool:
 
 def _is_timeout(error: BaseException) -> bool:
     return _is_of_torch(error) and any(sign in str(error) for sign in TIMED_OUT)
+
+
+def _is_broken(error: BaseException) -> bool:
+    told = str(error)
+    return _is_of_torch(error) and NO_MEMORY not in told and any(sign in told for sign in BROKEN)
 
 
 def _is_of_torch(error: BaseException) -> bool:

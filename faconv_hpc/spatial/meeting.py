@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import LostRankError, RunError
+from ..errors import InputError, LostRankError, RunError
 from .environment import RankEnvironment
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out ports (32768)
@@ -38,6 +38,19 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
         RunError: no port is free.
         LostRankError: the ranks have not found each other in ``timeout_s``.
     """
+    try:
+        return _met(environment, timeout_s)
+    except (RuntimeError, OSError, ValueError) as error:  # of torch's store, or of a name that has no address
+        if isinstance(error, RunError | InputError):
+            raise
+        raise LostRankError(
+            f"rank {environment.rank} of {environment.world_size} cannot meet the others at {environment.address}, "
+            f"port {environment.port or 'any'} ({str(error).splitlines()[0]}). Rank 0 must run there, and all nodes "
+            f"reach it: look at MASTER_ADDR and MASTER_PORT if they are set, and whether the nodes are up."
+        ) from None
+
+
+def _met(environment: RankEnvironment, timeout_s: float) -> Store:
     timeout = timedelta(seconds=timeout_s)
     store: Store
     if not environment.job:

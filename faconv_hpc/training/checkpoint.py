@@ -7,29 +7,30 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import OUT_OF_REACH, RunError, TryAgainError
 from ..files import make_durably, write_durably
 from ..observe import SAVING
 from .engine import Engine
 from .identity import identity
 from .records import versions
 from .resume import Resumed
+from .schedule import Leg
 from .setup import Workspace
 from .shards import (
     FOLDER,
     FORMAT,
     PARAMETER,
-    RANDOM,
     Checkpoint,
     DamagedCheckpointError,
     Manifest,
+    OtherVersionError,
     ShardFile,
     StoredTensor,
     UnreadableCheckpointError,
@@ -37,13 +38,20 @@ from .shards import (
     commit,
     directory_name,
     partial_directory,
-    random_states,
     remove,
     sweep,
     write_shard,
 )
 
 RUN_ID_FILE = "run-id"
+
+
+class SaveFailedError(RunError):
+    """A checkpoint could not be written; those before it stay."""
+
+
+class SaveOutOfReachError(SaveFailedError, TryAgainError):
+    """Because its file system is away, or fails; from other nodes it may not."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,23 @@ class _Report:
     files: dict[str, ShardFile] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: float = 0.0
-    problem: str | None = None
+    problem: "_Problem | None" = None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What went wrong with a disk."""
+
+    told: str
+    out_of_reach: bool
+    rank: int | None = None
+
+    @classmethod
+    def of(cls, error: OSError) -> "_Problem":
+        return cls(error.strerror or str(error), error.errno in OUT_OF_REACH)
+
+    def __str__(self) -> str:
+        return self.told if self.rank is None else f"rank {self.rank}: {self.told}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,8 @@ class CheckpointWriter:
         workspace: of the run.
         engine: whose state is saved.
         resumed: what the run goes on from.
+        legs: of the learning rate; they stand in every checkpoint.
+        before_commit: called by rank 0 before a checkpoint gets its name; what it raises ends the run.
         on_commit: called by rank 0 whenever a checkpoint is in place; an OSError is told.
 
     Attributes:
@@ -87,9 +113,17 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, workspace: Workspace, engine: Engine, resumed: Resumed, on_commit: Callable[[], None] = lambda: None
+        self,
+        workspace: Workspace,
+        engine: Engine,
+        resumed: Resumed,
+        legs: tuple[Leg, ...],
+        *,
+        before_commit: Callable[[], None] = lambda: None,
+        on_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._workspace, self._engine, self._on_commit = workspace, engine, on_commit
+        self._workspace, self._engine, self._legs = workspace, engine, legs
+        self._before_commit, self._on_commit = before_commit, on_commit
         self._mesh, self._config = workspace.domain.mesh, workspace.config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -103,7 +137,7 @@ class CheckpointWriter:
 
         Raises:
             FloatingPointError: a parameter is not finite; nothing is written then.
-            RunError: it could not be written; the checkpoints that are there stay.
+            SaveFailedError: it, or the one before, could not be written; the checkpoints that are there stay.
         """
         self.finish()
         began = time.perf_counter()
@@ -132,7 +166,7 @@ class CheckpointWriter:
         return self.saved_step if self._pending is None else self._pending.step
 
     def finish(self) -> None:
-        """Waits for what is being written and commits it. Collective. Raises RunError, see `save`."""
+        """Waits for what is being written and commits it. Collective. Raises SaveFailedError, see `save`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -142,9 +176,10 @@ class CheckpointWriter:
 
     def _commit(self, pending: _Pending, reports: list[_Report]) -> None:
         began = time.perf_counter()
-        problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(reports) if one.problem]
+        problems = [replace(one.problem, rank=rank) for rank, one in enumerate(reports) if one.problem]
         problem = problems[0] if problems else None
         if self._mesh.rank == 0 and problem is None:
+            self._before_commit()
             problem = _problem_of(lambda: commit(pending.directory, self._manifest(pending, reports)))
         problem = self._mesh.from_first(problem)
         if problem is not None:
@@ -175,8 +210,7 @@ class CheckpointWriter:
                 f"the parameter {everywhere[0]} ({len(everywhere)} in all) is not finite after step {step}, so it is "
                 f"not saved. Lower training.learning_rate and go on from the checkpoint before."
             )
-        share |= dict(self._engine.full_moments(mine))
-        return share | {f"{RANDOM}/{self._mesh.rank}/{kind}": one for kind, one in random_states().items()}
+        return share | dict(self._engine.full_moments(mine))
 
     def _new_directory(self, step: int) -> Path:
         directory = partial_directory(self._config.run_dir, step, self._mesh.from_first(secrets.token_hex(4)))
@@ -192,7 +226,7 @@ class CheckpointWriter:
         try:
             files = write_shard(directory, self._mesh.rank, share)
         except OSError as error:
-            return _Report(problem=_told(error))
+            return _Report(problem=_Problem.of(error))
         kinds = ((*name.partition("/"), value) for name, value in share.items())
         shapes = {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER}
         return _Report(files, shapes, time.perf_counter() - began)
@@ -212,6 +246,7 @@ class CheckpointWriter:
             config=config.model_dump(mode="json"),
             identity=identity(self._workspace),
             moments=self._engine.moment_names,
+            legs=self._legs,
             parameters={
                 name: StoredTensor(file=file, shape=shape)
                 for report in reports
@@ -221,10 +256,11 @@ class CheckpointWriter:
             files={file: stored for report in reports for file, stored in report.files.items()},
         )
 
-    def _raise(self, step: int, problem: str) -> None:
+    def _raise(self, step: int, problem: _Problem) -> None:
         kept = self._config.run_dir / FOLDER / directory_name(self.saved_step)
         newest = f"the newest checkpoint is still {kept}" if self.saved_step else "there is no checkpoint before it"
-        raise RunError(
+        kind = SaveOutOfReachError if problem.out_of_reach else SaveFailedError
+        raise kind(
             f"the checkpoint of step {step} could not be written to {self._config.run_dir} ({problem}); {newest}. "
             f"Make room or mend the file system, and start the same command again."
         )
@@ -272,18 +308,14 @@ def balanced(sizes: Mapping[str, int], shares: int) -> list[set[str]]:
 def _run_of(checkpoint: Checkpoint) -> str | None:
     try:
         return checkpoint.manifest().run
-    except (DamagedCheckpointError, UnreadableCheckpointError):
+    except (DamagedCheckpointError, OtherVersionError, UnreadableCheckpointError):
         return None
 
 
-def _problem_of(work: Callable[[], object]) -> str | None:
+def _problem_of(work: Callable[[], object]) -> _Problem | None:
     """Does the work; what went wrong with the disk, or None."""
     try:
         work()
     except OSError as error:
-        return _told(error)
+        return _Problem.of(error)
     return None
-
-
-def _told(error: OSError) -> str:
-    return error.strerror or str(error)

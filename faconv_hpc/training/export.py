@@ -12,7 +12,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..files import replacing
 from .setup import network_options
-from .shards import NAME, Checkpoint, DamagedCheckpointError, Manifest, UnreadableCheckpointError
+from .shards import NAME, Checkpoint, DamagedCheckpointError, Manifest, OtherVersionError, UnreadableCheckpointError
 
 SUFFIXES = (".safetensors", ".pt")
 
@@ -22,7 +22,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     row: dict[str, Any] = {"path": str(checkpoint.path), "step": checkpoint.step, "problem": None}
     try:
         manifest = checkpoint.manifest()
-    except (DamagedCheckpointError, UnreadableCheckpointError) as error:
+    except (DamagedCheckpointError, OtherVersionError, UnreadableCheckpointError) as error:
         return row | {"problem": str(error)}
     return row | {
         "bytes": sum(file.bytes for file in manifest.files.values()),

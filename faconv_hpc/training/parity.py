@@ -17,7 +17,8 @@ from ..spatial.domain import Domain
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from .engine import Engine
-from .setup import Workspace, build_network, grid_of
+from .fit import grid_of
+from .setup import Workspace, build_network
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 FIELD_DIMS = 5  # (B, T, C, Y, X)

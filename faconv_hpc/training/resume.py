@@ -9,16 +9,15 @@ from ..errors import InputError
 from ..observe import LOADING
 from .engine import Engine
 from .identity import check_same_network, check_same_run
+from .schedule import Leg
 from .setup import Workspace
 from .shards import (
-    RANDOM,
     Checkpoint,
     DamagedCheckpointError,
     Manifest,
     UnreadableCheckpointError,
     checkpoints_in,
     remove_unfinished,
-    restore_random_states,
 )
 
 
@@ -30,11 +29,13 @@ class Resumed:
         step: of the checkpoint; 0: there was none.
         save_s: what it took to save.
         passed_over: names of the damaged checkpoints that are newer.
+        legs: of the learning rate until now.
     """
 
     step: int = 0
     save_s: float = 0.0
     passed_over: frozenset[str] = frozenset()
+    legs: tuple[Leg, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
 
     Raises:
         InputError: all checkpoints are damaged, or (``strict``) one newer than the newest whole one is; or it
-            belongs to another network, other data or another batch.
+            belongs to another network, other data or another batch; or it is of another version.
     """
     mesh, run_dir = workspace.domain.mesh, workspace.config.run_dir
     if mesh.rank == 0:
@@ -71,7 +72,7 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
         held = _held_together(workspace, candidate)
         if isinstance(held, _Held):
             _load(workspace, engine, held)
-            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over))
+            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over), _legs(held.manifest))
         problem = f"{candidate.path}: {held}"
         passed_over.add(candidate.path.name)
         if strict:
@@ -87,6 +88,11 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
             f"Bring one back from elsewhere, or give another run_dir to start anew."
         )
     return Resumed()
+
+
+def _legs(manifest: Manifest) -> tuple[Leg, ...]:
+    """A checkpoint of format 1 has none: its run was never extended by a rule."""
+    return manifest.legs or (Leg(end=int(manifest.config["training"]["steps"])),)
 
 
 def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
@@ -133,16 +139,3 @@ def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
         return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, stored.shape, rank)
 
     engine.load_full(value, manifest.updates)
-    _restore_random_states(workspace, held)
-
-
-def _restore_random_states(workspace: Workspace, held: _Held) -> None:
-    """Each rank's own, where there are as many ranks as when it was saved; else the first rank's on all."""
-    mesh = workspace.domain.mesh
-    mine = {name: value for name, value in held.tensors.items() if name.startswith(f"{RANDOM}/")}
-    states: dict[int, dict[str, Tensor]] = {}
-    for part in mesh.gathered_objects(mine):
-        for name, value in part.items():
-            _, rank, kind = name.split("/")
-            states.setdefault(int(rank), {})[kind] = value
-    restore_random_states(states[mesh.rank if len(states) == mesh.ranks else 0])

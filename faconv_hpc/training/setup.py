@@ -1,6 +1,5 @@
 """From a config to the parts of a run: store, grid, samples, network. Used by training and evaluation."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +8,11 @@ import torch
 from ..config import ModelConfig, RunConfig
 from ..data.samples import Windows
 from ..data.store import Store
-from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
-from ..spatial.grid import LatLonGrid, Tile
+from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
+from .fit import grid_of, training_frames
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Workspace:
     @property
     def training_frames(self) -> range:
         """All frames but the held-out last ones."""
-        return range(self.store.frames - self.config.data.held_out_frames)
+        return training_frames(self.config, self.store)
 
     def windows(self, frames: range, length: int | None = None, tile: Tile | None = None) -> Windows:
         """Samples of this rank's tile, or of another."""
@@ -48,11 +47,6 @@ class Workspace:
             allow_irregular_time=data.allow_irregular_time,
             grid=self.domain.grid,
         )
-
-
-def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
-    """The store's grid with the config's boundaries."""
-    return store.grid(lat_boundary=config.data.lat_boundary, lon_boundary=config.data.lon_boundary)
 
 
 def build_network(config: RunConfig, windows: Windows) -> FAConvLSTMNetwork:
@@ -77,16 +71,6 @@ def network_options(model: ModelConfig, in_channels: int, field_channels: int) -
     return {"in_channels": in_channels, "field_channels": field_channels} | model.model_dump(include=kept)
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down to the final share: a function of the step alone (from 0)."""
-    training = config.training
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
-    floor = training.final_learning_rate_share
-    return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
 def sample_positions(config: RunConfig, step: int, micro: int, replica: int) -> tuple[int, int]:
     """(first position, count) of one micro-batch in the run's order of samples.
 
@@ -97,19 +81,3 @@ def sample_positions(config: RunConfig, step: int, micro: int, replica: int) -> 
     per_micro = config.mesh.replicas * training.micro_batch
     first = step * config.global_batch + micro * per_micro + replica * training.micro_batch
     return first, training.micro_batch
-
-
-def check_config_fits(config: RunConfig, store: Store) -> None:
-    """Judges what only config and store together can tell, before anything is computed.
-
-    Raises:
-        InputError: too few frames are left to train on.
-    """
-    data = config.data
-    left = store.frames - data.held_out_frames
-    if left < data.window + 1 <= store.frames:
-        raise InputError(
-            f"data.held_out_frames={data.held_out_frames} leaves {max(left, 0)} of the {store.frames} frames of "
-            f"{store.path} to train on, one window needs {data.window + 1} (data.window and the target of its last "
-            f"step). Hold out at most {store.frames - data.window - 1}."
-        )

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory ``step-00000040`` that holds::
 
-    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME, random/RANK
+    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME
     manifest.json                 step, seed, mesh, ZeRO stage, versions, config; what lies in which file
     SHA256SUMS                    of all the others; `sha256sum --check SHA256SUMS` reads it too
 
@@ -10,6 +10,7 @@ It is made under another name, flushed to disk, and renamed, so it is there whol
 """
 
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -18,24 +19,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .._version import __version__
 from ..errors import InputError, RunError
 from ..files import flush_entries, write_flushed
+from .schedule import Leg
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
-FORMAT = "faconv_hpc checkpoint 1"
+FORMAT = "faconv_hpc checkpoint 2"
+READ = ("faconv_hpc checkpoint 1", FORMAT)  # the first held random states, which nothing draws from, and no legs
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
-PARAMETER, RANDOM = "parameter", "random"
+PARAMETER = "parameter"
 
 
 class DamagedCheckpointError(InputError):
     """A checkpoint that is not, to the last bit, what was written; the message names the file."""
+
+
+class OtherVersionError(InputError):
+    """A checkpoint that is what was written, by a version of this package whose format is another."""
 
 
 class UnreadableCheckpointError(RunError):
@@ -71,9 +78,10 @@ class Manifest(_Section):
         save_s: what copying and writing took the slowest rank.
         moments: of the optimizer, stored beside every parameter.
         identity: what a run must keep to go on as it began.
+        legs: of the learning rate.
     """
 
-    format: Literal["faconv_hpc checkpoint 1"]
+    format: Literal["faconv_hpc checkpoint 1", "faconv_hpc checkpoint 2"]
     run: str
     step: int
     updates: int
@@ -85,6 +93,7 @@ class Manifest(_Section):
     config: dict[str, Any]
     identity: dict[str, Any]
     moments: tuple[str, ...]
+    legs: tuple[Leg, ...] = ()
     parameters: dict[str, StoredTensor]
     files: dict[str, ShardFile]
 
@@ -101,9 +110,11 @@ class Checkpoint:
 
         Raises:
             DamagedCheckpointError: they are not, or this is no checkpoint.
+            OtherVersionError: they are, but say what this version cannot read.
         """
         raw = self._read(MANIFEST)
         sums = self._read(SUMS)
+        self._check_version(raw, sums)
         try:
             manifest = Manifest.model_validate_json(raw)
         except ValidationError as error:
@@ -115,6 +126,22 @@ class Checkpoint:
         if manifest.step != self.step:
             raise DamagedCheckpointError(f"{MANIFEST} is of step {manifest.step}, the directory is {self.path.name}")
         return manifest
+
+    def _check_version(self, manifest: bytes, sums: bytes) -> None:
+        """A manifest whose own sum is right is not damaged, whatever it says."""
+        if f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}".encode() not in sums.splitlines():
+            return
+        try:
+            said = json.loads(manifest)
+            found, wrote = said["format"], said["versions"]["faconv_hpc"]
+        except (ValueError, KeyError, TypeError):
+            return
+        if found not in READ:
+            raise OtherVersionError(
+                f"{self.path} was written by faconv_hpc {wrote} as {found!r}, this is faconv_hpc {__version__}, which "
+                f"reads {' and '.join(map(repr, READ))}. Install the version that wrote "
+                f"it, or start anew with another run_dir."
+            )
 
     def checked_bytes(self, name: str, expected: ShardFile) -> bytes:
         """One file's content, if it is what was written; raises DamagedCheckpointError if not."""
@@ -135,11 +162,15 @@ class Checkpoint:
     def problem(self) -> str | None:
         """What is wrong with it, every byte of every file looked at; None if it is whole."""
         try:
-            for name, expected in self.manifest().files.items():
-                self.checked_bytes(name, expected)
-        except (DamagedCheckpointError, UnreadableCheckpointError) as error:
+            self.check()
+        except (DamagedCheckpointError, OtherVersionError, UnreadableCheckpointError) as error:
             return str(error)
         return None
+
+    def check(self) -> None:
+        """Looks at every byte of every file; raises what `manifest` does, and UnreadableCheckpointError."""
+        for name, expected in self.manifest().files.items():
+            self.checked_bytes(name, expected)
 
     def parameters(self) -> dict[str, Tensor]:
         """Name and fp32 value of every parameter; raises DamagedCheckpointError."""
@@ -181,18 +212,23 @@ def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
 
 
 def whole_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
-    """The whole checkpoints of a run, newest first, each checked when it is asked for; says which are passed over."""
+    """The whole checkpoints of a run, newest first, each checked when it is asked for; says which are passed over.
+
+    Raises:
+        OtherVersionError: one is of another version, and nobody asked for one before it.
+    """
     return whole_of(checkpoints_in(run_dir))
 
 
 def whole_of(checkpoints: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
     """The whole ones, from the last to the first; see `whole_checkpoints`."""
     for one in reversed(checkpoints):
-        problem = one.problem()
-        if problem is None:
-            yield one
+        try:
+            one.check()
+        except (DamagedCheckpointError, UnreadableCheckpointError) as error:
+            print(f"faconv: passed over {one.path}: {error}", file=sys.stderr)
         else:
-            print(f"faconv: passed over {one.path}: {problem}", file=sys.stderr)
+            yield one
 
 
 def directory_name(step: int) -> str:
@@ -258,19 +294,6 @@ def remove_unfinished(run_dir: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def random_states() -> dict[str, Tensor]:
-    """The states of torch's random generators here."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def restore_random_states(states: Mapping[str, Tensor]) -> None:
-    """Puts back what `random_states` gave, as far as this machine has such generators."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _sums(manifest: bytes, files: Mapping[str, ShardFile]) -> bytes:

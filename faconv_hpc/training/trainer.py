@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -14,20 +14,24 @@ import torch
 
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
-from ..errors import EXIT_OK, EXIT_STOPPED
+from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
-from .checkpoint import CheckpointWriter
+from .checkpoint import CheckpointWriter, SaveFailedError
 from .engine import Engine
-from .faults.claim import claimed
+from .faults.claim import Claim, claimed
 from .faults.drift import DriftCheck
 from .faults.health import MicroBatch
 from .faults.not_finite import NotFinite
 from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
+from .fit import check_store
 from .records import Recorder, StepRecord, recording
 from .resume import resume
-from .setup import Workspace, build_network, check_config_fits, learning_rate, sample_positions
+from .schedule import Leg, Rule, learning_rate, legs_of
+from .setup import Workspace, build_network, sample_positions
+
+UNSAVED = 3  # saves in a row that may fail before a run ends: until then it may lose so many intervals
 
 
 def train(
@@ -35,6 +39,7 @@ def train(
     mesh: ProcessMesh,
     *,
     strict: bool = False,
+    extend: Rule | None = None,
     stop: StopRequest | None = None,
     counted: bool = False,
 ) -> int:
@@ -42,11 +47,13 @@ def train(
 
     Args:
         strict: refuse a damaged checkpoint instead of going on from the one before it.
+        extend: what the learning rate is beyond the last step that the run had; see `legs_of`.
         stop: one that has been listening since the process began. Default: listens from here on.
         counted: whether `count_start` was called for this start, before the ranks met.
 
     Returns:
-        exit code: `EXIT_OK`, or `EXIT_STOPPED` where a signal asked to stop before the last step.
+        exit code: `EXIT_OK`, or `EXIT_STOPPED` where a signal asked to stop before the last step (`EXIT_INTERRUPTED`
+        where it was Ctrl-C).
 
     Raises:
         InputError: config, store and mesh do not fit each other, or the store's data are not as it says.
@@ -54,27 +61,33 @@ def train(
         RunError: a checkpoint cannot be written, weights drift, or starting again leads nowhere.
     """
     here = mesh.rank == 0
-    with counted_start(config.run_dir, config.training.give_up_after, here=here, counted=counted), ExitStack() as stack:
-        workspace = Workspace.open(config, mesh)
-        check_config_fits(config, workspace.store)
-        windows = workspace.windows(workspace.training_frames)
-        stack.enter_context(claimed(config.run_dir, here=here))
+    with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
+        stack.enter_context(counted_start(config, stop, here=here, counted=counted))
+        workspace = Workspace.open(config, mesh)
+        check_store(config, workspace.store)
+        windows = workspace.windows(workspace.training_frames)
+        claim = stack.enter_context(claimed(config.run_dir, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
+        legs = legs_of(config, resumed.legs, extend)
         done = resumed.step
         progress = partial(made_progress, config.run_dir)
         if done >= config.training.steps:
             if here:
                 progress()
-                print(f"{config.run_dir} is already at step {done}; raise training.steps to train on", file=sys.stderr)
+                print(
+                    f"{config.run_dir} is already at step {done}; raise training.steps, with --extend, to train on",
+                    file=sys.stderr,
+                )
             return EXIT_OK
-        writer = stack.enter_context(closing(CheckpointWriter(workspace, engine, resumed, progress)))
+        writer = CheckpointWriter(workspace, engine, resumed, legs, before_commit=claim.check, on_commit=progress)
+        stack.enter_context(closing(writer))
         recorder = stack.enter_context(recording(config, done, here=here, machines=_machines(mesh)))
         requests = _requests(config, windows, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
-        return Trainer(workspace, engine, batches, recorder, writer, stop).run(done)
+        return Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
 
 
 def _machines(mesh: ProcessMesh) -> dict[str, Any]:
@@ -110,11 +123,14 @@ class Trainer:
         recorder: Recorder | None,
         writer: CheckpointWriter,
         stop: StopRequest,
+        claim: Claim,
+        legs: tuple[Leg, ...],
     ) -> None:
         self._workspace, self._config, self._domain = workspace, workspace.config, workspace.domain
         self._mesh, self._activity = workspace.domain.mesh, workspace.domain.mesh.activity
         self._engine, self._batches, self._recorder = engine, iter(batches), recorder
-        self._writer, self._stop = writer, stop
+        self._writer, self._stop, self._claim, self._legs = writer, stop, claim, legs
+        self._unsaved = 0  # saves in a row that failed
         self._clock = Clock(self._activity)
         every = workspace.config.training.compare_replicas_every
         self._drift = DriftCheck(engine.network, self._mesh, every)
@@ -123,16 +139,19 @@ class Trainer:
     def run(self, done: int) -> int:
         """All steps that are left, with checkpoints on the way and at the end; the exit code."""
         last = self._config.training.steps
+        self._stop.hold_interrupts(done, speaks=self._mesh.rank == 0)
         asked = max(number for (number,) in self._mesh.gathered([self._stop.number]))
         if asked:
             return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
         for step in range(done + 1, last + 1):
             record, end = self._step(step)
             if self._recorder is not None:
+                self._claim.check()
                 self._recorder.write(record)
             self._drift.after_step(step)
             with self._activity.during(SAVING):
                 self._save_if_due(step, end)
+                self._stop.kept_step = self._writer.saved_step
                 if end.signal:
                     return self._leave(step, end)
         with self._activity.during(SAVING):
@@ -140,12 +159,27 @@ class Trainer:
         return EXIT_OK
 
     def _save_if_due(self, step: int, end: StepEnd) -> None:
-        if self._writer.pending and end.written:
-            self._writer.finish()
         training = self._config.training
         every = training.checkpoint_every
-        if (step == training.steps or (every and step % every == 0)) and end.may_save:
-            self._save(step)
+        due = (step == training.steps or (every and step % every == 0)) and end.may_save
+        if self._writer.pending and (end.written or due):
+            self._tried(self._writer.finish, last=False)
+        if due:
+            self._tried(partial(self._save, step), last=step == training.steps)
+
+    def _tried(self, save: Callable[[], None], *, last: bool) -> None:
+        """A save on the way that fails is told, and the next one tried; the last one, or several in a row, raise."""
+        saved = self._writer.saved_step
+        try:
+            save()
+        except SaveFailedError as error:
+            self._unsaved += 1
+            if last or self._unsaved == UNSAVED:
+                raise
+            if self._mesh.rank == 0:
+                print(f"faconv: {error} The run goes on meanwhile.", file=sys.stderr)
+        if self._writer.saved_step != saved:
+            self._unsaved = 0
 
     def _save(self, step: int) -> None:
         if self._recorder is not None:
@@ -168,13 +202,13 @@ class Trainer:
                 f"faconv: stopped by {name} after step {step}; {newest}{why}. The same command goes on from there.",
                 file=sys.stderr,
             )
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED if end.signal == signal.SIGINT else EXIT_STOPPED
 
     def _step(self, step: int) -> tuple[StepRecord, StepEnd]:
         """One optimizer step, numbered from 1: the numbers leave the device once, before the update."""
         start = time.perf_counter()
         self._activity.step = step
-        rate = learning_rate(self._config, step - 1)
+        rate = learning_rate(self._config.training, self._legs, step - 1)
         micros: list[MicroBatch] = []
         for micro in range(self._config.training.accumulation):
             if micro:

@@ -1,13 +1,14 @@
 """The run directory for one job alone: two would mix their records and checkpoints."""
 
 import re
+import secrets
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import InputError, LostRankError
+from ...errors import InputError, LostRankError, RunError
 from ...files import cannot_write
 from ...locks import DirectoryLock, opened
 from ...spatial.environment import RankEnvironment
@@ -17,8 +18,27 @@ LOCK_FILE = ".lock"
 EARLIER_START_S = 60  # for the last start of a job that was requeued to end, and its lock with it
 
 
+class Claim:
+    """Whose the run directory is: what stands in the lock's file, which the last start to come has signed.
+
+    A lock is not seen on all file systems, nor by all nodes after an outage; what stands in a file is.
+    """
+
+    def __init__(self, lock: DirectoryLock | None = None) -> None:
+        self._lock = lock
+        self._mine = "" if lock is None else lock.holder
+
+    def check(self) -> None:
+        """Before anything is written there that lasts. Raises RunError if a later start has signed."""
+        if self._lock is not None and (holder := self._lock.holder) != self._mine:
+            raise RunError(
+                f"{self._lock.path.parent} was taken over by a later start ({holder or 'its lock is gone'}), which "
+                f"does not see the lock of this one ({self._mine}). This one ends here, and writes no more."
+            )
+
+
 @contextmanager
-def claimed(run_dir: Path, here: bool) -> Iterator[None]:
+def claimed(run_dir: Path, here: bool) -> Iterator[Claim]:
     """The run directory for this job alone, as long as the block lasts; the kernel frees it if the rank is killed.
 
     Raises:
@@ -26,7 +46,7 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
         LostRankError: an earlier start of this very job does, and goes on.
     """
     if not here:
-        yield
+        yield Claim()
         return
     lock = opened(run_dir / LOCK_FILE, "run_dir")
     try:
@@ -36,8 +56,8 @@ def claimed(run_dir: Path, here: bool) -> Iterator[None]:
         raise cannot_write("run_dir", run_dir, error) from None
     with lock:
         _lock(lock, run_dir)
-        lock.sign(_slurm_job())
-        yield
+        lock.sign(f", {secrets.token_hex(4)}{_slurm_job()}")
+        yield Claim(lock)
 
 
 def _slurm_job() -> str:

@@ -2,26 +2,30 @@
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ...config import TrainingConfig
+from ...errors import EXIT_INTERRUPTED
 
+STUCK_S = 5.0  # after a second Ctrl-C, for a process that waits outside Python and does not hear of it
+FIRST_INTERRUPT = "faconv: Ctrl-C: ends after the step under way, with a checkpoint; once more ends at once, without"
 HELD = (signal.SIGUSR1, signal.SIGUSR2)
 """Blocked until somebody listens: what they do by default would end a rank that is still starting."""
 
 
-def hold_signals() -> Collection[int]:
-    """Keeps SIGUSR1 and SIGUSR2 waiting, in this process and those it starts; the signals that waited before."""
-    return signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+def hold_signals(*more: signal.Signals) -> Collection[int]:
+    """Keeps SIGUSR1, SIGUSR2 and others waiting, in this process and those it starts; what waited before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, (*HELD, *more))
 
 
-def release_signals() -> Collection[int]:
-    """Delivers what has been waiting; the signals that waited before."""
-    return signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+def release_signals(*more: signal.Signals) -> Collection[int]:
+    """Delivers what has been waiting; what waited before."""
+    return signal.pthread_sigmask(signal.SIG_UNBLOCK, (*HELD, *more))
 
 
 def restore_signals(waited: Collection[int]) -> None:
@@ -35,18 +39,30 @@ class StopRequest:
     Python runs a handler only between two of its own operations, which on a GPU may be seconds after the signal.
     The interpreter's wake-up pipe is written at once, and a thread reads the time from there.
 
+    SIGINT (Ctrl-C) ends a process as usual until `hold_interrupts`; from then on the first is one of these signals,
+    and the second ends the process at once, and says what is lost.
+
     Args:
         grace_s: for each signal, seconds until the sender kills. Of several signals the earliest end counts.
+
+    Attributes:
+        number: of the signal that has come; 0: none. Of several the one that ends soonest.
+        kept_step: of the newest checkpoint, for what is said then.
     """
 
     def __init__(self, grace_s: Mapping[signal.Signals, float]) -> None:
-        self._grace_s = grace_s
+        self._grace_s = dict(grace_s)
         self._before: dict[signal.Signals, object] = {}
         self._waited_before: Collection[int] = ()
         self._deadline = float("inf")
         self._pipe = (-1, -1)
         self._descriptor_before = -1
-        self.number = 0
+        self._speaks = False
+        self._held, self._handled, self._came = False, 0, 0  # of SIGINT: once handled may stand for twice come
+        self._last_resort = threading.Timer(STUCK_S, self._end_at_once)
+        self._last_resort.daemon = True
+        self._if_told_to_end: Callable[[], None] = lambda: None
+        self.number = self.kept_step = 0
 
     def __enter__(self) -> "StopRequest":
         self._pipe = os.pipe()
@@ -66,6 +82,22 @@ class StopRequest:
         signal.set_wakeup_fd(self._descriptor_before)
         restore_signals(self._waited_before)
         os.close(self._pipe[1])  # which ends the thread
+        self._last_resort.cancel()
+
+    def hold_interrupts(self, kept_step: int, *, speaks: bool) -> None:
+        """From here on there is something to lose by Ctrl-C. The rank that ``speaks`` answers the first."""
+        self.kept_step, self._speaks = kept_step, speaks
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script
+            return
+        self._grace_s[signal.SIGINT], self._held = float("inf"), True
+        self._before.setdefault(signal.SIGINT, signal.signal(signal.SIGINT, self._handle))
+
+    def if_told_to_end(self, work: Callable[[], None]) -> None:
+        """Does this work at SIGTERM, which may be followed by SIGKILL soon, or now if that has come already."""
+        if self.number == signal.SIGTERM:
+            work()
+        else:
+            self._if_told_to_end = work
 
     @property
     def left_s(self) -> float:
@@ -74,11 +106,33 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(number)
+        if number == signal.SIGINT and self._held:
+            self._handled += 1
+            if max(self._handled, self._came) > 1:
+                raise KeyboardInterrupt(self._lost())
 
     def _listen(self) -> None:
         while arrived := os.read(self._pipe[0], 1):
-            self._note(arrived[0])
+            number = arrived[0]
+            self._note(number)
+            if number == signal.SIGTERM:
+                work, self._if_told_to_end = self._if_told_to_end, lambda: None
+                work()
+            if number == signal.SIGINT and self._held:
+                self._came += 1
+                if self._came == 1 and self._speaks:
+                    print(FIRST_INTERRUPT, file=sys.stderr, flush=True)
+                if self._came == 2:
+                    self._last_resort.start()
         os.close(self._pipe[0])
+
+    def _end_at_once(self) -> None:
+        print(f"faconv: interrupted: {self._lost()}", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
+
+    def _lost(self) -> str:
+        since = f"the checkpoint of step {self.kept_step}" if self.kept_step else "the start"
+        return f"Ctrl-C came twice; what was done since {since} is lost. The same command does it again."
 
     def _note(self, number: int) -> None:
         if number in self._grace_s:

@@ -1,57 +1,65 @@
 """Counts the starts of a run that led nowhere, so that a job that is always requeued does not fail for ever."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ...config import RunConfig
 from ...errors import InputError, NoProgressError
 from ...files import cannot_write, write_durably
+from .signals import StopRequest
 
 STARTS_FILE = "starts.json"
 
 
 @contextmanager
-def counted_start(run_dir: Path, give_up_after: int, here: bool, *, counted: bool = False) -> Iterator[None]:
+def counted_start(config: RunConfig, stop: StopRequest, *, here: bool, counted: bool = False) -> Iterator[None]:
     """Counts this start of a run, until it saves a checkpoint (`made_progress`).
 
-    One that ends by what the user did, Ctrl-C or input to be mended, is not counted. A process that is killed is.
+    One that ends by what the user did, Ctrl-C or input to be mended, is not counted, nor one that is told to end by
+    SIGTERM: that says nothing about the run. A process that is killed is, and one that SIGUSR1 ends at its time limit.
 
     Args:
-        give_up_after: starts in a row that save no checkpoint; 0: never give up.
         here: whether this rank keeps the count.
         counted: whether `count_start` was called for this start.
 
     Raises:
-        NoProgressError: there have been as many as that.
+        NoProgressError: there have been ``training.give_up_after``.
         InputError: the count cannot be written.
     """
     if not here:
         yield
         return
     if not counted:
-        count_start(run_dir, give_up_after)
+        count_start(config, stop)
     try:
         yield
     except (InputError, KeyboardInterrupt):
-        take_back(run_dir)
+        take_back(config.run_dir)
         raise
 
 
-def count_start(run_dir: Path, give_up_after: int) -> None:
+def count_start(config: RunConfig, stop: StopRequest) -> None:
     """Counts one start; raises as `counted_start` does. Before the ranks meet, so that a start without them counts."""
+    run_dir, give_up_after = config.run_dir, config.training.give_up_after
     path = run_dir / STARTS_FILE
-    before = _count(path)
+    mark = hashlib.sha256(config.to_yaml().encode()).hexdigest()
+    before = _count(path, mark)
     if give_up_after and before >= give_up_after:
         raise NoProgressError(
             f"{before} starts in a row of the run in {run_dir} have saved no checkpoint, so it is not tried again "
-            f"(training.give_up_after={give_up_after}). Mend what the log of the last one says, remove {path}, and "
-            f"start the same command again."
+            f"(training.give_up_after={give_up_after}). Mend what the log of the last one says; if it is not in the "
+            f"config, remove {path}. Then start the same command again."
         )
     try:
-        _write(path, before + 1)
+        _write(path, before + 1, mark)
     except OSError as error:
         raise cannot_write("run_dir", run_dir, error) from None
+    stop.if_told_to_end(partial(take_back, run_dir))
 
 
 def take_back(run_dir: Path) -> None:
@@ -59,7 +67,7 @@ def take_back(run_dir: Path) -> None:
     path = run_dir / STARTS_FILE
     with suppress(OSError):
         if (count := _count(path)) > 1:
-            _write(path, count - 1)
+            _write(path, count - 1, _record(path).get("config", ""))
         else:
             path.unlink(missing_ok=True)
 
@@ -69,13 +77,21 @@ def made_progress(run_dir: Path) -> None:
     (run_dir / STARTS_FILE).unlink(missing_ok=True)
 
 
-def _write(path: Path, count: int) -> None:
-    write_durably(path, json.dumps({"starts": count}) + "\n")
+def _write(path: Path, count: int, mark: str) -> None:
+    write_durably(path, json.dumps({"starts": count, "config": mark}) + "\n")
 
 
-def _count(path: Path) -> int:
-    """Starts on record; a record that cannot be read counts none."""
+def _count(path: Path, mark: str | None = None) -> int:
+    """Starts on record, none if they were of another config than ``mark``; a record that cannot be read counts none."""
+    record = _record(path)
+    other = mark is not None and record.get("config", mark) != mark
+    count = record.get("starts")
+    return 0 if other or not isinstance(count, int) else count
+
+
+def _record(path: Path) -> dict[str, Any]:
     try:
-        return int(json.loads(path.read_text())["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,49 @@
+"""Reading all of a store and saying which of its files are not what was written."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError, TryAgainError
+from ..spatial.grid import Tile
+from .layout import DIMS, FileEntry
+from .store import Store
+
+
+def verify_files(store: Store, files: Iterable[int]) -> Iterator[tuple[FileEntry, str | None]]:
+    """Reads every chunk of these files of fields, by their numbers; with each, what is wrong with it, or None."""
+    for file in files:
+        problem = None
+        try:
+            _read_all(store, file)
+        except (InputError, TryAgainError) as error:
+            problem = str(error)
+        yield store.files[file], problem
+
+
+def _read_all(store: Store, file: int) -> None:
+    """Raises InputError if the file is damaged, TryAgainError if it is out of reach."""
+    entry = store.files[file]
+    nlat, nlon = store.layout.grid_shape
+    globe, every = Tile((0, nlat), (0, nlon)), range(len(store.channels))
+    for frame in range(entry.first_frame, entry.first_frame + entry.frames):
+        store.read([frame], globe, every)
+    with store.reading(file) as h5:
+        for name, expected in _coordinates(store, entry).items():
+            if not np.array_equal(_values(h5[name]), expected):
+                raise OSError(f"its {name} is not that of the store")
+        for name in h5.keys() - {*DIMS, "fields", "valid"}:
+            _values(h5[name])
+
+
+def _coordinates(store: Store, entry: FileEntry) -> dict[str, NDArray[Any]]:
+    seconds = store.layout.time.seconds[entry.first_frame : entry.first_frame + entry.frames]
+    values = (seconds, np.array(store.channels, dtype=object), store.latitude_deg, store.longitude_deg)
+    return dict(zip(DIMS, values, strict=True))
+
+
+def _values(dataset: h5py.Dataset) -> NDArray[Any]:
+    return np.asarray(dataset.asstr()[:] if h5py.check_string_dtype(dataset.dtype) else dataset[:])

@@ -1,0 +1,50 @@
+"""What a layer can be, in numbers alone: judged by the layers themselves, and before anything is imported."""
+
+from collections.abc import Sequence
+
+from ..errors import InputError
+
+FUSES = ("sum", "concat")
+EXCHANGES = ("auto", "gather", "swap")
+
+
+def check_kernel(kernel_size: int) -> None:
+    """Raises InputError for a kernel without a centre."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise InputError(f"kernel_size={kernel_size} has no centre. Use an odd size, such as 3.")
+
+
+def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention_every: int) -> None:
+    """Raises InputError for arguments of `FAConvLSTM2d` that no layer can have."""
+    check_kernel(kernel_size)
+    if not dilations or min(dilations) < 1:
+        raise InputError(f"dilations={tuple(dilations)} must be one or more positive numbers, such as (1, 2, 4).")
+    if fuse not in FUSES:
+        raise InputError(f"fuse={fuse!r} is not known. Use one of {', '.join(FUSES)}.")
+    if attention_every < 0:
+        raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
+
+
+def check_attention(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
+    """Raises InputError for arguments of `AxialAttention` that no attention can have."""
+    if exchange not in EXCHANGES:
+        raise InputError(f"attention_exchange={exchange!r} is not known. Use one of {', '.join(EXCHANGES)}.")
+    if attention_channels > channels:
+        raise InputError(
+            f"attention_channels={attention_channels} is more than the {channels} hidden channels. "
+            f"Use {channels} or fewer."
+        )
+    if heads < 1 or attention_channels % (2 * heads):
+        raise InputError(
+            f"attention_channels={attention_channels} over {heads} heads must give each head an even number of "
+            f"channels (rotary positions turn pairs). Use a multiple of {2 * max(heads, 1)}."
+        )
+
+
+def check_coarse(coarse_shape: tuple[int, int], nlat: int, nlon: int) -> None:
+    """Raises InputError for a coarse field with more regions than the grid has cells."""
+    if coarse_shape[0] > nlat or coarse_shape[1] > nlon:
+        raise InputError(
+            f"a coarse field of {coarse_shape[0]} x {coarse_shape[1]} regions does not fit a grid of "
+            f"{nlat} x {nlon} cells. Use at most as many (key model.coarse_shape)."
+        )
