@@ -1,6 +1,7 @@
 """Errors with a message for the user, the exit codes, and what the terminal shows of an error.
 
-Everything else that is raised is ours to mend, and shown with its traceback.
+Everything else that is raised is ours to mend, and shown with its traceback. Which codes put a Slurm job back into its
+queue stands in launch/job.sh.
 """
 
 import errno
@@ -10,7 +11,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_STOPPED = 75  # a signal asked for it or a rank was lost; the run can go on: sysexits.h's "try again"
-EXIT_NO_REQUEUE = 93
+EXIT_NO_PROGRESS = 93  # starting again has led nowhere several times
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # what shells make of Ctrl-C and SIGTERM
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN)
@@ -45,7 +46,7 @@ class LostRankError(TryAgainError):
 
 
 class NoProgressError(RunError):
-    """Starting again has led nowhere several times, so it is not tried again (exit code `EXIT_NO_REQUEUE`)."""
+    """Starting again has led nowhere several times, so it is not tried again (exit code `EXIT_NO_PROGRESS`)."""
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -55,7 +56,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     if isinstance(error, NoProgressError):
-        return EXIT_NO_REQUEUE
+        return EXIT_NO_PROGRESS
     if isinstance(error, TryAgainError) or _is_out_of_reach(error):
         return EXIT_STOPPED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED

@@ -35,7 +35,7 @@ if [ $# -eq 0 ]; then
 fi
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 module_lines
-# What every job does, among it how it goes back to the queue.
+# What every job does at its start and its end, among it the rule for requeueing.
 job_sh=faconv_hpc/launch/job.sh      # of this checkout; away from one, of the package that python finds
 [ -f "$job_sh" ] || job_sh=$(python -c 'import faconv_hpc; print(faconv_hpc.__path__[0])' 2> /dev/null)/launch/job.sh
 source "$job_sh" || { echo "start it from the project's root, or where python finds faconv_hpc" >&2; exit 2; }
@@ -54,7 +54,4 @@ while true; do
     code=$?
     kill -0 "$study" 2> /dev/null || break           # else a signal ended the waiting, not the study
 done
-if [ -n "$own_job" ] && { [ "$code" -eq 75 ] || { [ "$asked" = yes ] && [ "$code" -gt 128 ]; }; }; then
-    faconv_requeue
-fi
-exit "$code"
+faconv_end_study "$code" "$asked"

@@ -20,7 +20,7 @@ import torch
 import forks
 from faconv_hpc.errors import (
     EXIT_FAILED,
-    EXIT_NO_REQUEUE,
+    EXIT_NO_PROGRESS,
     EXIT_STOPPED,
     LostRankError,
     NoProgressError,
@@ -281,7 +281,7 @@ def test_restarts_without_progress_end_with_the_code_that_is_not_requeued(tmp_pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "starts.json").write_text('{"starts": 3}')
     process = faconv("train", config)
-    assert process.returncode == EXIT_NO_REQUEUE
+    assert process.returncode == EXIT_NO_PROGRESS
     assert "3 starts in a row" in process.stderr and "Traceback" not in process.stderr
 
 

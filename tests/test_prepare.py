@@ -11,8 +11,8 @@ import xarray as xr
 
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
-from faconv_hpc.prepare.catalogue import unwrap
 from faconv_hpc.prepare.preparation import PrepareSummary, prepare
+from faconv_hpc.prepare.segments import unwrap
 from faconv_hpc.prepare.writer import write_store
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 

@@ -127,19 +127,18 @@ def test_sources_that_differ_in_units_or_meaning_are_not_joined(tmp_path: Path) 
     early = part("early.nc", 0, 4, "K")
     with pytest.raises(InputError, match=r"'t' is variable 't' in K in .*early\.nc, but variable 't' in degC in "):
         prepare([early, part("late.nc", 4, FRAMES, "degC")], tmp_path / "o")
-    prepare([early, part("silent.nc", 4, FRAMES, "")], tmp_path / "p")  # says nothing else
     spelt = [part("a.nc", 0, 4, "m s**-1"), part("b.nc", 4, FRAMES, "m s-1")]
     prepare(spelt, tmp_path / "q")
     levels = {"level": ("level", [10.0, 100.0], {"units": "hPa"})}
     aloft = dataset({"u": (LEVEL_DIMS, values(3, (FRAMES, 2, NLAT, NLON)))}, **levels)
     surface = dataset({"u10": (DIMS, values())})
-    with pytest.raises(InputError, match=r"'u10' is variable 'u' at 10 hPa .* but variable 'u10' in .*ncrename"):
+    with pytest.raises(InputError, match=r"'u10' is variable 'u' at 10 hPa .* but variable 'u10' in .*--rename u=NAME"):
         prepare([save(aloft, tmp_path / "aloft.nc"), save(surface, tmp_path / "surface.nc")], tmp_path / "r")
 
 
 @pytest.mark.parametrize(
     ("dim", "way_out"),
-    [("expver", r"combine_first\(ds\.sel\(expver=5\)\)"), ("prediction_timedelta", "ncks -d prediction_timedelta,0")],
+    [("expver", r"combine_first\(ds\.sel\(expver=5\)\)"), ("prediction_timedelta", "--select prediction_timedelta=1")],
 )
 def test_versions_and_leads_are_no_levels(tmp_path: Path, dim: str, way_out: str) -> None:
     data = dataset({"t": (("time", dim, "lat", "lon"), values(2, (FRAMES, 2, NLAT, NLON)))}, **{dim: (dim, [1, 5])})
@@ -157,7 +156,7 @@ def test_times_that_are_dates_are_checked_too(tmp_path: Path, monkeypatch: pytes
     """Some readers, such as cfgrib, give no numbers."""
     times = np.datetime64("2001-01-01", "ns") + np.arange(FRAMES)[::-1] * np.timedelta64(6, "h")
     dated = dataset(time=("time", times))
-    monkeypatch.setattr(catalogue, "open_source", lambda path: dated)
+    monkeypatch.setattr(catalogue, "open_sources", lambda path, select: [dated])
     (tmp_path / "s").write_text("")
     with pytest.raises(InputError, match="increas"):
         prepare([tmp_path / "s"], tmp_path / "o")

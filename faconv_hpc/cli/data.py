@@ -26,6 +26,28 @@ Mesh = Annotated[str, typer.Option(help="Tiles LATxLON that shall read no other 
 Output = Annotated[Path, typer.Option(help="Directory of the store.")]
 FramesPerFile = Annotated[int | None, typer.Option(help="Frames in one file. Default: 256 MiB of them, at least 16.")]
 Compression = Annotated[int | None, typer.Option(help="gzip level 1 to 9. Default: none, which reads fastest.")]
+DropRepeatedColumn = Annotated[
+    bool, typer.Option("--drop-repeated-column", help="Leave out a last column that repeats the first.")
+]
+FillAbsentChunks = Annotated[
+    bool, typer.Option("--fill-absent-chunks", help="Take chunks that a zarr source lacks as filled. Default: refuse.")
+]
+Select = Annotated[
+    list[str] | None,
+    typer.Option("--select", metavar="DIM=VALUE", help="Take one member, height or GRIB key. May be repeated."),
+]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option("--rename", metavar="OLD=NEW", help="Another name in the store. May be repeated."),
+]
+MissingValue = Annotated[
+    list[float] | None, typer.Option("--missing-value", help="Marks missing data, though no source says so.")
+]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option("--accept", metavar="NAME", help="Take a variable as it is, whatever it looks like."),
+]
+From = Annotated[str | None, typer.Option("--from", metavar="DATE", help="First date, such as 1990 or 1990-03-01.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
 
 
@@ -40,15 +62,15 @@ def prepare_command(
     time_coordinate: Annotated[str | None, typer.Option(help="Name of the time dim, where it is not found.")] = None,
     time_units: Annotated[str | None, typer.Option(help='Such as "hours since 1940-01-01".')] = None,
     calendar: Annotated[str | None, typer.Option(help="Such as standard, noleap, 360_day.")] = None,
-    drop_repeated_column: Annotated[
-        bool, typer.Option("--drop-repeated-column", help="Leave out a last column that repeats the first.")
-    ] = False,
-    fill_absent_chunks: Annotated[
-        bool,
-        typer.Option(
-            "--fill-absent-chunks", help="Take chunks that a zarr source leaves out as filled. Default: refuse it."
-        ),
-    ] = False,
+    drop_repeated_column: DropRepeatedColumn = False,
+    fill_absent_chunks: FillAbsentChunks = False,
+    select: Select = None,
+    rename: Rename = None,
+    missing_value: MissingValue = None,
+    accept: Accept = None,
+    from_: From = None,
+    to: Annotated[str | None, typer.Option(metavar="DATE", help="Last date, itself included.")] = None,
+    every: Annotated[int, typer.Option(help="Take one frame of so many.")] = 1,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,6 +80,7 @@ def prepare_command(
     """
     from ..prepare.comm import mpi_comm
     from ..prepare.preparation import prepare
+    from ..prepare.selection import Period
 
     comm = mpi_comm()
     summary = prepare(
@@ -72,12 +95,26 @@ def prepare_command(
         calendar=calendar,
         drop_repeated_column=drop_repeated_column,
         fill_absent_chunks=fill_absent_chunks,
+        select=_pairs(select, "--select number=0"),
+        rename=_pairs(rename, "--rename t=temperature"),
+        missing_values=missing_value,
+        accept=accept,
+        period=Period(from_, to, every),
         overwrite=overwrite,
         comm=comm,
         progress=_progress(comm),
         command=" ".join(sys.argv),
     )
     _report(summary, comm, as_json)
+
+
+def _pairs(texts: list[str] | None, example: str) -> dict[str, str]:
+    pairs = dict(text.partition("=")[::2] for text in texts or ())
+    if not all(name and value for name, value in pairs.items()):
+        raise InputError(
+            f"{example.split()[0]} takes NAME=VALUE, got {', '.join(texts or ())}. Write for example {example}."
+        )
+    return pairs
 
 
 @data_app.command("synth")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .names import index_of
+from .unknown_names import index_of
 
 HOURS_PER_DAY = 24.0
 

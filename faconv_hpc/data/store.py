@@ -17,7 +17,7 @@ from ..files import check_in_reach
 from ..spatial.grid import Boundary, LatLonGrid, Tile
 from . import chunks
 from .layout import STORE_FILE, FileEntry, StoreContent, read_store_file
-from .names import index_of
+from .unknown_names import index_of
 
 OPEN_FILES = 16  # kept open per process; a window reads one or two
 

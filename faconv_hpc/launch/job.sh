@@ -13,11 +13,18 @@ faconv_preflight() {
     if [ $? -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then exit 2; fi
 }
 
-# Ends the job with the exit code of its ranks, or puts it back into the queue.
+# Ends the job with the exit code of its ranks (errors.py says what each means), or puts it back into the queue.
 # 75: stopped by a signal, or a rank was lost. Above 128: a rank was killed. Never for 2 (a mistake in the config or the
 # data), 1 (failed), 93 (starting again leads nowhere) or 130 (interrupted by its user).
 faconv_end() {
     if [ "$1" -eq 75 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }; then faconv_requeue; fi
+    exit "$1"
+}
+
+# The same for the job of a study, which starts no ranks itself: above 128 stands for a signal, and counts if the job was
+# `asked` (yes) to end. Outside a job there is nothing to put back.
+faconv_end_study() {
+    if [ -n "$SLURM_JOB_ID" ] && { [ "$1" -eq 75 ] || { [ "$2" = yes ] && [ "$1" -gt 128 ]; }; }; then faconv_requeue; fi
     exit "$1"
 }
 

@@ -1,92 +1,25 @@
 """Sources joined: for every channel, where each frame comes from. Reads them slab by slab."""
 
-import zlib
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 
 from ..data.layout import Channel
-from ..data.names import unknown_name
-from ..data.times import TimeAxis, check_increasing, decode_times
+from ..data.times import TimeAxis
+from ..data.unknown_names import unknown_name
 from ..errors import InputError
-from ..spatial.grid import LatLonGrid, Span
-from .channel_names import channels_of
-from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
-from .sources import open_source
-from .zarr_chunks import ZarrChunks
+from ..spatial.grid import Span
+from .roles import SourceOptions
+from .segments import SAME_DEG, Segment, SourceGrid, segments_of
+from .selection import selected
+from .sources import open_sources
 
-SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
-PLAIN_UNITS = "hours since 2000-01-01"
-
-
-@dataclass(frozen=True, eq=False)
-class SourceGrid:
-    """Coordinates of a source as a store keeps them, and how to turn its fields to match.
-
-    Args:
-        latitude_deg: (latitude,) north first.
-        longitude_deg: (longitude,) increasing.
-        flip_rows: the source runs south to north.
-        flip_columns: the source runs east to west.
-    """
-
-    latitude_deg: NDArray[np.float64]
-    longitude_deg: NDArray[np.float64]
-    flip_rows: bool
-    flip_columns: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Some consecutive frames of one channel in one source."""
-
-    path: Path
-    channel: Channel
-    array: xr.DataArray
-    roles: Roles
-    level: int | None
-    grid: SourceGrid
-    time: TimeAxis
-    what: str
-    chunks: ZarrChunks | None = None
-
-    def read(self, frames: range, rows: Span, levels: Sequence[int | None]) -> NDArray[np.float32]:
-        """fields_TCYX of frames counted from this segment's first, and of some levels; north first, NaN if missing."""
-        nlat = self.grid.latitude_deg.size
-        source_rows = (nlat - rows[1], nlat - rows[0]) if self.grid.flip_rows else rows
-        picked: dict[Hashable, slice | int | list[int]] = dict.fromkeys(self.array.dims, 0)  # dims of size 1
-        picked[self.roles.latitude] = slice(*source_rows)
-        picked[self.roles.longitude] = slice(None)
-        if self.roles.time is not None:
-            picked[self.roles.time] = slice(frames.start, frames.stop)
-        if self.roles.level is not None:
-            picked[self.roles.level] = _together([level for level in levels if level is not None])
-        roles = self.roles
-        order = [dim for dim in (roles.time, roles.level, roles.latitude, roles.longitude) if dim is not None]
-        if self.chunks is not None:
-            self.chunks.check(self.array, picked)
-        try:
-            values = self.array.isel(picked).transpose(*order).values
-        except (OSError, RuntimeError, ValueError, zlib.error) as error:  # as HDF5, numcodecs and zlib have it
-            raise InputError(
-                f"frames {frames.start} to {frames.stop} of variable {self.array.name!r} in {self.path} cannot be read "
-                f"({error}). The source is damaged: fetch it again, then run this command again; it goes on."
-            ) from None
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the writer names
-            fields = values.astype(np.float32, copy=False).reshape(len(frames), len(levels), *values.shape[-2:])
-        fields = fields[..., ::-1, :] if self.grid.flip_rows else fields
-        fields = fields[..., ::-1] if self.grid.flip_columns else fields
-        return fields[..., : self.grid.longitude_deg.size]
-
-    def is_beside(self, other: "Segment") -> bool:
-        """Whether both are levels of one array, which are read together."""
-        mine, others = (self.path, self.array.name), (other.path, other.array.name)
-        return self.level is not None and other.level is not None and mine == others
+GREGORIAN = ("standard", "proleptic_gregorian")
+GREGORIAN_S = -12219292800  # 1582-10-15, from when on they agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,104 +86,59 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     found: dict[str, list[Segment]] = {}
     notes: list[str] = []
     constant: dict[str, Path] = {}
+    of_use: set[str] = set()
     for path in paths:
-        for segment in _segments_of(path, options, notes, constant):
-            found.setdefault(segment.channel.name, []).append(segment)
+        for dataset in open_sources(path, options.select):
+            of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
+            for segment in segments_of(selected(dataset, options.select, path), path, options, notes, constant):
+                found.setdefault(segment.channel.name, []).append(segment)
+    for dim, value in options.select:
+        if dim not in of_use:
+            raise InputError(
+                f"--select {dim}={value}: no source has such a dim, nor a GRIB message with it. Look for its name."
+            )
     if not found:
         raise InputError(
-            f"no field with time, latitude and longitude in {', '.join(map(str, paths))}. Look at it with xarray or "
-            f"ncdump -h; a dim that is not recognised needs the attribute standard_name (latitude, longitude, time)."
+            f"no field with time, latitude and longitude in {', '.join(map(str, paths))}. Look at it with "
+            f"`python -c \"import xarray; print(xarray.open_dataset('{paths[0]}'))\"`; a dim that is not recognised "
+            f"needs the attribute standard_name (latitude, longitude, time)."
         )
     if options.variables is None:
         notes += [f"{path}: {name!r} does not change in time and is left out." for name, path in constant.items()]
     chosen = _choose(found, options.variables, paths, constant)
     joined = {name: sorted(found[name], key=lambda segment: int(segment.time.seconds[0])) for name in chosen}
     _check_grids([segment for segments in joined.values() for segment in segments])
+    joined = _in_one_calendar(joined)
     axes = {name: _join_times(segments) for name, segments in joined.items()}
     _check_times(axes, joined)
-    return Catalogue(tuple(map(tuple, joined.values())), axes[chosen[0]], tuple(dict.fromkeys(notes)))
+    time = axes[chosen[0]]
+    frames = options.period.frames_of(time)
+    taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
+    return Catalogue(taken, TimeAxis(time.seconds[frames], time.calendar), tuple(dict.fromkeys(notes)))
 
 
-def _segments_of(path: Path, options: SourceOptions, notes: list[str], constant: dict[str, Path]) -> list[Segment]:
-    dataset = open_source(path)
-    segments: list[Segment] = []
-    times: dict[Hashable, TimeAxis] = {}
-    chunks = ZarrChunks(path) if path.is_dir() and not options.fill_absent_chunks else None
-    ours = "fingerprint" in dataset.attrs and "fields" in dataset.data_vars  # a store's: its mask is in the fields
-    for name in ["fields"] if ours else dataset.data_vars:
-        roles = find_roles(dataset, name, options, path)
-        if roles is None or dataset[name].dtype.kind not in "fiub":
-            if dataset[name].ndim >= 2:
-                constant[str(name)] = path
-            continue
-        grid = _source_grid(dataset, roles, options, path)
-        if roles.time not in times:
-            times[roles.time] = _times(dataset, roles, options, path, notes)
-        segments += [
-            Segment(path, channel, dataset[name], roles, level, grid, times[roles.time], what, chunks)
-            for level, channel, what in channels_of(dataset, name, roles)
-        ]
-    return segments
+def _taken(segments: Sequence[Segment], frames: range) -> Iterator[Segment]:
+    """Of each segment the frames that are asked for, by their places among all."""
+    first = 0
+    for segment in segments:
+        stop = first + len(segment.time)
+        low, high = (max(0, -(-(place - frames.start) // frames.step)) for place in (first, stop))
+        own = frames[low:high]
+        if len(own):
+            there = range(own.start - first, own[-1] - first + 1, own.step)
+            yield replace(segment, frames=there, time=TimeAxis(segment.time.seconds[there], segment.time.calendar))
+        first = stop
 
 
-def _times(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path, notes: list[str]) -> TimeAxis:
-    variable = time_variable(dataset, roles.time, options)
-    where = f"{path}, {roles.time or 'time'}"
-    if variable is not None and variable.dtype.kind == "M":
-        seconds = variable.values.astype("datetime64[s]").astype(np.int64).ravel()
-        axis = TimeAxis(seconds, options.calendar or "proleptic_gregorian")
-        check_increasing(axis, where)
-        return axis
-    values = np.arange(dataset.sizes[roles.time or ""]) if variable is None else np.atleast_1d(variable.values)
-    if values.size == 0:
-        raise InputError(f"{where} has no times at all: the source is empty. Leave it out.")
-    attributes = {} if variable is None else variable.attrs
-    units = options.time_units or attributes.get("units")
-    if units is None and "plain_hdf5" in dataset.attrs and variable is None:
-        units = PLAIN_UNITS
-        notes.append(f"{path} has no time: its frames are taken as {PLAIN_UNITS}. Say otherwise with --time-units.")
-    if units is None:
-        hints = [f" Its attribute {key!r} says {text!r}." for key, text in dataset.attrs.items() if "time" in str(key)]
-        raise InputError(
-            f"the times in {where} have no units: {values[:3].tolist()}...{''.join(hints)} "
-            f'Give them with --time-units, for example --time-units "hours since 1940-01-01".'
-        )
-    calendar = options.calendar or str(attributes.get("calendar", "standard"))
-    axis = decode_times(values, str(units), calendar, where)
-    check_increasing(axis, where)
-    return axis
-
-
-def _source_grid(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path) -> SourceGrid:
-    latitude = coordinate(dataset, roles.latitude, "latitude")
-    longitude = coordinate(dataset, roles.longitude, "longitude")
-    flip_rows = latitude.size > 1 and bool(latitude[0] < latitude[-1])
-    latitude = latitude[::-1] if flip_rows else latitude
-    flip_columns = longitude.size > 2 and int((np.diff(longitude) < 0).sum()) > longitude.size // 2
-    longitude = unwrap(longitude[::-1] if flip_columns else longitude)
-    longitude = _without_repeated_column(longitude, options, path)
-    try:  # the rules for coordinates are the grid's own
-        LatLonGrid(latitude.size, longitude.size, latitude_deg=latitude, longitude_deg=longitude, lon_boundary="zero")
-    except InputError as error:
-        raise InputError(f"source {path}: {error}") from None
-    return SourceGrid(latitude, longitude, flip_rows, flip_columns)
-
-
-def unwrap(longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Longitudes that jump back by a turn (..., 179, -180, ...) made to go on (..., 179, 180, ...)."""
-    jumps = np.diff(longitude_deg) < -180.0
-    return longitude_deg + 360.0 * np.concatenate([[0.0], np.cumsum(jumps)])
-
-
-def _without_repeated_column(longitude: NDArray[np.float64], options: SourceOptions, path: Path) -> NDArray[np.float64]:
-    if longitude.size < 3 or longitude[-1] - longitude[0] < 360.0 - SAME_DEG:
-        return longitude
-    if not options.drop_repeated_column:
-        raise InputError(
-            f"source {path} has the meridian {longitude[0]:g} twice: its {longitude.size} columns run from "
-            f"{longitude[0]:g} to {longitude[-1]:g}. Leave out the last one with --drop-repeated-column."
-        )
-    return longitude[:-1]
+def _in_one_calendar(joined: dict[str, list[Segment]]) -> dict[str, list[Segment]]:
+    """From 1582-10-15 on ``standard`` and ``proleptic_gregorian`` are the same; where sources say both, the first."""
+    times = [segment.time for segments in joined.values() for segment in segments]
+    if {time.calendar for time in times} != set(GREGORIAN) or min(time.seconds[0] for time in times) < GREGORIAN_S:
+        return joined
+    return {
+        name: [replace(one, time=TimeAxis(one.time.seconds, GREGORIAN[0])) for one in segments]
+        for name, segments in joined.items()
+    }
 
 
 def _choose(
@@ -295,11 +183,17 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
     """The times of one channel, over its sources, which must be the same thing in the same units."""
     first = segments[0]
     for segment in segments:
-        if segment.what != first.what or not _same_units(segment.channel.units, first.channel.units):
+        same = _same_units(segment.channel.units, first.channel.units) or segment.is_accepted
+        if segment.what != first.what or not same:
             raise InputError(
                 f"{first.channel.name!r} is {first.what} in {first.channel.units or 'no units'} in {first.path}, but "
                 f"{segment.what} in {segment.channel.units or 'no units'} in {segment.path}: they are not one field. "
-                f"Convert one of them, or rename it in its source, for example with `ncrename -v`."
+                f"Convert one of them, or prepare it alone under another name with --rename {first.array.name}=NAME"
+                + (
+                    "."
+                    if segment.channel.units and first.channel.units
+                    else f", or take both as they are: --accept {first.channel.name}."
+                )
             )
     calendars = {segment.time.calendar for segment in segments}
     if len(calendars) > 1:
@@ -317,16 +211,9 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
 
 
 def _same_units(one: str, other: str) -> bool:
-    """Whether two texts mean the same; one that is empty says nothing."""
+    """Whether two texts mean the same."""
     mine, others = ("".join(text.replace("**", "").replace("^", "").split()) for text in (one, other))
-    return mine == others or not mine or not others
-
-
-def _together(levels: Sequence[int]) -> slice | list[int]:
-    """Levels of an array as they are read at once."""
-    if list(levels) == list(range(levels[0], levels[-1] + 1)):
-        return slice(levels[0], levels[-1] + 1)
-    return list(levels)
+    return mine == others
 
 
 def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) -> None:

@@ -4,7 +4,8 @@ A variable's name is the one that xarray shows: in NetCDF and zarr that of the f
 takes from ecCodes (`t2m`, `u10`). Pressure in Pa is named in hPa.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 
 import xarray as xr
 
@@ -12,18 +13,33 @@ from ..data.layout import Channel
 from .roles import Roles
 
 
-def channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple[int | None, Channel, str]]:
-    """A variable's channels: itself, or one per level, such as z500. With what each is, for messages."""
+def channels_of(
+    dataset: xr.Dataset, name: Hashable, roles: Roles, rename: Mapping[str, str]
+) -> list[tuple[int | None, Channel, str]]:
+    """A variable's channels: itself, or one per level, such as z500. With what each is, for messages.
+
+    Args:
+        rename: what variables or channels shall be called.
+    """
+    found = _channels_of(dataset, name, roles, rename.get(str(name), str(name)))
+    return [
+        (level, replace(channel, name=rename.get(channel.name, channel.name)), what) for level, channel, what in found
+    ]
+
+
+def _channels_of(
+    dataset: xr.Dataset, name: Hashable, roles: Roles, called: str
+) -> list[tuple[int | None, Channel, str]]:
     whole = f"variable {name!r}"
     attributes = dataset[name].attrs
     units, long_name = str(attributes.get("units", "")), str(attributes.get("long_name", name))
     if roles.level is None:
-        return [(None, Channel(str(name), units, long_name), whole)]
+        return [(None, Channel(called, units, long_name), whole)]
     size = dataset.sizes[roles.level]
     if roles.level not in dataset.variables:
         texts = [f"{roles.level} {i}" for i in range(size)]
         return [
-            (i, Channel(f"{name}_{roles.level}{i}", units, f"{long_name}, {text}"), f"{whole}, {text}")
+            (i, Channel(f"{called}_{roles.level}{i}", units, f"{long_name}, {text}"), f"{whole}, {text}")
             for i, text in enumerate(texts)
         ]
     level = dataset[roles.level]
@@ -34,6 +50,6 @@ def channels_of(dataset: xr.Dataset, name: Hashable, roles: Roles) -> list[tuple
     unit = "hPa" if unit == "Pa" else unit
     texts = [f"at {value:g} {unit}".strip() for value in values]
     return [
-        (i, Channel(f"{name}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
+        (i, Channel(f"{called}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
         for i, (value, text) in enumerate(zip(values, texts, strict=True))
     ]

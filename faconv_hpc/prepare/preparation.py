@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ..data.chunks import VALUE_BYTES, chunk_shape
 from ..data.layout import StoreLayout
 from ..errors import InputError
 from .catalogue import Catalogue, build_catalogue
 from .comm import Comm, SerialComm, agree, guarded
-from .roles import SourceOptions
+from .roles import SourceOptions, Taken
 from .sources import expand
 from .writer import Progress, Written, started_directory, write_store
 
@@ -46,19 +46,14 @@ def prepare(
     sources: Sequence[str | Path],
     output: str | Path,
     *,
-    variables: Sequence[str] | None = None,
     mesh: tuple[int, int] = (1, 1),
     frames_per_file: int | None = None,
     compression: int | None = None,
-    time_coordinate: str | None = None,
-    time_units: str | None = None,
-    calendar: str | None = None,
-    drop_repeated_column: bool = False,
-    fill_absent_chunks: bool = False,
     overwrite: bool = False,
     comm: Comm | None = None,
     progress: Progress | None = None,
     command: str = "",
+    **taken: Unpack[Taken],
 ) -> PrepareSummary:
     """Collective. Streams sources into a store.
 
@@ -67,31 +62,21 @@ def prepare(
     Args:
         sources: NetCDF 3 or 4, zarr, GRIB (with cfgrib), plain HDF5 with ``fields``, or stores.
         output: directory of the store.
-        variables: which, in which order; the name of a variable with levels takes them all.
         mesh: tiles along latitude and longitude that shall read no other tile's bytes.
         frames_per_file: default: as many as fit 256 MiB, and at least 16.
         compression: gzip level 1 to 9; default none, which reads fastest.
-        time_coordinate, time_units, calendar: what the source does not say about its times.
-        drop_repeated_column: leave out a last column that repeats the first.
-        fill_absent_chunks: take chunks that a zarr source leaves out as filled, instead of refusing it.
         overwrite: replace a finished store.
         comm: ranks that share the work; default this process.
         progress: called after each file.
         command: kept in the store's provenance.
+        taken: what of the sources, and how they are read; see `SourceOptions`.
 
     Raises:
         InputError: whatever is wrong with the request or the sources.
     """
     started = time.monotonic()
     comm = comm or SerialComm()
-    options = SourceOptions(
-        tuple(variables) if variables else None,
-        time_coordinate,
-        time_units,
-        calendar,
-        drop_repeated_column,
-        fill_absent_chunks,
-    )
+    options = SourceOptions.of(**taken)
     with guarded(comm):
         paths, catalogue, layout = _plan_together(sources, options, mesh, frames_per_file, compression, command, comm)
         _refuse_own_source(Path(output), paths)

@@ -4,15 +4,16 @@ The rules of CF count first (standard_name, units, axis), then the names that ar
 names and attributes that cfgrib gives it.
 """
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import xarray as xr
 
 from ..errors import InputError
+from .selection import Period
 
 NOT_LEVELS = (
     "forecast_period", "realization", "step", "number", "member", "ensemble", "ensemble_member", "prediction_timedelta",
@@ -27,6 +28,22 @@ LATITUDE_UNITS = ("degrees_north", "degree_north", "degrees_n", "degree_n", "deg
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degrees_e", "degree_e", "degreese", "degreee")
 
 
+class Taken(TypedDict, total=False):
+    """The same as `SourceOptions`, as it is asked for."""
+
+    variables: Sequence[str] | None
+    time_coordinate: str | None
+    time_units: str | None
+    calendar: str | None
+    drop_repeated_column: bool
+    fill_absent_chunks: bool
+    select: Mapping[str, str] | None
+    rename: Mapping[str, str] | None
+    missing_values: Sequence[float] | None
+    accept: Sequence[str] | None
+    period: Period | None
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """What the user says about the sources.
@@ -38,6 +55,11 @@ class SourceOptions:
         calendar: CF calendar, where the source gives none or a wrong one.
         drop_repeated_column: leave out the last column where it repeats the first.
         fill_absent_chunks: take chunks that a zarr source leaves out as filled, as zarr itself does.
+        select: dims, or keys of GRIB messages, and the one value to take of each.
+        rename: names of variables or channels, and what the store shall call them.
+        missing_values: that mark missing data, though no source says so.
+        accept: variables that are taken as they are: values that look like marks, flags, sources without units.
+        period: the times to take.
     """
 
     variables: tuple[str, ...] | None = None
@@ -46,6 +68,21 @@ class SourceOptions:
     calendar: str | None = None
     drop_repeated_column: bool = False
     fill_absent_chunks: bool = False
+    select: tuple[tuple[str, str], ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    missing_values: tuple[float, ...] = ()
+    accept: tuple[str, ...] = ()
+    period: Period = field(default_factory=Period)
+
+    @classmethod
+    def of(cls, **taken: Unpack[Taken]) -> "SourceOptions":
+        """From what `prepare` is given: lists and mappings."""
+        values: dict[str, Any] = dict(taken)
+        for name in ("variables", "missing_values", "accept"):
+            values[name] = tuple(values[name] or ()) if name in values else ()
+        for name in ("select", "rename"):
+            values[name] = tuple((values.get(name) or {}).items())
+        return cls(**values | {"variables": values["variables"] or None, "period": values.get("period") or Period()})
 
 
 @dataclass(frozen=True)
@@ -85,11 +122,12 @@ def find_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions, path
         one = (forecasts or others)[-1]
         if one == "expver":
             remedy = (
-                "Merge ERA5 (expver 1) and its preliminary end (5) first, for example with xarray: "
-                "`ds.sel(expver=1).combine_first(ds.sel(expver=5)).to_netcdf('merged.nc')`."
+                "Take ERA5 alone with --select expver=1, or merge it with its preliminary end (5) first, for example "
+                "with xarray: `ds.sel(expver=1).combine_first(ds.sel(expver=5)).to_netcdf('merged.nc')`."
             )
         else:
-            remedy = f"Select one {one!r} first, for example with `ncks -d {one},0`."
+            value = dataset[one].values[0] if one in dataset.variables else 0
+            remedy = f"Take one of {one!r}, for example with --select {one}={value}."
         raise InputError(
             f"variable {name!r} in {path} has dims {_sizes(array)}: besides time, latitude and longitude there may be "
             f"one of levels, but no members or lead times. {remedy}"
@@ -186,7 +224,7 @@ def _refuse_curvilinear(dataset: xr.Dataset, array: xr.DataArray, path: Path) ->
 def _not_regular(array: xr.DataArray, path: Path, reason: str) -> InputError:
     return InputError(
         f"variable {array.name!r} in {path} is not on a regular latitude/longitude grid: {reason}. "
-        f"Regrid it first, for example with `cdo remapbil,r360x181`."
+        f"Regrid it first, for example with xarray: `ds.interp(latitude=..., longitude=...)`, or with cdo or xesmf."
     )
 
 

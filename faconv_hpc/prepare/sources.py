@@ -1,6 +1,5 @@
 """Opening any source that xarray reads, whatever its format; what its dims mean is found out in roles.py."""
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import xarray as xr
 
 from ..data.layout import DIMS, STORE_FILE
 from ..errors import InputError
+from .grib import open_grib
 
 LAZY: dict[str, Any] = {"decode_times": False, "decode_timedelta": False, "cache": False}
 UNLOCKED: dict[str, Any] = {"driver_kwds": {"locking": False}}  # parallel file systems may refuse locks
+GRIB = "cfgrib"
 ZARR_MARKS = ("zarr.json", ".zmetadata", ".zgroup", ".zattrs")
 
 
@@ -27,13 +28,22 @@ def expand(paths: list[Path]) -> list[Path]:
     return expanded
 
 
-def open_source(path: Path) -> xr.Dataset:
-    """Opens a source lazily: nothing but coordinates is read, times are left as numbers.
+def open_sources(path: Path, select: tuple[tuple[str, str], ...] = ()) -> list[xr.Dataset]:
+    """Opens a source lazily: nothing but coordinates is read, times are left as numbers. GRIB may be several datasets.
+
+    Args:
+        select: keys of GRIB messages, and the value that they must have.
 
     Raises:
         InputError: it cannot be read; the message says what would.
     """
     engine = _engine(path)
+    if engine == GRIB:
+        return open_grib(path, dict(select), LAZY)
+    return [_opened(path, engine)]
+
+
+def _opened(path: Path, engine: str) -> xr.Dataset:
     try:
         if engine == "h5netcdf" and _is_plain(path):
             return _open_plain(path)
@@ -61,7 +71,7 @@ def _engine(path: Path) -> str:
     with path.open("rb") as file:
         magic = file.read(8)
     if magic[:4] == b"GRIB":
-        return _grib_engine(path)
+        return GRIB
     if magic[:4] in (b"CDF\x01", b"CDF\x02"):
         return "scipy"
     if magic == b"\x89HDF\r\n\x1a\n":
@@ -71,20 +81,15 @@ def _engine(path: Path) -> str:
             f"source {path} is a ZIP archive, as the Climate Data Store sends several kinds of fields at once. Unzip "
             f"it, and give the files in it."
         )
-    remedy = "ncks -7" if magic[:4] == b"CDF\x05" else "cdo -f nc4 copy"
-    raise InputError(
-        f"source {path} starts with {magic!r}, which is no NetCDF (3, 4), HDF5, zarr or GRIB data. "
-        f"Convert it first, for example with `{remedy} {path.name} converted.nc`."
+    remedy = (
+        f'It is NetCDF in the format CDF-5: convert it with `pip install netCDF4` and `python -c "import xarray; '
+        f"xarray.open_dataset('{path.name}', engine='netcdf4').to_netcdf('converted.nc')\"`."
+        if magic[:4] == b"CDF\x05"
+        else "Convert it first, to NetCDF or zarr, with a tool that reads it."
     )
-
-
-def _grib_engine(path: Path) -> str:
-    if importlib.util.find_spec("cfgrib") is None:
-        raise InputError(
-            f"source {path} is GRIB, which needs the package cfgrib, and that is not installed. "
-            f"Run `pip install cfgrib ecmwflibs`, or convert with `cdo -f nc4 copy {path.name} converted.nc`."
-        )
-    return "cfgrib"
+    raise InputError(
+        f"source {path} starts with {magic!r}, which is no NetCDF (3, 4), HDF5, zarr or GRIB data. {remedy}"
+    )
 
 
 def _is_plain(path: Path) -> bool:

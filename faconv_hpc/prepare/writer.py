@@ -342,8 +342,8 @@ def _check_values(
         raise InputError(
             f"variable {layout.channels[channels[c]].name!r} is {slab_TCYX[t, c, y, x]} at "
             f"{layout.time.label(frames[t])} (frame {frames[t]}), latitude {layout.latitude_deg[rows[0] + y]:g}, "
-            f"longitude {layout.longitude_deg[x]:g}: no field is that large. If it marks missing data, set the "
-            f"variable's attribute _FillValue in the source; missing cells must be NaN or _FillValue."
+            f"longitude {layout.longitude_deg[x]:g}: no field is that large. If it marks missing data, say so "
+            f"with --missing-value, or set the variable's attribute _FillValue in the source."
         )
 
 

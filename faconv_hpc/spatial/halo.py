@@ -20,7 +20,7 @@ class Rectangle:
 
     ``source_rows`` and ``source_columns`` count from the source's first owned cell; ``rows`` and
     ``columns`` from the destination's first padded cell. ``mirrored``: beyond a pole, rows run the
-    other way.
+    other way; exchange.py turns them (`_turned`).
     """
 
     source: int
@@ -42,7 +42,7 @@ class _Source:
     """Where one padded row or column comes from: a global index, perhaps across a pole."""
 
     index: int
-    crossed: bool = False
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Run:
     padded: Span
     tile: int
     source: Span  # from the tile's first row or column
-    crossed: bool
+    mirrored: bool
     owned: bool
 
 
@@ -74,8 +74,8 @@ def halo_rectangles(grid: LatLonGrid, cuts: Cuts, destination: int, width: int) 
     )
     columns = range(tile.columns[0] - width, tile.columns[1] + width)
     column_runs = {
-        crossed: _runs([_column_source(grid, column, crossed) for column in columns], cuts.column_edges, width)
-        for crossed in {run.crossed for run in row_runs}
+        mirrored: _runs([_column_source(grid, column, mirrored) for column in columns], cuts.column_edges, width)
+        for mirrored in {run.mirrored for run in row_runs}
     }
     return tuple(
         Rectangle(
@@ -85,10 +85,10 @@ def halo_rectangles(grid: LatLonGrid, cuts: Cuts, destination: int, width: int) 
             source_columns=cols.source,
             rows=rows.padded,
             columns=cols.padded,
-            mirrored=rows.crossed,
+            mirrored=rows.mirrored,
         )
         for rows in row_runs
-        for cols in column_runs[rows.crossed]
+        for cols in column_runs[rows.mirrored]
         if not (rows.owned and cols.owned)
     )
 
@@ -117,20 +117,20 @@ def _row_source(grid: LatLonGrid, row: int) -> _Source | None:
 def _across_the_pole(grid: LatLonGrid, row: int) -> _Source:
     """Row -1 mirrors row 0, or row 1 if row 0 is the pole itself, which must not be repeated."""
     if row < 0:
-        mirrored = -row - (0 if grid.has_pole_row(0) else 1)
+        source = -row - (0 if grid.has_pole_row(0) else 1)
     else:
-        mirrored = 2 * grid.nlat - 1 - row - (1 if grid.has_pole_row(-1) else 0)
-    if not 0 <= mirrored < grid.nlat:
+        source = 2 * grid.nlat - 1 - row - (1 if grid.has_pole_row(-1) else 0)
+    if not 0 <= source < grid.nlat:
         beyond = -row if row < 0 else row - grid.nlat + 1
         raise InputError(
             f"a halo of {beyond} rows beyond the pole reaches past the other end of {grid.nlat} rows. "
             f"Use smaller dilations or a grid with more rows."
         )
-    return _Source(mirrored, crossed=True)
+    return _Source(source, mirrored=True)
 
 
-def _column_source(grid: LatLonGrid, column: int, crossed: bool) -> _Source | None:
-    if crossed:
+def _column_source(grid: LatLonGrid, column: int, mirrored: bool) -> _Source | None:
+    if mirrored:
         return _Source((column + grid.nlon // 2) % grid.nlon)
     return _along(Boundary(grid.lon_boundary), column, grid.nlon)
 
@@ -158,11 +158,11 @@ def _runs(sources: Sequence[_Source | None], edges: tuple[int, ...], width: int)
 
 
 def _continues(last: tuple[int, _Source], new: tuple[int, _Source], edges: tuple[int, ...], owned: range) -> bool:
-    step = -1 if new[1].crossed else 1
+    step = -1 if new[1].mirrored else 1
     return (
         new[0] == last[0] + 1
         and (new[0] in owned) == (last[0] in owned)
-        and new[1].crossed == last[1].crossed
+        and new[1].mirrored == last[1].mirrored
         and new[1].index == last[1].index + step
         and _tile_of(new[1], edges) == _tile_of(last[1], edges)
     )
@@ -180,6 +180,6 @@ def _run(group: list[tuple[int, _Source]], edges: tuple[int, ...], owned: range)
         padded=(first[0], last[0] + 1),
         tile=tile,
         source=(low, low + len(group)),
-        crossed=first[1].crossed,
+        mirrored=first[1].mirrored,
         owned=first[0] in owned,
     )

@@ -31,7 +31,9 @@ LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a lo
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. Shares are of the step's wall time, averaged over ranks.
+    """One optimizer step, a line of steps.jsonl; `Trainer` fills it. A new field needs a default: older lines lack it.
+
+    Shares are of the step's wall time, averaged over ranks.
 
     Attributes:
         step: optimizer steps done, from 1.

@@ -1,0 +1,216 @@
+"""What one source holds: for every channel consecutive frames, and how they are read, turned and checked."""
+
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ..data.layout import Channel
+from ..data.times import TimeAxis, check_increasing, decode_times
+from ..errors import InputError
+from ..spatial.grid import LatLonGrid, Span
+from .channel_names import channels_of
+from .grib import ABSENT
+from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
+from .selection import bounds_of, is_flag
+from .values import as_float32, refuse_suspect
+from .zarr_chunks import ZarrChunks
+
+SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
+PLAIN_UNITS = "hours since 2000-01-01"
+
+
+@dataclass(frozen=True, eq=False)
+class SourceGrid:
+    """Coordinates of a source as a store keeps them, and how to turn its fields to match.
+
+    Args:
+        latitude_deg: (latitude,) north first.
+        longitude_deg: (longitude,) increasing.
+        flip_rows: the source runs south to north.
+        flip_columns: the source runs east to west.
+    """
+
+    latitude_deg: NDArray[np.float64]
+    longitude_deg: NDArray[np.float64]
+    flip_rows: bool
+    flip_columns: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Some consecutive frames of one channel in one source."""
+
+    path: Path
+    channel: Channel
+    array: xr.DataArray
+    roles: Roles
+    level: int | None
+    grid: SourceGrid
+    time: TimeAxis
+    what: str
+    options: SourceOptions
+    frames: range
+    chunks: ZarrChunks | None = None
+
+    def read(self, frames: range, rows: Span, levels: Sequence[int | None]) -> NDArray[np.float32]:
+        """fields_TCYX of frames counted from this segment's first, and of some levels; north first, NaN if missing."""
+        nlat = self.grid.latitude_deg.size
+        source_rows = (nlat - rows[1], nlat - rows[0]) if self.grid.flip_rows else rows
+        picked: dict[Hashable, slice | int | list[int]] = dict.fromkeys(self.array.dims, 0)  # dims of size 1
+        picked[self.roles.latitude] = slice(*source_rows)
+        picked[self.roles.longitude] = slice(None)
+        if self.roles.time is not None:
+            there = self.frames[frames.start : frames.stop]
+            picked[self.roles.time] = slice(there.start, there.stop, there.step)
+        if self.roles.level is not None:
+            picked[self.roles.level] = _together([level for level in levels if level is not None])
+        roles = self.roles
+        order = [dim for dim in (roles.time, roles.level, roles.latitude, roles.longitude) if dim is not None]
+        if self.chunks is not None:
+            self.chunks.check(self.array, picked)
+        try:
+            # Loaded first: transposed while it is read, a source in another order takes many times as long.
+            values = self.array.isel(picked).load().transpose(*order).values
+        except (OSError, RuntimeError, ValueError, zlib.error) as error:  # as HDF5, numcodecs and zlib have it
+            raise InputError(
+                f"frames {frames.start} to {frames.stop} of variable {self.array.name!r} in {self.path} cannot be read "
+                f"({error}). The source is damaged: fetch it again, then run this command again; it goes on."
+            ) from None
+        where = f"variable {self.array.name!r} in {self.path}"
+        fields = as_float32(values, where).reshape(len(frames), len(levels), *values.shape[-2:])
+        for value in self.options.missing_values:
+            fields = np.where(fields == np.float32(value), np.float32(np.nan), fields)
+        if not self.is_accepted:
+            refuse_suspect(fields, where, str(self.array.name))
+        fields = fields[..., ::-1, :] if self.grid.flip_rows else fields
+        fields = fields[..., ::-1] if self.grid.flip_columns else fields
+        return fields[..., : self.grid.longitude_deg.size]
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the user takes this variable, or channel, as it is."""
+        return self.channel.name in self.options.accept or str(self.array.name) in self.options.accept
+
+    def is_beside(self, other: "Segment") -> bool:
+        """Whether both are levels of one array, which are read together."""
+        mine, others = (self.path, self.array.name), (other.path, other.array.name)
+        return self.level is not None and other.level is not None and mine == others
+
+
+def segments_of(
+    dataset: xr.Dataset, path: Path, options: SourceOptions, notes: list[str], constant: dict[str, Path]
+) -> list[Segment]:
+    """The fields of a source, and what is to be said of it.
+
+    Args:
+        notes: what was assumed or left out is added here.
+        constant: what does not change in time is added here.
+
+    Raises:
+        InputError: fields whose grid, times or dims no store can have.
+    """
+    segments: list[Segment] = []
+    bounds, names = bounds_of(dataset), dict(options.rename)
+    if ABSENT in dataset.attrs:
+        notes.append(f"{path} has no message for {dataset.attrs[ABSENT]}: missing data.")
+    times: dict[Hashable, TimeAxis] = {}
+    chunks = ZarrChunks(path) if path.is_dir() and not options.fill_absent_chunks else None
+    ours = "fingerprint" in dataset.attrs and "fields" in dataset.data_vars  # a store's: its mask is in the fields
+    for name in ["fields"] if ours else dataset.data_vars:
+        if name in bounds:
+            continue
+        if is_flag(dataset[name]) and not ours and not _is_named(str(name), options):
+            notes.append(
+                f"{path}: {name!r} holds flags or switches, no field, and is left out; --accept {name} takes it."
+            )
+            continue
+        roles = find_roles(dataset, name, options, path)
+        if roles is None or dataset[name].dtype.kind not in "fiub":
+            if dataset[name].ndim >= 2:
+                constant[str(name)] = path
+            continue
+        grid = _source_grid(dataset, roles, options, path)
+        if roles.time not in times:
+            times[roles.time] = _times(dataset, roles, options, path, notes)
+        time = times[roles.time]
+        segments += [
+            Segment(path, channel, dataset[name], roles, level, grid, time, what, options, range(len(time)), chunks)
+            for level, channel, what in channels_of(dataset, name, roles, names)
+        ]
+    return segments
+
+
+def _is_named(name: str, options: SourceOptions) -> bool:
+    return name in options.accept or (options.variables is not None and name in options.variables)
+
+
+def _times(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path, notes: list[str]) -> TimeAxis:
+    variable = time_variable(dataset, roles.time, options)
+    where = f"{path}, {roles.time or 'time'}"
+    if variable is not None and variable.dtype.kind == "M":
+        seconds = variable.values.astype("datetime64[s]").astype(np.int64).ravel()
+        axis = TimeAxis(seconds, options.calendar or "proleptic_gregorian")
+        check_increasing(axis, where)
+        return axis
+    values = np.arange(dataset.sizes[roles.time or ""]) if variable is None else np.atleast_1d(variable.values)
+    if values.size == 0:
+        raise InputError(f"{where} has no times at all: the source is empty. Leave it out.")
+    attributes = {} if variable is None else variable.attrs
+    units = options.time_units or attributes.get("units")
+    if units is None and "plain_hdf5" in dataset.attrs and variable is None:
+        units = PLAIN_UNITS
+        notes.append(f"{path} has no time: its frames are taken as {PLAIN_UNITS}. Say otherwise with --time-units.")
+    if units is None:
+        hints = [f" Its attribute {key!r} says {text!r}." for key, text in dataset.attrs.items() if "time" in str(key)]
+        raise InputError(
+            f"the times in {where} have no units: {values[:3].tolist()}...{''.join(hints)} "
+            f'Give them with --time-units, for example --time-units "hours since 1940-01-01".'
+        )
+    calendar = options.calendar or str(attributes.get("calendar", "standard"))
+    axis = decode_times(values, str(units), calendar, where)
+    check_increasing(axis, where)
+    return axis
+
+
+def _source_grid(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path: Path) -> SourceGrid:
+    latitude = coordinate(dataset, roles.latitude, "latitude")
+    longitude = coordinate(dataset, roles.longitude, "longitude")
+    flip_rows = latitude.size > 1 and bool(latitude[0] < latitude[-1])
+    latitude = latitude[::-1] if flip_rows else latitude
+    flip_columns = longitude.size > 2 and int((np.diff(longitude) < 0).sum()) > longitude.size // 2
+    longitude = unwrap(longitude[::-1] if flip_columns else longitude)
+    longitude = _without_repeated_column(longitude, options, path)
+    try:  # the rules for coordinates are the grid's own
+        LatLonGrid(latitude.size, longitude.size, latitude_deg=latitude, longitude_deg=longitude, lon_boundary="zero")
+    except InputError as error:
+        raise InputError(f"source {path}: {error}") from None
+    return SourceGrid(latitude, longitude, flip_rows, flip_columns)
+
+
+def unwrap(longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Longitudes that jump back by a turn (..., 179, -180, ...) made to go on (..., 179, 180, ...)."""
+    jumps = np.diff(longitude_deg) < -180.0
+    return longitude_deg + 360.0 * np.concatenate([[0.0], np.cumsum(jumps)])
+
+
+def _without_repeated_column(longitude: NDArray[np.float64], options: SourceOptions, path: Path) -> NDArray[np.float64]:
+    if longitude.size < 3 or longitude[-1] - longitude[0] < 360.0 - SAME_DEG:
+        return longitude
+    if not options.drop_repeated_column:
+        raise InputError(
+            f"source {path} has the meridian {longitude[0]:g} twice: its {longitude.size} columns run from "
+            f"{longitude[0]:g} to {longitude[-1]:g}. Leave out the last one with --drop-repeated-column."
+        )
+    return longitude[:-1]
+
+
+def _together(levels: Sequence[int]) -> slice | list[int]:
+    """Levels of an array as they are read at once."""
+    if list(levels) == list(range(levels[0], levels[-1] + 1)):
+        return slice(levels[0], levels[-1] + 1)
+    return list(levels)

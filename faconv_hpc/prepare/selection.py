@@ -1,0 +1,114 @@
+"""What the user takes of a source: some members or levels, some dates; and what is no field to be forecast."""
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cftime
+import numpy as np
+import xarray as xr
+
+from ..data.times import EPOCH_UNITS, SECONDS_PER_DAY, TimeAxis
+from ..errors import InputError
+
+BOUNDS = re.compile(r".*_(bnds?|bounds|vertices)")
+DATE = re.compile(r"(\d{1,4})(?:-(\d\d?))?(?:-(\d\d?))?(?:[T ](\d\d):(\d\d))?")
+
+
+def selected(dataset: xr.Dataset, select: tuple[tuple[str, str], ...], path: Path) -> xr.Dataset:
+    """One value of each named dim that the dataset has; a level keeps its name by it.
+
+    Raises:
+        InputError: the dim has no such value.
+    """
+    for dim, text in select:
+        if dim not in dataset.dims:
+            continue
+        known = dataset[dim].values if dim in dataset.variables else np.arange(dataset.sizes[dim])
+        found = [place for place, value in enumerate(known) if _is_same(value, text)]
+        if len(found) != 1:
+            shown = ", ".join(map(str, known[:8])) + (", ..." if len(known) > 8 else "")
+            raise InputError(
+                f"--select {dim}={text}: the dim {dim!r} of {path} has the values {shown}. Take one of them."
+            )
+        dataset = dataset.isel({dim: found})
+    return dataset
+
+
+def _is_same(value: object, text: str) -> bool:
+    try:
+        return bool(np.isclose(float(value), float(text), rtol=1e-6))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return str(value) == text
+
+
+def bounds_of(dataset: xr.Dataset) -> set[Hashable]:
+    """Variables that give the limits of cells or of times, which are no fields."""
+    named = {
+        attrs.get("bounds", attrs.get("climatology")) for attrs in (one.attrs for one in dataset.variables.values())
+    }
+    return {name for name in dataset.data_vars if name in named or BOUNDS.fullmatch(str(name))}
+
+
+def is_flag(array: xr.DataArray) -> bool:
+    """Whether the numbers of a variable stand for names or switches, of which there is no mean."""
+    return (
+        "flag_values" in array.attrs
+        or "flag_masks" in array.attrs
+        or array.dtype.kind == "b"
+        or array.dtype.itemsize == 1
+    )
+
+
+@dataclass(frozen=True)
+class Period:
+    """Which times to take: from one date to another, both included, and every so many of those."""
+
+    first: str | None = None
+    last: str | None = None
+    every: int = 1
+
+    def frames_of(self, time: TimeAxis) -> range:
+        """Positions of the frames to take, counted from the period's first on.
+
+        Raises:
+            InputError: a date that is none, or no frames are left.
+        """
+        if self.every < 1:
+            raise InputError(f"--every takes one frame of so many, got {self.every}. Use 1 or more.")
+        seconds = time.seconds
+        begin = seconds[0] if self.first is None else _span(self.first, time.calendar, "--from")[0]
+        end = seconds[-1] if self.last is None else _span(self.last, time.calendar, "--to")[1]
+        first, stop = (int(np.searchsorted(seconds, begin)), int(np.searchsorted(seconds, end, side="right")))
+        if first >= stop:
+            raise InputError(
+                f"no frame is left from {self.first or 'the first'} to {self.last or 'the last'}: the sources run from "
+                f"{time.label(0)} to {time.label(len(time) - 1)}. Give other dates to --from and --to."
+            )
+        return range(first, stop, self.every)
+
+
+def _span(text: str, calendar: str, option: str) -> tuple[int, int]:
+    """First and last second of a year, month or day; of a date and hour that instant."""
+    match = DATE.fullmatch(text.strip())
+    try:
+        if match is None:
+            raise ValueError
+        year, month, day, hour, minute = (None if part is None else int(part) for part in match.groups())
+        first = _seconds(calendar, year or 0, month or 1, day or 1, hour or 0, minute or 0)
+        if hour is not None:
+            return first, first
+        if day is not None:
+            return first, first + SECONDS_PER_DAY - 1
+        months = (year or 0) * 12 + (month or 12)  # of the month after
+        return first, _seconds(calendar, months // 12, months % 12 + 1, 1) - 1
+    except ValueError:
+        raise InputError(
+            f"{option} takes a date of the calendar {calendar!r}, such as 1990, 1990-03, 1990-03-01 or "
+            f"1990-03-01T06:00, got {text!r}."
+        ) from None
+
+
+def _seconds(calendar: str, *date: int) -> int:
+    return round(float(cftime.date2num(cftime.datetime(*date, calendar=calendar), EPOCH_UNITS, calendar=calendar)))
