@@ -167,6 +167,17 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(copied, store)
     assert re.search(told, newest.problem()) and newest.path.is_dir()
 
 
+def test_weights_of_a_network_with_other_names_are_not_loaded(copied, store):
+    """As after a change of the code: the config is the same."""
+    newest = checkpoints_in(copied)[-1]
+    parameters = json.loads((newest.path / "manifest.json").read_text())["parameters"]
+    parameters["layers.0.older_name"] = parameters.pop("layers.0.expansion_weight")
+    rewritten(newest, parameters=parameters)
+    told = r"step-00000006 holds another network .*expansion_weight is missing; layers\.0\.older_name is not in the network"
+    with pytest.raises(AssertionError, match=told):
+        train_on(FOUR, copied.parent, store, "keep", training={"checkpoint_every": 2, "steps": 8})
+
+
 def test_a_checkpoint_of_the_format_before_goes_on(copied, run, store):
     """It has random states, which nothing draws from, and no legs."""
     for one in checkpoints_in(copied)[1:]:
