@@ -22,6 +22,7 @@ from faconv_hpc.errors import (
     EXIT_FAILED,
     EXIT_NO_PROGRESS,
     EXIT_STOPPED,
+    InputError,
     LostRankError,
     NoProgressError,
     RunError,
@@ -40,7 +41,7 @@ from faconv_hpc.training.faults.signals import StepEnd, StopRequest
 from faconv_hpc.training.faults.starts import count_start
 from faconv_hpc.training.records import STEPS_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
-from faconv_hpc.training.trainer import Trainer, train
+from faconv_hpc.training.trainer import Trainer, _check_time_limit, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config
 from test_checkpoint import assert_same_state
@@ -120,6 +121,53 @@ def test_a_save_longer_than_the_grace_is_not_begun(tmp_path, store, background):
     assert codes == [EXIT_STOPPED] * 2
     assert re.search(r"after step 7; the checkpoint of step 6 is saved \(a save takes [1-9]\d* s", told)
     assert [one.step for one in checkpoints_in(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_a_time_limit_is_met_before_it_comes(tmp_path, store):
+    """Without any signal: what a step and a save take is known."""
+
+    def timed(directory, lefts, first_step=1):
+        config = small_config(directory, store, mesh={"lon": 2}, training={"checkpoint_every": 2, "steps": 6})
+
+        def check(mesh):
+            numbers = iter(lefts)
+            before = trainer_module._job_left_s
+            trainer_module._job_left_s = lambda: next(numbers) if mesh.rank else 1000.0
+            told = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(told):
+                    return train(config, mesh), told.getvalue()
+            finally:
+                trainer_module._job_left_s = before
+
+        answers = run_on_ranks(TWO, check)
+        return [code for code, _ in answers], answers[0][1]
+
+    codes, told = timed(tmp_path / "cut", [900.0, 800.0, 0.5])
+    assert codes == [EXIT_STOPPED] * 2
+    assert re.search(r"stopped by the time limit, \d s ahead, after step 3; the checkpoint of step 3 is saved", told)
+    assert timed(tmp_path / "cut", [1000.0] * 3)[0] == [0, 0]
+    assert timed(tmp_path / "whole", [1000.0] * 6)[0] == [0, 0]
+    assert_same_state(*(checkpoints_in(tmp_path / name / "run")[-1] for name in ("cut", "whole")))
+
+
+def test_a_step_and_a_save_must_fit_the_time_that_is_left():
+    end = StepEnd(0, float("inf"), save_s=10.0, written=True, step_s=20.0, job_left_s=51.0)
+    assert not end.time_is_up and replace(end, job_left_s=49.0).time_is_up
+    assert replace(end, written=False).time_is_up and not replace(end, job_left_s=float("inf")).time_is_up
+
+
+def test_a_time_limit_that_leaves_no_step_is_told_and_not_requeued(monkeypatch):
+    for name, value in (("SLURM_JOB_START_TIME", "1000"), ("SLURM_JOB_END_TIME", "1100")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        InputError, match=r"SIGUSR1 came before the first step: the job has 100 s in all.*120 of them.*--signal"
+    ):
+        _check_time_limit(signal.SIGUSR1, 120.0)
+    _check_time_limit(signal.SIGTERM, 120.0)
+    _check_time_limit(signal.SIGUSR1, 99.0)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
+    _check_time_limit(signal.SIGUSR1, 120.0)
 
 
 def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_path, store):

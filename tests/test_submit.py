@@ -126,6 +126,18 @@ def test_a_task_of_an_array_puts_back_itself_alone(tmp_path):
     assert job(tmp_path, "faconv_end 75", **task) == (75, "requeue 7_3\n")
 
 
+def test_the_ranks_are_told_how_long_the_job_may_run(tmp_path, capfd):
+    """By Slurm, or by what it says when it is asked."""
+    say = (
+        "faconv_say_start > /dev/null; echo $SLURM_JOB_START_TIME $SLURM_JOB_END_TIME; export -p | grep -c JOB_END_TIME"
+    )
+    limited = "RUNNING\n   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T01:30:00 Deadline=N/A"
+    job(tmp_path, say, state=limited, TZ="UTC")
+    job(tmp_path, say, state=limited, SLURM_JOB_START_TIME="5", SLURM_JOB_END_TIME="7")
+    job(tmp_path, say, state="RUNNING\n   StartTime=2026-01-01T00:00:00 EndTime=Unknown", TZ="UTC")
+    assert capfd.readouterr().out.split("\n")[:-1] == ["1767225600 1767231000", "1", "5 7", "1", "1767225600", "1"]
+
+
 def test_what_doctor_finds_ends_a_job_at_its_first_start_only(tmp_path):
     commands = "faconv_preflight sh -c 'exit 2'; exit 7"
     assert job(tmp_path, commands)[0] == 2

@@ -1,9 +1,23 @@
 # What every job of ours does, whoever wrote its batch script. `faconv submit` puts this text into the script that it
 # gives to sbatch; slurm/train_global.sh and slurm/scaling_study.sh read it when they start. Bash, and Slurm's client.
 
-# A line for every start of a job: one log holds them all.
+# A line for every start of a job: one log holds them all. The ranks are told how long the job may run: here, as Slurm is
+# asked once then.
 faconv_say_start() {
+    local shown
+    if [ -z "$SLURM_JOB_END_TIME" ]; then
+        shown=$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null)
+        SLURM_JOB_START_TIME=$(faconv_seconds StartTime "$shown")
+        SLURM_JOB_END_TIME=$(faconv_seconds EndTime "$shown")
+        export SLURM_JOB_START_TIME SLURM_JOB_END_TIME
+    fi
     echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
+}
+
+# Unix time of a date in what `scontrol show job` says; nothing where there is none, as without a time limit.
+faconv_seconds() {
+    local found
+    found=$(grep -m1 -oE "\b$1=[0-9T:-]+" <<< "$2") && date -d "${found#*=}" +%s 2> /dev/null
 }
 
 # Runs `... faconv doctor ...`. What cannot work is found before the ranks train, and ends the job; at a later start,

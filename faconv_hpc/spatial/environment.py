@@ -62,6 +62,16 @@ class RankEnvironment:
         return job, 1 + _integer("SLURM_RESTART_COUNT", "0")
 
     @staticmethod
+    def job_span_s() -> tuple[float, float] | None:
+        """Unix times at which Slurm began this job and will end it; None outside, and without a time limit.
+
+        Newer Slurms tell their jobs; for older ones launch/job.sh asks, once for all ranks.
+        """
+        names = ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME")
+        span = [os.environ.get(name, "") for name in names]
+        return (float(span[0]), float(span[1])) if all(text.isdecimal() for text in span) else None
+
+    @staticmethod
     def is_first_of_slurm() -> bool:
         """Whether this is rank 0 of a Slurm job, as far as the environment tells."""
         return RankEnvironment.launcher_name() == "srun" and _integer("SLURM_PROCID") == 0

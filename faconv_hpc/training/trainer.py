@@ -14,8 +14,9 @@ import torch
 
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
-from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
+from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, InputError
 from ..observe import READING, SAVING, Clock
+from ..spatial.environment import RankEnvironment
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import CheckpointWriter, SaveFailedError
 from .engine import Engine
@@ -142,6 +143,7 @@ class Trainer:
         self._stop.hold_interrupts(done, speaks=self._mesh.rank == 0)
         asked = max(number for (number,) in self._mesh.gathered([self._stop.number]))
         if asked:
+            _check_time_limit(int(asked), self._config.training.usr_grace_s)
             return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
         for step in range(done + 1, last + 1):
             record, end = self._step(step)
@@ -152,7 +154,7 @@ class Trainer:
             with self._activity.during(SAVING):
                 self._save_if_due(step, end)
                 self._stop.kept_step = self._writer.saved_step
-                if end.signal:
+                if end.signal or end.time_is_up:
                     return self._leave(step, end)
         with self._activity.during(SAVING):
             self._writer.finish()
@@ -195,7 +197,7 @@ class Trainer:
         if step == saved == self._config.training.steps:
             return EXIT_OK
         if self._mesh.rank == 0:
-            name = signal.Signals(end.signal).name
+            name = signal.Signals(end.signal).name if end.signal else f"the time limit, {end.job_left_s:.0f} s ahead,"
             why = "" if saved == step else f" (a save takes {end.save_s:.0f} s, {end.left_s:.0f} s were left)"
             newest = f"the checkpoint of step {saved} is saved" if saved else "there is no checkpoint"
             print(
@@ -248,10 +250,10 @@ class Trainer:
         ]
         shared = [loss, forecast, *(value / seconds for value in waited)]
         own = [_peak_memory_gib(mesh.device), self._writer.written]
-        own += [self._stop.number, self._stop.left_s, self._writer.last_save_s]
+        own += [self._stop.number, self._stop.left_s, self._writer.last_save_s, seconds, _job_left_s()]
         columns = list(zip(*mesh.gathered([*shared, *own]), strict=True))
         loss, forecast, *shares = (sum(column) / mesh.ranks for column in columns[: len(shared)])
-        peaks, written, signals, left_s, save_s = columns[len(shared) :]
+        peaks, written, signals, left_s, save_s, step_s, job_left_s = columns[len(shared) :]
         record = StepRecord(
             step=step,
             loss=loss,
@@ -267,7 +269,24 @@ class Trainer:
             peak_memory_gib=max(peaks),
             update=update,
         )
-        return record, StepEnd(int(max(signals)), min(left_s), max(save_s), all(written))
+        end = StepEnd(int(max(signals)), min(left_s), max(save_s), all(written), max(step_s), min(job_left_s))
+        return record, end
+
+
+def _check_time_limit(asked: int, usr_grace_s: float) -> None:
+    """A signal came before the first step: raises InputError if it always will, however often the job is requeued."""
+    span = RankEnvironment.job_span_s()
+    if span is not None and asked in (signal.SIGUSR1, signal.SIGUSR2) and span[1] - span[0] <= usr_grace_s:
+        raise InputError(
+            f"{signal.Signals(asked).name} came before the first step: the job has {span[1] - span[0]:.0f} s in all, "
+            f"and training.usr_grace_s={usr_grace_s:g} of them are kept for saving, so that it would never train. Give it "
+            f"more time, or lower training.usr_grace_s and the seconds of sbatch's --signal."
+        )
+
+
+def _job_left_s() -> float:
+    span = RankEnvironment.job_span_s()
+    return float("inf") if span is None else span[1] - time.time()
 
 
 def _peak_memory_gib(device: torch.device) -> float:

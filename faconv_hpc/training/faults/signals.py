@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from ...config import TrainingConfig
 from ...errors import EXIT_INTERRUPTED
 
+MARGIN_S = 5.0  # of a time limit, for the ranks to leave
 STUCK_S = 5.0  # after a second Ctrl-C, for a process that waits outside Python and does not hear of it
 FIRST_INTERRUPT = "faconv: Ctrl-C: ends after the step under way, with a checkpoint; once more ends at once, without"
 HELD = (signal.SIGUSR1, signal.SIGUSR2)
@@ -155,17 +156,28 @@ class StepEnd:
         left_s: until the first rank may be killed.
         save_s: what the last checkpoint took the slowest rank.
         written: whether all ranks have written the checkpoint that is under way.
+        step_s: what the step took the slowest rank.
+        job_left_s: until the job meets its time limit.
     """
 
     signal: int
     left_s: float
     save_s: float
     written: bool
+    step_s: float = 0.0
+    job_left_s: float = float("inf")
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether the time limit would come before another step and a checkpoint: it is met now, with one."""
+        return self.job_left_s < MARGIN_S + 1.5 * self.step_s + self._save_s
+
+    @property
+    def _save_s(self) -> float:
+        """As long as the last checkpoint took, and half of that more. One that is still being written comes first."""
+        return (1.5 if self.written else 2.5) * self.save_s
 
     @property
     def may_save(self) -> bool:
-        """Whether a checkpoint that takes as long as the last one, and half of that more, is done in time.
-
-        One that is still being written comes first.
-        """
-        return not self.signal or (1.5 if self.written else 2.5) * self.save_s <= self.left_s
+        """Whether a checkpoint is done in time."""
+        return not self.signal or self._save_s <= self.left_s
