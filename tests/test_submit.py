@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from faconv_hpc import load_config
 from faconv_hpc.errors import InputError, SilentClusterError
 from faconv_hpc.launch.submit import JOB, script, submit
 from runs import make_store, small_config
@@ -136,6 +137,22 @@ def test_the_ranks_are_told_how_long_the_job_may_run(tmp_path, capfd):
     job(tmp_path, say, state=limited, SLURM_JOB_START_TIME="5", SLURM_JOB_END_TIME="7")
     job(tmp_path, say, state="RUNNING\n   StartTime=2026-01-01T00:00:00 EndTime=Unknown", TZ="UTC")
     assert capfd.readouterr().out.split("\n")[:-1] == ["1767225600 1767231000", "1", "5 7", "1", "1767225600", "1"]
+
+
+def test_each_member_of_an_ensemble_has_a_seed_and_a_directory(sbatch):
+    """As the shell of its task sees it; by `load_config`, the other values are those of the run."""
+    config = small_config(sbatch, sbatch / "waves", training={"seed": 40})
+    text = script(config, preflight=False, members=12)
+    assert "#SBATCH --array=0-11\n" in text and f"#SBATCH --output={sbatch}/run/slurm/%A_%a.log" in text
+    (sbatch / "bin" / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    variables = os.environ | {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "11"}
+    ran = subprocess.run(["bash", "-c", text], env=variables, capture_output=True, text=True, check=True)
+    words = ran.stdout.splitlines()
+    given = words[words.index("train") + 1 :]
+    assert given[1::2] == ["--set", "--set"] and given[2::2] == [f"run_dir={sbatch}/run/member-11", "training.seed=51"]
+    member = load_config(given[0], given[2::2])
+    assert member.run_dir == sbatch / "run" / "member-11" and member.training.seed == 51
+    assert member.model == config.model and "--array" not in script(config)
 
 
 def test_what_doctor_finds_ends_a_job_at_its_first_start_only(tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..config import load_config
-from ..errors import EXIT_OK
+from ..errors import EXIT_OK, InputError
 from .options import AsJson, ConfigPath, Overrides
 
 
@@ -21,6 +21,15 @@ def submit_command(
         ),
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job is over; its exit code.")] = False,
+    array: Annotated[
+        int,
+        typer.Option(
+            "--array",
+            min=0,
+            metavar="MEMBERS",
+            help="An ensemble, as a job array: member K trains from training.seed + K into RUN_DIR/member-K.",
+        ),
+    ] = 0,
     preflight: Annotated[bool, typer.Option(help="Let `faconv doctor` look at the nodes before every start.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -38,9 +47,11 @@ def submit_command(
 
     run = load_config(config, set_ or ())
     if dry_run:
-        print(script(run, preflight=preflight))
+        print(script(run, preflight=preflight, members=array))
         raise typer.Exit(EXIT_OK)
-    job = submit(run, preflight=preflight)
+    if wait and array:
+        raise InputError("--wait follows one job, and --array makes several. Leave one of them out.")
+    job = submit(run, preflight=preflight, members=array)
     if as_json:
         print(json.dumps({"job": job.job, "script": str(job.script), "log": str(job.log)}))
     else:

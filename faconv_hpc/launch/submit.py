@@ -25,6 +25,7 @@ SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # or one dead rank leaves the othe
 NOT_NOW = ("nable to contact", "imed out", "MaxSubmitJob", "temporarily")
 """In what sbatch says: its controller is away or busy, or the user has as many jobs as is allowed."""
 
+MEMBER = "member-"  # and its number: the run directory of one of an ensemble
 JOB = Path(__file__).with_name("job.sh")
 """What a job does at its start and its end, among it the rule for requeueing; the scripts in slurm/ read it too."""
 
@@ -76,11 +77,12 @@ class TrainingExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
 
 def submit(
-    config: RunConfig, *, preflight: bool = True, log: Path | None = None, name: str | None = None
+    config: RunConfig, *, preflight: bool = True, log: Path | None = None, name: str | None = None, members: int = 0
 ) -> Submission:
     """Gives a run to Slurm.
 
     Args:
+        members: of an ensemble, a job array: each trains from another seed into a directory of its own; 0: no array.
         preflight: whether `faconv doctor` looks at the nodes first.
         log: where the job prints to; default: a file beside the script.
         name: of the job; default: that of the run's directory.
@@ -90,7 +92,7 @@ def submit(
         SilentClusterError: it does not answer, or takes no more jobs at the moment.
     """
     check_client()
-    executor = _executor(config, preflight, log, name)
+    executor = _executor(config, preflight, log, name, members)
     try:
         with outside_a_job():
             job = executor.start()
@@ -103,24 +105,30 @@ def submit(
             f"(`--set slurm.partition=NAME`, account, time_min, gpus_per_node ...); --dry-run shows the script."
         ) from None
     folder = _folder(config)
-    return Submission(job, folder / f"{job}_submission.sh", Path(str(_log(config, log)).replace("%j", job)))
+    return Submission(
+        job,
+        folder / f"{job}_submission.sh",
+        Path(str(_log(config, log, members)).replace("%j", job).replace("%A", job)),
+    )
 
 
-def script(config: RunConfig, *, preflight: bool = True) -> str:
+def script(config: RunConfig, *, preflight: bool = True, members: int = 0) -> str:
     """The batch script that `submit` would give to sbatch. The config it names is written too, so that it can run.
 
     Raises:
         InputError: the ranks do not fill the nodes evenly.
     """
-    return _executor(config, preflight).script()
+    return _executor(config, preflight, members=members).script()
 
 
-def _executor(config: RunConfig, preflight: bool, log: Path | None = None, name: str | None = None) -> TrainingExecutor:
+def _executor(
+    config: RunConfig, preflight: bool, log: Path | None = None, name: str | None = None, members: int = 0
+) -> TrainingExecutor:
     slurm, ranks = config.slurm, config.mesh.ranks
     nodes = slurm.nodes(ranks)
     copy = _written(config)
-    executor = TrainingExecutor(_folder(config), _faconv("train", copy))
-    output = str(_log(config, log))
+    executor = TrainingExecutor(_folder(config), _faconv("train", copy) + (_of_member(config) if members else ""))
+    output = str(_log(config, log, members))
     options: dict[str, Any] = {
         "job_name": f"faconv-{name or config.run_dir.name}",
         "partition": slurm.partition,
@@ -149,11 +157,19 @@ def _executor(config: RunConfig, preflight: bool, log: Path | None = None, name:
             "output": output,
             "requeue": True,
             "chdir": str(Path.cwd()),
+            **({"array": f"0-{members - 1}"} if members else {}),
             **_other_options(config),
         },
     }
     executor.update_parameters(**options)
     return executor
+
+
+def _of_member(config: RunConfig) -> str:
+    """Options of a task of an array, for the shell to fill in; the first member trains as the run alone would."""
+    directory = shlex.quote(f"run_dir={config.run_dir.absolute()}/{MEMBER}")
+    seed = config.training.seed
+    return f' --set {directory}"$SLURM_ARRAY_TASK_ID" --set training.seed="$(({seed} + SLURM_ARRAY_TASK_ID))"'
 
 
 def _other_options(config: RunConfig) -> dict[str, str | int | bool]:
@@ -177,8 +193,8 @@ def _folder(config: RunConfig) -> Path:
     return (config.run_dir / "slurm").absolute()
 
 
-def _log(config: RunConfig, log: Path | None) -> Path:
-    return log.absolute() if log is not None else _folder(config) / "%j.log"
+def _log(config: RunConfig, log: Path | None, members: int = 0) -> Path:
+    return log.absolute() if log is not None else _folder(config) / ("%A_%a.log" if members else "%j.log")
 
 
 def _written(config: RunConfig) -> Path:

@@ -279,8 +279,8 @@ def _check_time_limit(asked: int, usr_grace_s: float) -> None:
     if span is not None and asked in (signal.SIGUSR1, signal.SIGUSR2) and span[1] - span[0] <= usr_grace_s:
         raise InputError(
             f"{signal.Signals(asked).name} came before the first step: the job has {span[1] - span[0]:.0f} s in all, "
-            f"and training.usr_grace_s={usr_grace_s:g} of them are kept for saving, so that it would never train. Give it "
-            f"more time, or lower training.usr_grace_s and the seconds of sbatch's --signal."
+            f"and training.usr_grace_s={usr_grace_s:g} of them are kept for saving: it would never train. Give it more "
+            f"time, or lower training.usr_grace_s and the seconds of sbatch's --signal."
         )
 
 
