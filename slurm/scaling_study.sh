@@ -39,6 +39,7 @@ module_lines
 job_sh=faconv_hpc/launch/job.sh      # of this checkout; away from one, of the package that python finds
 [ -f "$job_sh" ] || job_sh=$(python -c 'import faconv_hpc; print(faconv_hpc.__path__[0])' 2> /dev/null)/launch/job.sh
 source "$job_sh" || { echo "start it from the project's root, or where python finds faconv_hpc" >&2; exit 2; }
+command -v faconv > /dev/null || { echo "no faconv on PATH in the job: see module_lines in this script" >&2; exit 2; }
 own_job=${SLURM_JOB_ID:-}
 where=()
 if [ -n "$own_job" ]; then

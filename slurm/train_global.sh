@@ -10,7 +10,7 @@
 ##SBATCH --account=climate
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=4          # one rank per GPU; nodes x this = replicas x lat x lon of the config
-#SBATCH --gpus-per-node=4
+#SBATCH --gpus-per-node=4            # where Slurm knows of no GPUs: `sbatch --gpus-per-node=0 ...`, or it refuses the job
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 # ---- the same everywhere --------------------------------------------------------------------------------------------
@@ -40,6 +40,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # since Slurm 22.05 srun d
 job_sh=faconv_hpc/launch/job.sh      # of this checkout; away from one, of the package that python finds
 [ -f "$job_sh" ] || job_sh=$(python -c 'import faconv_hpc; print(faconv_hpc.__path__[0])' 2> /dev/null)/launch/job.sh
 source "$job_sh" || { echo "start it from the project's root, or where python finds faconv_hpc" >&2; exit 2; }
+command -v faconv > /dev/null || { echo "no faconv on PATH in the job: see module_lines in this script" >&2; exit 2; }
 faconv_say_start
 if [ "${PREFLIGHT:-yes}" != no ]; then   # PREFLIGHT=no leaves it out
     settings=() before=                  # of the options only --set means something to doctor

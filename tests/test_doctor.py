@@ -174,6 +174,8 @@ def test_mpi_is_loaded_and_not_started(tmp_path):
 def test_slurm_answers_or_not(tmp_path, programs, monkeypatch):
     subject = subject_of(tmp_path)
     only(checks.slurm(subject), OK, "none on this machine")
+    put(programs, "scontrol", "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
+    only(checks.slurm(subject), OK, "its commands, and no cluster that they know of")
     put(programs, "scontrol", UP)
     only(checks.slurm(subject), OK, "head is UP; not in a job")
     monkeypatch.setenv("SLURM_JOB_ID", "12")

@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from faconv_hpc.cli.study import Where, _default_cluster
 from faconv_hpc.errors import SilentClusterError
 from faconv_hpc.launch.cluster import LocalCluster, _born
 from faconv_hpc.scaling.driver import StudyDriver
@@ -128,6 +129,18 @@ def test_a_dead_process_that_nobody_has_buried_is_no_job():
     assert born and Path(f"/proc/{process.pid}/stat").exists()
     assert not LocalCluster().alive(f"{process.pid} {born}")
     process.wait()
+
+
+def test_commands_without_a_cluster_are_none(tmp_path, monkeypatch, capsys):
+    """As on a laptop on which they were installed."""
+    for name in ("scontrol", "sbatch", "srun"):
+        (tmp_path / name).write_text(
+            "#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert _default_cluster() is Where.LOCAL
+    assert "no cluster: the study runs on this machine" in capsys.readouterr().err
 
 
 def test_a_silent_controller_does_not_make_this_machine_a_cluster(tmp_path):

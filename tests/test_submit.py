@@ -184,6 +184,19 @@ def test_scripts_need_no_python_in_a_checkout_and_say_so_elsewhere(tmp_path):
             assert ran.returncode == code and said in (ran.stderr if code else ran.stdout), ran.stderr
 
 
+@pytest.mark.parametrize("name", ["train_global.sh", "scaling_study.sh"])
+def test_a_job_that_does_not_find_faconv_says_so_before_it_asks_for_ranks(tmp_path, name):
+    (tmp_path / "srun").write_text("#!/bin/sh\necho asked\n")
+    (tmp_path / "srun").chmod(0o755)
+    root = JOB.parents[2]
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    shutil.copytree(root / "faconv_hpc" / "launch", tmp_path / "faconv_hpc" / "launch")
+    command = ["bash", str(root / "slurm" / name), "my.yaml"]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "no faconv on PATH in the job: see module_lines" in ran.stderr
+    assert ran.stdout == ""
+
+
 def test_an_installed_package_has_what_a_job_does():
     tree = tomllib.loads((JOB.parents[2] / "pyproject.toml").read_text())
     patterns = tree["tool"]["setuptools"]["package-data"]["faconv_hpc"]

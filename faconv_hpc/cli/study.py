@@ -115,14 +115,17 @@ def _cluster(where: Where) -> "Cluster":
 
 
 def _default_cluster() -> Where:
-    """Slurm, where its client is; a controller that is away for a moment does not make this machine a cluster."""
-    from ..launch.slurm import check_client
+    """Slurm, where its client knows of a cluster; one that is away for a moment does not make this machine another."""
+    from ..launch.slurm import NO_CLUSTER, check_client
 
     if shutil.which("scontrol") is None:
         return Where.LOCAL
     try:
         check_client()
     except InputError as error:
+        if NO_CLUSTER in str(error):
+            print("faconv: Slurm's commands are here, but no cluster: the study runs on this machine", file=sys.stderr)
+            return Where.LOCAL
         raise InputError(f"{error} For a study on this machine, give --cluster local.") from None
     return Where.SLURM
 

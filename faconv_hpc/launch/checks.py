@@ -16,7 +16,7 @@ from types import ModuleType
 
 from ..training.records import versions
 from .findings import MACHINE, SOFTWARE, Finding, Subject, Verdict
-from .slurm import ping
+from .slurm import NO_CLUSTER, ping
 
 PROGRAM_S = 20.0  # a program that has not answered by then hangs
 STALE_S = 600.0  # no build of an op takes so long
@@ -142,6 +142,8 @@ def slurm(subject: Subject) -> list[Finding]:
         )
         return [Finding(MACHINE, "Slurm", Verdict.WARNING, f"{here}, but there is no scontrol", fix)]
     up, told = ping(PROGRAM_S)
+    if not up and job is None and NO_CLUSTER in told:
+        return [Finding(MACHINE, "Slurm", Verdict.OK, "its commands, and no cluster that they know of")]
     if up:
         return [Finding(MACHINE, "Slurm", Verdict.OK, f"{told}; {here}")]
     fix = "See that SLURM_CONF or /etc/slurm names the cluster, and that slurmctld runs; no job is submitted otherwise."

@@ -24,6 +24,7 @@ OVER = (
     "PREEMPTED",
 )
 UNKNOWN_JOB = "nvalid job id"
+NO_CLUSTER = "configuration source"  # says a client that no slurm.conf tells of a cluster, as on a laptop
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,9 @@ def submit(
         (*_, said) = str(error).strip().splitlines() or [type(error).__name__]
         if any(sign in str(error) for sign in NOT_NOW):
             raise SilentClusterError(f"sbatch takes no job now: {said}. Try again later.") from None
+        no_gpus = " This Slurm knows of no GPUs: --set slurm.gpus_per_node=0." if "gres" in str(error) else ""
         raise InputError(
-            f"sbatch refused the job: {said}. Change section slurm of the config "
+            f"sbatch refused the job: {said}.{no_gpus} Change section slurm of the config "
             f"(`--set slurm.partition=NAME`, account, time_min, gpus_per_node ...); --dry-run shows the script."
         ) from None
     folder = _folder(config)
