@@ -90,6 +90,8 @@ def check_in_reach(path: Path, error: BaseException) -> None:
         ) from None
 
 
-def cannot_write(what: str, path: Path, error: OSError) -> InputError:
+def cannot_write(what: str, path: Path, error: OSError) -> InputError | TryAgainError:
     """The error for a directory that the user has named; ``what`` is the name of the key or option."""
+    if error.errno in OUT_OF_REACH:
+        return TryAgainError(f"{what} {path} cannot be written for now: {error.strerror}. Look at its file system.")
     return InputError(f"{what} {path} cannot be written: {error.strerror}. Give a directory where you may write.")

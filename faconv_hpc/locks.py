@@ -54,6 +54,7 @@ class DirectoryLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}{more}\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # so that other nodes see it, too
 
     @property
     def holder(self) -> str:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
@@ -665,31 +666,28 @@ def test_another_config_is_another_try(tmp_path, listening):
     assert starts_of(mended) == 1
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_a_start_that_is_told_to_end_says_nothing_about_the_run(tmp_path, listening, early):
-    """As by `scontrol requeue`: at once, as SIGKILL may follow before anything else is done. Not at its time limit."""
+@pytest.mark.parametrize(
+    ("sent", "error", "counted"),
+    [
+        ([signal.SIGTERM], None, 1),
+        ([signal.SIGUSR1], None, 2),  # the time limit, at which nothing was saved
+        ([signal.SIGUSR1, signal.SIGTERM], None, 2),
+        ([signal.SIGTERM], ZeroDivisionError, 2),  # srun ends the other ranks of one that was killed like this
+        ([], None, 2),
+    ],
+)
+def test_a_start_that_is_told_to_end_says_nothing_about_the_run(tmp_path, listening, sent, error, counted):
+    """As by `scontrol requeue`; the starts that count, with one before this."""
     config = small_config(tmp_path, tmp_path / "store")
     config.run_dir.mkdir()
-    (config.run_dir / "starts.json").write_text('{"starts": 1}')  # of another process
-    if early:
-        os.kill(os.getpid(), signal.SIGTERM)
-    with counted_start(config, listening, here=True):
-        assert starts_of(config) == 2 - early
-        os.kill(os.getpid(), signal.SIGUSR1)
+    (config.run_dir / "starts.json").write_text('{"starts": 1}')
+    with pytest.raises(error) if error else nullcontext(), counted_start(config, listening, here=True):
+        for number in sent:
+            os.kill(os.getpid(), number)
         time.sleep(0.05)
-        assert starts_of(config) == 2 - early
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: starts_of(config) == 1)
-        os.kill(os.getpid(), signal.SIGTERM)  # once more
-        time.sleep(0.05)
-        assert starts_of(config) == 1
-
-
-def wait_until(true, timeout_s=5.0):
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        if error:
+            raise error
+    assert starts_of(config) == counted
 
 
 def test_a_run_that_saves_and_is_killed_again_and_again_is_not_given_up(tmp_path, store):

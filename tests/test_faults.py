@@ -205,6 +205,8 @@ def test_the_grace_that_ends_first_counts():
         assert stop.number == signal.SIGUSR1 and 95 < stop.left_s <= 100
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM and 4 < stop.left_s <= 5
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.number == signal.SIGTERM and 4 < stop.left_s <= 5 and stop.came == {signal.SIGUSR1, signal.SIGTERM}
     assert StepEnd(15, 5.0, 3.0, True).may_save and not StepEnd(15, 5.0, 3.5, True).may_save
 
 
@@ -345,8 +347,7 @@ def test_what_the_user_did_wrong_is_no_start(tmp_path, store, ranks_met):
 
         def check(mesh, config=config):
             if ranks_met:
-                with StopRequest({}) as stop:
-                    count_start(config, stop)
+                count_start(config)
             with claimed(here.run_dir, here=True):
                 (here.run_dir / ".lock").write_text("process 1")
                 return train(config, mesh, counted=ranks_met)
@@ -427,6 +428,25 @@ def test_an_older_start_ends_before_it_writes_beside_a_newer_one(tmp_path, store
         run_on_ranks(TWO, check)
     assert [one.step for one in checkpoints_in(config.run_dir)] == [4]
     assert len(read_records(config.run_dir)) == (5 if writes == "a record" else 8)
+
+
+def test_a_lock_that_cannot_be_read_for_now_ends_no_run(tmp_path, monkeypatch):
+    with claimed(tmp_path, here=True) as claim:
+        read = Path.read_text
+
+        def away(path, *arguments, **options):
+            if path.name == ".lock":
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return read(path, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", away)
+            claim.check()
+        (tmp_path / ".lock").write_text("")  # by one that is about to sign
+        claim.check()
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(RunError, match=r"taken over by a later start \(its lock is gone\)"):
+            claim.check()
 
 
 def test_a_save_that_is_under_way_takes_its_time_first():

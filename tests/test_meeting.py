@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 import forks
 from faconv_hpc.errors import InputError, LostRankError, RunError
 from faconv_hpc.launch import slurm
-from faconv_hpc.spatial import environment
+from faconv_hpc.spatial import environment, meeting
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
 from faconv_hpc.spatial.failure import MARGIN_S
 from faconv_hpc.spatial.meeting import _asked, _opened, candidate_ports, meet
@@ -67,6 +67,39 @@ def test_collectives_of_every_group_end_when_the_jobs_do():
         for rank in range(4)
     ]
     assert {rank.communicate(timeout=120)[0] for rank in ranks} == {f"{[77.0 + MARGIN_S] * 3}\n"}
+
+
+AT_SCALE = """
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from faconv_hpc import ProcessMesh
+made, new_group = [], dist.new_group
+def counted(ranks, **options):
+    made.append(len(ranks))
+    return new_group(ranks, **options)
+dist.new_group = counted
+dist.init_process_group("fake", store=FakeStore(), rank=2500, world_size=4096)
+mesh = ProcessMesh.arrange(range(4096), 4, 128, 8)
+print(made, [dist.get_world_size(mesh.axis_groups[axis]) for axis in ("lat", "lon")])
+"""
+
+
+def test_a_rank_makes_the_groups_that_it_is_in_and_no_other():
+    """Of 4,096 ranks, on fake groups: every group once was a split of all ranks, 549 of them."""
+    ran = forks.run([sys.executable, "-m", "forks", AT_SCALE], cwd=Path(__file__).parent, timeout=120)
+    assert ran.stdout == "[1024, 8, 128] [128, 8]\n", ran.stderr
+
+
+def test_rank_0_may_hold_the_connections_of_all_or_says_so(monkeypatch):
+    limits = {}
+    monkeypatch.setattr(meeting.resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(meeting.resource, "setrlimit", lambda which, both: limits.update({which: both}))
+    meeting._allow_connections(200)
+    assert limits == {}
+    meeting._allow_connections(1000)
+    assert limits == {meeting.resource.RLIMIT_NOFILE: (2500, 4096)}
+    with pytest.raises(InputError, match=r"rank 0 of 4096 ranks .* 8692 open files .* allows 4096 \(ulimit -Hn\)"):
+        meeting._allow_connections(4096)
 
 
 def test_ranks_meet_although_others_hold_their_first_ports():

@@ -103,8 +103,57 @@ def test_a_field_without_a_message_is_told(tmp_path: Path) -> None:
 
 def test_messages_that_differ_in_nothing_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "twice.grib", at_all_hours(*WINDS, WINDS[0]))
-    with pytest.raises(InputError, match=r"twice\.grib has GRIB messages .*u has 12 messages, 8 fields.*--select"):
+    with pytest.raises(
+        InputError,
+        match=r"twice\.grib has GRIB messages that differ in nothing but .*, 4 in all, the first .*u at isob.*850",
+    ):
         prepare([source], tmp_path / "o")
+
+
+def test_a_repeated_message_does_not_make_up_for_one_that_is_missing(tmp_path: Path) -> None:
+    messages = at_all_hours(*WINDS)
+    source = write(tmp_path / "both.grib", [*messages[:-1], messages[-3]])
+    with pytest.raises(InputError, match=r"both\.grib has GRIB messages that differ in nothing but .*, 1 in all"):
+        prepare([source], tmp_path / "o")
+
+
+def test_one_name_at_two_kinds_of_levels_is_two_fields(tmp_path: Path) -> None:
+    hybrid = [("t", "hybrid", 1), ("t", "hybrid", 2)]
+    pressure = [("t", "isobaricInhPa", 850), ("t", "isobaricInhPa", 500)]
+    source = write(tmp_path / "levels.grib", at_all_hours(*hybrid, *pressure))
+    assert set(prepare([source], tmp_path / "o").channels) == {"t1", "t2", "t850", "t500"}
+    for kind, _, level in (*hybrid, *pressure):
+        field = next(one for one in (*hybrid, *pressure) if one[2] == level)
+        assert_is(tmp_path / "o", f"{kind}{level}", field)
+
+
+def test_a_version_of_the_data_is_taken(tmp_path: Path) -> None:
+    """ERA5 beside its preliminary end; whichever way the version is written."""
+    source = tmp_path / "versions.grib"
+    for version in ("0001", "0005"):
+        write(source, at_all_hours(WINDS[0]), setLocalDefinition=1, localDefinitionNumber=1, expver=version)
+    with pytest.raises(InputError, match=r"differ in nothing but their values.*such as expver"):
+        prepare([source], tmp_path / "o")
+    for place, text in enumerate(("1", "0001")):
+        assert prepare([source], tmp_path / str(place), select={"expver": text}).frames == 4
+
+
+def test_a_variable_without_a_name_is_a_field(tmp_path: Path) -> None:
+    source = tmp_path / "local.grib"
+    with source.open("wb") as file:
+        for hour in HOURS:
+            grib = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
+            for key, value in {"dataDate": 20200101, "dataTime": hour * 100, "parameterCategory": 200}.items():
+                eccodes.codes_set(grib, key, value)
+            eccodes.codes_write(grib, file)
+            eccodes.codes_release(grib)
+    assert prepare([source], tmp_path / "o", accept=["unknown"]).channels == ("unknown",)
+
+
+def test_what_a_selection_leaves_out_is_told(tmp_path: Path) -> None:
+    source = write(tmp_path / "mixed.grib", at_all_hours(*SURFACE, *WINDS))
+    notes = prepare([source], tmp_path / "o", select={"typeOfLevel": "isobaricInhPa"}).notes
+    assert any("--select leaves out t2m, u10, v10" in note for note in notes)
 
 
 def test_a_part_of_a_file_is_taken_by_a_key(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_what_cannot_be_selected_is_told(tmp_path: Path) -> None:
         (Period(None, "2001-01-03"), range(12)),
         (Period("2001-01-02", "2001-01-03", 3), range(4, 12, 3)),
         (Period("2001-01-02T06:00", "2001-01-02T18:00"), range(5, 8)),
+        (Period("2001-01-02 06:00:00", "2001-01-02 18:00:00"), range(5, 8)),
         (Period("2001", "2001-01", 4), range(0, 40, 4)),
         (Period("2000-12", "2002", 7), range(0, 40, 7)),
     ],
@@ -78,6 +79,7 @@ def test_dates_are_taken_over_any_number_of_files(tmp_path: Path, period: Period
     [
         (Period("2003"), r"no frame is left from 2003 to the last: the sources run from 2001-01-01"),
         (Period("soon"), r"--from takes a date of the calendar 'standard', such as 1990.*got 'soon'"),
+        (Period("2001-00-00"), r"--from takes a date .*got '2001-00-00'"),
         (Period(None, "2001-02-30"), r"--to takes a date .*got '2001-02-30'"),
         (Period(every=0), r"--every takes one frame of so many, got 0"),
     ],
@@ -155,6 +157,9 @@ def marked(low: float, count: int, mean: float = 280.0, std: float = 15.0) -> np
         (marked(-9999, 2), -9999.0),
         (marked(-32768, 5, mean=0), -32768.0),
         (marked(0, 400), 0.0),  # land in a sea's temperature
+        (-marked(-9999, 2), 9999.0),
+        (marked(999, 40, mean=990), None),  # pressures in hPa
+        (marked(-1234.5678, 300), float(np.float32(-1234.5678))),
         (marked(-999, 1), None),  # once
         (marked(280, 0), None),
         (np.maximum(values(8) - 1, 0), None),  # rain: mostly none
@@ -169,13 +174,77 @@ def test_a_mark_is_told_from_a_value(field: np.ndarray, found: float | None) -> 
     assert suspect(field) == found
 
 
+def test_a_rare_mark_in_many_values_is_found_and_rare_rain_is_none() -> None:
+    random = np.random.default_rng(5)
+    many = (280 + 15 * random.normal(size=(16, 200, 300))).astype(np.float32)
+    many.reshape(-1)[random.choice(many.size, 100, replace=False)] = -1000.0
+    assert suspect(many) == -1000.0
+    for seed in range(50):
+        random, rain = np.random.default_rng(seed), np.zeros((16, 40, 40), np.float32)
+        for _ in range(1 + seed % 3):
+            row, column = random.integers(38, size=2)
+            rain[:, row : row + 2, column : column + 2] = 5 + random.random((16, 2, 2))
+        assert suspect(rain) is None
+
+
+def test_a_mark_of_one_variable_is_none_of_another(tmp_path: Path) -> None:
+    rain = np.maximum(values(9) - 1, 0).astype(np.float32)
+    source = save(dataset({"sst": (DIMS, marked(0, 400)), "tp": (DIMS, rain)}), tmp_path / "s.nc")
+    with pytest.raises(InputError, match=r"--missing-value sst=0; if it is real"):
+        prepare([source], tmp_path / "o")
+    prepare([source], tmp_path / "p", missing_values=[("sst", 0.0)])
+    _, valid, _ = whole(tmp_path / "p", "sst", "tp")
+    assert valid[:, 1].all() and 300 < (~valid[:, 0]).sum() <= 400
+
+
+def test_a_suggested_mark_is_the_value(tmp_path: Path) -> None:
+    source = save(dataset({"t": (DIMS, marked(-1234.5678, 300))}), tmp_path / "s.nc")
+    with pytest.raises(InputError) as caught:
+        prepare([source], tmp_path / "o")
+    name, _, text = str(caught.value).partition("--missing-value ")[2].partition(";")[0].partition("=")
+    assert prepare([source], tmp_path / "o", missing_values=[(name, float(text))]).has_missing
+
+
+def test_one_level_is_accepted_and_no_other(tmp_path: Path) -> None:
+    levels = {"level": ("level", [850.0, 500.0], {"units": "hPa"})}
+    data = np.stack([values(1), marked(-999, 300)], axis=1)
+    source = save(dataset({"t": (("time", "level", "lat", "lon"), data)}, **levels), tmp_path / "s.nc")
+    with pytest.raises(InputError, match=r"is -999 in 300 cells"):
+        prepare([source], tmp_path / "o", accept=["t850"])
+    assert prepare([source], tmp_path / "o", accept=["t500"]).channels == ("t850", "t500")
+
+
+def test_a_field_at_its_only_pressure_is_named_by_it(tmp_path: Path) -> None:
+    alone = dataset({"t": (DIMS, values())}).assign_coords(level=((), 500.0, {"units": "hPa"}))
+    assert prepare([save(alone, tmp_path / "s.nc")], tmp_path / "o").channels == ("t500",)
+
+
+@pytest.mark.parametrize("option", ["rename", "accept", "missing_values"])
+def test_a_name_that_no_source_has_is_told(tmp_path: Path, option: str) -> None:
+    given = {"rename": {"uu": "x"}, "accept": ["uu"], "missing_values": [("uu", 1.0)]}[option]
+    with pytest.raises(InputError, match=r"no variable for --.*'uu' in the sources\. Did you mean 'u'\?"):
+        prepare([save(dataset(), tmp_path / "s.nc")], tmp_path / "o", **{option: given})
+
+
+def test_percent_in_bytes_is_a_field_and_bytes_with_gaps_a_flag(tmp_path: Path) -> None:
+    ice = np.random.default_rng(1).integers(0, 101, size=(FRAMES, NLAT, NLON)).astype(np.uint8)
+    quality = np.ma.masked_array(ice % 3)
+    data = dataset({"ice": (DIMS, ice, {"units": "%"}), "quality": (DIMS, quality.astype(np.float32))})
+    source = save(data, tmp_path / "s.nc", encoding={"quality": {"dtype": "int8", "_FillValue": -1}})
+    made = prepare([source], tmp_path / "o")
+    assert made.channels == ("ice",) and "'quality' holds flags" in "".join(made.notes)
+    only = save(data[["quality"]], tmp_path / "q.nc", encoding={"quality": {"dtype": "int8", "_FillValue": -1}})
+    with pytest.raises(InputError, match=r"no field with time, .*'quality' holds flags .* --accept quality takes it"):
+        prepare([only], tmp_path / "p")
+
+
 def test_a_mark_that_nobody_declared_is_refused_named_and_taken_away(tmp_path: Path) -> None:
     field = marked(-999, 300)
     source = save(dataset({"t": (DIMS, field)}), tmp_path / "s.nc")
-    match = r"variable 't' in .*s\.nc is -999 in 300 cells, far below .*--missing-value -999; if .*--accept t"
+    match = r"variable 't' in .*s\.nc is -999 in 300 cells, far below .*--missing-value t=-999; if .*--accept t"
     with pytest.raises(InputError, match=match):
         prepare([source], tmp_path / "o")
-    prepare([source], tmp_path / "p", missing_values=[-999.0])
+    prepare([source], tmp_path / "p", missing_values=[("t", -999.0)])
     got, valid, store = whole(tmp_path / "p")
     np.testing.assert_array_equal(valid[:, 0], field != -999)
     assert store.mean[0] > 200 and np.nanmin(got) > 200

@@ -41,7 +41,8 @@ Rename = Annotated[
     typer.Option("--rename", metavar="OLD=NEW", help="Another name in the store. May be repeated."),
 ]
 MissingValue = Annotated[
-    list[float] | None, typer.Option("--missing-value", help="Marks missing data, though no source says so.")
+    list[str] | None,
+    typer.Option("--missing-value", metavar="NAME=VALUE", help="Marks missing data. Without a name: of all variables."),
 ]
 Accept = Annotated[
     list[str] | None,
@@ -97,7 +98,7 @@ def prepare_command(
         fill_absent_chunks=fill_absent_chunks,
         select=_pairs(select, "--select number=0"),
         rename=_pairs(rename, "--rename t=temperature"),
-        missing_values=missing_value,
+        missing_values=[_mark(text) for text in missing_value or ()],
         accept=accept,
         period=Period(from_, to, every),
         overwrite=overwrite,
@@ -108,11 +109,22 @@ def prepare_command(
     _report(summary, comm, as_json)
 
 
+def _mark(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise InputError(
+            f"--missing-value takes a number, or NAME=NUMBER, got {text}. Write for example t=-999."
+        ) from None
+
+
 def _pairs(texts: list[str] | None, example: str) -> dict[str, str]:
     pairs = dict(text.partition("=")[::2] for text in texts or ())
-    if not all(name and value for name, value in pairs.items()):
+    if len(pairs) < len(texts or ()) or not all(name and value for name, value in pairs.items()):
         raise InputError(
-            f"{example.split()[0]} takes NAME=VALUE, got {', '.join(texts or ())}. Write for example {example}."
+            f"{example.split()[0]} takes NAME=VALUE, each name once, got {', '.join(texts or ())}. Write for "
+            f"example {example}."
         )
     return pairs
 

@@ -1,7 +1,7 @@
 """Arguments and options that several verbs take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,4 +15,15 @@ Ranks = Annotated[
     int | None,
     typer.Option("--ranks", min=1, help="Start so many ranks on this machine; without it, this process is one rank."),
 ]
+Extend = Annotated[
+    Literal["keep", "rewarm"] | None,
+    typer.Option(
+        help="If training.steps was raised: keep the last learning rate, or warm up again and decay over the new."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+
+
+def extend_option(extend: str | None) -> list[str]:
+    """To hand on to `faconv train`."""
+    return ["--extend", extend] if extend else []

@@ -7,7 +7,7 @@ import typer
 
 from ..config import load_config
 from ..errors import EXIT_OK, InputError
-from .options import AsJson, ConfigPath, Overrides
+from .options import AsJson, ConfigPath, Extend, Overrides, extend_option
 
 
 def submit_command(
@@ -30,6 +30,7 @@ def submit_command(
             help="An ensemble, as a job array: member K trains from training.seed + K into RUN_DIR/member-K.",
         ),
     ] = 0,
+    extend: Extend = None,
     preflight: Annotated[bool, typer.Option(help="Let `faconv doctor` look at the nodes before every start.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -47,11 +48,11 @@ def submit_command(
 
     run = load_config(config, set_ or ())
     if dry_run:
-        print(script(run, preflight=preflight, members=array))
+        print(script(run, preflight=preflight, members=array, more=extend_option(extend)))
         raise typer.Exit(EXIT_OK)
     if wait and array:
         raise InputError("--wait follows one job, and --array makes several. Leave one of them out.")
-    job = submit(run, preflight=preflight, members=array)
+    job = submit(run, preflight=preflight, members=array, more=extend_option(extend))
     if as_json:
         print(json.dumps({"job": job.job, "script": str(job.script), "log": str(job.log)}))
     else:

@@ -1,15 +1,13 @@
 """``faconv train``: a run, in the ranks that are there."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from ..config import RunConfig, load_config
-from .options import ConfigPath, Overrides, Ranks
+from ..errors import InputError
+from .options import ConfigPath, Extend, Overrides, Ranks, extend_option
 from .ranks import check_ranks, job_ranks, joined, run_ranks, set_options, starts_ranks
-
-if TYPE_CHECKING:
-    from ..training.faults.signals import StopRequest
 
 
 def train_command(
@@ -19,12 +17,7 @@ def train_command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a damaged checkpoint instead of going on from the one before it.")
     ] = False,
-    extend: Annotated[
-        Literal["keep", "rewarm"] | None,
-        typer.Option(
-            help="If training.steps was raised: keep the last learning rate, or warm up again and decay over the new."
-        ),
-    ] = None,
+    extend: Extend = None,
 ) -> None:
     """Train a run, from its newest whole checkpoint if there is one.
 
@@ -34,18 +27,25 @@ def train_command(
 
     Example: `faconv train configs/quickstart_era5.yaml --ranks 2 --set training.steps=100`
     """
-    run = load_config(config, set_ or ())
     from ..training.fit import check_fits
 
-    check_fits(run)
+    run = load_config(config, set_ or ())
     if starts_ranks(ranks):
         check_ranks(run.mesh, ranks)
-        more = [*["--strict"] * strict, *(["--extend", extend] if extend else [])]
+        check_fits(run)
+        more = [*["--strict"] * strict, *extend_option(extend)]
         raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *more], ranks))
     from ..training.faults.signals import StopRequest, grace_s
+    from ..training.faults.starts import take_back
 
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
-        counted = _counted_on_slurm(run, stop)
+        counted = _counted_on_slurm(run)
+        try:
+            check_fits(run)
+        except InputError:
+            if counted:
+                take_back(run.run_dir)
+            raise
         from ..training.trainer import train as train_run
 
         with joined(run.mesh, run.training.timeout_s) as mesh:
@@ -53,12 +53,12 @@ def train_command(
     raise typer.Exit(code)
 
 
-def _counted_on_slurm(run: RunConfig, stop: "StopRequest") -> bool:
+def _counted_on_slurm(run: RunConfig) -> bool:
     """Counts this start on the first rank of a Slurm job, which is requeued even if its ranks never meet."""
     from ..spatial.environment import RankEnvironment
     from ..training.faults.starts import count_start
 
     if not RankEnvironment.is_first_of_slurm() or run.mesh.ranks != job_ranks():
         return False
-    count_start(run, stop)
+    count_start(run)
     return True

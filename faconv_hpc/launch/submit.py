@@ -9,6 +9,7 @@ requeues its job, as often as it takes.
 import hashlib
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,18 @@ class TrainingExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
 
 def submit(
-    config: RunConfig, *, preflight: bool = True, log: Path | None = None, name: str | None = None, members: int = 0
+    config: RunConfig,
+    *,
+    preflight: bool = True,
+    log: Path | None = None,
+    name: str | None = None,
+    members: int = 0,
+    more: Sequence[str] = (),
 ) -> Submission:
     """Gives a run to Slurm.
 
     Args:
+        more: options of `faconv train`.
         members: of an ensemble, a job array: each trains from another seed into a directory of its own; 0: no array.
         preflight: whether `faconv doctor` looks at the nodes first.
         log: where the job prints to; default: a file beside the script.
@@ -92,7 +100,7 @@ def submit(
         SilentClusterError: it does not answer, or takes no more jobs at the moment.
     """
     check_client()
-    executor = _executor(config, preflight, log, name, members)
+    executor = _executor(config, preflight, log, name, members, more)
     try:
         with outside_a_job():
             job = executor.start()
@@ -113,22 +121,29 @@ def submit(
     )
 
 
-def script(config: RunConfig, *, preflight: bool = True, members: int = 0) -> str:
+def script(config: RunConfig, *, preflight: bool = True, members: int = 0, more: Sequence[str] = ()) -> str:
     """The batch script that `submit` would give to sbatch. The config it names is written too, so that it can run.
 
     Raises:
         InputError: the ranks do not fill the nodes evenly.
     """
-    return _executor(config, preflight, members=members).script()
+    return _executor(config, preflight, members=members, more=more).script()
 
 
 def _executor(
-    config: RunConfig, preflight: bool, log: Path | None = None, name: str | None = None, members: int = 0
+    config: RunConfig,
+    preflight: bool,
+    log: Path | None = None,
+    name: str | None = None,
+    members: int = 0,
+    more: Sequence[str] = (),
 ) -> TrainingExecutor:
     slurm, ranks = config.slurm, config.mesh.ranks
     nodes = slurm.nodes(ranks)
     copy = _written(config)
-    executor = TrainingExecutor(_folder(config), _faconv("train", copy) + (_of_member(config) if members else ""))
+    executor = TrainingExecutor(
+        _folder(config), _faconv("train", copy, *more) + (_of_member(config) if members else "")
+    )
     output = str(_log(config, log, members))
     options: dict[str, Any] = {
         "job_name": f"faconv-{name or config.run_dir.name}",

@@ -57,9 +57,9 @@ class Catalogue:
             for place, segment in enumerate(self.segments[group.start]):
                 inside = range(max(frames.start - first, 0), min(frames.stop - first, len(segment.time)))
                 if inside:
-                    levels = [self.segments[channel][place].level for channel in group]
+                    beside = [self.segments[channel][place] for channel in group]
                     at = first + inside.start - frames.start
-                    slab_TCYX[at : at + len(inside), columns] = segment.read(inside, rows, levels)
+                    slab_TCYX[at : at + len(inside), columns] = segment.read(inside, rows, beside)
                 first += len(segment.time)
         return slab_TCYX
 
@@ -87,19 +87,23 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     notes: list[str] = []
     constant: dict[str, Path] = {}
     of_use: set[str] = set()
+    names: set[str] = set()
     for path in paths:
         for dataset in open_sources(path, options.select):
+            names |= set(map(str, dataset.data_vars))
             of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
             for segment in segments_of(selected(dataset, options.select, path), path, options, notes, constant):
                 found.setdefault(segment.channel.name, []).append(segment)
+    _check_names(options, names | {str(name) for segments in found.values() for one in segments for name in one.names})
     for dim, value in options.select:
         if dim not in of_use:
             raise InputError(
                 f"--select {dim}={value}: no source has such a dim, nor a GRIB message with it. Look for its name."
             )
     if not found:
+        left_out = f" {' '.join(notes)}" if notes else ""
         raise InputError(
-            f"no field with time, latitude and longitude in {', '.join(map(str, paths))}. Look at it with "
+            f"no field with time, latitude and longitude in {', '.join(map(str, paths))}.{left_out} Look at it with "
             f"`python -c \"import xarray; print(xarray.open_dataset('{paths[0]}'))\"`; a dim that is not recognised "
             f"needs the attribute standard_name (latitude, longitude, time)."
         )
@@ -115,6 +119,19 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     frames = options.period.frames_of(time)
     taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
     return Catalogue(taken, TimeAxis(time.seconds[frames], time.calendar), tuple(dict.fromkeys(notes)))
+
+
+def _check_names(options: SourceOptions, known: set[str]) -> None:
+    """Raises InputError for a name in an option that no source has."""
+    renamed = {new for _, new in options.rename}
+    for option, given in (
+        ("--rename", [old for old, _ in options.rename]),
+        ("--accept", options.accept),
+        ("--missing-value", [name for name, _ in options.missing_values if name]),
+    ):
+        for name in given:
+            if name not in known | (set() if option == "--rename" else renamed):
+                raise unknown_name(f"variable for {option}:", name, sorted(known), "the sources")
 
 
 def _taken(segments: Sequence[Segment], frames: range) -> Iterator[Segment]:

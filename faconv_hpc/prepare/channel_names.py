@@ -10,7 +10,7 @@ from dataclasses import replace
 import xarray as xr
 
 from ..data.layout import Channel
-from .roles import Roles
+from .roles import Roles, is_pressure
 
 
 def channels_of(
@@ -34,7 +34,8 @@ def _channels_of(
     attributes = dataset[name].attrs
     units, long_name = str(attributes.get("units", "")), str(attributes.get("long_name", name))
     if roles.level is None:
-        return [(None, Channel(called, units, long_name), whole)]
+        text, at = _alone(dataset, name)
+        return [(None, Channel(f"{called}{text}", units, f"{long_name}{at}"), f"{whole}{at}")]
     size = dataset.sizes[roles.level]
     if roles.level not in dataset.variables:
         texts = [f"{roles.level} {i}" for i in range(size)]
@@ -53,3 +54,13 @@ def _channels_of(
         (i, Channel(f"{called}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
         for i, (value, text) in enumerate(zip(values, texts, strict=True))
     ]
+
+
+def _alone(dataset: xr.Dataset, name: Hashable) -> tuple[str, str]:
+    """For a field at the one pressure that its source gives, which is no dim then: t at 500 hPa is not t."""
+    for coordinate, values in dataset[name].coords.items():
+        if values.ndim == 0 and is_pressure(str(coordinate), values.attrs):
+            unit = str(values.attrs.get("units", ""))
+            value = float(values) / 100.0 if unit == "Pa" else float(values)
+            return f"{value:g}", f" at {value:g} {'hPa' if unit == 'Pa' else unit}".rstrip()
+    return "", ""

@@ -3,18 +3,29 @@
 import importlib.util
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xarray as xr
 
 from ..errors import InputError
 
-PRESSURE = ("isobaricInhPa", "isobaricInPa")
 SPATIAL = ("latitude", "longitude", "values", "x", "y")
-ABSENT = "faconv_absent_fields"
-"""Attribute of a dataset: what its file has no message for, though its other fields have one."""
+NOTE = "faconv_note"
+"""Attribute of a dataset: what is to be said of its file."""
+
+
+class _Message(NamedTuple):
+    """What tells a field from the others of a file; ``name`` as cfgrib calls it."""
+
+    name: str
+    kind: str
+    level: str
+    date: str
+    hour: str
+    step: str
+    number: str
 
 
 def open_grib(path: Path, keys: Mapping[str, str], options: Mapping[str, Any]) -> list[xr.Dataset]:
@@ -37,68 +48,89 @@ def open_grib(path: Path, keys: Mapping[str, str], options: Mapping[str, Any]) -
         )
     import cfgrib
 
-    wanted = {key: _number_or_text(value) for key, value in keys.items()}
+    native: dict[str, Any] = {}
+    left_out: set[str] = set()
     try:
-        messages = _messages(path, wanted)
+        messages = list(_messages(path, keys, native, left_out))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
-            filters = {"indexpath": "", "errors": "raise", "filter_by_keys": wanted}
+            filters = {"indexpath": "", "errors": "raise", "filter_by_keys": native}
             datasets = cfgrib.open_datasets(str(path), backend_kwargs=filters, **options) if messages else []
     except Exception as error:  # cfgrib and ecCodes have errors of their own, which share no ancestor
         raise InputError(
             f"source {path} is GRIB that cannot be read ({type(error).__name__}: {error}). Fetch it again if it is cut "
             f"off or damaged; take a part of it with --select, such as --select typeOfLevel=isobaricInhPa."
         ) from None
-    _check_all_found(path, messages, datasets)
-    return [_with_its_level(dataset) for dataset in datasets]
+    _refuse_repeated(path, messages)
+    _check_all_found(path, Counter(message.name for message in messages), datasets)
+    if left_out and datasets:
+        _add_note(datasets[0], f"{path}: --select leaves out {', '.join(sorted(left_out))}.")
+    return list(datasets)
 
 
-def _with_its_level(dataset: xr.Dataset) -> xr.Dataset:
-    """Where there is one pressure level only, cfgrib makes it no dim; but u at 500 hPa is not u."""
-    alone = [name for name in PRESSURE if name in dataset.coords and name not in dataset.dims]
-    return dataset.expand_dims(alone[0]) if alone else dataset
+def _messages(path: Path, keys: Mapping[str, str], native: dict[str, Any], left_out: set[str]) -> Iterator[_Message]:
+    """The messages that have the values of the keys.
 
-
-def _messages(path: Path, wanted: Mapping[str, Any]) -> Counter[str]:
-    """How many messages the file has of each variable, by the name that cfgrib gives it."""
+    Args:
+        native: gets the keys' values as ecCodes has them, which is how cfgrib compares them.
+        left_out: gets the names of variables of which no message has them.
+    """
     import eccodes
 
-    found: Counter[str] = Counter()
+    taken: set[str] = set()
     with path.open("rb") as file:
-        while (message := eccodes.codes_grib_new_from_file(file)) is not None:
+        while (handle := eccodes.codes_grib_new_from_file(file)) is not None:
             try:
-                if all(_value(message, key, type(value)) == value for key, value in wanted.items()):
-                    found[_name(message)] += 1
+                name = _name(handle)
+                if all(_is_same(_text(handle, key), value) for key, value in keys.items()):
+                    native.update(
+                        {
+                            key: eccodes.codes_get(handle, key, eccodes.codes_get_native_type(handle, key))
+                            for key in keys
+                        }
+                    )
+                    taken.add(name)
+                    rest = ("typeOfLevel", "level", "dataDate", "dataTime", "stepRange", "number")
+                    yield _Message(name, *(_text(handle, key) for key in rest))
+                else:
+                    left_out.add(name)
             finally:
-                eccodes.codes_release(message)
-    return found
+                eccodes.codes_release(handle)
+    left_out -= taken
 
 
-def _name(message: int) -> str:
+def _name(handle: int) -> str:
     """As cfgrib names a variable."""
-    names = (_value(message, key, str) for key in ("cfVarName", "shortName"))
-    return next(
-        (name for name in names if name not in (None, "unknown", "~")),
-        "paramId_" + str(_value(message, "paramId", str)),
-    )
+    name = _text(handle, "cfVarName")
+    return _text(handle, "shortName") if name in ("", "undef", "unknown") else name
 
 
-def _value(message: int, key: str, kind: type) -> Any:
+def _text(handle: int, key: str) -> str:
+    """The value of a key; nothing where the message has none."""
     import eccodes
 
     try:
-        return eccodes.codes_get(message, key, kind)
+        return str(eccodes.codes_get(handle, key, str))
     except eccodes.KeyValueNotFoundError:
-        return None
+        return ""
 
 
-def _number_or_text(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _is_same(found: str, wanted: str) -> bool:
+    try:
+        return float(found) == float(wanted)  # 0001 is 1
+    except ValueError:
+        return found == wanted
+
+
+def _refuse_repeated(path: Path, messages: list[_Message]) -> None:
+    repeated = [message for message, count in Counter(messages).items() if count > 1]
+    if repeated:
+        one = repeated[0]
+        raise InputError(
+            f"source {path} has GRIB messages that differ in nothing but their values, {len(repeated)} in all, the "
+            f"first of them {one.name} at {one.kind} {one.level} on {one.date} {one.hour}. Take a part of it with "
+            f"--select KEY=VALUE (any key of ecCodes, such as expver), or give the parts as files of their own."
+        )
 
 
 def _check_all_found(path: Path, messages: Counter[str], datasets: list[xr.Dataset]) -> None:
@@ -114,12 +146,14 @@ def _check_all_found(path: Path, messages: Counter[str], datasets: list[xr.Datas
     if lost:
         told = ", ".join(f"{name} has {count} messages, {kept} fields" for name, (count, kept) in lost.items())
         raise InputError(
-            f"source {path} has GRIB messages that differ in nothing but their values, or that cfgrib cannot arrange: "
-            f"{told}. Take a part of it with --select KEY=VALUE (any key that `grib_ls` shows, such as "
-            f"number, typeOfLevel, expver), or give the parts as files of their own."
+            f"source {path} has GRIB messages that cfgrib cannot arrange as fields: {told}. Take a part of it with "
+            f"--select KEY=VALUE (any key of ecCodes, such as typeOfLevel), or give the parts as files of their own."
         )
-    for dataset in datasets:
-        absent = {str(name): fields[str(name)] - messages[str(name)] for name in dataset.data_vars}
-        if any(absent.values()):
-            holes = [f"{count} of {fields[name]} of {name}" for name, count in absent.items() if count]
-            dataset.attrs[ABSENT] = ", ".join(holes)
+    absent = {name: fields[name] - count for name, count in messages.items() if fields[name] > count}
+    if absent:
+        told = ", ".join(f"{count} of {fields[name]} of {name}" for name, count in absent.items())
+        _add_note(datasets[0], f"{path} has no message for {told}: missing data.")
+
+
+def _add_note(dataset: xr.Dataset, text: str) -> None:
+    dataset.attrs[NOTE] = " ".join([*filter(None, [dataset.attrs.get(NOTE)]), text])

@@ -39,7 +39,7 @@ class Taken(TypedDict, total=False):
     fill_absent_chunks: bool
     select: Mapping[str, str] | None
     rename: Mapping[str, str] | None
-    missing_values: Sequence[float] | None
+    missing_values: Sequence[tuple[str, float]] | None
     accept: Sequence[str] | None
     period: Period | None
 
@@ -57,7 +57,7 @@ class SourceOptions:
         fill_absent_chunks: take chunks that a zarr source leaves out as filled, as zarr itself does.
         select: dims, or keys of GRIB messages, and the one value to take of each.
         rename: names of variables or channels, and what the store shall call them.
-        missing_values: that mark missing data, though no source says so.
+        missing_values: names of variables or channels (empty: all), and what marks missing data there.
         accept: variables that are taken as they are: values that look like marks, flags, sources without units.
         period: the times to take.
     """
@@ -70,7 +70,7 @@ class SourceOptions:
     fill_absent_chunks: bool = False
     select: tuple[tuple[str, str], ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
-    missing_values: tuple[float, ...] = ()
+    missing_values: tuple[tuple[str, float], ...] = ()
     accept: tuple[str, ...] = ()
     period: Period = field(default_factory=Period)
 
@@ -142,7 +142,12 @@ def _is_level(dataset: xr.Dataset, dim: Hashable) -> bool:
     coordinate = dataset.variables.get(dim)
     if coordinate is None or coordinate.dims != (dim,):
         return False
-    return str(dim).lower() in PRESSURE_NAMES or coordinate.attrs.get("units") in PRESSURE_UNITS
+    return is_pressure(str(dim), coordinate.attrs)
+
+
+def is_pressure(name: str, attributes: Mapping[Any, Any]) -> bool:
+    """Whether a coordinate is a pressure, by its name or units."""
+    return name.lower() in PRESSURE_NAMES or attributes.get("units") in PRESSURE_UNITS
 
 
 def _dim_of(dataset: xr.Dataset, array: xr.DataArray, kind: str) -> Hashable | None:

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -14,10 +15,10 @@ from ..data.times import TimeAxis, check_increasing, decode_times
 from ..errors import InputError
 from ..spatial.grid import LatLonGrid, Span
 from .channel_names import channels_of
-from .grib import ABSENT
+from .grib import NOTE
 from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
 from .selection import bounds_of, is_flag
-from .values import as_float32, refuse_suspect
+from .values import refuse_rounded, refuse_suspect
 from .zarr_chunks import ZarrChunks
 
 SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
@@ -57,8 +58,12 @@ class Segment:
     frames: range
     chunks: ZarrChunks | None = None
 
-    def read(self, frames: range, rows: Span, levels: Sequence[int | None]) -> NDArray[np.float32]:
-        """fields_TCYX of frames counted from this segment's first, and of some levels; north first, NaN if missing."""
+    def read(self, frames: range, rows: Span, beside: Sequence["Segment"]) -> NDArray[np.float32]:
+        """fields_TCYX of frames counted from this segment's first; north first, NaN if missing.
+
+        Args:
+            beside: the segments whose levels are read, see `is_beside`.
+        """
         nlat = self.grid.latitude_deg.size
         source_rows = (nlat - rows[1], nlat - rows[0]) if self.grid.flip_rows else rows
         picked: dict[Hashable, slice | int | list[int]] = dict.fromkeys(self.array.dims, 0)  # dims of size 1
@@ -68,7 +73,7 @@ class Segment:
             there = self.frames[frames.start : frames.stop]
             picked[self.roles.time] = slice(there.start, there.stop, there.step)
         if self.roles.level is not None:
-            picked[self.roles.level] = _together([level for level in levels if level is not None])
+            picked[self.roles.level] = _together([one.level for one in beside if one.level is not None])
         roles = self.roles
         order = [dim for dim in (roles.time, roles.level, roles.latitude, roles.longitude) if dim is not None]
         if self.chunks is not None:
@@ -81,25 +86,44 @@ class Segment:
                 f"frames {frames.start} to {frames.stop} of variable {self.array.name!r} in {self.path} cannot be read "
                 f"({error}). The source is damaged: fetch it again, then run this command again; it goes on."
             ) from None
-        where = f"variable {self.array.name!r} in {self.path}"
-        fields = as_float32(values, where).reshape(len(frames), len(levels), *values.shape[-2:])
-        for value in self.options.missing_values:
-            fields = np.where(fields == np.float32(value), np.float32(np.nan), fields)
-        if not self.is_accepted:
-            refuse_suspect(fields, where, str(self.array.name))
+        values = values.reshape(len(frames), len(beside), *values.shape[-2:])
+        fields = np.empty(values.shape, np.float32)
+        for place, one in enumerate(beside):
+            fields[:, place] = one.checked(values[:, place])
         fields = fields[..., ::-1, :] if self.grid.flip_rows else fields
         fields = fields[..., ::-1] if self.grid.flip_columns else fields
         return fields[..., : self.grid.longitude_deg.size]
 
+    def checked(self, values_TYX: NDArray[Any]) -> NDArray[np.float32]:
+        """Fields of this channel as a store keeps them; raises InputError for values that nobody can have meant."""
+        where = f"variable {self.array.name!r} in {self.path}"
+        marks = [value for name, value in self.options.missing_values if name in ("", *self.names)]
+        marked = np.isin(values_TYX.astype(np.float32), np.array(marks, np.float32)) if marks else None
+        stored = np.dtype(self.array.encoding.get("dtype", values_TYX.dtype))
+        whole = stored.kind in "iu" and "scale_factor" not in self.array.encoding
+        if whole and not self.is_accepted:
+            refuse_rounded(values_TYX if marked is None else values_TYX[~marked], where)
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the writer names
+            fields_TYX = values_TYX.astype(np.float32)
+        if marked is not None:
+            fields_TYX[marked] = np.nan
+        if not self.is_accepted:
+            refuse_suspect(fields_TYX, where, str(self.array.name))
+        return fields_TYX
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """By which the user may mean it: the channel's and the variable's."""
+        return self.channel.name, str(self.array.name)
+
     @property
     def is_accepted(self) -> bool:
         """Whether the user takes this variable, or channel, as it is."""
-        return self.channel.name in self.options.accept or str(self.array.name) in self.options.accept
+        return not set(self.names).isdisjoint(self.options.accept)
 
     def is_beside(self, other: "Segment") -> bool:
         """Whether both are levels of one array, which are read together."""
-        mine, others = (self.path, self.array.name), (other.path, other.array.name)
-        return self.level is not None and other.level is not None and mine == others
+        return self.level is not None and other.level is not None and self.array is other.array
 
 
 def segments_of(
@@ -116,30 +140,31 @@ def segments_of(
     """
     segments: list[Segment] = []
     bounds, names = bounds_of(dataset), dict(options.rename)
-    if ABSENT in dataset.attrs:
-        notes.append(f"{path} has no message for {dataset.attrs[ABSENT]}: missing data.")
+    if NOTE in dataset.attrs:
+        notes.append(dataset.attrs[NOTE])
     times: dict[Hashable, TimeAxis] = {}
     chunks = ZarrChunks(path) if path.is_dir() and not options.fill_absent_chunks else None
     ours = "fingerprint" in dataset.attrs and "fields" in dataset.data_vars  # a store's: its mask is in the fields
     for name in ["fields"] if ours else dataset.data_vars:
         if name in bounds:
             continue
-        if is_flag(dataset[name]) and not ours and not _is_named(str(name), options):
-            notes.append(
-                f"{path}: {name!r} holds flags or switches, no field, and is left out; --accept {name} takes it."
-            )
-            continue
         roles = find_roles(dataset, name, options, path)
         if roles is None or dataset[name].dtype.kind not in "fiub":
             if dataset[name].ndim >= 2:
                 constant[str(name)] = path
+            continue
+        array = dataset[name]
+        if is_flag(array) and not ours and not _is_named(str(name), options):
+            notes.append(
+                f"{path}: {name!r} holds flags or switches, no field, and is left out; --accept {name} takes it."
+            )
             continue
         grid = _source_grid(dataset, roles, options, path)
         if roles.time not in times:
             times[roles.time] = _times(dataset, roles, options, path, notes)
         time = times[roles.time]
         segments += [
-            Segment(path, channel, dataset[name], roles, level, grid, time, what, options, range(len(time)), chunks)
+            Segment(path, channel, array, roles, level, grid, time, what, options, range(len(time)), chunks)
             for level, channel, what in channels_of(dataset, name, roles, names)
         ]
     return segments

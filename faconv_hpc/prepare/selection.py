@@ -13,7 +13,7 @@ from ..data.times import EPOCH_UNITS, SECONDS_PER_DAY, TimeAxis
 from ..errors import InputError
 
 BOUNDS = re.compile(r".*_(bnds?|bounds|vertices)")
-DATE = re.compile(r"(\d{1,4})(?:-(\d\d?))?(?:-(\d\d?))?(?:[T ](\d\d):(\d\d))?")
+DATE = re.compile(r"(\d{1,4})(?:-(\d\d?))?(?:-(\d\d?))?(?:[T ](\d\d):(\d\d)(?::00)?)?")
 
 
 def selected(dataset: xr.Dataset, select: tuple[tuple[str, str], ...], path: Path) -> xr.Dataset:
@@ -52,13 +52,15 @@ def bounds_of(dataset: xr.Dataset) -> set[Hashable]:
 
 
 def is_flag(array: xr.DataArray) -> bool:
-    """Whether the numbers of a variable stand for names or switches, of which there is no mean."""
-    return (
-        "flag_values" in array.attrs
-        or "flag_masks" in array.attrs
-        or array.dtype.kind == "b"
-        or array.dtype.itemsize == 1
-    )
+    """Whether the numbers of a variable stand for names or switches, of which there is no mean.
+
+    By its attributes; or it is kept as bytes that are not scaled, and has no units.
+    """
+    if not {"flag_values", "flag_masks", "flag_meanings"}.isdisjoint(array.attrs):
+        return True
+    stored = np.dtype(array.encoding.get("dtype", array.dtype))
+    bare = "scale_factor" not in array.encoding and array.attrs.get("units", "1") in ("", "1")
+    return stored.kind == "b" or (stored.kind in "iu" and stored.itemsize == 1 and bare)
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ def _span(text: str, calendar: str, option: str) -> tuple[int, int]:
         if match is None:
             raise ValueError
         year, month, day, hour, minute = (None if part is None else int(part) for part in match.groups())
-        first = _seconds(calendar, year or 0, month or 1, day or 1, hour or 0, minute or 0)
+        first = _seconds(
+            calendar, year or 0, 1 if month is None else month, 1 if day is None else day, hour or 0, minute or 0
+        )
         if hour is not None:
             return first, first
         if day is not None:
             return first, first + SECONDS_PER_DAY - 1
-        months = (year or 0) * 12 + (month or 12)  # of the month after
+        months = (year or 0) * 12 + (12 if month is None else month)  # of the month after
         return first, _seconds(calendar, months // 12, months % 12 + 1, 1) - 1
     except ValueError:
         raise InputError(

@@ -9,59 +9,74 @@ EXACT_INTEGER = 2**24  # the last up to which float32 tells neighbours apart
 SENTINELS = (-99.0, -999.0, -9999.0, -99999.0, -32767.0, -32768.0, -1e10, -9.99e8)
 SENTINEL_GAP = 0.1  # of its size, which is free above one
 FAR = 10.0  # standard deviations of the rest
+REST = 0.05  # of the values, for their deviation to say anything: a few wet cells do not
 SAMPLE = 20_000
 
 
-def refuse_suspect(values_TLYX: NDArray[np.float32], where: str, name: str) -> None:
+def refuse_suspect(values_TYX: NDArray[np.float32], where: str, name: str) -> None:
     """Looks at fields as they come from a source.
 
     Raises:
-        InputError: the lowest value of a level stands there again and again, far below all others: it marks missing
-            data, and nobody said so.
+        InputError: the lowest value stands there again and again, far below all others, or the highest is a usual
+            mark far above them: it marks missing data, and nobody said so.
     """
-    for level in range(values_TLYX.shape[1]):
-        lowest = suspect(values_TLYX[:, level])
-        if lowest is not None:
-            count = int(np.count_nonzero(values_TLYX[:, level] == np.float32(lowest)))
-            raise InputError(
-                f"{where} is {lowest:g} in {count} cells, far below all others. If it marks missing data, say so with "
-                f"--missing-value {lowest:g}; if it is real, with --accept {name}."
-            )
+    mark = suspect(values_TYX)
+    if mark is not None:
+        count = int(np.count_nonzero(values_TYX == np.float32(mark)))
+        side = "below" if mark == _lowest(values_TYX) else "above"
+        raise InputError(
+            f"{where} is {mark:.9g} in {count} cells, far {side} all others. If it marks missing data, say so with "
+            f"--missing-value {name}={mark:.9g}; if it is real, with --accept {name}."
+        )
 
 
 def suspect(values: NDArray[np.float32]) -> float | None:
-    """The lowest value, if it stands there several times, and far below the rest; else None."""
+    """The lowest value, if it stands there several times, far below the rest, or the highest if it is a usual mark."""
+    lowest = _sentinel(values)
+    if lowest is not None:
+        return lowest
+    highest = _sentinel(-values)
+    return _outlier(values) if highest is None else -highest
+
+
+def _lowest(values: NDArray[np.float32]) -> float:
     with np.errstate(invalid="ignore"):
-        lowest = float(np.fmin.reduce(values, axis=None))
+        return float(np.fmin.reduce(values, axis=None))
+
+
+def _sentinel(values: NDArray[np.float32]) -> float | None:
+    """The lowest value, if it is one that usually marks missing data, and no other is near."""
+    lowest = _lowest(values)
+    if not any(lowest == np.float32(sentinel) for sentinel in SENTINELS):
+        return None
+    rest = values[values > lowest]
+    alone = rest.size == 0 or float(rest.min()) - lowest > SENTINEL_GAP * abs(lowest)
+    return lowest if alone and np.count_nonzero(values == lowest) > 1 else None
+
+
+def _outlier(values: NDArray[np.float32]) -> float | None:
+    """The lowest value, if it stands there several times, and the rest, which is not little, keeps far from it."""
+    lowest = _lowest(values)
     if not np.isfinite(lowest):
         return None
-    if any(lowest == np.float32(sentinel) for sentinel in SENTINELS):
-        rest = values[values > lowest]
-        alone = rest.size == 0 or float(rest.min()) - lowest > SENTINEL_GAP * abs(lowest)
-        return lowest if alone and np.count_nonzero(values == lowest) > 1 else None
     sample = values.ravel()[:: max(1, values.size // SAMPLE)]
-    sample = sample[~np.isnan(sample)]
-    above = sample[sample > lowest]
-    if above.size == sample.size or above.size == 0 or above.std() == 0:
+    above = sample[sample > lowest].astype(np.float64)
+    if above.size < max(2, REST * np.count_nonzero(~np.isnan(sample))) or above.std() == 0:
         return None
-    far = lowest < float(above.min()) - FAR * float(above.std())
-    return lowest if far and np.count_nonzero(values == lowest) > 1 else None
+    if lowest >= above.min() - FAR * above.std() or np.count_nonzero(values == np.float32(lowest)) < 2:
+        return None
+    return lowest if lowest < float(values[values > lowest].min()) - FAR * above.std() else None
 
 
-def as_float32(values: NDArray[np.generic], where: str) -> NDArray[np.float32]:
-    """Numbers as a store keeps them; too large ones become infinite, which the writer names.
-
-    Raises:
-        InputError: whole numbers that float32 would round.
-    """
-    if (
-        values.dtype.kind in "iu"
-        and values.size
-        and max(abs(int(values.min())), abs(int(values.max()))) > EXACT_INTEGER
-    ):
-        raise InputError(
-            f"{where} holds whole numbers up to {int(np.abs(values).max())}, which a store's float32 would round "
-            f"(beyond {EXACT_INTEGER}). Convert it to a field of its own unit, or leave it out with --variables."
+def refuse_rounded(values: NDArray[np.generic], where: str) -> None:
+    """Raises InputError for whole numbers that a store's float32 would round."""
+    with np.errstate(invalid="ignore"):
+        largest = (
+            max((abs(float(limit(values))) for limit in (np.nanmin, np.nanmax)), default=0.0) if values.size else 0.0
         )
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32, copy=False)
+    if np.isfinite(largest) and largest > EXACT_INTEGER:
+        raise InputError(
+            f"{where} holds whole numbers up to {largest:.0f}, which a store's float32 would round (beyond "
+            f"{EXACT_INTEGER}). Convert it to a field of its own unit, leave it out with --variables, or take it "
+            f"rounded with --accept."
+        )

@@ -1,6 +1,7 @@
 """Where the ranks of a job meet: at a port that was agreed on, or at one of several that rank 0 finds free."""
 
 import random
+import resource
 import socket
 import socketserver
 import threading
@@ -20,6 +21,7 @@ from .environment import RankEnvironment
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out ports (32768)
 CANDIDATES = 16  # another job, or one that is only just ending, holds some of them now and then
+CONNECTIONS, FILES = 2, 500  # of a rank to the store; of rank 0 for all else, gloo's own connections among it
 ANSWER_S = 3.0  # within which a door answers; a port may be held by a program that never says a word
 AGAIN_S, LONGEST_S = 0.05, 2.0  # between two rounds of knocking: longer each time, while rank 0 is starting
 ARRIVED, MET = "arrived", "met"
@@ -50,7 +52,27 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
         ) from None
 
 
+def _allow_connections(ranks: int) -> None:
+    """Rank 0 holds two connections of every rank to the store: as many files open as that takes, if it may.
+
+    Raises:
+        InputError: the limit of this machine is lower.
+    """
+    needed = CONNECTIONS * ranks + FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise InputError(
+            f"rank 0 of {ranks} ranks holds {CONNECTIONS} connections of each, {needed} open files with its own, and "
+            f"this machine allows {hard} (ulimit -Hn). Have the limit raised, or start fewer ranks."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _met(environment: RankEnvironment, timeout_s: float) -> Store:
+    if environment.rank == 0:
+        _allow_connections(environment.world_size)
     timeout = timedelta(seconds=timeout_s)
     store: Store
     if not environment.job:

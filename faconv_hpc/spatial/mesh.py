@@ -86,17 +86,15 @@ class ProcessMesh:
     ) -> "ProcessMesh | None":
         """A mesh over some ranks of the job that is already joined; None on the others.
 
-        Collective over all ranks of the job, also over those left out. ``device`` and ``watch`` are
-        those of the mesh that `start` gave.
+        Collective over those ranks. ``device`` and ``watch`` are those of the mesh that `start` gave.
         """
         here = dist.get_rank()
-        place = ranks.index(here) if here in ranks else -1
+        place = ranks.index(here) if here in ranks else 0
         mesh = cls(replicas, lat, lon, place, device or torch.device("cpu"), tuple(ranks), watch=watch)
         if watch is not None:
             mesh = replace(mesh, activity=watch.activity)
         mesh.check_size(len(ranks))
-        arranged = mesh._with_groups()
-        return arranged if here in ranks else None
+        return mesh._with_groups() if here in ranks else None
 
     @property
     def ranks(self) -> int:
@@ -187,27 +185,23 @@ class ProcessMesh:
             dist.destroy_process_group()
 
     def _with_groups(self) -> "ProcessMesh":
-        """The same mesh with its groups. Every rank of the job makes every group, in the same order."""
-        everyone = self._group(range(self.ranks))
-        tile_group: dist.ProcessGroup | None = None
-        axis_groups: dict[str, dist.ProcessGroup | None] = {}
-        for replica in range(self.replicas):
-            tile_group = self._group(self._members(replica)) or tile_group
-            for lat_index in range(self.lat):
-                members = self._members(replica, lat_index=lat_index)
-                axis_groups["lon"] = self._group(members) or axis_groups.get("lon")
-            for lon_index in range(self.lon):
-                members = self._members(replica, lon_index=lon_index)
-                axis_groups["lat"] = self._group(members) or axis_groups.get("lat")
-        return replace(self, group=everyone, tile_group=tile_group, axis_groups=axis_groups)
+        """The same mesh with the groups that this rank is in, four at most: its members alone make each of them."""
+        return replace(
+            self,
+            group=self._group(range(self.ranks)),
+            tile_group=self._group(self._members(self.replica)),
+            axis_groups={
+                "lon": self._group(self._members(self.replica, lat_index=self.index("lat"))),
+                "lat": self._group(self._members(self.replica, lon_index=self.index("lon"))),
+            },
+        )
 
     def _group(self, members: Sequence[int]) -> dist.ProcessGroup | None:
-        """A group of some places of the mesh; None for one alone, and where this rank is not in it."""
+        """A group of some places of the mesh, of which this rank's is one; None for one alone."""
         if len(members) == 1:
             return None
         limit = _limit(self.watch.timeout_s) if self.watch is not None else None
-        group = _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD, limit)
-        return group if self.rank in members else None
+        return _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD, limit)
 
     def _members(self, replica: int, lat_index: int | None = None, lon_index: int | None = None) -> list[int]:
         """Places in the mesh of one replica, of one row of it, or of one column."""
@@ -223,9 +217,12 @@ class ProcessMesh:
 def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup, limit: timedelta | None) -> dist.ProcessGroup:
     """The group of these ranks of a job, made once: each has threads of its own, or buffers on a GPU.
 
-    Every rank of the job asks for every group, in the same order. Collectives end at the limit; None: torch's.
+    Its members ask for it, in the same order. Collectives end at the limit; None: torch's.
     """
-    return world if len(ranks) == world.size() else dist.new_group(list(ranks), timeout=limit)
+    if len(ranks) == world.size():
+        return world
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+    return group
 
 
 def _limit(timeout_s: float) -> timedelta:

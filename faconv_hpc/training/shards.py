@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .._version import __version__
-from ..errors import InputError, RunError
+from ..errors import InputError, TryAgainError
 from ..files import flush_entries, write_flushed
 from .schedule import Leg
 
@@ -45,7 +45,7 @@ class OtherVersionError(InputError):
     """A checkpoint that is what was written, by a version of this package whose format is another."""
 
 
-class UnreadableCheckpointError(RunError):
+class UnreadableCheckpointError(TryAgainError):
     """A checkpoint that cannot be read here and now: this says nothing about what it holds."""
 
 

@@ -191,6 +191,7 @@ class Trainer:
     def _leave(self, step: int, end: StepEnd) -> int:
         """Saves, if the time left allows it, and says how to go on."""
         if self._writer.newest_step != step and end.may_save:
+            self._tried(self._writer.finish, last=False)  # one that failed must not cost this one
             self._save(step)
         self._writer.finish()
         saved = self._writer.saved_step

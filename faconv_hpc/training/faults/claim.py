@@ -29,8 +29,16 @@ class Claim:
         self._mine = "" if lock is None else lock.holder
 
     def check(self) -> None:
-        """Before anything is written there that lasts. Raises RunError if a later start has signed."""
-        if self._lock is not None and (holder := self._lock.holder) != self._mine:
+        """Before anything is written there that lasts. Raises RunError if a later start has signed.
+
+        A signature that cannot be read for now, or is only half written, says nothing.
+        """
+        if self._lock is None:
+            return
+        holder = self._lock.holder
+        if not holder and self._lock.path.exists():
+            return
+        if holder != self._mine:
             raise RunError(
                 f"{self._lock.path.parent} was taken over by a later start ({holder or 'its lock is gone'}), which "
                 f"does not see the lock of this one ({self._mine}). This one ends here, and writes no more."

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -48,6 +48,7 @@ class StopRequest:
 
     Attributes:
         number: of the signal that has come; 0: none. Of several the one that ends soonest.
+        came: numbers of all of them.
         kept_step: of the newest checkpoint, for what is said then.
     """
 
@@ -62,8 +63,8 @@ class StopRequest:
         self._held, self._handled, self._came = False, 0, 0  # of SIGINT: once handled may stand for twice come
         self._last_resort = threading.Timer(STUCK_S, self._end_at_once)
         self._last_resort.daemon = True
-        self._if_told_to_end: Callable[[], None] = lambda: None
         self.number = self.kept_step = 0
+        self.came: set[int] = set()
 
     def __enter__(self) -> "StopRequest":
         self._pipe = os.pipe()
@@ -93,13 +94,6 @@ class StopRequest:
         self._grace_s[signal.SIGINT], self._held = float("inf"), True
         self._before.setdefault(signal.SIGINT, signal.signal(signal.SIGINT, self._handle))
 
-    def if_told_to_end(self, work: Callable[[], None]) -> None:
-        """Does this work at SIGTERM, which may be followed by SIGKILL soon, or now if that has come already."""
-        if self.number == signal.SIGTERM:
-            work()
-        else:
-            self._if_told_to_end = work
-
     @property
     def left_s(self) -> float:
         """Seconds until this process may be killed; infinite where no signal has come."""
@@ -116,9 +110,6 @@ class StopRequest:
         while arrived := os.read(self._pipe[0], 1):
             number = arrived[0]
             self._note(number)
-            if number == signal.SIGTERM:
-                work, self._if_told_to_end = self._if_told_to_end, lambda: None
-                work()
             if number == signal.SIGINT and self._held:
                 self._came += 1
                 if self._came == 1 and self._speaks:
@@ -137,8 +128,10 @@ class StopRequest:
 
     def _note(self, number: int) -> None:
         if number in self._grace_s:
-            self._deadline = min(self._deadline, time.monotonic() + self._grace_s[signal.Signals(number)])
-            self.number = number
+            deadline = time.monotonic() + self._grace_s[signal.Signals(number)]
+            if not self.number or deadline < self._deadline:
+                self.number, self._deadline = number, deadline
+            self.came.add(number)
 
 
 def grace_s(training: TrainingConfig) -> dict[signal.Signals, float]:

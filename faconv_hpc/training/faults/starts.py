@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ STARTS_FILE = "starts.json"
 def counted_start(config: RunConfig, stop: StopRequest, *, here: bool, counted: bool = False) -> Iterator[None]:
     """Counts this start of a run, until it saves a checkpoint (`made_progress`).
 
-    One that ends by what the user did, Ctrl-C or input to be mended, is not counted, nor one that is told to end by
-    SIGTERM: that says nothing about the run. A process that is killed is, and one that SIGUSR1 ends at its time limit.
+    One that ends by what the user did, Ctrl-C or input to be mended, is not counted, nor one that ends in order because
+    SIGTERM told it to: that says nothing about the run. One that is killed is, also where srun ends its other ranks by
+    SIGTERM, and one that SIGUSR1 ends at its time limit.
 
     Args:
         here: whether this rank keeps the count.
@@ -35,15 +36,17 @@ def counted_start(config: RunConfig, stop: StopRequest, *, here: bool, counted: 
         yield
         return
     if not counted:
-        count_start(config, stop)
+        count_start(config)
     try:
         yield
     except (InputError, KeyboardInterrupt):
         take_back(config.run_dir)
         raise
+    if stop.came == {signal.SIGTERM}:
+        take_back(config.run_dir)
 
 
-def count_start(config: RunConfig, stop: StopRequest) -> None:
+def count_start(config: RunConfig) -> None:
     """Counts one start; raises as `counted_start` does. Before the ranks meet, so that a start without them counts."""
     run_dir, give_up_after = config.run_dir, config.training.give_up_after
     path = run_dir / STARTS_FILE
@@ -59,7 +62,6 @@ def count_start(config: RunConfig, stop: StopRequest) -> None:
         _write(path, before + 1, mark)
     except OSError as error:
         raise cannot_write("run_dir", run_dir, error) from None
-    stop.if_told_to_end(partial(take_back, run_dir))
 
 
 def take_back(run_dir: Path) -> None:
