@@ -313,6 +313,18 @@ def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
 
 
 def test_a_rank_that_waits_for_files_for_too_long_ends_the_job(monkeypatch):
+    """By itself: nobody else can."""
+    code = f"""
+import time
+from torch.distributed import HashStore
+from faconv_hpc.spatial.failure import FailureWatch
+watch = FailureWatch(HashStore(), 0, 1, timeout_s=10.0)
+watch.activity.step, watch.activity.since, watch.activity.doing = 7, time.monotonic() - 100, {SAVING!r}
+time.sleep(30)
+"""
+    ended = forks.run([sys.executable, "-m", "forks", code], cwd=Path(__file__).parent, timeout=60)
+    assert ended.returncode == EXIT_STOPPED
+    assert "failed (rank 0): this rank has been saving a checkpoint in step 7 for 10" in ended.stderr
     watch = failure.FailureWatch(PlainStore(), 0, 1, timeout_s=10.0)
     try:
         watch.activity.step, watch.activity.since = 7, time.monotonic() - 100
