@@ -35,10 +35,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from faconv_hpc.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED
+from faconv_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from faconv_hpc.spatial.environment import RankEnvironment, free_port
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import UNFINISHED, Checkpoint, checkpoints_in
+from faconv_hpc.training.trainer import UNSAVED
 
 STEPS, INTERVAL = 24, 2
 TIMEOUT_S = 10  # of the run, the least it allows
@@ -273,7 +274,7 @@ class Chaos:
             if not _equal(_state(one), self.reference[one.step]):
                 raise BrokenPromiseError(f"{one.path} holds other numbers than the undisturbed run at that step")
             newest = one.step
-        allowed = INTERVAL * (2 if background else 1)
+        allowed = INTERVAL * (2 if background else 1) * (UNSAVED if kind == "full disk" else 1)
         if kind not in FILE_FAULTS and not damaged:
             lost = _last_step(run_dir) - newest
             self.most_lost = max(self.most_lost, lost)
@@ -306,17 +307,23 @@ def _stop(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -
     return True
 
 
-def _terminate(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
-    """To all ranks, as Slurm does, or to one."""
-    for one in range(chaos.ranks) if chaos.random.random() < 0.5 else (rank,):
-        job.send(one, signal.SIGTERM)
-    codes = job.wait()
-    if not set(codes) <= {EXIT_STOPPED, EXIT_OK}:
-        raise BrokenPromiseError(f"exit codes {codes} after SIGTERM, {EXIT_STOPPED} is documented; see {job.log}")
-    newest, last = [one for one in checkpoints_in(run_dir) if one.problem() is None][-1:], _last_step(run_dir)
-    if [one.step for one in newest] != [last]:
-        raise BrokenPromiseError(f"stopped by SIGTERM after step {last}, but {newest} is saved; see {job.log}")
-    return True
+def _ask(number: signal.Signals, code: int) -> Callable[..., bool]:
+    """A signal to all ranks, as Slurm and a terminal send it, or to one: nothing at all is lost."""
+
+    def fault(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
+        for one in range(chaos.ranks) if chaos.random.random() < 0.5 else (rank,):
+            job.send(one, number)
+        codes = job.wait()
+        if not set(codes) <= {code, EXIT_OK}:
+            raise BrokenPromiseError(f"exit codes {codes} after {number.name}, {code} is documented; see {job.log}")
+        newest, last = [one for one in checkpoints_in(run_dir) if one.problem() is None][-1:], _last_step(run_dir)
+        if [one.step for one in newest] != [last]:
+            raise BrokenPromiseError(
+                f"stopped by {number.name} after step {last}, but {newest} is saved; see {job.log}"
+            )
+        return True
+
+    return fault
 
 
 def _except(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
@@ -387,7 +394,8 @@ FAULTS: dict[str, Callable[..., bool]] = {
     "kill during a step": _kill,
     "kill at the start": _kill_at_start,
     "stopped rank": _stop,
-    "SIGTERM": _terminate,
+    "SIGTERM": _ask(signal.SIGTERM, EXIT_STOPPED),
+    "Ctrl-C": _ask(signal.SIGINT, EXIT_INTERRUPTED),
     "exception": _except,
     "full disk": _fill_disk,
     "truncated shard": _damage(_truncate),
@@ -398,7 +406,7 @@ FAULTS: dict[str, Callable[..., bool]] = {
 FILE_FAULTS = ("truncated shard", "flipped bit", "deleted shard", "swapped shards")
 ORDER = [
     "kill during a step", "SIGTERM", "exception", "flipped bit", "kill at the start", "truncated shard", "full disk",
-    "stopped rank", "kill during a step", "deleted shard", "SIGTERM", "swapped shards",
+    "stopped rank", "Ctrl-C", "kill during a step", "deleted shard", "SIGTERM", "swapped shards",
 ]  # fmt: skip
 
 
