@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 PACKAGE = Path(__file__).parent.parent / "faconv_hpc"
 ROOMS = {
@@ -92,3 +93,10 @@ def test_files_and_functions_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, f"{inside(path)}: {node.name}"
+
+
+def test_every_fault_of_mutate_is_in_a_line_that_is_there():
+    """Or what tools/mutate.py is to prove is proven of code that has gone."""
+    faults = yaml.safe_load((PACKAGE.parent / "tools" / "faults.yaml").read_text())
+    gone = [fault["what"] for fault in faults if (PACKAGE / fault["file"]).read_text().count(fault["right"]) != 1]
+    assert len(faults) > 90 and not gone
