@@ -71,6 +71,16 @@ def test_chunks_that_are_left_out_on_purpose_are_filled_when_asked_for(tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_of_a_selected_member_its_own_chunks_are_looked_for(tmp_path: Path) -> None:
+    members = dataset({"t": (("number", *DIMS), values(1, (3, FRAMES, NLAT, NLON)))}, number=("number", [0, 1, 2]))
+    source = zarr(members, tmp_path / "s.zarr", chunks=(1, FRAMES, NLAT, NLON))
+    (source / "t" / "c" / "1" / "0" / "0" / "0").unlink()
+    with pytest.raises(InputError, match=r"the chunk t/c/1/0/0/0 of 't' in .*s\.zarr is not there"):
+        prepare([source], tmp_path / "o", select={"number": "1"})
+    assert not prepare([source], tmp_path / "o", select={"number": "2"}).has_missing
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
 def test_a_damaged_zarr_chunk_is_named(tmp_path: Path) -> None:
     source = zarr(dataset(), tmp_path / "s.zarr")
     (source / "u" / "c" / "3" / "0" / "0").write_bytes(b"not what was written")

@@ -193,7 +193,9 @@ def test_the_dry_run_is_what_sbatch_gets(tmp_path, slurm, store):
     by_hand = subprocess.run(command, env=job_environment(), capture_output=True, text=True, check=True, cwd=tmp_path)
     assert over(by_hand.stdout.strip(), tmp_path / "job.log").name == "COMPLETED"
     assert len(losses_of(tmp_path / "run")) == 6
-    waited = faconv("submit", config, "--wait", "--set", "training.steps=8", environment=job_environment())
+    waited = faconv(
+        "submit", config, "--wait", "--set", "training.steps=8", "--extend", "keep", environment=job_environment()
+    )
     assert waited.returncode == 0, waited.stdout + waited.stderr
     assert "step 8/8" in waited.stdout and "completed" in waited.stderr
     script = Path(re.search(r"script (\S+),", waited.stdout)[1]).read_text()

@@ -142,6 +142,20 @@ def test_statistics_are_those_of_numpy_in_float64(path: Path, source: xr.Dataset
         assert store.valid_share[index] == pytest.approx(1 - np.isnan(data[:, index]).mean())
 
 
+def test_what_rounding_makes_of_one_number_is_no_change(tmp_path: Path, source: xr.Dataset) -> None:
+    """Divided by it, rounding would become a signal."""
+    low = np.float32(273.15)
+    steps = np.random.default_rng(0).random((FRAMES, NLAT, NLON)) < 0.5
+    noisy = np.where(steps, low, np.nextafter(low, np.float32(300)))
+    data = source[["u"]].assign(flat=(("time", "lat", "lon"), noisy))
+    data.to_netcdf(tmp_path / "s.nc", engine="h5netcdf")
+    prepare([tmp_path / "s.nc"], tmp_path / "o")
+    with Store.open(tmp_path / "o") as store:
+        (flat, u) = store.channel_indices(["flat", "u"])
+        assert store.std[flat] == store.tendency_std[flat] == 0 and store.mean[flat] == pytest.approx(273.15)
+        assert store.std[u] == pytest.approx(1, rel=0.05)
+
+
 def test_times_are_of_the_calendar(path: Path) -> None:
     store = Store.open(path)
     assert store.calendar == "standard"

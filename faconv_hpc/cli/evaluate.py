@@ -38,7 +38,9 @@ def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = Fa
     with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
         evaluation = evaluate_run(run, mesh)
         if mesh.rank == 0:
-            title = f"{run_dir.name}: change to the last frame, {'held out' if evaluation.held_out else 'trained on'}"
+            before, after = evaluation.example.dates
+            kind = "held out" if evaluation.held_out else "trained on"
+            title = f"{run_dir.name}, step {evaluation.step}: change from {before} to {after} ({kind})"
             figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title)
             saved = save_skill(evaluation, run_dir)
             print(saved.read_text()) if as_json else _show_skill(evaluation, figure)

@@ -1,5 +1,6 @@
 """Figures of a run."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -45,10 +46,16 @@ def _map(
         longitude, latitude, field, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest", rasterized=True
     )
     place.set_xticks(np.arange(-180, 181, 60) if longitude[0] < -90 and longitude[-1] > 90 else place.get_xticks())
+    for axis, (above, below) in ((place.xaxis, ("E", "W")), (place.yaxis, ("N", "S"))):
+        axis.set_major_formatter(partial(_degrees, above, below))
     place.tick_params(labelsize=7)
     place.set_xlim(longitude[0], longitude[-1])
     place.set_ylim(min(latitude[0], latitude[-1]), max(latitude[0], latitude[-1]))
     return image
+
+
+def _degrees(above: str, below: str, value: float, position: int | None = None) -> str:
+    return f"{abs(value):g}°{above if value > 0 else below if value < 0 else ''}"
 
 
 def _centred(longitude_deg: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:

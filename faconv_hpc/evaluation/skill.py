@@ -43,7 +43,7 @@ class Skill:
 
 @dataclass(frozen=True)
 class Example:
-    """One forecast of the whole grid, for a figure: change, not state, where errors can be seen."""
+    """One forecast of the whole grid, for a figure: change from one date to another, where errors can be seen."""
 
     variables: tuple[str, ...]
     units: tuple[str, ...]
@@ -51,6 +51,7 @@ class Example:
     longitude_deg: NDArray[np.float64]
     truth_CYX: NDArray[np.float32]
     forecast_CYX: NDArray[np.float32]
+    dates: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,18 @@ def _skills(windows: Windows, rmse: Tensor) -> tuple[Skill, ...]:
 
 def _example(windows: Windows, truth: Tensor, forecast: Tensor, scale: Tensor, domain: Domain) -> Example:
     units = [windows.store.units[index] for index in windows.store.channel_indices(windows.field_channels)]
-    whole = [(domain.assemble(tendency).cpu() * scale[:, None, None]).float().numpy() for tendency in (truth, forecast)]
+    last = windows.frames_of(len(windows) - 1)[-1]
+    true, guessed = (
+        (domain.assemble(tendency).cpu() * scale[:, None, None]).float().numpy() for tendency in (truth, forecast)
+    )
     return Example(
         windows.field_channels,
         tuple(units),
         np.rad2deg(domain.grid.latitude),
         np.rad2deg(domain.grid.longitude),
-        *whole,
+        true,
+        guessed,
+        (windows.store.layout.time.label(last - 1), windows.store.layout.time.label(last)),
     )
 
 

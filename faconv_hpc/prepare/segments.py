@@ -1,8 +1,8 @@
 """What one source holds: for every channel consecutive frames, and how they are read, turned and checked."""
 
 import zlib
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..spatial.grid import LatLonGrid, Span
 from .channel_names import channels_of
 from .grib import NOTE
 from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
-from .selection import bounds_of, is_flag
+from .selection import SELECTED, bounds_of, is_flag
 from .values import refuse_rounded, refuse_suspect
 from .zarr_chunks import ZarrChunks
 
@@ -57,6 +57,7 @@ class Segment:
     options: SourceOptions
     frames: range
     chunks: ZarrChunks | None = None
+    selected: Mapping[Hashable, int] = field(default_factory=dict)
 
     def read(self, frames: range, rows: Span, beside: Sequence["Segment"]) -> NDArray[np.float32]:
         """fields_TCYX of frames counted from this segment's first; north first, NaN if missing.
@@ -77,7 +78,7 @@ class Segment:
         roles = self.roles
         order = [dim for dim in (roles.time, roles.level, roles.latitude, roles.longitude) if dim is not None]
         if self.chunks is not None:
-            self.chunks.check(self.array, picked)
+            self.chunks.check(self.array, {**picked, **self.selected})
         try:
             # Loaded first: transposed while it is read, a source in another order takes many times as long.
             values = self.array.isel(picked).load().transpose(*order).values
@@ -139,7 +140,7 @@ def segments_of(
         InputError: fields whose grid, times or dims no store can have.
     """
     segments: list[Segment] = []
-    bounds, names = bounds_of(dataset), dict(options.rename)
+    bounds, names, taken = bounds_of(dataset), dict(options.rename), dataset.attrs.get(SELECTED, {})
     if NOTE in dataset.attrs:
         notes.append(dataset.attrs[NOTE])
     times: dict[Hashable, TimeAxis] = {}
@@ -164,7 +165,7 @@ def segments_of(
             times[roles.time] = _times(dataset, roles, options, path, notes)
         time = times[roles.time]
         segments += [
-            Segment(path, channel, array, roles, level, grid, time, what, options, range(len(time)), chunks)
+            Segment(path, channel, array, roles, level, grid, time, what, options, range(len(time)), chunks, taken)
             for level, channel, what in channels_of(dataset, name, roles, names)
         ]
     return segments

@@ -12,6 +12,8 @@ import xarray as xr
 from ..data.times import EPOCH_UNITS, SECONDS_PER_DAY, TimeAxis
 from ..errors import InputError
 
+SELECTED = "faconv_selected"
+"""Attribute of a dataset: which place along a dim of the source was taken."""
 BOUNDS = re.compile(r".*_(bnds?|bounds|vertices)")
 DATE = re.compile(r"(\d{1,4})(?:-(\d\d?))?(?:-(\d\d?))?(?:[T ](\d\d):(\d\d)(?::00)?)?")
 
@@ -32,7 +34,8 @@ def selected(dataset: xr.Dataset, select: tuple[tuple[str, str], ...], path: Pat
             raise InputError(
                 f"--select {dim}={text}: the dim {dim!r} of {path} has the values {shown}. Take one of them."
             )
-        dataset = dataset.isel({dim: found})
+        places = {**dataset.attrs.get(SELECTED, {}), dim: found[0]}
+        dataset = dataset.isel({dim: found}).assign_attrs({SELECTED: places})
     return dataset
 
 

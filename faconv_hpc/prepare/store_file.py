@@ -14,6 +14,7 @@ from ..data.times import EPOCH_UNITS
 from .hdf5_file import new_netcdf
 
 CONVENTIONS = "CF-1.8"
+ROUNDING = 2.0**-23  # of float32, between neighbours near one
 
 
 def write_coordinates(nc: h5netcdf.File, layout: StoreLayout, frames: range) -> None:
@@ -46,13 +47,15 @@ def write_store_file(
     Args:
         mark: the fingerprint that all files of fields bear.
     """
+    mean, std = (np.array([getattr(moment.value, name) for moment in moments]) for name in ("mean", "std"))
+    settled = std <= ROUNDING * np.abs(mean)  # what float32 makes of one number is no change
     content = StoreContent(
         layout=layout,
         files=files,
         fingerprint=mark,
-        mean=np.array([moment.value.mean for moment in moments]),
-        std=np.array([moment.value.std for moment in moments]),
-        tendency_std=np.array([moment.tendency.std for moment in moments]),
+        mean=mean,
+        std=np.where(settled, 0.0, std),
+        tendency_std=np.where(settled, 0.0, np.array([moment.tendency.std for moment in moments])),
         valid_share=np.array([moment.valid_cells / moment.cells for moment in moments]),
         year_fraction=layout.time.year_fraction,
         utc_hour=layout.time.utc_hour,

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .._version import __version__
 from ..config import RunConfig
+from ..data.samples import Windows
 from ..files import read_json_lines, write_durably, write_json_lines
 
 STEPS_FILE = "steps.jsonl"
@@ -94,9 +95,13 @@ class Recorder:
         done: steps that a checkpoint already holds. Records beyond it, of a run that was cut off, are
             dropped: those steps are done again, and no step stands in the file twice.
         machines: on which the ranks run; stands beside the versions.
+
+    Attributes:
+        last: what was written last; None if nothing was.
     """
 
     def __init__(self, config: RunConfig, done: int, machines: Mapping[str, Any]) -> None:
+        self.last: StepRecord | None = None
         _write_config(config, done)
         write_durably(config.run_dir / VERSIONS_FILE, json.dumps({**versions(), **machines}, indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
@@ -124,6 +129,7 @@ class Recorder:
         self._file.write(record.to_json() + "\n")
         self._file.flush()
         self._display.show(record)
+        self.last = record
         if self._board is not None:
             for name, value in asdict(record).items():
                 if isinstance(value, int | float):
@@ -138,8 +144,8 @@ class _Display:
         self._console = Console(stderr=True)
         self._every = max(1, steps // LINES_PER_RUN)
         self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(bar_width=10),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -159,7 +165,8 @@ class _Display:
             f"loss {record.loss:.4f}  {record.samples_per_s:.2f} samples/s  data {record.data_share:.0%}  "
             f"communication {record.communication_share:.0%}  peak {record.peak_memory_gib:.2f} GiB"
         )
-        self._bar.update(self._task, completed=record.step, description=text)
+        short = f"loss {record.loss:.4f} {record.samples_per_s:.3g}/s {record.peak_memory_gib:.1f} GiB"  # 80 columns
+        self._bar.update(self._task, completed=record.step, description=short)
         shown = record.step % self._every == 0 or record.step in (1, self._steps)
         if shown and not self._console.is_terminal:
             print(f"step {record.step}/{self._steps}  {text}", file=sys.stderr, flush=True)
@@ -168,6 +175,30 @@ class _Display:
 def read_records(run_dir: Path) -> list[StepRecord]:
     """The records of a run, in order; none where there is no run."""
     return [StepRecord.from_row(row) for row in _rows(run_dir / STEPS_FILE)]
+
+
+def beginning(config: RunConfig, windows: Windows, parameters: int, rank_gib: float, done: int) -> str:
+    """What a start is going to do, for people.
+
+    Args:
+        windows: that samples are drawn from.
+        parameters: how many the network has.
+        rank_gib: memory that a rank needs at least.
+        done: steps that are done already.
+    """
+    mesh, fields = config.mesh, len(windows.field_channels)
+    return (
+        f"{config.run_dir}: steps {done + 1} to {config.training.steps} on a mesh of {mesh.replicas} x {mesh.lat} x "
+        f"{mesh.lon} (replicas x lat x lon), {config.global_batch} of {len(windows)} windows in each\n"
+        f"  {len(windows.input_channels)} channels in, {fields} forecast, {parameters:,} parameters, at least "
+        f"{rank_gib:.2f} GiB a rank; records go to {config.run_dir / STEPS_FILE}"
+    )
+
+
+def ending(config: RunConfig, last: StepRecord | None) -> str:
+    """What it has done, and what comes next."""
+    loss = f", forecast loss {last.forecast_loss:.4f} (1 is what persistence has)" if last else ""
+    return f"{config.run_dir}: at step {config.training.steps}{loss}. Next: faconv evaluate {config.run_dir}"
 
 
 def versions() -> dict[str, str]:
@@ -199,6 +230,8 @@ def _commit() -> str:
 
 def _write_config(config: RunConfig, done: int) -> None:
     """The resolved config; the one that led to step ``done``, if it was another, is kept beside it."""
+    store = config.data.store.absolute()  # so that what comes later may be called from another directory
+    config = config.model_copy(update={"data": config.data.model_copy(update={"store": store})})
     path = config.run_dir / CONFIG_FILE
     until = path.with_name(f"config-until-step-{done}.yaml")
     if done and path.exists() and path.read_text(errors="replace") != config.to_yaml() and not until.exists():

@@ -26,8 +26,8 @@ from .faults.health import MicroBatch
 from .faults.not_finite import NotFinite
 from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
-from .fit import check_store
-from .records import Recorder, StepRecord, recording
+from .fit import check_store, least_bytes
+from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, sample_positions
@@ -88,7 +88,15 @@ def train(
         requests = _requests(config, windows, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
+        if here:
+            _announce(workspace, engine, windows, done)
         return Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
+
+
+def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:
+    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.network.parameters())
+    rank_gib = least_bytes(workspace.config, workspace.domain.cuts) / 2**30
+    print(beginning(workspace.config, windows, parameters, rank_gib, done), file=sys.stderr, flush=True)
 
 
 def _machines(mesh: ProcessMesh) -> dict[str, Any]:
@@ -158,6 +166,8 @@ class Trainer:
                     return self._leave(step, end)
         with self._activity.during(SAVING):
             self._writer.finish()
+        if self._recorder is not None:
+            print(ending(self._config, self._recorder.last), file=sys.stderr)
         return EXIT_OK
 
     def _save_if_due(self, step: int, end: StepEnd) -> None:
