@@ -41,7 +41,8 @@ def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = Fa
             before, after = evaluation.example.dates
             kind = "held out" if evaluation.held_out else "trained on"
             title = f"{run_dir.name}, step {evaluation.step}: change from {before} to {after} ({kind})"
-            figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title)
+            ratios = [skill.ratio for skill in evaluation.skills]
+            figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title, ratios)
             saved = save_skill(evaluation, run_dir)
             print(saved.read_text()) if as_json else _show_skill(evaluation, figure)
 

@@ -1,5 +1,6 @@
 """Figures of a run."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,12 @@ FIGURE_DPI = 110
 SCALE_PERCENTILE = 99.0  # colours saturate beyond it, so that a few cells do not fade all others
 
 
-def draw_forecast(example: Example, path: Path, title: str) -> Path:
-    """Truth, forecast and error of one step's change, a row per variable, longitude 0 in the middle."""
+def draw_forecast(example: Example, path: Path, title: str, ratios: Sequence[float] = ()) -> Path:
+    """Truth, forecast and error of one step's change, a row per variable, longitude 0 in the middle.
+
+    Args:
+        ratios: of each variable, the forecast's error over that of persistence, to be said.
+    """
     shown = min(len(example.variables), 6)
     figure, axes = pyplot.subplots(shown, 3, figsize=(12, 2.3 * shown + 0.7), squeeze=False, layout="constrained")
     longitude, order = _centred(example.longitude_deg)
@@ -29,7 +34,8 @@ def draw_forecast(example: Example, path: Path, title: str) -> Path:
         panels = {"truth": truth, "forecast": forecast, "error": forecast - truth}
         for place, (name, field) in zip(axes[row], panels.items(), strict=True):
             image = _map(place, longitude, example.latitude_deg, field, limit)
-            place.set_title(f"{example.variables[row]}: {name}", fontsize=9)
+            said = f", {ratios[row]:.2f} of persistence's error" if ratios and name == "forecast" else ""
+            place.set_title(f"{example.variables[row]}: {name}{said}", fontsize=9)
         figure.colorbar(image, ax=list(axes[row]), label=f"change in one step [{example.units[row]}]", pad=0.01)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)

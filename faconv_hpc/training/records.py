@@ -191,7 +191,7 @@ def beginning(config: RunConfig, windows: Windows, parameters: int, rank_gib: fl
         f"{config.run_dir}: steps {done + 1} to {config.training.steps} on a mesh of {mesh.replicas} x {mesh.lat} x "
         f"{mesh.lon} (replicas x lat x lon), {config.global_batch} of {len(windows)} windows in each\n"
         f"  {len(windows.input_channels)} channels in, {fields} forecast, {parameters:,} parameters, at least "
-        f"{rank_gib:.2f} GiB a rank; records go to {config.run_dir / STEPS_FILE}"
+        f"{rank_gib:.2g} GiB a rank; records go to {config.run_dir / STEPS_FILE}"
     )
 
 
