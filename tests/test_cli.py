@@ -64,7 +64,7 @@ def test_train_on_two_ranks_then_evaluate_then_go_on(tmp_path, store):
     assert "step 6/6" in trained.stderr and "samples/s" in trained.stderr
     assert re.search(
         r"run: steps 1 to 6 on a mesh of 1 x 1 x 2 \(replicas x lat x lon\), 1 of 10 windows in each\n"
-        r"  \d+ channels in, 2 forecast, [\d,]+ parameters, at least [\d.e-]+ GiB a rank; records go to \S+steps\.jsonl\n",
+        r"  \d+ channels in, 2 forecast, [\d,]+ parameters, at least [\d.e-]+ GiB a rank; records go to \S+jsonl\n",
         trained.stderr,
     )
     assert re.search(r"run: at step 6, forecast loss 0?1?\.\d+ .* Next: faconv evaluate \S+/run\n", trained.stderr)
