@@ -57,12 +57,12 @@ def exit_code_of(error: BaseException) -> int:
         return EXIT_INTERRUPTED
     if isinstance(error, NoProgressError):
         return EXIT_NO_PROGRESS
-    if isinstance(error, TryAgainError) or _is_out_of_reach(error):
+    if isinstance(error, TryAgainError) or is_out_of_reach(error):
         return EXIT_STOPPED
     return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
 
 
-def _is_out_of_reach(error: BaseException) -> bool:
+def is_out_of_reach(error: BaseException) -> bool:
     """Whether a file system failed here and now; from another node it may answer."""
     return isinstance(error, OSError) and error.errno in OUT_OF_REACH
 
@@ -81,7 +81,7 @@ def describe(error: BaseException, rank: int | None = None) -> str:
             f"faconv: failed{where}: {error.strerror}: {error.filename or 'a file of the run'}. The checkpoints that "
             f"are there stay. Make room, and start the same command again."
         )
-    if _is_out_of_reach(error):
+    if is_out_of_reach(error):
         return f"faconv: failed{where}: {error}. The file system is away, or fails: start the same command again."
     lines = "".join(traceback.format_exception(error))
     return f"{lines}faconv: failed{where}: {type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import OUT_OF_REACH, InputError, TryAgainError
+from .errors import InputError, TryAgainError, is_out_of_reach
 
 
 def write_flushed(path: Path, raw: bytes) -> None:
@@ -83,7 +83,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def check_in_reach(path: Path, error: BaseException) -> None:
     """Raises TryAgainError if a file could not be read because its file system is away."""
-    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+    if isinstance(error, OSError) and error.errno and is_out_of_reach(error):
         raise TryAgainError(
             f"{path} cannot be read for now: {os.strerror(error.errno)}. Look at its file system; the same command "
             f"goes on from the newest checkpoint."
@@ -92,6 +92,6 @@ def check_in_reach(path: Path, error: BaseException) -> None:
 
 def cannot_write(what: str, path: Path, error: OSError) -> InputError | TryAgainError:
     """The error for a directory that the user has named; ``what`` is the name of the key or option."""
-    if error.errno in OUT_OF_REACH:
+    if is_out_of_reach(error):
         return TryAgainError(f"{what} {path} cannot be written for now: {error.strerror}. Look at its file system.")
     return InputError(f"{what} {path} cannot be written: {error.strerror}. Give a directory where you may write.")

@@ -1,9 +1,11 @@
 """Arguments and options that several verbs take."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from ..training.schedule import Rule
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
 RunPath = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
@@ -16,7 +18,7 @@ Ranks = Annotated[
     typer.Option("--ranks", min=1, help="Start so many ranks on this machine; without it, this process is one rank."),
 ]
 Extend = Annotated[
-    Literal["keep", "rewarm"] | None,
+    Rule | None,
     typer.Option(
         help="If training.steps was raised: keep the last learning rate, or warm up again and decay over the new."
     ),

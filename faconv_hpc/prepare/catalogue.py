@@ -94,7 +94,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
             of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
             for segment in segments_of(selected(dataset, options.select, path), path, options, notes, constant):
                 found.setdefault(segment.channel.name, []).append(segment)
-    _check_names(options, names | {str(name) for segments in found.values() for one in segments for name in one.names})
+    _check_names(options, names | {name for segments in found.values() for one in segments for name in one.names})
     for dim, value in options.select:
         if dim not in of_use:
             raise InputError(
@@ -202,15 +202,13 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
     for segment in segments:
         same = _same_units(segment.channel.units, first.channel.units) or segment.is_accepted
         if segment.what != first.what or not same:
+            silent = not (segment.channel.units and first.channel.units)
+            accept = f", or take both as they are: --accept {first.channel.name}" if silent else ""
             raise InputError(
                 f"{first.channel.name!r} is {first.what} in {first.channel.units or 'no units'} in {first.path}, but "
                 f"{segment.what} in {segment.channel.units or 'no units'} in {segment.path}: they are not one field. "
-                f"Convert one of them, or prepare it alone under another name with --rename {first.array.name}=NAME"
-                + (
-                    "."
-                    if segment.channel.units and first.channel.units
-                    else f", or take both as they are: --accept {first.channel.name}."
-                )
+                f"Convert one of them, or prepare it alone under another name with --rename "
+                f"{first.array.name}=NAME{accept}."
             )
     calendars = {segment.time.calendar for segment in segments}
     if len(calendars) > 1:

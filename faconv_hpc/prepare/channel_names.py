@@ -6,8 +6,11 @@ takes from ecCodes (`t2m`, `u10`). Pressure in Pa is named in hPa.
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from ..data.layout import Channel
 from .roles import Roles, is_pressure
@@ -46,9 +49,7 @@ def _channels_of(
     level = dataset[roles.level]
     if level.dtype.kind in "OSUT":  # names, as a store of ours has them
         return [(i, Channel(str(text), units, str(text)), f"channel {text}") for i, text in enumerate(level.values)]
-    unit = str(level.attrs.get("units", ""))
-    values = level.values / 100.0 if unit == "Pa" else level.values
-    unit = "hPa" if unit == "Pa" else unit
+    values, unit = _in_hpa(level)
     texts = [f"at {value:g} {unit}".strip() for value in values]
     return [
         (i, Channel(f"{called}{value:g}", units, f"{long_name} {text}"), f"{whole} {text}")
@@ -56,11 +57,16 @@ def _channels_of(
     ]
 
 
+def _in_hpa(level: xr.DataArray) -> tuple[NDArray[Any], str]:
+    """Values of a level's coordinate and their unit; Pa becomes hPa."""
+    unit, values = str(level.attrs.get("units", "")), np.atleast_1d(level.values)
+    return (values / 100.0, "hPa") if unit == "Pa" else (values, unit)
+
+
 def _alone(dataset: xr.Dataset, name: Hashable) -> tuple[str, str]:
     """For a field at the one pressure that its source gives, which is no dim then: t at 500 hPa is not t."""
     for coordinate, values in dataset[name].coords.items():
         if values.ndim == 0 and is_pressure(str(coordinate), values.attrs):
-            unit = str(values.attrs.get("units", ""))
-            value = float(values) / 100.0 if unit == "Pa" else float(values)
-            return f"{value:g}", f" at {value:g} {'hPa' if unit == 'Pa' else unit}".rstrip()
+            (value,), unit = _in_hpa(values)
+            return f"{value:g}", f" at {value:g} {unit}".rstrip()
     return "", ""

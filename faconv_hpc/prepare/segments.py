@@ -99,13 +99,13 @@ class Segment:
         """Fields of this channel as a store keeps them; raises InputError for values that nobody can have meant."""
         where = f"variable {self.array.name!r} in {self.path}"
         marks = [value for name, value in self.options.missing_values if name in ("", *self.names)]
-        marked = np.isin(values_TYX.astype(np.float32), np.array(marks, np.float32)) if marks else None
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the writer names
+            fields_TYX = values_TYX.astype(np.float32)
+        marked = np.isin(fields_TYX, np.array(marks, np.float32)) if marks else None
         stored = np.dtype(self.array.encoding.get("dtype", values_TYX.dtype))
         whole = stored.kind in "iu" and "scale_factor" not in self.array.encoding
         if whole and not self.is_accepted:
             refuse_rounded(values_TYX if marked is None else values_TYX[~marked], where)
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the writer names
-            fields_TYX = values_TYX.astype(np.float32)
         if marked is not None:
             fields_TYX[marked] = np.nan
         if not self.is_accepted:

@@ -23,7 +23,7 @@ def refuse_suspect(values_TYX: NDArray[np.float32], where: str, name: str) -> No
     mark = suspect(values_TYX)
     if mark is not None:
         count = int(np.count_nonzero(values_TYX == np.float32(mark)))
-        side = "below" if mark == _lowest(values_TYX) else "above"
+        side = "below" if mark == np.nanmin(values_TYX) else "above"
         raise InputError(
             f"{where} is {mark:.9g} in {count} cells, far {side} all others. If it marks missing data, say so with "
             f"--missing-value {name}={mark:.9g}; if it is real, with --accept {name}."
@@ -32,31 +32,29 @@ def refuse_suspect(values_TYX: NDArray[np.float32], where: str, name: str) -> No
 
 def suspect(values: NDArray[np.float32]) -> float | None:
     """The lowest value, if it stands there several times, far below the rest, or the highest if it is a usual mark."""
-    lowest = _sentinel(values)
-    if lowest is not None:
-        return lowest
-    highest = _sentinel(-values)
-    return _outlier(values) if highest is None else -highest
-
-
-def _lowest(values: NDArray[np.float32]) -> float:
     with np.errstate(invalid="ignore"):
-        return float(np.fmin.reduce(values, axis=None))
+        lowest, highest = (float(limit.reduce(values, axis=None)) for limit in (np.fmin, np.fmax))
+    if _is_sentinel(lowest) and _is_alone(values, lowest):
+        return lowest
+    if _is_sentinel(-highest) and _is_alone(-values, -highest):
+        return highest
+    return _outlier(values, lowest)
 
 
-def _sentinel(values: NDArray[np.float32]) -> float | None:
-    """The lowest value, if it is one that usually marks missing data, and no other is near."""
-    lowest = _lowest(values)
-    if not any(lowest == np.float32(sentinel) for sentinel in SENTINELS):
-        return None
+def _is_sentinel(value: float) -> bool:
+    """Whether it is one that usually marks missing data."""
+    return any(value == np.float32(sentinel) for sentinel in SENTINELS)
+
+
+def _is_alone(values: NDArray[np.float32], lowest: float) -> bool:
+    """Whether the lowest value stands there several times, and no other is near."""
     rest = values[values > lowest]
     alone = rest.size == 0 or float(rest.min()) - lowest > SENTINEL_GAP * abs(lowest)
-    return lowest if alone and np.count_nonzero(values == lowest) > 1 else None
+    return alone and int(np.count_nonzero(values == lowest)) > 1
 
 
-def _outlier(values: NDArray[np.float32]) -> float | None:
+def _outlier(values: NDArray[np.float32], lowest: float) -> float | None:
     """The lowest value, if it stands there several times, and the rest, which is not little, keeps far from it."""
-    lowest = _lowest(values)
     if not np.isfinite(lowest):
         return None
     sample = values.ravel()[:: max(1, values.size // SAMPLE)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import OUT_OF_REACH, RunError, TryAgainError
+from ..errors import RunError, TryAgainError, is_out_of_reach
 from ..files import make_durably, write_durably
 from ..observe import SAVING
 from .engine import Engine
@@ -74,7 +74,7 @@ class _Problem:
 
     @classmethod
     def of(cls, error: OSError) -> "_Problem":
-        return cls(error.strerror or str(error), error.errno in OUT_OF_REACH)
+        return cls(error.strerror or str(error), is_out_of_reach(error))
 
     def __str__(self) -> str:
         return self.told if self.rank is None else f"rank {self.rank}: {self.told}"

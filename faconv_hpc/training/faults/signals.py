@@ -60,7 +60,7 @@ class StopRequest:
         self._pipe = (-1, -1)
         self._descriptor_before = -1
         self._speaks = False
-        self._held, self._handled, self._came = False, 0, 0  # of SIGINT: once handled may stand for twice come
+        self._held, self._handled, self._interrupts = False, 0, 0  # of SIGINT: once handled may stand for twice come
         self._last_resort = threading.Timer(STUCK_S, self._end_at_once)
         self._last_resort.daemon = True
         self.number = self.kept_step = 0
@@ -103,7 +103,7 @@ class StopRequest:
         self._note(number)
         if number == signal.SIGINT and self._held:
             self._handled += 1
-            if max(self._handled, self._came) > 1:
+            if max(self._handled, self._interrupts) > 1:
                 raise KeyboardInterrupt(self._lost())
 
     def _listen(self) -> None:
@@ -111,10 +111,10 @@ class StopRequest:
             number = arrived[0]
             self._note(number)
             if number == signal.SIGINT and self._held:
-                self._came += 1
-                if self._came == 1 and self._speaks:
+                self._interrupts += 1
+                if self._interrupts == 1 and self._speaks:
                     print(FIRST_INTERRUPT, file=sys.stderr, flush=True)
-                if self._came == 2:
+                if self._interrupts == 2:
                     self._last_resort.start()
         os.close(self._pipe[0])
 
