@@ -6,7 +6,7 @@ They are loaded when they are first used, so that ``faconv --help`` need not wai
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ._version import __version__
+from .versions import __version__
 
 if TYPE_CHECKING:
     from .config import RunConfig, load_config

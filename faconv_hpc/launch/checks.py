@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from ..training.records import versions
+from ..versions import versions
 from .findings import MACHINE, SOFTWARE, Finding, Subject, Verdict
 from .slurm import NO_CLUSTER, ping
 

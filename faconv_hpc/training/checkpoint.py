@@ -17,9 +17,9 @@ from torch import Tensor
 from ..errors import RunError, TryAgainError, is_out_of_reach
 from ..files import make_durably, write_durably
 from ..observe import SAVING
+from ..versions import versions
 from .engine import Engine
 from .identity import identity
-from .records import versions
 from .resume import Resumed
 from .schedule import Leg
 from .setup import Workspace

@@ -3,14 +3,10 @@
 import json
 import math
 import os
-import platform
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,15 +14,14 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .._version import __version__
 from ..config import RunConfig
 from ..data.samples import Windows
 from ..files import read_json_lines, write_durably, write_json_lines
+from ..versions import versions
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
-PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "h5netcdf", "xarray", "mpi4py")
 LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a log file
 
 
@@ -199,33 +194,6 @@ def ending(config: RunConfig, last: StepRecord | None) -> str:
     """What it has done, and what comes next."""
     loss = f", forecast loss {last.forecast_loss:.4f} (1 is what persistence has)" if last else ""
     return f"{config.run_dir}: at step {config.training.steps}{loss}. Next: faconv evaluate {config.run_dir}"
-
-
-def versions() -> dict[str, str]:
-    """What was running: this package and its commit, Python, the host of the first rank, the libraries."""
-    found = {"faconv_hpc": __version__, "commit": _commit(), "python": platform.python_version()}
-    found |= {"machine": platform.machine(), "host": socket.gethostname()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _commit() -> str:
-    """Of the checkout this package is run from, ``-dirty`` with changes that are not committed."""
-    package = Path(__file__).parent
-    answers = []
-    for question in ("ls-files --error-unmatch records.py", "describe --always --dirty --abbrev=40 --exclude=*"):
-        try:
-            asked = subprocess.run(
-                ["git", "-C", package, *question.split()], capture_output=True, text=True, timeout=10, check=True
-            )
-        except (OSError, subprocess.SubprocessError):  # no git, or installed from a wheel
-            return "not in a checkout"
-        answers.append(asked.stdout.strip())
-    return answers[-1]
 
 
 def _write_config(config: RunConfig, done: int) -> None:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .._version import __version__
 from ..errors import InputError, TryAgainError
 from ..files import flush_entries, write_flushed
+from ..versions import __version__
 from .schedule import Leg
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
