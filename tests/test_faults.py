@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import forks
 from faconv_hpc.errors import (
@@ -32,7 +33,7 @@ from faconv_hpc.errors import (
 from faconv_hpc.files import write_durably
 from faconv_hpc.observe import SAVING, Activity
 from faconv_hpc.spatial import failure
-from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats
+from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats, pace
 from faconv_hpc.training import checkpoint
 from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.faults.claim import claimed
@@ -271,6 +272,27 @@ def test_a_rank_that_hangs_while_its_process_lives_is_named():
     store.set("beat/2", str(Beat(9, 11, 1.0, "backward")))
     assert beats.blame().startswith("rank 2 is furthest behind: in step 11, backward")
     assert Beat.parse(str(Beat(3, 0, 0.5, "adjoint of pad"))).where == "before the first step, adjoint of pad"
+
+
+def test_of_thousands_of_ranks_one_asks_who_is_to_blame_and_all_ask_more_rarely(monkeypatch, capsys):
+    """Every rank's collective runs out of time at once; all beats read by all ranks would be their number squared."""
+    store, asked = HashStore(), []
+    monkeypatch.setattr(failure, "POLL_S", 0.01)
+    monkeypatch.setattr(failure, "_in_main_thread", lambda: False)  # signals are left alone
+    monkeypatch.setattr(Heartbeats, "blame", lambda beats: asked.append(beats) or "rank 7 is furthest behind")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(failure, "leave", leave)
+    watches = [failure.FailureWatch(store, rank, 4) for rank in range(4)]
+    for watch in watches:
+        watch.stop()
+    for watch in watches:
+        with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
+            watch.end(RuntimeError("Timed out waiting 600 s for recv"))
+    assert len(asked) == 1 and capsys.readouterr().err.count("rank 7 is furthest behind") == 1
+    assert failure.POLL_S * pace(4096) == 0.01 * 4.096 and pace(500) == 1
 
 
 def test_a_rank_that_cannot_join_ends_the_others_at_once(tmp_path, store):

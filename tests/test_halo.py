@@ -110,6 +110,17 @@ def test_what_is_sent_is_what_is_received_in_the_same_order(case):
             assert sent == received
 
 
+def test_a_rank_plans_for_its_neighbours_only():
+    """Of 4,096 tiles: all plans on every rank would take it a second for each width."""
+    grid = LatLonGrid(640, 1280, lat_boundary="pole")
+    cuts = Cuts.even(grid, 64, 64)
+    for source, neighbours in ((32 * 64 + 5, 8), (0, 8)):  # beside the pole three of them are beyond it
+        halo_rectangles.cache_clear()
+        sent = rectangles_sent(grid, cuts, source, 4)
+        assert len({part.destination for part in sent}) == neighbours
+        assert halo_rectangles.cache_info().misses <= 2 * neighbours
+
+
 def test_a_halo_over_the_far_pole_is_refused():
     grid = LatLonGrid(3, 8, lat_boundary="pole")
     with pytest.raises(InputError, match="a halo of 4 rows beyond the pole reaches past the other end of 3 rows"):

@@ -1,6 +1,7 @@
 """Overwriting, killed runs, several ranks."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from faconv_hpc.data.moments import Moments
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.spatial.environment import RankEnvironment, choose_steady_mpi
 from sources import DIMS, ROOT, dataset, save, values
 
 # Overwriting, killed runs, ranks
@@ -53,6 +55,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.spatial.environment import RankEnvironment, choose_steady_mpi
 def progress(done, total):
     if done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -101,6 +104,7 @@ RANKS = """
 import sys, json
 from faconv_hpc.prepare.comm import mpi_comm
 from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.spatial.environment import RankEnvironment, choose_steady_mpi
 comm = mpi_comm()
 assert comm.size == 3, comm.size
 summary = prepare([sys.argv[1]], sys.argv[2], frames_per_file=2, mesh=(2, 1), comm=comm)
@@ -133,6 +137,37 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, where: str) -> None:
     assert done.stderr.count(said) == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o" / "store.nc").exists()
+
+
+def test_ranks_without_an_mpi_library_are_told_to_bring_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to start them as they have been started."""
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/not/there/libmpi.so")
+    code = "from faconv_hpc.prepare.comm import mpi_comm; mpi_comm()"
+    assert run(sys.executable, "-c", code).returncode == 0
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = run(sys.executable, "-c", code).stderr
+    assert re.search(r"2 ranks were started by torchrun, but mpi4py finds no MPI library \(.*pip install mpich", told)
+
+
+@pytest.mark.parametrize(
+    ("device", "launcher", "chosen"),
+    [
+        ("ch4:ucx ofi", "srun", "ofi"),  # of PyPI, or of anybody else
+        ("ch4:ucx,ofi", "srun", "ofi"),
+        ("ch4:ucx", "srun", None),  # has nothing else
+        ("ch4:ofi", "srun", None),
+        ("ch4:ucx ofi", "mpiexec", None),
+    ],
+)
+def test_an_mpich_with_a_choice_talks_over_ofi_under_srun(
+    monkeypatch: pytest.MonkeyPatch, device: str, launcher: str, chosen: str | None
+) -> None:
+    monkeypatch.setenv("MPIR_CVAR_CH4_NETMOD", "")
+    monkeypatch.delenv("MPIR_CVAR_CH4_NETMOD")
+    monkeypatch.setattr(RankEnvironment, "launcher_name", lambda: launcher)
+    choose_steady_mpi(f"MPICH Version:      5.0.2\nMPICH Device:       {device}\nMPICH CC:           ucx-ofi-cc\n")
+    assert os.environ.get("MPIR_CVAR_CH4_NETMOD") == chosen
 
 
 def test_moments_merge_without_losing_digits() -> None:

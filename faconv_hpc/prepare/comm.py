@@ -81,27 +81,35 @@ class MpiComm:
 
 
 def mpi_comm() -> Comm:
-    """The ranks of the MPI job, or a job of one where mpi4py or an MPI library is missing.
-
-    mpi4py is imported here and not before: the import starts MPI.
+    """The ranks of the MPI job, or a job of one where mpi4py or an MPI library is missing. Starts MPI.
 
     Raises:
         InputError: several ranks were started, but MPI does not know of each other's: all would do the whole work.
     """
-    comm: Comm
-    choose_steady_mpi()
+    started, launcher = RankEnvironment.world_size_hint(), RankEnvironment.launcher_name()
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
 
-        comm = MpiComm(MPI.COMM_WORLD)
-    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is there, the MPI library is not
-        comm = SerialComm()
-    started = RankEnvironment.world_size_hint()
+        choose_steady_mpi(MPI.Get_library_version())
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
+        if started > 1:
+            raise InputError(
+                f"{started} ranks were started by {launcher}, but mpi4py finds no MPI library "
+                f"({str(error).splitlines()[0]}): each would do the whole work. Load your site's MPI module, or bring "
+                f"a library with pip install mpich; or prepare with one process."
+            ) from None
+        return SerialComm()
+    comm = MpiComm(MPI.COMM_WORLD)
     if comm.size == 1 < started:
         raise InputError(
-            f"{started} ranks were started by {RankEnvironment.launcher_name()}, but MPI knows of {comm.size}: each "
-            f"would do the whole work. Under Slurm use srun --mpi=pmi2 (or the kind that `srun --mpi=list` names and "
-            f"your MPI was built for), otherwise mpiexec of the MPI that mpi4py uses."
+            f"{started} ranks were started by {launcher}, but MPI knows of {comm.size}: each would do the whole work. "
+            f"Under Slurm use srun --mpi=pmi2 (or the kind that `srun --mpi=list` names and your MPI was built for), "
+            f"otherwise mpiexec of the MPI that mpi4py uses."
         )
     return comm
 

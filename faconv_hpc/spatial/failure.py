@@ -24,12 +24,12 @@ from ..errors import (
     exit_code_of,
 )
 from ..observe import FILE_ACTIVITIES, Activity
-from .heartbeat import PAUSE_S, Heartbeats
+from .heartbeat import PAUSE_S, Heartbeats, pace
 
-POLL_S = 0.5
+POLL_S = 0.5  # and longer where there are thousands of ranks (`pace`)
 MARGIN_S = 15.0  # between the time-out after which a silent rank is named and that of a collective
 ANSWER_S = 5.0  # for the store to answer a rank that is about to leave: its host may be stopped
-LINGER_S = 3 * POLL_S  # the rank that failed may host the store: leave it up until all have read it
+LINGER_POLLS = 3  # the rank that failed may host the store: leave it up until all have read it
 VERDICT = "verdict"
 NO_MEMORY = "out of memory"
 BROKEN = (  # of a GPU, its driver or the network between GPUs; another node may do it
@@ -86,6 +86,7 @@ class FailureWatch:
         self.timeout_s = timeout_s
         self.activity = Activity()
         self._heartbeats = Heartbeats(store, rank, ranks, timeout_s, self.activity)
+        self._poll_s = POLL_S * pace(ranks)
         self._answered = time.monotonic()
         self._stopped, self._terminated = threading.Event(), threading.Event()
         self._takes_sigterm = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -113,26 +114,22 @@ class FailureWatch:
         if _in_main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the message
-        if _is_timeout(error):
-            error = self._explained(error)
-        told = str(error)[:TOLD_CHARS]
-        if _is_lost_peer(error):
-            error = LostRankError(f"another rank has left while this one waited for it ({told})")
-        elif _is_broken(error):
-            error = TryAgainError(
-                f"a GPU, its driver or the network of {socket.gethostname()} failed: {told}. Another node may do it: "
-                f"start the same command again, and have this one looked at if it happens there again."
-            )
+        timed_out = _is_timeout(error)
+        if timed_out:
+            self._linger()  # one that fell silent may be found meanwhile
+        raised, error = error, _named(error)
         code = exit_code_of(error)
         self._stopped.set()
         claim = self._claim(code)
         if claim is _Claim.TAKEN:
             self._follow(*(self._verdict() or (code, None)))
+        if claim is _Claim.MINE and timed_out:
+            error = self._explained(raised)
         print(describe(error, self._rank), file=sys.stderr, flush=True)
         if claim is _Claim.UNREACHABLE:
             self._say("rank 0, which all ranks meet at, was killed or has left")
             code = EXIT_STOPPED if code == EXIT_FAILED else code
-        time.sleep(LINGER_S)
+        self._linger()
         leave(code)
 
     def stop(self) -> None:
@@ -163,11 +160,14 @@ class FailureWatch:
     def _follow(self, code: int, speaker: int | None) -> NoReturn:
         """Leaves with the job's exit code; rank 0, where the store may be, when all have read it."""
         if self._rank in (0, speaker):
-            time.sleep(LINGER_S)
+            self._linger()
         leave(code)
 
+    def _linger(self) -> None:
+        time.sleep(LINGER_POLLS * self._poll_s)
+
     def _poll(self) -> None:
-        while not self._stopped.wait(POLL_S):
+        while not self._stopped.wait(self._poll_s):
             terminated = self._terminated.is_set()
             verdict = self._verdict()
             if self._stopped.is_set():
@@ -221,12 +221,11 @@ class FailureWatch:
         print(f"faconv: failed (rank {self._rank}): {text}", file=sys.stderr, flush=True)
 
     def _explained(self, error: BaseException) -> BaseException:
-        """A collective ran out of time: the rank that is to blame, unless another is found silent meanwhile."""
-        time.sleep(LINGER_S)
+        """A collective ran out of time: with the rank that is to blame."""
         try:
             blame = _asked(self._heartbeats.blame)
         except RuntimeError:
-            return error
+            blame = "no rank can be asked what it is doing"
         return LostRankError(
             f"a collective ran out of time (training.timeout_s is {self.timeout_s:g}): {blame}. Look at what it "
             f"does there, and start the same command again. This rank, in step {self.activity.step}, was told: {error}"
@@ -240,6 +239,21 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _named(error: BaseException) -> BaseException:
+    """What torch raises where a rank, a GPU or a network is lost, as an error that says so."""
+    told = str(error)[:TOLD_CHARS]
+    if _is_timeout(error):
+        return LostRankError(f"a collective ran out of time: {told}")
+    if _is_lost_peer(error):
+        return LostRankError(f"another rank has left while this one waited for it ({told})")
+    if _is_broken(error):
+        return TryAgainError(
+            f"a GPU, its driver or the network of {socket.gethostname()} failed: {told}. Another node may do it: "
+            f"start the same command again, and have this one looked at if it happens there again."
+        )
+    return error
 
 
 def _is_lost_peer(error: BaseException) -> bool:

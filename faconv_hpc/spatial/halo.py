@@ -66,17 +66,7 @@ def halo_rectangles(grid: LatLonGrid, cuts: Cuts, destination: int, width: int) 
     Raises:
         InputError: a pole boundary whose halo would reach the other pole.
     """
-    tile = cuts.tile(destination)
-    row_runs = _runs(
-        [_row_source(grid, row) for row in range(tile.rows[0] - width, tile.rows[1] + width)],
-        cuts.row_edges,
-        width,
-    )
-    columns = range(tile.columns[0] - width, tile.columns[1] + width)
-    column_runs = {
-        mirrored: _runs([_column_source(grid, column, mirrored) for column in columns], cuts.column_edges, width)
-        for mirrored in {run.mirrored for run in row_runs}
-    }
+    row, column = divmod(destination, cuts.lon)
     return tuple(
         Rectangle(
             source=rows.tile * cuts.lon + cols.tile,
@@ -87,8 +77,8 @@ def halo_rectangles(grid: LatLonGrid, cuts: Cuts, destination: int, width: int) 
             columns=cols.padded,
             mirrored=rows.mirrored,
         )
-        for rows in row_runs
-        for cols in column_runs[rows.mirrored]
+        for rows in _row_runs(grid, cuts, row, width)
+        for cols in _column_runs(grid, cuts, column, width, rows.mirrored)
         if not (rows.owned and cols.owned)
     )
 
@@ -98,10 +88,37 @@ def rectangles_sent(grid: LatLonGrid, cuts: Cuts, source: int, width: int) -> tu
     """The rectangles of one tile that fill other tiles' halos, in the order their receivers have them."""
     return tuple(
         rectangle
-        for destination in range(cuts.tiles)
+        for destination in _receivers(grid, cuts, source, width)
         for rectangle in halo_rectangles(grid, cuts, destination, width)
         if rectangle.source == source and destination != source
     )
+
+
+def _receivers(grid: LatLonGrid, cuts: Cuts, source: int, width: int) -> list[int]:
+    """The tiles whose halos reach this one, in order; found along each axis, as there may be thousands of tiles."""
+    source_row, source_column = divmod(source, cuts.lon)
+    found = set()
+    for row in range(cuts.lat):
+        for mirrored in {run.mirrored for run in _row_runs(grid, cuts, row, width) if run.tile == source_row}:
+            for column in range(cuts.lon):
+                if any(run.tile == source_column for run in _column_runs(grid, cuts, column, width, mirrored)):
+                    found.add(row * cuts.lon + column)
+    return sorted(found)
+
+
+@lru_cache(maxsize=4096)
+def _row_runs(grid: LatLonGrid, cuts: Cuts, row: int, width: int) -> tuple[_Run, ...]:
+    """Of the tiles in one row of tiles: where their padded rows come from."""
+    first, last = cuts.row_edges[row : row + 2]
+    return _runs([_row_source(grid, index) for index in range(first - width, last + width)], cuts.row_edges, width)
+
+
+@lru_cache(maxsize=4096)
+def _column_runs(grid: LatLonGrid, cuts: Cuts, column: int, width: int, mirrored: bool) -> tuple[_Run, ...]:
+    """Of the tiles in one column of tiles: where their padded columns come from, beyond a pole if ``mirrored``."""
+    first, last = cuts.column_edges[column : column + 2]
+    sources = [_column_source(grid, index, mirrored) for index in range(first - width, last + width)]
+    return _runs(sources, cuts.column_edges, width)
 
 
 def _row_source(grid: LatLonGrid, row: int) -> _Source | None:
@@ -143,7 +160,7 @@ def _along(boundary: Boundary, index: int, size: int) -> _Source | None:
     return None if boundary == Boundary.ZERO else _Source(min(max(index, 0), size - 1))
 
 
-def _runs(sources: Sequence[_Source | None], edges: tuple[int, ...], width: int) -> list[_Run]:
+def _runs(sources: Sequence[_Source | None], edges: tuple[int, ...], width: int) -> tuple[_Run, ...]:
     """Groups padded indices into runs whose sources lie side by side in one tile."""
     owned = range(width, len(sources) - width)
     groups: list[list[tuple[int, _Source]]] = []
@@ -154,7 +171,7 @@ def _runs(sources: Sequence[_Source | None], edges: tuple[int, ...], width: int)
             groups[-1].append((position, source))
         else:
             groups.append([(position, source)])
-    return [_run(group, edges, owned) for group in groups]
+    return tuple(_run(group, edges, owned) for group in groups)
 
 
 def _continues(last: tuple[int, _Source], new: tuple[int, _Source], edges: tuple[int, ...], owned: range) -> bool:

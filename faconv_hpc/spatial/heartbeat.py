@@ -8,7 +8,13 @@ from torch.distributed.distributed_c10d import Store
 from ..observe import Activity
 
 BEAT_S = 2.0
+AT_ONCE = 1000  # ranks that may ask the store so often; more ask more rarely, so that its host is asked as often by all
 PAUSE_S = 10.0  # a thread that was not run for so long was stopped itself, and has no right to accuse others
+
+
+def pace(ranks: int) -> float:
+    """How many times longer ranks wait between two questions to the store where there are so many of them."""
+    return max(1.0, ranks / AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Beat:
 class Heartbeats:
     """Tells the job's store what this rank does, and listens to the next rank.
 
-    Every rank is listened to by one other, so the load on the store grows with the ranks, not with their square; of
-    neighbours that fall silent together the first is accused.
+    Every rank is listened to by one other, as often as keeps the load on the store from growing (`pace`); of neighbours
+    that fall silent together the first is accused.
 
     Args:
         store: of the job.
@@ -57,7 +63,7 @@ class Heartbeats:
 
     def __init__(self, store: Store, rank: int, ranks: int, timeout_s: float, activity: Activity) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
-        self._timeout_s, self._activity = timeout_s, activity
+        self._timeout_s, self._activity, self._pace = timeout_s, activity, pace(ranks)
         self._count = 0
         self._last = self._heard_at = time.monotonic()
         self._heard: Beat | None = None
@@ -65,9 +71,9 @@ class Heartbeats:
     def accusation(self) -> str | None:
         """Says this rank's beat, if it is time for one; a message, if the next rank is silent."""
         now = time.monotonic()
-        if now - self._last < BEAT_S or self._ranks == 1:
+        if now - self._last < BEAT_S * self._pace or self._ranks == 1:
             return None
-        if now - self._last > PAUSE_S:
+        if now - self._last > PAUSE_S * self._pace:
             self._heard_at = now
         self._last = now
         self._say(now)
@@ -86,7 +92,10 @@ class Heartbeats:
         )
 
     def blame(self) -> str:
-        """Which rank the others wait for when a collective ran out of time: the one longest at the same thing."""
+        """Which rank the others wait for when a collective ran out of time: the one longest at the same thing.
+
+        Asks for every rank's beat: one rank may do so, not all of them.
+        """
         beats = [(beat.step, -beat.for_s, rank, beat) for rank in range(self._ranks) if (beat := self._beat_of(rank))]
         if not beats:
             return "no rank has said what it was doing"
