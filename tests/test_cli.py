@@ -448,3 +448,4 @@ def test_every_verb_has_help(verb):
     process = faconv(*verb, "--help")
     assert process.returncode == 0
     assert verb in ([], ["data"], ["checkpoint"]) or "Example" in process.stdout
+    assert "bool" not in process.stdout  # a flag takes no value

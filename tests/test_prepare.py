@@ -161,6 +161,21 @@ def test_ascending_latitudes_and_longitudes_from_west_are_turned(tmp_path: Path)
     assert store.longitude_deg[0] == -180
 
 
+@pytest.mark.parametrize("columns", [8, 5, 15])
+def test_sources_that_begin_at_another_meridian_are_turned_to_the_first(tmp_path: Path, columns: int) -> None:
+    """From 0 to 337.5 and from -180 to 157.5, eastward or westward, are the same meridians."""
+    u, v = values(1), values(2)
+    first = save(dataset({"u": (DIMS, u)}), tmp_path / "u.nc")
+    longitude = np.roll(np.arange(NLON) * 22.5, columns)
+    longitude[longitude >= longitude[0]] -= 360.0
+    rolled = {"v": (DIMS, np.roll(v, columns, axis=-1)[..., ::-1])}
+    other = save(dataset(rolled, lon=("lon", longitude[::-1], {"units": "degrees_east"})), tmp_path / "v.nc")
+    prepare([first, other], tmp_path / "o")
+    fields, _, store = whole(tmp_path / "o", "u", "v")
+    assert np.allclose(store.longitude_deg, np.arange(NLON) * 22.5)
+    assert np.array_equal(fields[:, 0], u) and np.array_equal(fields[:, 1], v)
+
+
 def test_longitudes_that_jump_are_unwrapped_and_westward_ones_turned(tmp_path: Path) -> None:
     jumping = np.arange(NLON) * 22.5
     jumping[jumping > 180] -= 360

@@ -90,6 +90,11 @@ def test_times_without_units_are_asked_for(tmp_path: Path) -> None:
         ([0, 6, 3], {"units": "hours since 2001-01-01"}, "times must increase"),
         ([0, 6, np.nan], {"units": "hours since 2001-01-01"}, "must be finite numbers"),
         ([0, 6, 12], {"units": "fortnights since 2001-01-01"}, r"cannot be read as 'fortnights since .*--time-units"),
+        (
+            [0, 1, 2],
+            {"units": "months since 2001-01-01"},
+            r"month has no fixed length in .*'standard'.*xarray\.date_range",
+        ),
         ([0, 6, 12], {"units": "hours since 0000-01-01"}, r"cannot be read as 'hours since 0000.*--calendar"),
         ([0, 6, 12], {"units": "hours since 2001-01-01", "calendar": "maya"}, r"in calendar 'maya'"),
         ([0, 6, 12], {}, r"have no units: \[0.*--time-units \"hours since"),

@@ -331,6 +331,25 @@ def test_several_nodes_on_one_machine_are_no_scaling_figure(tmp_path):
 # ---- the driver ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("faconv: passed over step-4: damaged\nfaconv: error (rank 1): hidden_channels\n" + "srun: error\n" * 40,
+         "faconv: error (rank 1): hidden_channels"),
+        ("faconv: passed over step-4: damaged\nslurmstepd: error: Exceeded job memory limit", "slurmstepd: error"),
+        ("faconv: failed (rank 2): ECC\nfaconv: failed: rank 0 was ended by SIGTERM", "faconv: failed (rank 2): ECC"),
+        ("\n", "an empty log"),
+    ],
+)  # fmt: skip
+def test_a_failed_point_names_the_last_words_of_its_run(tmp_path, log, why):
+    _, (point, *_) = study_of(tmp_path)
+    files = PointFiles(point)
+    attempt = files.begin("local")
+    files.log(attempt.number).write_text(log)
+    outcome = files.outcome(attempt)
+    assert outcome.why.startswith(why) and len(outcome.last_lines) <= 15
+
+
 def test_jobs_that_finish_fail_and_are_killed_are_told_apart(tmp_path):
     study, points = study_of(tmp_path)
     cluster = FakeCluster({"1x2": fail}, looks=3)

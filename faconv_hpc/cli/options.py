@@ -1,9 +1,10 @@
 """Arguments and options that several verbs take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ..training.schedule import Rule
 
@@ -24,6 +25,29 @@ Extend = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+
+
+class Verb(TyperCommand):
+    """A verb whose help shows flags without a value, as they take none."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All of them, --help too."""
+        return _without_values(super().get_params(ctx))
+
+
+class Verbs(TyperGroup):
+    """Several of them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All of them, --help too."""
+        return _without_values(super().get_params(ctx))
+
+
+def _without_values(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 def extend_option(extend: str | None) -> list[str]:

@@ -22,18 +22,21 @@ class Moments:
     @classmethod
     def of(cls, values_TYX: NDArray[np.floating], weight_Y: NDArray[np.float64]) -> "Moments":
         """Moments of the values that are not NaN, each row counting with its weight."""
-        values = values_TYX.astype(np.float64)
-        weights = np.broadcast_to(weight_Y[:, None], values.shape)
-        missing = np.isnan(values)
-        if missing.any():
-            weights = np.where(missing, 0.0, weights)
-            values[missing] = 0.0
-        total = float(weights.sum())
+        sums_TY = values_TYX.sum(axis=-1, dtype=np.float64)  # rows have one weight each: few passes over the cells
+        missing_TYX = np.isnan(values_TYX) if np.isnan(sums_TY).any() else None
+        cells_TY = np.full(sums_TY.shape, values_TYX.shape[-1])
+        if missing_TYX is not None:
+            sums_TY = values_TYX.sum(axis=-1, dtype=np.float64, where=~missing_TYX)
+            cells_TY -= missing_TYX.sum(axis=-1)
+        total = float((weight_Y * cells_TY).sum())
         if total == 0.0:
             return cls()
-        mean = float((weights * values).sum() / total)
-        values -= mean
-        return cls(total, mean, float((weights * values * values).sum()))
+        mean = float((weight_Y * sums_TY).sum() / total)
+        away_TYX = np.subtract(values_TYX, mean, dtype=np.float64)
+        if missing_TYX is not None:
+            away_TYX[missing_TYX] = 0.0
+        squares_TY = np.einsum("tyx,tyx->ty", away_TYX, away_TYX)
+        return cls(total, mean, float((weight_Y * squares_TY).sum()))
 
     def merged(self, other: "Moments") -> "Moments":
         """Moments of both parts together."""

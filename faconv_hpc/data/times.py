@@ -93,6 +93,13 @@ def decode_times(values: NDArray[np.generic], units: str, calendar: str, where: 
         dates = cftime.num2date(numbers, units, calendar=calendar)
         seconds = cftime.date2num(dates, EPOCH_UNITS, calendar=calendar)
     except (ValueError, OverflowError) as error:
+        if units.split()[:1] in (["months"], ["month"]) and calendar != "360_day":
+            raise InputError(
+                f"the times in {where} are in {units!r}, and a month has no fixed length in {calendar!r}. Give "
+                f"dates instead: `ds = xarray.open_dataset(FILE, decode_times=False)`, "
+                f'`ds["time"] = xarray.date_range("1990-01-01", periods=ds.sizes["time"], freq="MS")` with your first '
+                f"month, `ds.to_netcdf(NEW)`; or, if all months have 30 days, say --calendar 360_day."
+            ) from None
         raise InputError(
             f"the times in {where} cannot be read as {units!r} in calendar {calendar!r} ({error}). "
             f'Give --time-units "hours since 2000-01-01" (with your date) and, if it is not {calendar}, '

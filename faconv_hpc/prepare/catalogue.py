@@ -111,8 +111,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
         notes += [f"{path}: {name!r} does not change in time and is left out." for name, path in constant.items()]
     chosen = _choose(found, options.variables, paths, constant)
     joined = {name: sorted(found[name], key=lambda segment: int(segment.time.seconds[0])) for name in chosen}
-    _check_grids([segment for segments in joined.values() for segment in segments])
-    joined = _in_one_calendar(joined)
+    joined = _in_one_calendar(_on_one_grid(joined))
     axes = {name: _join_times(segments) for name, segments in joined.items()}
     _check_times(axes, joined)
     time = axes[chosen[0]]
@@ -177,6 +176,17 @@ def _choose(
             raise unknown_name("variable", name, list(found), f"the sources {', '.join(map(str, paths[:3]))}")
         chosen += names
     return list(dict.fromkeys(chosen))
+
+
+def _on_one_grid(joined: dict[str, list[Segment]]) -> dict[str, list[Segment]]:
+    """Sources that begin at another meridian, or call it 180 degrees east or west, are turned to the first one's."""
+    longitude_deg = next(iter(joined.values()))[0].grid.longitude_deg
+    turned = {
+        name: [replace(one, grid=one.grid.beginning_at(longitude_deg)) for one in segments]
+        for name, segments in joined.items()
+    }
+    _check_grids([segment for segments in turned.values() for segment in segments])
+    return turned
 
 
 def _check_grids(segments: Sequence[Segment]) -> None:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,23 @@ class SourceGrid:
         longitude_deg: (longitude,) increasing.
         flip_rows: the source runs south to north.
         flip_columns: the source runs east to west.
+        roll: columns of the source, once flipped, that lie west of the first one here.
     """
 
     latitude_deg: NDArray[np.float64]
     longitude_deg: NDArray[np.float64]
     flip_rows: bool
     flip_columns: bool
+    roll: int = 0
+
+    def beginning_at(self, longitude_deg: NDArray[np.float64]) -> "SourceGrid":
+        """The same meridians, named and ordered as there; itself if they are not the same."""
+        if longitude_deg.shape != self.longitude_deg.shape:
+            return self
+        roll = int(np.abs(_turn(self.longitude_deg - longitude_deg[0])).argmin())
+        if np.abs(_turn(np.roll(self.longitude_deg, -roll) - longitude_deg)).max() > SAME_DEG:
+            return self
+        return replace(self, longitude_deg=longitude_deg, roll=roll)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +104,8 @@ class Segment:
             fields[:, place] = one.checked(values[:, place])
         fields = fields[..., ::-1, :] if self.grid.flip_rows else fields
         fields = fields[..., ::-1] if self.grid.flip_columns else fields
-        return fields[..., : self.grid.longitude_deg.size]
+        fields = fields[..., : self.grid.longitude_deg.size]
+        return np.roll(fields, -self.grid.roll, axis=-1) if self.grid.roll else fields
 
     def checked(self, values_TYX: NDArray[Any]) -> NDArray[np.float32]:
         """Fields of this channel as a store keeps them; raises InputError for values that nobody can have meant."""
@@ -216,6 +228,11 @@ def _source_grid(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path
     except InputError as error:
         raise InputError(f"source {path}: {error}") from None
     return SourceGrid(latitude, longitude, flip_rows, flip_columns)
+
+
+def _turn(difference_deg: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Differences of longitude, in [-180, 180)."""
+    return (difference_deg + 180.0) % 360.0 - 180.0
 
 
 def unwrap(longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:

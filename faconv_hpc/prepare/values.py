@@ -58,7 +58,7 @@ def _outlier(values: NDArray[np.float32], lowest: float) -> float | None:
     if not np.isfinite(lowest):
         return None
     sample = values.ravel()[:: max(1, values.size // SAMPLE)]
-    above = sample[sample > lowest].astype(np.float64)
+    above = sample[(sample > lowest) & np.isfinite(sample)].astype(np.float64)
     if above.size < max(2, REST * np.count_nonzero(~np.isnan(sample))) or above.std() == 0:
         return None
     if lowest >= above.min() - FAR * above.std() or np.count_nonzero(values == np.float32(lowest)) < 2:

@@ -300,7 +300,7 @@ class _Stream:
     def _change_to(self, field_YX: NDArray[np.float32]) -> Moments:
         if self._last_YX is None:
             return Moments()
-        return self._of(field_YX.astype(np.float64) - self._last_YX.astype(np.float64))
+        return self._of(np.subtract(field_YX, self._last_YX, dtype=np.float64))
 
 
 def _columns_of_work(layout: StoreLayout, groups: Sequence[range], slab_bytes: int) -> Iterator[tuple[range, Span]]:

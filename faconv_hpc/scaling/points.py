@@ -21,6 +21,8 @@ from .study import Point
 JOB_FILE, OUTCOMES_FILE, STUDY_LOCK = "job.json", "points.jsonl", ".lock"
 DONE, FAILED = "done", "failed"
 LAST_LINES = 15  # of a failed job's log, kept with its outcome
+SEARCHED = 500  # in which its last words are looked for: each of many ranks may have a few after them
+WORDS = ("faconv: failed", "faconv: error", "faconv: interrupted")  # as errors.describe has them
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class PointFiles:
         """How the attempt has ended, by what is on record."""
         steps, of = len(self.records()), self.point.run.training.steps
         log = self.log(attempt.number)
-        lines = _last_lines(log)
+        lines = _lines(log)
         status = DONE if steps >= of else FAILED
         if status == FAILED and not why:
             why = _reason(lines)
@@ -173,7 +175,7 @@ class PointFiles:
             date=now(),
             why="" if status == DONE else why,
             log=str(log),
-            last_lines=() if status == DONE else tuple(lines),
+            last_lines=() if status == DONE else tuple(lines[-LAST_LINES:]),
         )
 
 
@@ -220,14 +222,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _last_lines(log: Path) -> list[str]:
+def _lines(log: Path) -> list[str]:
     try:
-        return log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return log.read_text(errors="replace").splitlines()[-SEARCHED:]
     except OSError:
         return []
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The line of a log that says most: our own first message, or else the last line."""
+    """The line of a log that says most: with which the run, or one rank for all, has ended; or else the last line."""
     said = [line.strip() for line in lines if line.strip()]
-    return next((line for line in said if line.startswith("faconv: ")), said[-1] if said else "an empty log")
+    ours = [line for line in said if line.startswith(WORDS)]
+    return (ours or said[-1:] or ["an empty log"])[0]
