@@ -131,8 +131,8 @@ def test_zero_3_with_every_parameter_cut(checkpoint_steps):
     def check(mesh):
         config = engine_module._deepspeed_config
 
-        def cut_all(training, device):
-            tree = config(training, device)
+        def cut_all(training):
+            tree = config(training)
             tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             return tree
 
