@@ -7,6 +7,8 @@ as any other: its number, exit code and signals are the real ones. What it start
 from itself. All other commands are real processes, and so are those whose environment means something to an
 interpreter that starts or to libraries that load (`AT_IMPORT`: a sitecustomize, another number of threads).
 
+The workers of `ranks.RankPool` are forks as well.
+
 What a fork does not show: what the imports print, their time, and an order of sets that differs between ranks
 (they share one seed of hashes). The tests of torchrun, mpiexec, srun and sbatch start real processes.
 See test_forks.py, which runs any code in this way: ``python -m forks CODE``.
@@ -32,16 +34,11 @@ import threading
 import time
 from pathlib import Path
 
-MODULES = ("faconv_hpc", "forks")
-ALSO = (
-    "torch",
-    "torch._dynamo",
-    "deepspeed",
-    "matplotlib.pyplot",
-    "xarray",
-    "zarr",
-    "h5netcdf",
-)  # imported by functions, late
+MODULES = ("faconv_hpc", "forks", "ranks")
+ALSO = (  # imported by functions, late; or by tests, of which ranks are asked to do parts
+    "torch", "torch._dynamo", "deepspeed", "matplotlib.pyplot", "xarray", "zarr", "h5netcdf", "pytest", "hypothesis",
+    "cloudpickle",
+)  # fmt: skip
 AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "DS_", "MPL", "HDF5_", "LANG", "LC_", "TZ")
 OF_SERVER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # with more threads than one, no fork is safe
 ENVIRONMENT = os.environ | OF_SERVER

@@ -1,15 +1,15 @@
 """Several ranks from plain pytest: pools of gloo worker processes, started once per session."""
 
 import atexit
-import ctypes
-import gc
-import multiprocessing
 import os
 import signal
+import socket
+import sys
 import time
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -18,11 +18,10 @@ import torch.distributed as dist
 
 from faconv_hpc import ProcessMesh
 from faconv_hpc.spatial.environment import RankEnvironment, free_port
-from forks import PR_SET_PDEATHSIG
+from forks import ENVIRONMENT, Popen
 
 TIMEOUT_S = 300.0
 LINGER_S = 5.0
-PRELOADED = ["torch", "torch._dynamo", "deepspeed", "hypothesis", "pytest", "faconv_hpc.training.trainer"]
 
 
 class Layout(NamedTuple):
@@ -63,17 +62,15 @@ class RankPool:
     """
 
     def __init__(self, ranks: int) -> None:
-        context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but done nothing
-        context.set_forkserver_preload(PRELOADED)
         port = free_port()  # workers of other pytest processes start at the same time
         self.pipes: list[Connection] = []
         self.workers = []
         for rank in range(ranks):
-            here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, ranks, port, there), daemon=True)
-            worker.start()
-            self.pipes.append(here)
-            self.workers.append(worker)
+            here, there = socket.socketpair()
+            command = [sys.executable, "-m", "ranks", str(rank), str(ranks), str(port)]
+            self.workers.append(Popen(command, stdin=there.fileno(), cwd=Path(__file__).parent, env=ENVIRONMENT))
+            there.close()
+            self.pipes.append(Connection(here.detach()))
 
     def run(self, layout, check, arguments) -> list[Any]:
         request = cloudpickle.dumps((layout, check, arguments))
@@ -112,11 +109,13 @@ class RankPool:
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
-            worker.join()
+            worker.wait()
+        for pipe in self.pipes:
+            pipe.close()
 
     @property
     def alive(self) -> bool:
-        return all(worker.is_alive() for worker in self.workers)
+        return all(worker.poll() is None for worker in self.workers)
 
 
 class _Pools:
@@ -139,9 +138,7 @@ atexit.register(close_pools)  # workers that are stopped would let nobody wait f
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     """One worker: joins the others, then does what it is asked to until its pipe closes, or pytest is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # of the fork server; who is stopped sees no pipe
     torch.set_num_threads(1)
-    gc.freeze()  # DeepSpeed collects garbage dozens of times in every engine that it makes
     RankEnvironment(rank, ranks, rank, port=port).export()
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     meshes: dict[Layout, ProcessMesh] = {}
@@ -156,3 +153,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
             pipe.send((True, cloudpickle.dumps(check(meshes[layout], *arguments))))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    _serve(*map(int, sys.argv[1:]), Connection(os.dup(0)))

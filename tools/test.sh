@@ -15,6 +15,7 @@ bash tools/make_venv.sh test
 source .venv/bin/activate
 wait
 
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would each compile the package, and the workers all tests
 ruff check .
 ruff format --check .
 mypy
