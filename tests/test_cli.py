@@ -300,7 +300,10 @@ def test_a_second_interrupt_ends_at_once_and_says_what_is_lost(tmp_path, store, 
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     wait_for_steps(tmp_path / "run", process, 2)
-    time.sleep(0.3)
+    kept = tmp_path / "run" / "checkpoints" / "step-00000002"
+    while not kept.exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1.0)  # for all ranks to know of it, and to be in the step that does not end
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.5)
     began = time.monotonic()
