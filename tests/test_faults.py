@@ -152,6 +152,45 @@ def test_a_time_limit_is_met_before_it_comes(tmp_path, store):
     assert_same_state(*(checkpoints_in(tmp_path / name / "run")[-1] for name in ("cut", "whole")))
 
 
+@pytest.mark.parametrize("grace_s", [2.0, 60.0])
+def test_a_step_of_many_micro_batches_is_given_up_if_its_end_would_come_too_late(tmp_path, store, grace_s):
+    """Nothing is lost but its own part: what goes on is what would have been."""
+    training = {"accumulation": 4, "steps": 4, "checkpoint_every": 0, "term_grace_s": grace_s}
+
+    def trained(directory, at_step):
+        config = small_config(directory, store, mesh={"lon": 2}, training=training)
+
+        def check(mesh):
+            backward, seen = Trainer._backward, []
+
+            def slow(self, batch):
+                seen.append(self._activity.step)
+                if self._activity.step == at_step:
+                    time.sleep(0.8)
+                    if seen.count(at_step) == 2 and mesh.rank == 1:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                return backward(self, batch)
+
+            Trainer._backward = slow
+            told = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(told):
+                    return train(config, mesh), told.getvalue(), seen.count(at_step)
+            finally:
+                Trainer._backward = backward
+
+        answers = run_on_ranks(TWO, check)
+        return {code for code, *_ in answers}, answers[0][1], answers[0][2]
+
+    codes, told, micros = trained(tmp_path / "cut", 3)
+    assert codes == {EXIT_STOPPED} and micros == (2 if grace_s == 2.0 else 4)
+    last = 2 if grace_s == 2.0 else 3
+    assert f"stopped by SIGTERM after step {last}; the checkpoint of step {last} is saved" in told
+    assert trained(tmp_path / "cut", 0)[0] == trained(tmp_path / "whole", 0)[0] == {0}
+    assert_same_state(*(checkpoints_in(tmp_path / name / "run")[-1] for name in ("cut", "whole")))
+    assert [record.step for record in read_records(tmp_path / "cut" / "run")] == [1, 2, 3, 4]
+
+
 def test_a_step_and_a_save_must_fit_the_time_that_is_left():
     end = StepEnd(0, float("inf"), save_s=10.0, written=True, step_s=20.0, job_left_s=51.0)
     assert not end.time_is_up and replace(end, job_left_s=49.0).time_is_up

@@ -155,6 +155,9 @@ class Trainer:
             return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
         for step in range(done + 1, last + 1):
             record, end = self._step(step)
+            if record is None:  # the step was given up: as if it had not begun
+                with self._activity.during(SAVING):
+                    return self._leave(step - 1, end)
             if self._recorder is not None:
                 self._claim.check()
                 self._recorder.write(record)
@@ -217,14 +220,20 @@ class Trainer:
             )
         return EXIT_INTERRUPTED if end.signal == signal.SIGINT else EXIT_STOPPED
 
-    def _step(self, step: int) -> tuple[StepRecord, StepEnd]:
-        """One optimizer step, numbered from 1: the numbers leave the device once, before the update."""
+    def _step(self, step: int) -> tuple[StepRecord | None, StepEnd]:
+        """One optimizer step, numbered from 1: the numbers leave the device once, before the update.
+
+        No record: between two micro-batches there was too little time left for the rest of them.
+        """
         start = time.perf_counter()
         self._activity.step = step
         rate = learning_rate(self._config.training, self._legs, step - 1)
         micros: list[MicroBatch] = []
         for micro in range(self._config.training.accumulation):
             if micro:
+                end = self._agreed((time.perf_counter() - start) / micro * (self._config.training.accumulation - micro))
+                if end.comes_too_late:
+                    return None, end
                 self._engine.step(rate)  # ends the micro-batch before; DeepSpeed updates after the last one only
             micros.append(self._backward(self._next_batch()))
         loss, forecast = torch.stack([micro.losses for micro in micros]).mean(0).tolist()
@@ -260,11 +269,10 @@ class Trainer:
             self._engine.take_communication_s(),
         ]
         shared = [loss, forecast, *(value / seconds for value in waited)]
-        own = [_peak_memory_gib(mesh.device), self._writer.written]
-        own += [self._stop.number, self._stop.left_s, self._writer.last_save_s, seconds, _job_left_s()]
+        own = [_peak_memory_gib(mesh.device), *self._standing(seconds)]
         columns = list(zip(*mesh.gathered([*shared, *own]), strict=True))
         loss, forecast, *shares = (sum(column) / mesh.ranks for column in columns[: len(shared)])
-        peaks, written, signals, left_s, save_s, step_s, job_left_s = columns[len(shared) :]
+        peaks, *standings = columns[len(shared) :]
         record = StepRecord(
             step=step,
             loss=loss,
@@ -280,8 +288,22 @@ class Trainer:
             peak_memory_gib=max(peaks),
             update=update,
         )
-        end = StepEnd(int(max(signals)), min(left_s), max(save_s), all(written), max(step_s), min(job_left_s))
-        return record, end
+        return record, _end_of(standings)
+
+    def _standing(self, step_s: float) -> list[float]:
+        """What this rank knows of a `StepEnd`."""
+        stop, writer = self._stop, self._writer
+        return [writer.written, stop.number, stop.left_s, writer.last_save_s, step_s, _job_left_s()]
+
+    def _agreed(self, rest_s: float) -> StepEnd:
+        """In the middle of a step whose rest takes so long: where all ranks stand. Collective."""
+        return _end_of(list(zip(*self._mesh.gathered(self._standing(rest_s)), strict=True)))
+
+
+def _end_of(standings: Sequence[Sequence[float]]) -> StepEnd:
+    """From what every rank knows, a column for each."""
+    written, signals, left_s, save_s, step_s, job_left_s = standings
+    return StepEnd(int(max(signals)), min(left_s), max(save_s), all(written), max(step_s), min(job_left_s))
 
 
 def _check_time_limit(asked: int, usr_grace_s: float) -> None:

@@ -142,14 +142,14 @@ def grace_s(training: TrainingConfig) -> dict[signal.Signals, float]:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """What all ranks agree on between two steps.
+    """What all ranks agree on between two steps, or two micro-batches.
 
     Attributes:
         signal: that some rank was sent; 0: none.
         left_s: until the first rank may be killed.
         save_s: what the last checkpoint took the slowest rank.
         written: whether all ranks have written the checkpoint that is under way.
-        step_s: what the step took the slowest rank.
+        step_s: what the step took the slowest rank; in the middle of one, what is left of it will take.
         job_left_s: until the job meets its time limit.
     """
 
@@ -164,6 +164,11 @@ class StepEnd:
     def time_is_up(self) -> bool:
         """Whether the time limit would come before another step and a checkpoint: it is met now, with one."""
         return self.job_left_s < MARGIN_S + 1.5 * self.step_s + self._save_s
+
+    @property
+    def comes_too_late(self) -> bool:
+        """In the middle of a step: whether what is left of it, and a checkpoint after it, take longer than there is."""
+        return self.time_is_up or bool(self.signal and self.left_s < 1.5 * self.step_s + self._save_s)
 
     @property
     def _save_s(self) -> float:
