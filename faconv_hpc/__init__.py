@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .spatial.domain import Domain
     from .spatial.grid import LatLonGrid
     from .spatial.mesh import ProcessMesh
+    from .training.loading import load_network
 
 _HOMES = {
     "ConvLSTM2d": "model.convlstm",
@@ -26,6 +27,7 @@ _HOMES = {
     "ProcessMesh": "spatial.mesh",
     "RunConfig": "config",
     "load_config": "config",
+    "load_network": "training.loading",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "load_config",
+    "load_network",
 ]
 
 

@@ -24,6 +24,7 @@ from faconv_hpc.errors import InputError, NoProgressError, RunError
 from faconv_hpc.training import export as export_module
 from faconv_hpc.training import shards
 from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
+from faconv_hpc.training.contract import Contract
 from faconv_hpc.training.export import SUFFIXES, export
 from faconv_hpc.training.faults.signals import StopRequest
 from faconv_hpc.training.faults.starts import counted_start, made_progress
@@ -179,16 +180,15 @@ def test_weights_of_a_network_with_other_names_are_not_loaded(copied, store):
         train_on(FOUR, copied.parent, store, "keep", training={"checkpoint_every": 2, "steps": 8})
 
 
-def test_a_checkpoint_of_the_format_before_goes_on(copied, run, store):
-    """It has random states, which nothing draws from, and no legs."""
-    for one in checkpoints_in(copied)[1:]:
-        shutil.rmtree(one.path)
-    (first,) = checkpoints_in(copied)
-    raw = json.loads((first.path / "manifest.json").read_text())
-    rewritten(first, format="faconv_hpc checkpoint 1", legs=[])
-    assert raw["format"] == "faconv_hpc checkpoint 2" and raw["legs"] == [{"end": 6, "rule": "begun"}]
-    train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
-    assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
+def test_a_checkpoint_of_the_format_before_is_named_as_one(copied, store):
+    """It has no contract: nobody knows any more what its statistics were."""
+    newest = checkpoints_in(copied)[-1]
+    raw = json.loads((newest.path / "manifest.json").read_text())
+    del raw["contract"]
+    rewritten(newest, **raw | {"format": "faconv_hpc checkpoint 2"})
+    told = r"as 'faconv_hpc checkpoint 2', this is faconv_hpc \S+, which reads 'faconv_hpc checkpoint 3'"
+    with pytest.raises(AssertionError, match=told):
+        train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
 
 
 def test_equal_runs_have_equal_shards(tmp_path, run, store):
@@ -238,7 +238,9 @@ def test_export_is_a_plain_state_dict_with_all_that_builds_the_network(run, tmp_
         about = file.metadata()
     network = FAConvLSTMNetwork(**json.loads(about["network"]))
     network.load_state_dict(load_file(tmp_path / "weights.safetensors"))
-    assert json.loads(about["channels"]) == ["wave_0", "wave_1"] and about["step"] == "6"
+    contract = Contract.model_validate_json(about["contract"])
+    assert contract == newest.manifest().contract and about["step"] == "6"
+    assert contract.names == ("wave_0", "wave_1") and contract.grid.nlat == 11
     for name, value in torch.load(tmp_path / "weights.pt").items():
         assert torch.equal(value, network.get_parameter(name))
     with pytest.raises(InputError, match=r"\.safetensors or \.pt, got \S+weights\.h5"):

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import xarray as xr
 
 from faconv_hpc.data.forcings import FORCINGS, equation_of_time, insolation, solar_declination
 from faconv_hpc.data.samples import Batch, ReadAhead, Windows, sample_order
+from faconv_hpc.data.statistics import Statistics
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
@@ -55,8 +56,14 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("whole"), missing=False)
 
 
+def statistics_of(store: Store, names: Sequence[str]) -> Statistics:
+    channels = store.channel_indices(names)
+    return Statistics(store.mean[channels], store.std[channels], store.tendency_std[channels])
+
+
 def windows_of(store: Store, tile: Tile | None = None, **options: object) -> Windows:
-    given: dict = {"variables": None, "window": 4, "frames": range(store.frames), **options}
+    given: dict = {"variables": store.channels, "window": 4, "frames": range(store.frames), **options}
+    given = {"statistics": statistics_of(store, given["variables"]), "may_miss": store.has_missing} | given
     tile = tile or Tile((0, NLAT), (0, NLON))
     return Windows(store, tile, grid=store.grid("zero", "periodic"), **given)
 
@@ -106,6 +113,14 @@ def test_without_missing_data_there_is_no_mask(whole_store: Store) -> None:
     assert batch.valid_BTCYX is None
     normal = (source(whole_store, "ice") - whole_store.mean[1]) / whole_store.std[1]
     np.testing.assert_allclose(batch.inputs_BTCYX[1, :, 1], normal[1:5], atol=1e-6)
+
+
+def test_where_data_may_be_missing_and_none_is_all_is_known(whole_store: Store) -> None:
+    """A network that was trained on gaps forecasts from fields without."""
+    batch = windows_of(whole_store, may_miss=True, variables=["ice"]).read([0])
+    assert batch.inputs_BTCYX.shape[2] == 2 and (batch.inputs_BTCYX[:, :, 1] == 1).all()
+    assert batch.valid_BTCYX is not None and batch.valid_BTCYX.all()
+    assert torch.equal(batch.inputs_BTCYX[:, :, :1], windows_of(whole_store, variables=["ice"]).read([0]).inputs_BTCYX)
 
 
 def test_a_field_that_never_changes_is_zero_and_not_nan(whole_store: Store) -> None:

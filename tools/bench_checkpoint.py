@@ -51,7 +51,9 @@ def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
 
     def writer(background: bool) -> CheckpointWriter:
         training = config.training.model_copy(update={"save_in_background": background, "keep_last": 2})
-        changed = Workspace(config.model_copy(update={"training": training}), workspace.store, domain)
+        changed = Workspace(
+            config.model_copy(update={"training": training}), workspace.store, workspace.contract, domain
+        )
         return CheckpointWriter(changed, engine, Resumed(), legs_of(changed, (), None))
 
     foreground, background = writer(False), writer(True)

@@ -8,11 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import EXIT_FAILED, EXIT_OK, InputError
+from ..errors import EXIT_FAILED, EXIT_OK
 from .options import AsJson, Verb, Verbs
 
 if TYPE_CHECKING:
-    from ..training.shards import Checkpoint
+    pass
 
 checkpoint_app = typer.Typer(cls=Verbs, help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
 
@@ -26,8 +26,9 @@ def list_command(where: Where, as_json: AsJson = False) -> None:
     Example: faconv checkpoint list runs/quickstart_era5
     """
     from ..training.export import summary
+    from ..training.shards import checkpoints_at
 
-    rows = [summary(one) for one in _checkpoints(where)]
+    rows = [summary(one) for one in checkpoints_at(where)]
     if as_json:
         print(json.dumps(rows))
         return
@@ -49,7 +50,9 @@ def verify_command(where: Where, as_json: AsJson = False) -> None:
 
     Example: faconv checkpoint verify runs/quickstart_era5/checkpoints/step-00000120
     """
-    found = [(one, one.problem()) for one in _checkpoints(where)]
+    from ..training.shards import checkpoints_at
+
+    found = [(one, one.problem()) for one in checkpoints_at(where)]
     if as_json:
         print(json.dumps([{"path": str(one.path), "step": one.step, "problem": problem} for one, problem in found]))
     else:
@@ -66,35 +69,16 @@ def export_command(
 ) -> None:
     """Writes one plain state dict, for inference on one device, from the newest whole checkpoint.
 
-    A .safetensors file also holds the arguments of the network and the names of its channels.
+    A .safetensors file also holds the arguments of the network and its contract: variables, statistics, grid.
 
     Example: faconv checkpoint export runs/quickstart_era5 --output forecast.safetensors
     """
     from ..training.export import export
-    from ..training.shards import whole_of
+    from ..training.shards import newest_at
 
-    whole = next(whole_of(_checkpoints(where)), None)
-    if whole is None:
-        raise InputError(f"{where} holds no whole checkpoint. `faconv checkpoint verify {where}` says what is wrong.")
+    whole = newest_at(where)
     answer: dict[str, Any] = export(whole, output)
     if as_json:
         print(json.dumps(answer))
     else:
         print(f"{output}: {answer['tensors']} tensors, {answer['values']} values, of step {whole.step} of {whole.path}")
-
-
-def _checkpoints(where: Path) -> "list[Checkpoint]":
-    """Of a run, or the one whose directory is given; oldest first."""
-    from ..training.shards import NAME, Checkpoint, checkpoints_in
-
-    match = NAME.fullmatch(where.name)
-    try:
-        found = [Checkpoint(where, int(match.group(1)))] if match and where.is_dir() else checkpoints_in(where)
-    except OSError as error:  # a name that no file can have
-        raise InputError(f"{where} cannot be looked at: {error.strerror}. Give the run_dir of a run.") from None
-    if not found:
-        raise InputError(
-            f"{where} holds no checkpoints. Give the run_dir of a run (it has a folder checkpoints/), "
-            f"or a directory step-00000040 in that folder."
-        )
-    return found

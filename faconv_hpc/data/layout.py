@@ -29,6 +29,7 @@ FORMAT_VERSION = 2
 LIBVER = ("v110", "v110")
 """HDF5's file format with checksums of its structures, read by every HDF5 since 1.10 (2016)."""
 STORE_FILE = "store.nc"
+MOMENTS = "moments"  # (channel, 8) in every file of fields, see `ChannelMoments.as_row`
 DIMS = ("time", "channel", "latitude", "longitude")
 
 
@@ -86,6 +87,12 @@ class StoreLayout:
         """The frames that a file holds."""
         first = file * self.frames_per_file
         return range(first, min(first + self.frames_per_file, len(self.time)))
+
+
+def same_units(one: str, other: str) -> bool:
+    """Whether two texts mean the same units."""
+    mine, others = ("".join(text.replace("**", "").replace("^", "").split()) for text in (one, other))
+    return mine == others
 
 
 def file_name(file: int) -> str:

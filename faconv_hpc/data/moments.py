@@ -82,3 +82,39 @@ class ChannelMoments:
         """The inverse of `as_row`."""
         numbers = [float(number) for number in row]
         return cls(Moments(*numbers[:3]), Moments(*numbers[3:6]), int(numbers[6]), int(numbers[7]))
+
+
+class MomentStream:
+    """Collects the moments of one channel of some rows, frame after frame.
+
+    Args:
+        weight_Y: that a cell of each row counts with.
+
+    Attributes:
+        moments: of what has come.
+    """
+
+    def __init__(self, weight_Y: NDArray[np.float64]) -> None:
+        self._weight_Y = weight_Y
+        self._last_YX: NDArray[np.float32] | None = None
+        self.moments = ChannelMoments()
+
+    def add(self, fields_TYX: NDArray[np.float32]) -> None:
+        """Takes the next frames."""
+        for field_YX in fields_TYX:
+            valid = int(np.count_nonzero(~np.isnan(field_YX)))
+            found = ChannelMoments(self._of(field_YX), self._change_to(field_YX), field_YX.size, valid)
+            self.moments = self.moments.merged(found)
+            self._last_YX = field_YX
+
+    def add_following(self, field_YX: NDArray[np.float32]) -> None:
+        """Takes a frame of the next file: only the change to it belongs here."""
+        self.moments = self.moments.merged(ChannelMoments(tendency=self._change_to(field_YX)))
+
+    def _of(self, values_YX: NDArray[np.floating]) -> Moments:
+        return Moments.of(values_YX[None], self._weight_Y)
+
+    def _change_to(self, field_YX: NDArray[np.float32]) -> Moments:
+        if self._last_YX is None:
+            return Moments()
+        return self._of(np.subtract(field_YX, self._last_YX, dtype=np.float64))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..spatial.grid import LatLonGrid, Tile
 from .forcings import Instants, check_forcings, compute_forcings
 from .frames import check_frames, check_regular
+from .statistics import Statistics
 from .store import Store
 
 T = TypeVar("T")
@@ -28,8 +29,8 @@ class Batch:
     """Samples of a tile.
 
     Args:
-        inputs_BTCYX: float32. Normalised fields, 0 where missing; then, if the store has missing
-            data, one channel per field that is 1 where it is valid; then the forcings.
+        inputs_BTCYX: float32. Normalised fields, 0 where missing; then, if data may be missing, one
+            channel per field that is 1 where it is valid; then the forcings.
         target_BTCYX: float32. Change of each field to the next frame over its ``tendency_std``;
             0 where it is not valid.
         valid_BTCYX: whether both frames of the change are valid; None if nothing is ever missing.
@@ -73,7 +74,10 @@ class Windows:
     Args:
         store: where the fields are.
         tile: which cells.
-        variables: which channels; None takes all.
+        variables: which channels, by name.
+        statistics: of these, that they are normalised with; those of the data that a network was trained on.
+        may_miss: whether there is a channel for each field that says where it is valid. The store must miss nothing
+            if not.
         window: number of input frames.
         frames: the consecutive frames to draw from, such as those of the training years.
         forcings: names out of `FORCINGS`.
@@ -94,7 +98,9 @@ class Windows:
         store: Store,
         tile: Tile,
         *,
-        variables: Sequence[str] | None,
+        variables: Sequence[str],
+        statistics: Statistics,
+        may_miss: bool,
         window: int,
         frames: range,
         grid: LatLonGrid,
@@ -103,19 +109,21 @@ class Windows:
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
         self.store, self.tile, self.window, self.frames = store, tile, window, frames
-        self.field_channels = tuple(store.channels if variables is None else variables)
+        assert may_miss or not store.has_missing, f"{store.path} misses data, and nothing would say where"
+        self.field_channels = tuple(variables)
         self._channels = store.channel_indices(self.field_channels)
         self._forcings = check_forcings(forcings)
-        validity = tuple(f"valid_{name}" for name in self.field_channels) if store.has_missing else ()
+        self._may_miss = may_miss
+        validity = tuple(f"valid_{name}" for name in self.field_channels) if may_miss else ()
         self.input_channels = (*self.field_channels, *validity, *self._forcings)
         check_frames(store, frames, window)
         if not allow_irregular_time:
             check_regular(store, frames)
         self._latitude = grid.latitude[slice(*tile.rows)]
         self._longitude = grid.longitude[slice(*tile.columns)]
-        self._mean = store.mean[self._channels].astype(np.float32)[:, None, None]
-        self._scale = _inverse(store.std[self._channels])
-        self._tendency_scale = _inverse(store.tendency_std[self._channels])
+        self._mean = statistics.mean.astype(np.float32)[:, None, None]
+        self._scale = _inverse(statistics.std)
+        self._tendency_scale = _inverse(statistics.tendency_std)
 
     def __len__(self) -> int:
         return len(self.frames) - self.window
@@ -131,7 +139,7 @@ class Windows:
         fields_count = len(self.field_channels)
         inputs_BTCYX = torch.empty(size, time, len(self.input_channels), *shape)
         target_BTCYX = torch.empty(size, time, fields_count, *shape)
-        valid_BTCYX = torch.empty(target_BTCYX.shape, dtype=torch.bool) if self.store.has_missing else None
+        valid_BTCYX = torch.empty(target_BTCYX.shape, dtype=torch.bool) if self._may_miss else None
         year_fraction_BT = torch.empty(size, time, dtype=torch.float64)
         for sample, index in enumerate(indices):
             frames = self.frames_of(index)
@@ -160,7 +168,8 @@ class Windows:
         target_TCYX *= self._tendency_scale
         np.subtract(values_TCYX[:-1], self._mean, out=inputs_TCYX[:, :count])
         inputs_TCYX[:, :count] *= self._scale
-        if valid_TCYX is not None and known_TCYX is not None:
+        if valid_TCYX is not None:
+            known_TCYX = np.ones(values_TCYX.shape, dtype=bool) if known_TCYX is None else known_TCYX
             np.logical_and(known_TCYX[1:], known_TCYX[:-1], out=valid_TCYX)
             target_TCYX[~valid_TCYX] = 0.0
             inputs_TCYX[:, :count][~known_TCYX[:-1]] = 0.0

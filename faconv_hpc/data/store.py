@@ -111,6 +111,11 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # handles belong to their process
 
+    @property
+    def step_hours(self) -> float:
+        """From a frame to the next, as most have it."""
+        return float(np.median(np.diff(self.time_hours))) if self.frames > 1 else 0.0
+
     def channel_indices(self, names: Sequence[str]) -> list[int]:
         """Positions of variables.
 

@@ -21,7 +21,7 @@ from ..spatial.mesh import ProcessMesh
 from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network
-from ..training.shards import whole_checkpoints
+from ..training.shards import Checkpoint, whole_checkpoints
 
 SKILL_FILE = "evaluation.json"
 
@@ -87,23 +87,31 @@ def load_run(run_dir: Path) -> RunConfig:
     return load_config(run_dir / CONFIG_FILE)
 
 
-def trained_network(workspace: Workspace, windows: Windows) -> tuple[FAConvLSTMNetwork, int]:
-    """The network with the weights of the run's newest whole checkpoint, in float32, and its step. Collective.
+def newest_checkpoint(config: RunConfig, mesh: ProcessMesh) -> Checkpoint:
+    """The run's newest whole one. Collective.
 
     Raises:
-        InputError: there is no whole checkpoint, or it is another network's.
+        InputError: there is none.
     """
-    config, mesh = workspace.config, workspace.domain.mesh
     newest = mesh.from_first(next(whole_checkpoints(config.run_dir), None) if mesh.rank == 0 else None)
     if newest is None:
         raise InputError(
             f"{config.run_dir} has no whole checkpoint. Wait for the run to end, set training.checkpoint_every, or "
             f"look at what is there with `faconv checkpoint list {config.run_dir}`."
         )
-    network = build_network(config, windows)
-    check_same_network(network, newest.manifest(), newest.path)
-    network.load_state_dict(newest.parameters())
-    return network.to(mesh.device).eval(), newest.step
+    return newest
+
+
+def trained_network(workspace: Workspace, windows: Windows, checkpoint: Checkpoint) -> FAConvLSTMNetwork:
+    """The network with the weights of a checkpoint, in float32.
+
+    Raises:
+        InputError: they are another network's.
+    """
+    network = build_network(workspace.config, windows)
+    check_same_network(network, checkpoint.manifest(), checkpoint.path)
+    network.load_state_dict(checkpoint.parameters())
+    return network.to(workspace.domain.mesh.device).eval()
 
 
 @torch.no_grad()
@@ -112,9 +120,10 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
 
     The state is spun up over ``data.window`` frames; what counts is the last step's forecast.
     """
-    workspace = Workspace.open(config, mesh)
+    checkpoint = newest_checkpoint(config, mesh)
+    workspace = Workspace.open(config, mesh, checkpoint.manifest().contract)
     windows = _windows(workspace)
-    network, step = trained_network(workspace, windows)
+    network = trained_network(workspace, windows, checkpoint)
     squares, weights = (torch.zeros(2, len(windows.field_channels), dtype=torch.float64) for _ in range(2))
     truth = forecast = None
     for index in range(len(windows)):
@@ -125,11 +134,11 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
             squares[row] += square
             weights[row] += weight
     assert truth is not None and forecast is not None, "a Windows has at least one window"
-    scale = torch.from_numpy(workspace.store.tendency_std[workspace.store.channel_indices(windows.field_channels)])
+    scale = torch.from_numpy(workspace.contract.statistics.tendency_std)
     rmse = (squares / weights).sqrt() * scale
     first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])
     return Evaluation(
-        step=step,
+        step=checkpoint.step,
         held_out=config.data.held_out_frames > 0,
         forecasts=len(windows),
         first_loss=first,

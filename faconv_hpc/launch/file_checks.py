@@ -99,15 +99,20 @@ def _speed(inside: Path) -> Finding:
 
 def _described(data: DataConfig, mesh: MeshConfig) -> str:
     from ..data.samples import Windows  # here, as it needs torch
+    from ..data.statistics import Statistics
 
     with Store.open(data.store) as opened:
         opened.check_files()
         grid = opened.grid(lat_boundary=data.lat_boundary, lon_boundary=data.lon_boundary)
         tile = Cuts.even(grid, mesh.lat, mesh.lon).tile(0)
+        names = opened.channels if data.variables is None else data.variables
+        channels = opened.channel_indices(names)
         windows = Windows(
             opened,
             tile,
-            variables=data.variables,
+            variables=names,
+            statistics=Statistics(opened.mean[channels], opened.std[channels], opened.tendency_std[channels]),
+            may_miss=opened.has_missing,
             window=data.window,
             frames=range(opened.frames - data.held_out_frames),
             forcings=data.forcings,

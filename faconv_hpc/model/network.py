@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..spatial.domain import Domain
+from ..spatial.grid import Boundary
 from .convlstm import ConvLSTM2d
 from .layer import FAConvLSTM2d
 from .losses import Loss, area_mean_squared_error, shared_mean_squared_error
@@ -61,6 +62,9 @@ class FAConvLSTMNetwork(nn.Module):
             being stored; 0 stores everything.
         cell: ``"faconvlstm"``, or ``"convlstm"`` for the baseline.
         layer_options: passed to every layer, see `FAConvLSTM2d` and `ConvLSTM2d`.
+
+    Attributes:
+        boundaries: of the grid it was trained on, see `LatLonGrid.boundaries`; a call on others is refused. None: any.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class FAConvLSTMNetwork(nn.Module):
             )
         self.field_channels, self.checkpoint_steps = field_channels, checkpoint_steps
         self.embedding_weight = embedding_weight
+        self.boundaries: tuple[Boundary, Boundary, Boundary] | None = None
         inputs = [in_channels] + [hidden_channels] * (layers - 1)
         self.layers = nn.ModuleList(CELLS[cell](channels, hidden_channels, **layer_options) for channels in inputs)
         self.forecast = nn.Conv2d(hidden_channels, field_channels, kernel_size=1)
@@ -111,6 +116,7 @@ class FAConvLSTMNetwork(nn.Module):
             year_fraction_BT: position of each step in the year, 0 to 1.
         """
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
+        self._check_boundaries(domain)
         steps = x_BTCYX.shape[1]
         length = self.checkpoint_steps or steps
         states: Sequence[State | None] = state or [None] * len(self.layers)
@@ -126,6 +132,17 @@ class FAConvLSTMNetwork(nn.Module):
         embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
         final = tuple(one for one in states if one is not None)
         return NetworkOutput(torch.cat(tendencies, dim=1), embedding_BTE, coarse, final, valid_BT)
+
+    def _check_boundaries(self, domain: Domain) -> None:
+        if self.boundaries is not None and domain.grid.boundaries != self.boundaries:
+            trained, given = (
+                ", ".join(one.value for one in boundaries) for boundaries in (self.boundaries, domain.grid.boundaries)
+            )
+            raise InputError(
+                f"the network was trained with the boundaries {trained} (north, south, longitude), this domain has "
+                f"{given}. Pass `domain=trained.domain()` of what `load_network` gave; without a domain a network "
+                f"works on a plane with zero boundaries."
+            )
 
     def losses(
         self,

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import Channel
+from ..data.layout import Channel, same_units
 from ..data.times import TimeAxis
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
-from ..spatial.grid import Span
+from ..spatial.grid import SAME_DEG, Span
 from .roles import SourceOptions
-from .segments import SAME_DEG, Segment, SourceGrid, segments_of
+from .segments import Segment, SourceGrid, segments_of
 from .selection import selected
 from .sources import open_sources
 
@@ -210,7 +210,7 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
     """The times of one channel, over its sources, which must be the same thing in the same units."""
     first = segments[0]
     for segment in segments:
-        same = _same_units(segment.channel.units, first.channel.units) or segment.is_accepted
+        same = same_units(segment.channel.units, first.channel.units) or segment.is_accepted
         if segment.what != first.what or not same:
             silent = not (segment.channel.units and first.channel.units)
             accept = f", or take both as they are: --accept {first.channel.name}" if silent else ""
@@ -233,12 +233,6 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
                 f"{later.path} starts at {later.time.label(0)}. Give each time once."
             )
     return TimeAxis(np.concatenate([segment.time.seconds for segment in segments]), calendars.pop())
-
-
-def _same_units(one: str, other: str) -> bool:
-    """Whether two texts mean the same."""
-    mine, others = ("".join(text.replace("**", "").replace("^", "").split()) for text in (one, other))
-    return mine == others
 
 
 def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) -> None:

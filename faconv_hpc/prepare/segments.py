@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..data.layout import Channel
 from ..data.times import TimeAxis, check_increasing, decode_times
 from ..errors import InputError
-from ..spatial.grid import LatLonGrid, Span
+from ..spatial.grid import SAME_DEG, LatLonGrid, Span
 from .channel_names import channels_of
 from .grib import NOTE
 from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
@@ -21,7 +21,6 @@ from .selection import SELECTED, bounds_of, is_flag
 from .values import refuse_rounded, refuse_suspect
 from .zarr_chunks import ZarrChunks
 
-SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
 PLAIN_UNITS = "hours since 2000-01-01"
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from ..data.layout import DIMS, FORMAT, FORMAT_VERSION, STORE_FILE, FileEntry, StoreContent, StoreLayout
 from ..data.moments import ChannelMoments
+from ..data.statistics import Statistics
 from ..data.times import EPOCH_UNITS
 from .hdf5_file import new_netcdf
 
 CONVENTIONS = "CF-1.8"
-ROUNDING = 2.0**-23  # of float32, between neighbours near one
 
 
 def write_coordinates(nc: h5netcdf.File, layout: StoreLayout, frames: range) -> None:
@@ -47,15 +47,14 @@ def write_store_file(
     Args:
         mark: the fingerprint that all files of fields bear.
     """
-    mean, std = (np.array([getattr(moment.value, name) for moment in moments]) for name in ("mean", "std"))
-    settled = std <= ROUNDING * np.abs(mean)  # what float32 makes of one number is no change
+    statistics = Statistics.of(moments)
     content = StoreContent(
         layout=layout,
         files=files,
         fingerprint=mark,
-        mean=mean,
-        std=np.where(settled, 0.0, std),
-        tendency_std=np.where(settled, 0.0, np.array([moment.tendency.std for moment in moments])),
+        mean=statistics.mean,
+        std=statistics.std,
+        tendency_std=statistics.tendency_std,
         valid_share=np.array([moment.valid_cells / moment.cells for moment in moments]),
         year_fraction=layout.time.year_fraction,
         utc_hour=layout.time.utc_hour,

@@ -11,11 +11,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import DIMS, FORMAT_VERSION, STORE_FILE, FileEntry, StoreLayout, digest_of, file_name
-from ..data.moments import ChannelMoments, Moments
+from ..data.layout import DIMS, FORMAT_VERSION, MOMENTS, STORE_FILE, FileEntry, StoreLayout, digest_of, file_name
+from ..data.moments import ChannelMoments, MomentStream
+from ..data.statistics import row_weights
 from ..errors import InputError
 from ..locks import locked_directory
-from ..spatial.grid import LatLonGrid, Span
+from ..spatial.grid import Span
 from .comm import Comm
 from .hdf5_file import ForgivingFile, new_netcdf
 from .store_file import CONVENTIONS, write_coordinates, write_store_file
@@ -23,7 +24,6 @@ from .store_file import CONVENTIONS, write_coordinates, write_store_file
 SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
 LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34
 COMMON_FILL = np.float32(1e20)  # that of CMIP
-MOMENTS = "moments"
 LOCK_FILE = ".lock"
 Progress = Callable[[int, int], None]
 """Called with (files this rank has finished, files it has to write)."""
@@ -242,10 +242,10 @@ def _create(
 def _write_slabs(
     nc: h5netcdf.File, disk: ForgivingFile, layout: StoreLayout, reader: FieldReader, frames: range, slab_bytes: int
 ) -> list[ChannelMoments]:
-    weights = row_weights(layout)
+    weights = row_weights(layout.latitude_deg, layout.longitude_deg)
     moments = [ChannelMoments() for _ in layout.channels]
     for channels, rows in _columns_of_work(layout, reader.groups, slab_bytes):
-        collected = [_Stream(weights[slice(*rows)]) for _ in channels]
+        collected = [MomentStream(weights[slice(*rows)]) for _ in channels]
         for block in _blocks(frames, layout, channels, rows, slab_bytes):
             slab_TCYX = _read_slab(layout, reader, block, channels, rows)
             _store_slab(nc, layout, slab_TCYX, block.start - frames.start, channels, rows)
@@ -256,51 +256,10 @@ def _write_slabs(
             after = range(frames.stop, frames.stop + 1)
             following_TCYX = _read_slab(layout, reader, after, channels, rows)
             for index, stream in enumerate(collected):
-                stream.add_following(following_TCYX[:, index])
+                stream.add_following(following_TCYX[0, index])
         for channel, stream in zip(channels, collected, strict=True):
             moments[channel] = moments[channel].merged(stream.moments)
     return moments
-
-
-def row_weights(layout: StoreLayout) -> NDArray[np.float64]:
-    """(latitude,) area of a cell of each row, in units of the mean one."""
-    grid = LatLonGrid(
-        *layout.grid_shape,
-        latitude_deg=layout.latitude_deg,
-        longitude_deg=layout.longitude_deg,
-        lon_boundary="zero",
-    )
-    areas = grid.cell_area_sr
-    return np.asarray(areas / areas.mean(), dtype=np.float64)
-
-
-class _Stream:
-    """Collects the moments of one channel of some rows, frame after frame."""
-
-    def __init__(self, weight_Y: NDArray[np.float64]) -> None:
-        self._weight_Y = weight_Y
-        self._last_YX: NDArray[np.float32] | None = None
-        self.moments = ChannelMoments()
-
-    def add(self, fields_TYX: NDArray[np.float32]) -> None:
-        """Takes the next frames."""
-        for field_YX in fields_TYX:
-            valid = int(np.count_nonzero(~np.isnan(field_YX)))
-            found = ChannelMoments(self._of(field_YX), self._change_to(field_YX), field_YX.size, valid)
-            self.moments = self.moments.merged(found)
-            self._last_YX = field_YX
-
-    def add_following(self, fields_TYX: NDArray[np.float32]) -> None:
-        """Takes a frame of the next file: only the change to it belongs here."""
-        self.moments = self.moments.merged(ChannelMoments(tendency=self._change_to(fields_TYX[0])))
-
-    def _of(self, values_YX: NDArray[np.floating]) -> Moments:
-        return Moments.of(values_YX[None], self._weight_Y)
-
-    def _change_to(self, field_YX: NDArray[np.float32]) -> Moments:
-        if self._last_YX is None:
-            return Moments()
-        return self._of(np.subtract(field_YX, self._last_YX, dtype=np.float64))
 
 
 def _columns_of_work(layout: StoreLayout, groups: Sequence[range], slab_bytes: int) -> Iterator[tuple[range, Span]]:

@@ -14,6 +14,7 @@ from ..errors import InputError
 Span = tuple[int, int]
 """Half-open range of rows or columns, ``start <= index < stop``."""
 
+SAME_DEG = 1e-4  # coordinates kept as float32 in one file and float64 in another
 POLE_TOLERANCE_DEG = 1e-4
 CLOSURE_TOLERANCE = 0.02  # of one column; coordinates stored as float32 are off by 1e-5 of one
 
@@ -90,6 +91,11 @@ class LatLonGrid:
     def south(self) -> Boundary:
         """Boundary beyond the last row."""
         return self.lat_boundary[1]  # type: ignore[return-value]
+
+    @property
+    def boundaries(self) -> tuple[Boundary, Boundary, Boundary]:
+        """North, south, and both ends of a row."""
+        return self.north, self.south, Boundary(self.lon_boundary)
 
     @cached_property
     def latitude(self) -> NDArray[np.float64]:

@@ -245,6 +245,7 @@ class CheckpointWriter:
             save_s=pending.copying_s + max(report.seconds for report in reports),
             config=config.model_dump(mode="json"),
             identity=identity(self._workspace),
+            contract=self._workspace.contract,
             moments=self._engine.moment_names,
             legs=self._legs,
             parameters={

@@ -56,7 +56,7 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
             if output.suffix == ".pt":
                 torch.save(parameters, beside)
             else:
-                save_file(parameters, beside, metadata=_metadata(manifest))
+                save_file(parameters, beside, metadata=metadata(manifest))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{output} cannot be written: {str(error).rstrip('.')}. Give a file where you may write."
@@ -65,14 +65,14 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
     return {"output": str(output), "step": manifest.step, "tensors": len(parameters), "values": values}
 
 
-def _metadata(manifest: Manifest) -> dict[str, str]:
-    """Text, as safetensors wants it; JSON where there is structure."""
+def metadata(manifest: Manifest) -> dict[str, str]:
+    """What builds the network, and its contract: texts, as safetensors wants them, or JSON."""
     in_channels = manifest.parameters["layers.0.input_weight"].shape[1]
     fields = manifest.parameters["forecast.weight"].shape[0]
     options = network_options(ModelConfig.model_validate(manifest.config["model"]), in_channels, fields)
     return {
         "step": str(manifest.step),
         "network": json.dumps(options),
-        "channels": json.dumps(manifest.identity["channels"]),
+        "contract": manifest.contract.model_dump_json(),
         "faconv_hpc": manifest.versions["faconv_hpc"],
     }

@@ -16,6 +16,7 @@ from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.mesh import ProcessMesh
+from .contract import make_contract
 from .engine import Engine
 from .fit import grid_of
 from .setup import Workspace, build_network
@@ -103,14 +104,16 @@ def verify_parity(
     """
     store = Store.open(config.data.store)
     grid = grid_of(config, store)
-    reference = _Reference(Workspace(config, store, Domain(grid, replace(ProcessMesh.alone(), device=mesh.device))))
+    contract = make_contract(config, store, mesh)
+    alone = replace(ProcessMesh.alone(), device=mesh.device)
+    reference = _Reference(Workspace(config, store, contract, Domain(contract.grid, alone)))
     rows: list[ParityRow] = []
     for layout in layouts_of(mesh.ranks, grid) if layouts is None else layouts:
         check_layout(layout, mesh.ranks, grid)
         sizes = (layout.replicas, layout.lat, layout.lon)
         arranged = ProcessMesh.arrange(mesh.job_ranks, *sizes, device=mesh.device, watch=mesh.watch)
         assert arranged is not None, f"rank {mesh.rank} is not part of {layout}"
-        workspace = Workspace(config, store, Domain(grid, arranged))
+        workspace = Workspace(config, store, contract, Domain(contract.grid, arranged))
         got = _results(workspace, dtype)
         if dtype == torch.float32:
             got |= _update(workspace)

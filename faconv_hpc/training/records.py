@@ -18,9 +18,11 @@ from ..config import RunConfig
 from ..data.samples import Windows
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..versions import versions
+from .contract import Contract
 
 STEPS_FILE = "steps.jsonl"
 CONFIG_FILE = "config.yaml"
+CONTRACT_FILE = "contract.json"
 VERSIONS_FILE = "versions.json"
 LINES_PER_RUN = 40  # printed where the terminal cannot show a bar, such as a log file
 
@@ -86,7 +88,7 @@ class Recorder:
     """Writes step records; only one rank makes one.
 
     Args:
-        config: of the run; its resolved form and the versions in use are written beside the records.
+        config, contract: of the run; they and the versions in use are written beside the records.
         done: steps that a checkpoint already holds. Records beyond it, of a run that was cut off, are
             dropped: those steps are done again, and no step stands in the file twice.
         machines: on which the ranks run; stands beside the versions.
@@ -95,9 +97,10 @@ class Recorder:
         last: what was written last; None if nothing was.
     """
 
-    def __init__(self, config: RunConfig, done: int, machines: Mapping[str, Any]) -> None:
+    def __init__(self, config: RunConfig, contract: Contract, done: int, machines: Mapping[str, Any]) -> None:
         self.last: StepRecord | None = None
         _write_config(config, done)
+        write_durably(config.run_dir / CONTRACT_FILE, contract.model_dump_json(indent=2) + "\n")
         write_durably(config.run_dir / VERSIONS_FILE, json.dumps({**versions(), **machines}, indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
         self._board = _board(config, done)
@@ -240,10 +243,12 @@ def _board(config: RunConfig, done: int) -> Any:
 
 
 @contextmanager
-def recording(config: RunConfig, done: int, *, here: bool, machines: Mapping[str, Any]) -> Iterator[Recorder | None]:
+def recording(
+    config: RunConfig, contract: Contract, done: int, *, here: bool, machines: Mapping[str, Any]
+) -> Iterator[Recorder | None]:
     """A recorder on the one rank that is ``here``; None on the others."""
     if not here:
         yield None
         return
-    with Recorder(config, done, machines) as recorder:
+    with Recorder(config, contract, done, machines) as recorder:
         yield recorder

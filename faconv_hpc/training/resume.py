@@ -2,11 +2,14 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import InputError
 from ..observe import LOADING
+from ..spatial.mesh import ProcessMesh
+from .contract import Contract
 from .engine import Engine
 from .identity import check_same_network, check_same_run
 from .schedule import Leg
@@ -72,7 +75,7 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
         held = _held_together(workspace, candidate)
         if isinstance(held, _Held):
             _load(workspace, engine, held)
-            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over), _legs(held.manifest))
+            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over), held.manifest.legs)
         problem = f"{candidate.path}: {held}"
         passed_over.add(candidate.path.name)
         if strict:
@@ -90,9 +93,13 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
     return Resumed()
 
 
-def _legs(manifest: Manifest) -> tuple[Leg, ...]:
-    """A checkpoint of format 1 has none: its run was never extended by a rule."""
-    return manifest.legs or (Leg(end=int(manifest.config["training"]["steps"])),)
+def contract_of_run(run_dir: Path, mesh: ProcessMesh) -> Contract | None:
+    """Of a run that has checkpoints, from the newest that is not damaged; None: it begins. Collective."""
+    found: Contract | None = None
+    if mesh.rank == 0:
+        manifests = (_manifest_or_problem(one) for one in reversed(checkpoints_in(run_dir)))
+        found = next((one.contract for one in manifests if not isinstance(one, str)), None)
+    return mesh.from_first(found)
 
 
 def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:

@@ -12,7 +12,8 @@ from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
-from .fit import grid_of, training_frames
+from .contract import Contract, make_contract
+from .fit import training_frames
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,24 @@ class Workspace:
 
     config: RunConfig
     store: Store
+    contract: Contract
     domain: Domain
 
     @classmethod
-    def open(cls, config: RunConfig, mesh: ProcessMesh) -> "Workspace":
-        """Opens the store and cuts its grid over the mesh."""
+    def open(cls, config: RunConfig, mesh: ProcessMesh, contract: Contract | None = None) -> "Workspace":
+        """Opens the store and cuts its grid over the mesh. Collective.
+
+        Args:
+            contract: of a run that has begun; the store is held to it. Default: one is made of config and store.
+
+        Raises:
+            InputError: no such store, or its data are not what the contract says.
+        """
         store = Store.open(config.data.store)
-        return cls(config, store, Domain(grid_of(config, store), mesh))
+        if contract is None:
+            contract = make_contract(config, store, mesh)
+        contract.check(store)
+        return cls(config, store, contract, Domain(contract.grid, mesh))
 
     @property
     def training_frames(self) -> range:
@@ -40,10 +52,12 @@ class Workspace:
         return Windows(
             self.store,
             tile or self.domain.tile,
-            variables=data.variables,
+            variables=self.contract.names,
+            statistics=self.contract.statistics,
+            may_miss=self.contract.may_miss,
             window=length or data.window,
             frames=frames,
-            forcings=data.forcings,
+            forcings=self.contract.forcings,
             allow_irregular_time=data.allow_irregular_time,
             grid=self.domain.grid,
         )

@@ -27,11 +27,11 @@ from torch import Tensor
 from ..errors import InputError, TryAgainError
 from ..files import flush_entries, write_flushed
 from ..versions import __version__
+from .contract import Contract
 from .schedule import Leg
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
-FORMAT = "faconv_hpc checkpoint 2"
-READ = ("faconv_hpc checkpoint 1", FORMAT)  # the first held random states, which nothing draws from, and no legs
+FORMAT = "faconv_hpc checkpoint 3"  # 1 had no legs, and 2 no contract
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
 PARAMETER = "parameter"
@@ -78,10 +78,11 @@ class Manifest(_Section):
         save_s: what copying and writing took the slowest rank.
         moments: of the optimizer, stored beside every parameter.
         identity: what a run must keep to go on as it began.
+        contract: what the network was trained on.
         legs: of the learning rate.
     """
 
-    format: Literal["faconv_hpc checkpoint 1", "faconv_hpc checkpoint 2"]
+    format: Literal["faconv_hpc checkpoint 3"]
     run: str
     step: int
     updates: int
@@ -92,8 +93,9 @@ class Manifest(_Section):
     save_s: float = 0.0
     config: dict[str, Any]
     identity: dict[str, Any]
+    contract: Contract
     moments: tuple[str, ...]
-    legs: tuple[Leg, ...] = ()
+    legs: tuple[Leg, ...]
     parameters: dict[str, StoredTensor]
     files: dict[str, ShardFile]
 
@@ -136,11 +138,10 @@ class Checkpoint:
             found, wrote = said["format"], said["versions"]["faconv_hpc"]
         except (ValueError, KeyError, TypeError):
             return
-        if found not in READ:
+        if found != FORMAT:
             raise OtherVersionError(
                 f"{self.path} was written by faconv_hpc {wrote} as {found!r}, this is faconv_hpc {__version__}, which "
-                f"reads {' and '.join(map(repr, READ))}. Install the version that wrote "
-                f"it, or start anew with another run_dir."
+                f"reads {FORMAT!r}. Install the version that wrote it, or start anew with another run_dir."
             )
 
     def checked_bytes(self, name: str, expected: ShardFile) -> bytes:
@@ -229,6 +230,37 @@ def whole_of(checkpoints: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
             print(f"faconv: passed over {one.path}: {error}", file=sys.stderr)
         else:
             yield one
+
+
+def checkpoints_at(where: Path) -> list[Checkpoint]:
+    """Those of a run directory, or the one whose directory is given; oldest first.
+
+    Raises:
+        InputError: there are none.
+    """
+    match = NAME.fullmatch(where.name)
+    try:
+        found = [Checkpoint(where, int(match.group(1)))] if match and where.is_dir() else checkpoints_in(where)
+    except OSError as error:  # a name that no file can have
+        raise InputError(f"{where} cannot be looked at: {error.strerror}. Give the run_dir of a run.") from None
+    if not found:
+        raise InputError(
+            f"{where} holds no checkpoints. Give the run_dir of a run (it has a folder checkpoints/), "
+            f"or a directory step-00000040 in that folder."
+        )
+    return found
+
+
+def newest_at(where: Path) -> Checkpoint:
+    """The newest whole one of a run directory, or the one whose directory is given; every byte is read.
+
+    Raises:
+        InputError: there is none.
+    """
+    whole = next(whole_of(checkpoints_at(where)), None)
+    if whole is None:
+        raise InputError(f"{where} holds no whole checkpoint. `faconv checkpoint verify {where}` says what is wrong.")
+    return whole
 
 
 def directory_name(step: int) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
+from ..data.store import Store
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, InputError
 from ..observe import READING, SAVING, Clock
 from ..spatial.environment import RankEnvironment
@@ -28,7 +29,7 @@ from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
 from .fit import check_store, least_bytes
 from .records import Recorder, StepRecord, beginning, ending, recording
-from .resume import resume
+from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, sample_positions
 
@@ -65,8 +66,9 @@ def train(
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
         stack.enter_context(counted_start(config, stop, here=here, counted=counted))
-        workspace = Workspace.open(config, mesh)
-        check_store(config, workspace.store)
+        with Store.open(config.data.store) as store:
+            check_store(config, store)
+        workspace = Workspace.open(config, mesh, contract_of_run(config.run_dir, mesh))
         windows = workspace.windows(workspace.training_frames)
         claim = stack.enter_context(claimed(config.run_dir, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
@@ -84,7 +86,7 @@ def train(
             return EXIT_OK
         writer = CheckpointWriter(workspace, engine, resumed, legs, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))
-        recorder = stack.enter_context(recording(config, done, here=here, machines=_machines(mesh)))
+        recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=_machines(mesh)))
         requests = _requests(config, windows, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))

@@ -1,0 +1,110 @@
+"""Mean and deviations over some frames of a store, exact: from the moments that each of its files has."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..spatial.grid import LatLonGrid, Tile
+from .layout import MOMENTS, FileEntry
+from .moments import ChannelMoments, MomentStream
+from .store import Store
+
+ROUNDING = 2.0**-23  # of float32, relative
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of some channels, in physical units, area-weighted over all valid cells and times of some frames.
+
+    Attributes:
+        mean, std: (channel,) float64.
+        tendency_std: (channel,) float64, of the change from a frame to the next; 0 if all are equal.
+    """
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    tendency_std: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, moments: Iterable[ChannelMoments]) -> "Statistics":
+        """From the moments of each channel."""
+        rows = [(one.value.mean, one.value.std, one.tendency.std) for one in moments]
+        mean, std, tendency_std = np.array(rows, dtype=np.float64).reshape(-1, 3).T
+        settled = std <= ROUNDING * np.abs(mean)  # what float32 makes of one number is no change
+        return cls(mean, np.where(settled, 0.0, std), np.where(settled, 0.0, tendency_std))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the work of summing up some frames: channels of one file."""
+
+    file: int
+    channels: tuple[int, ...]
+
+
+def pieces_of(store: Store, frames: range, channels: Sequence[int]) -> list[Piece]:
+    """All that there is to do, in the order of files, for `moments_of`; by whom does not change what comes out.
+
+    A file whose frames all count, and the frame after them, has kept its moments: those of all channels are read at
+    once. Of one or two files at the limits the fields are read, each channel on its own.
+    """
+    pieces: list[Piece] = []
+    for file, entry in enumerate(store.files):
+        if len(_own(entry, frames)):
+            parts = [channels] if _is_whole(store, entry, frames) else [[channel] for channel in channels]
+            pieces += [Piece(file, tuple(part)) for part in parts]
+    return pieces
+
+
+def moments_of(store: Store, piece: Piece, frames: range) -> dict[int, ChannelMoments]:
+    """By channel, over those of consecutive frames that a file has and the changes between them and to the next one.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    entry = store.files[piece.file]
+    if _is_whole(store, entry, frames):
+        with store.reading(piece.file) as h5:
+            rows = h5[MOMENTS][:]
+        return {channel: ChannelMoments.from_row(rows[channel]) for channel in piece.channels}
+    return {channel: _read(store, _own(entry, frames), frames, channel) for channel in piece.channels}
+
+
+def merged(found: Iterable[Mapping[int, ChannelMoments]]) -> dict[int, ChannelMoments]:
+    """Of all pieces together, which come in their order."""
+    whole: dict[int, ChannelMoments] = {}
+    for part in found:
+        for channel, moments in part.items():
+            whole[channel] = whole.get(channel, ChannelMoments()).merged(moments)
+    return whole
+
+
+def _own(entry: FileEntry, frames: range) -> range:
+    """The frames of a file that count."""
+    return range(max(frames.start, entry.first_frame), min(frames.stop, entry.first_frame + entry.frames))
+
+
+def _is_whole(store: Store, entry: FileEntry, frames: range) -> bool:
+    """Whether what a file has kept is what counts: it holds the change to the next file's first frame, too."""
+    stop = entry.first_frame + entry.frames
+    return frames.start <= entry.first_frame and (stop < frames.stop or stop == frames.stop == store.frames)
+
+
+def _read(store: Store, own: range, frames: range, channel: int) -> ChannelMoments:
+    nlat, nlon = store.layout.grid_shape
+    globe, stream = Tile((0, nlat), (0, nlon)), MomentStream(row_weights(store.latitude_deg, store.longitude_deg))
+    for frame in own:
+        stream.add(store.read([frame], globe, [channel])[0][:, 0])
+    if own.stop < frames.stop:
+        stream.add_following(store.read([own.stop], globe, [channel])[0][0, 0])
+    return stream.moments
+
+
+def row_weights(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(latitude,) area of a cell of each row, in units of the mean one."""
+    shape = latitude_deg.size, longitude_deg.size
+    grid = LatLonGrid(*shape, latitude_deg=latitude_deg, longitude_deg=longitude_deg, lon_boundary="zero")
+    areas = grid.cell_area_sr
+    return np.asarray(areas / areas.mean(), dtype=np.float64)

@@ -1,0 +1,76 @@
+"""A trained network and what it needs to be used, from a run, a checkpoint or an exported file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..model.network import FAConvLSTMNetwork
+from ..spatial.domain import Domain
+from ..spatial.mesh import ProcessMesh
+from .contract import Contract
+from .export import metadata
+from .shards import newest_at
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """What `load_network` gives.
+
+    Attributes:
+        network: in float32, on the CPU, for evaluation; it refuses other boundaries than it was trained with.
+        contract: its variables with units and statistics, its forcings and its grid.
+        step: of its training.
+    """
+
+    network: FAConvLSTMNetwork
+    contract: Contract
+    step: int
+
+    def domain(self, mesh: ProcessMesh | None = None) -> Domain:
+        """The grid that it was trained on, cut over the ranks of a mesh; default: all of it here."""
+        return Domain(self.contract.grid, mesh)
+
+
+def load_network(path: Path | str) -> TrainedNetwork:
+    """From a run directory (its newest whole checkpoint), a checkpoint's directory, or an exported .safetensors file.
+
+    Raises:
+        InputError: there is none, it is damaged, of another version, or says nothing of the network.
+    """
+    path = Path(path)
+    if path.is_file():
+        about, weights = _exported(path)
+    else:
+        checkpoint = newest_at(path)
+        about, weights = metadata(checkpoint.manifest()), checkpoint.parameters()
+    network = FAConvLSTMNetwork(**json.loads(about["network"]))
+    network.load_state_dict(weights)
+    contract = Contract.model_validate_json(about["contract"])
+    network.boundaries = contract.grid.boundaries
+    return TrainedNetwork(network.eval(), contract, int(about["step"]))
+
+
+def _exported(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}). Give a run_dir, a checkpoint's directory, or the .safetensors file that "
+            f"`faconv checkpoint export` writes; a .pt file holds the tensors alone."
+        ) from None
+    try:
+        Contract.model_validate_json(about["contract"])
+    except (KeyError, ValidationError):
+        raise InputError(
+            f"{path} says nothing of what its network was trained on: it was not written by this version's "
+            f"`faconv checkpoint export`, which does. Export it again."
+        ) from None
+    return about, weights
