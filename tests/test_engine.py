@@ -92,7 +92,10 @@ def relative(got, want, part):
 
 
 def check_updates(mesh, stage, precision):
-    """One update with every combination of accumulation, clipping and checkpointing, beside one process."""
+    """One update with accumulation, clipping and checkpointing, beside one process.
+
+    Of their eight combinations the four with an even number of them in fp32, the others in bf16.
+    """
     found, domain, layers = [], Domain(grid(), mesh), 2 if mesh.ranks == 2 else 1  # more ranks cost more
     for accumulation, clip_norm in product((1, 3), (0.0, CLIP_NORM)):
         micro_batch = BATCH // (accumulation * mesh.replicas)
@@ -101,15 +104,13 @@ def check_updates(mesh, stage, precision):
             clip_norm=clip_norm, micro_batch=micro_batch, accumulation=accumulation,
         )  # fmt: skip
         engine = Engine(network(layers=layers), mesh, training)
-        untouched = engine.snapshot()
-        for checkpoint_steps in (0, 2):
-            engine.network.checkpoint_steps = checkpoint_steps
-            got = update_of(engine, domain, micro_batch, accumulation)
-            want, norm = one_process_update(training, layers)
-            difference = max(relative(got, want, part) for part in PARTS if part != "layers.1" or layers > 1)
-            of_norm = abs(engine.gradient_norm / norm - 1)
-            found.append(((accumulation, clip_norm, checkpoint_steps), difference, of_norm))
-            engine.put_back(untouched)
+        odd = (accumulation > 1) ^ (clip_norm > 0) ^ (precision == "bf16")
+        engine.network.checkpoint_steps = 2 if odd else 0
+        got = update_of(engine, domain, micro_batch, accumulation)
+        want, norm = one_process_update(training, layers)
+        difference = max(relative(got, want, part) for part in PARTS if part != "layers.1" or layers > 1)
+        of_norm = abs(engine.gradient_norm / norm - 1)
+        found.append(((accumulation, clip_norm, engine.network.checkpoint_steps), difference, of_norm))
     return found
 
 
@@ -118,7 +119,7 @@ def check_updates(mesh, stage, precision):
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_one_update_equals_one_process(layout, stage, precision):
     for found in run_on_ranks(layout, check_updates, stage, precision):
-        assert len(found) == 8
+        assert len(found) == 4
         for options, difference, of_norm in found:
             assert difference <= TOLERANCES[precision], options
             assert of_norm <= TOLERANCES[precision], options

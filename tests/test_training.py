@@ -129,7 +129,7 @@ def test_a_run_that_began_otherwise_is_not_continued(tmp_path, store):
         ({"data": {"lat_boundary": "zero"}}, store, r"data\.lat_boundary='pole', this config says 'zero'"),
         ({"training": {"accumulation": 3}}, store, r"samples per step.*=1, this config says 3"),
         ({"data": {"variables": ["wave_1"]}}, store, r"channels=\['wave_0', 'wave_1'\], this config says \['wave_1'\]"),
-        ({}, other, r"store \(grid and statistics\)="),
+        ({}, other, r"store \(mean and deviations of its fields\)="),
     ]
     for sections, data, message in cases:
         with pytest.raises(AssertionError, match=message):

@@ -20,9 +20,9 @@ ruff check .
 ruff format --check .
 mypy
 
-# Two workers per core and one, as many tests wait, three of them for minutes; each may have 24 ranks, 4 GiB, a Slurm.
+# Two workers per core, as many tests wait, three of them for minutes; each may have 24 ranks, 4 GiB, a Slurm.
 cores=$(nproc)
 memory_gib=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
-workers=$((2 * cores < 12 ? 2 * cores + 1 : 12))
+workers=$((2 * cores < 12 ? 2 * cores : 12))
 workers=$((memory_gib / 4 < workers ? memory_gib / 4 : workers))
 python -m pytest -n "$((workers > 1 ? workers : 1))" --durations=20 "$@"

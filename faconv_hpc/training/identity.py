@@ -5,11 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..errors import InputError
 from .setup import Workspace
 from .shards import Manifest
+
+STATISTICS = "store (mean and deviations of its fields)"
+SAME = 1e-6  # of their size, and of the field's deviation
 
 
 def identity(workspace: Workspace) -> dict[str, Any]:
@@ -20,11 +24,14 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     kept = {f"model.{key}": value for key, value in tree["model"].items() if key not in free}
     kept |= {f"data.{key}": tree["data"][key] for key in ("forcings", "window", "lat_boundary", "lon_boundary")}
     kept |= {f"training.{key}": tree["training"][key] for key in ("optimizer", "seed")}
+    channels = store.channel_indices(workspace.contract.names)
+    statistics = np.stack([store.mean[channels], store.std[channels], store.tendency_std[channels]], axis=1)
     dates = [store.layout.time.label(frame) for frame in (frames.start, frames.stop - 1)]
     return kept | {
         "channels": list(config.data.variables or workspace.contract.names),
         "training frames": f"{len(frames)} from {dates[0]} to {dates[1]}",
         "samples per step (replicas x micro_batch x accumulation)": config.global_batch,
+        STATISTICS: statistics.tolist(),
     }
 
 
@@ -32,11 +39,19 @@ def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
     for key, value in now.items():
-        if key in saved and saved[key] != value:
+        if key in saved and not _same(key, saved[key], value):
             raise InputError(
                 f"{workspace.config.run_dir} holds a run with {key}={saved[key]!r}, this config says {value!r}. "
                 f"A run goes on as it began: change the value back, or give another run_dir."
             )
+
+
+def _same(key: str, saved: Any, now: Any) -> bool:
+    """The statistics of a store to rounding: they were merged in another order where it is cut into other files."""
+    if key == STATISTICS and np.shape(saved) == np.shape(now):
+        mine, others = np.array(saved), np.array(now)
+        return bool((np.abs(mine - others) <= SAME * (np.abs(mine) + mine[:, 1:2])).all())
+    return bool(saved == now)
 
 
 def check_same_network(network: nn.Module, manifest: Manifest, path: Path) -> None:
