@@ -16,9 +16,12 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # held back by who starts ranks
     from .cli.app import main as command_line
 
-    if not ignored:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    command_line()
+    try:
+        if not ignored:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        command_line()
+    except KeyboardInterrupt:  # before any verb has begun, each of which has its own answer
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -649,8 +649,8 @@ def test_the_script_says_when_slurm_does_not_take_it_back(tmp_path, capfd):
 def test_a_real_study_of_one_and_two_ranks_stopped_and_continued(tmp_path):
     """`faconv study` on this machine: training itself, not a stand-in."""
     make_store(tmp_path / "waves")
-    study = write_study(tmp_path, points=[{"mesh": "1x1"}, {"mesh": "1x2"}])
-    config, points = study_of(tmp_path, points=[{"mesh": "1x1"}, {"mesh": "1x2"}])
+    study = write_study(tmp_path, points=[{"mesh": "1x1"}, {"mesh": "1x2"}], steps_per_repeat=12)
+    config, points = study_of(tmp_path, points=[{"mesh": "1x1"}, {"mesh": "1x2"}], steps_per_repeat=12)
     command = [sys.executable, "-m", "faconv_hpc", "study", str(study), "--cluster", "local"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = forks.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
