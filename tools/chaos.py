@@ -80,7 +80,7 @@ class Job:
         ]
         port = free_port()
         self.run_dir, self.patience = run_dir, chaos.patience
-        self.log = run_dir.with_suffix(".log")
+        self.log = chaos.directory / f"{run_dir.name}.log"  # never on the disk that is filled
         self.signalled = False
         self.printed = self.log.stat().st_size if self.log.exists() else 0  # by earlier starts
         self.records = _signature(run_dir)
@@ -177,7 +177,7 @@ class Chaos:
         run_dir = self.directory / "undisturbed"
         codes = Job(self, run_dir, interval=1).wait()
         if any(codes):
-            raise BrokenPromiseError(f"the undisturbed run failed: {codes}; see {run_dir.with_suffix('.log')}")
+            raise BrokenPromiseError(f"the undisturbed run failed: {codes}; see {self.directory / 'undisturbed.log'}")
         for one in checkpoints_in(run_dir):
             self.reference[one.step] = _state(one)
 
