@@ -189,6 +189,16 @@ def test_data_that_are_not_what_the_network_was_trained_on_are_refused(tmp_path,
         contract.check(after)
 
 
+def test_gaps_in_what_is_not_used_do_not_matter(tmp_path):
+    before = Store.open(make_store(tmp_path / "before", fields()))
+    contract = make_contract(small_config(tmp_path, before.path), before, ProcessMesh.alone())
+    more, units = fields() | {"sst": fields(gaps=True)["wind"]}, UNITS | {"sst": "K"}
+    after = Store.open(make_store(tmp_path / "after", more, units=units))
+    contract.check(after)
+    config = small_config(tmp_path, after.path, data={"variables": ["heat", "wind"]})
+    assert after.has_missing and make_contract(config, after, ProcessMesh.alone()).may_miss is False
+
+
 def test_units_that_are_written_otherwise_are_the_same(tmp_path):
     before = Store.open(make_store(tmp_path / "before", fields()))
     contract = make_contract(small_config(tmp_path, before.path), before, ProcessMesh.alone())

@@ -165,7 +165,7 @@ def test_a_step_of_many_micro_batches_is_given_up_if_its_end_would_come_too_late
 
             def slow(self, batch):
                 seen.append(self._activity.step)
-                if self._activity.step == at_step:
+                if at_step and self._activity.step >= at_step - 1:
                     time.sleep(0.8)
                     if seen.count(at_step) == 2 and mesh.rank == 1:
                         os.kill(os.getpid(), signal.SIGTERM)

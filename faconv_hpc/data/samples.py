@@ -109,9 +109,9 @@ class Windows:
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
         self.store, self.tile, self.window, self.frames = store, tile, window, frames
-        assert may_miss or not store.has_missing, f"{store.path} misses data, and nothing would say where"
         self.field_channels = tuple(variables)
         self._channels = store.channel_indices(self.field_channels)
+        assert may_miss or not store.misses_some(self._channels), f"{store.path} misses data: nothing would say where"
         self._forcings = check_forcings(forcings)
         self._may_miss = may_miss
         validity = tuple(f"valid_{name}" for name in self.field_channels) if may_miss else ()

@@ -116,6 +116,10 @@ class Store:
         """From a frame to the next, as most have it."""
         return float(np.median(np.diff(self.time_hours))) if self.frames > 1 else 0.0
 
+    def misses_some(self, channels: Sequence[int]) -> bool:
+        """Whether a cell of one of these channels is missing in some frame."""
+        return bool((self.valid_share[list(channels)] < 1).any())
+
     def channel_indices(self, names: Sequence[str]) -> list[int]:
         """Positions of variables.
 

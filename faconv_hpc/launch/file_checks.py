@@ -112,7 +112,7 @@ def _described(data: DataConfig, mesh: MeshConfig) -> str:
             tile,
             variables=names,
             statistics=Statistics(opened.mean[channels], opened.std[channels], opened.tendency_std[channels]),
-            may_miss=opened.has_missing,
+            may_miss=opened.misses_some(channels),
             window=data.window,
             frames=range(opened.frames - data.held_out_frames),
             forcings=data.forcings,

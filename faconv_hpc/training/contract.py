@@ -103,7 +103,7 @@ class Contract(BaseModel):
             if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
                 raise self._refusal(store.path, f"{name} {_range(mine)}", _range(others), "Regrid the source.")
         self._check_times(store)
-        if store.has_missing and not self.may_miss:
+        if store.misses_some(store.channel_indices(self.names)) and not self.may_miss:
             raise self._refusal(
                 store.path,
                 "fields without missing cells",
@@ -146,7 +146,7 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
             for name, channel, (mean, std, tendency_std) in zip(names, channels, rows, strict=True)
         ),
         forcings=config.data.forcings,
-        may_miss=store.has_missing,
+        may_miss=store.misses_some(channels),
         latitude_deg=tuple(store.latitude_deg.tolist()),
         longitude_deg=tuple(store.longitude_deg.tolist()),
         north=grid.north,

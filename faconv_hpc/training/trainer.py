@@ -33,6 +33,7 @@ from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, sample_positions
 
+ASKED_S = 2.0  # a step that takes longer looks between micro-batches whether there is time for the rest of it
 UNSAVED = 3  # saves in a row that may fail before a run ends: until then it may lose so many intervals
 
 
@@ -142,6 +143,7 @@ class Trainer:
         self._engine, self._batches, self._recorder = engine, iter(batches), recorder
         self._writer, self._stop, self._claim, self._legs = writer, stop, claim, legs
         self._unsaved = 0  # saves in a row that failed
+        self._step_s, self._began = 0.0, False  # what the last step took the slowest rank, but the first of a start
         self._clock = Clock(self._activity)
         every = workspace.config.training.compare_replicas_every
         self._drift = DriftCheck(engine.network, self._mesh, every)
@@ -225,7 +227,8 @@ class Trainer:
     def _step(self, step: int) -> tuple[StepRecord | None, StepEnd]:
         """One optimizer step, numbered from 1: the numbers leave the device once, before the update.
 
-        No record: between two micro-batches there was too little time left for the rest of them.
+        No record: between two micro-batches there was too little time left for the rest of them, as far as the step
+        before tells. Of a start's first step, which compiles, nothing is known; and short ones are not interrupted.
         """
         start = time.perf_counter()
         self._activity.step = step
@@ -233,9 +236,10 @@ class Trainer:
         micros: list[MicroBatch] = []
         for micro in range(self._config.training.accumulation):
             if micro:
-                end = self._agreed((time.perf_counter() - start) / micro * (self._config.training.accumulation - micro))
-                if end.comes_too_late:
-                    return None, end
+                if self._step_s > ASKED_S:  # the same on all ranks
+                    end = self._agreed(self._step_s * (1 - micro / self._config.training.accumulation))
+                    if end.comes_too_late:
+                        return None, end
                 self._engine.step(rate)  # ends the micro-batch before; DeepSpeed updates after the last one only
             micros.append(self._backward(self._next_batch()))
         loss, forecast = torch.stack([micro.losses for micro in micros]).mean(0).tolist()
@@ -243,7 +247,10 @@ class Trainer:
             doubt = self._not_finite.before_update(step, loss, micros)
             self._engine.step(rate)
             update = self._not_finite.after_update(doubt)
-        return self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
+        record, end = self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
+        self._step_s = end.step_s if self._began else 0.0  # the first is no measure of the next
+        self._began = True
+        return record, end
 
     def _next_batch(self) -> Batch:
         with self._clock.timing("data", READING):
