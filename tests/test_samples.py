@@ -57,8 +57,7 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def statistics_of(store: Store, names: Sequence[str]) -> Statistics:
-    channels = store.channel_indices(names)
-    return Statistics(store.mean[channels], store.std[channels], store.tendency_std[channels])
+    return Statistics.stored(store, store.channel_indices(names))
 
 
 def windows_of(store: Store, tile: Tile | None = None, **options: object) -> Windows:

@@ -13,6 +13,7 @@ import torch
 
 from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
+from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import skill
 from faconv_hpc.evaluation.figures import draw_forecast
@@ -141,7 +142,7 @@ def _resume_only(directory, store, sections):
     config = small_config(directory, store, **sections)
 
     def check(mesh):
-        workspace = Workspace.open(config, mesh)
+        workspace = Workspace.of(config, Store.open(config.data.store), mesh)
         check_same_run(workspace, checkpoints_in(config.run_dir)[-1].manifest().identity)
 
     run_on_ranks(Layout(1, 1, 1), check)

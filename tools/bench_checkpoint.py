@@ -15,6 +15,7 @@ from rich.table import Table
 
 from faconv_hpc import ProcessMesh, RunConfig, load_config
 from faconv_hpc.config import TrainingConfig
+from faconv_hpc.data.store import Store
 from faconv_hpc.training.checkpoint import CheckpointWriter
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.resume import Resumed, resume
@@ -35,7 +36,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
     """Times of a step, and of what it waits for where a checkpoint is due; `RUNS` of each, taken in turn."""
-    workspace = Workspace.open(config, mesh)
+    workspace = Workspace.of(config, Store.open(config.data.store), mesh)
     windows, domain = workspace.windows(workspace.training_frames), workspace.domain
     engine = Engine(build_network(config, windows), mesh, config.training)
     batch = windows.read([0]).to(mesh.device)
@@ -54,7 +55,7 @@ def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
         changed = Workspace(
             config.model_copy(update={"training": training}), workspace.store, workspace.contract, domain
         )
-        return CheckpointWriter(changed, engine, Resumed(), legs_of(changed, (), None))
+        return CheckpointWriter(changed, engine, Resumed(), legs_of(changed.config, (), None))
 
     foreground, background = writer(False), writer(True)
     times: dict[str, list[float]] = {"step": [], "saving": [], "saving in the background": [], "loading": []}

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,9 +10,6 @@ from rich.table import Table
 
 from ..errors import EXIT_FAILED, EXIT_OK
 from .options import AsJson, Verb, Verbs
-
-if TYPE_CHECKING:
-    pass
 
 checkpoint_app = typer.Typer(cls=Verbs, help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
 

@@ -27,27 +27,24 @@ Extend = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 
-class Verb(TyperCommand):
-    """A verb whose help shows flags without a value, as they take none."""
+class _PlainFlags:
+    """Of a command: its help shows flags without a value, as they take none."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """All of them, --help too."""
-        return _without_values(super().get_params(ctx))
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
 
 
-class Verbs(TyperGroup):
+class Verb(_PlainFlags, TyperCommand):
+    """A verb."""
+
+
+class Verbs(_PlainFlags, TyperGroup):
     """Several of them."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """All of them, --help too."""
-        return _without_values(super().get_params(ctx))
-
-
-def _without_values(parameters: list[Any]) -> list[Any]:
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-    return parameters
 
 
 def extend_option(extend: str | None) -> list[str]:

@@ -35,6 +35,16 @@ class Statistics:
         settled = std <= ROUNDING * np.abs(mean)  # what float32 makes of one number is no change
         return cls(mean, np.where(settled, 0.0, std), np.where(settled, 0.0, tendency_std))
 
+    @classmethod
+    def stored(cls, store: Store, channels: Sequence[int]) -> "Statistics":
+        """Over all frames of a store, as it has them."""
+        return cls(store.mean[channels], store.std[channels], store.tendency_std[channels])
+
+    @property
+    def rows(self) -> NDArray[np.float64]:
+        """(channel, 3) mean, std, tendency_std."""
+        return np.stack([self.mean, self.std, self.tendency_std], axis=1)
+
 
 @dataclass(frozen=True)
 class Piece:

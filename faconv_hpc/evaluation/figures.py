@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from ..files import replacing
+from ..spatial.grid import within_half_a_turn
 from .skill import Example
 
 matplotlib.use("Agg")  # ranks have no screen
@@ -66,6 +67,6 @@ def _degrees(above: str, below: str, value: float, position: int | None = None) 
 
 def _centred(longitude_deg: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """Longitudes within [-180, 180) in increasing order, and the order of columns that makes them so."""
-    wrapped = (longitude_deg + 180.0) % 360.0 - 180.0
+    wrapped = within_half_a_turn(longitude_deg)
     order = np.argsort(wrapped)
     return wrapped[order], order

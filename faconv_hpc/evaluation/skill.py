@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import RunConfig, load_config
 from ..data.samples import Windows
+from ..data.store import Store
 from ..errors import InputError
 from ..files import write_durably
 from ..model.network import FAConvLSTMNetwork
@@ -121,7 +122,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     The state is spun up over ``data.window`` frames; what counts is the last step's forecast.
     """
     checkpoint = newest_checkpoint(config, mesh)
-    workspace = Workspace.open(config, mesh, checkpoint.manifest().contract)
+    workspace = Workspace.of(config, Store.open(config.data.store), mesh, checkpoint.manifest().contract)
     windows = _windows(workspace)
     network = trained_network(workspace, windows, checkpoint)
     squares, weights = (torch.zeros(2, len(windows.field_channels), dtype=torch.float64) for _ in range(2))

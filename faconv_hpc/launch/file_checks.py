@@ -111,7 +111,7 @@ def _described(data: DataConfig, mesh: MeshConfig) -> str:
             opened,
             tile,
             variables=names,
-            statistics=Statistics(opened.mean[channels], opened.std[channels], opened.tendency_std[channels]),
+            statistics=Statistics.stored(opened, channels),
             may_miss=opened.misses_some(channels),
             window=data.window,
             frames=range(opened.frames - data.held_out_frames),

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from ..errors import InputError, describe, exit_code_of
@@ -88,14 +89,10 @@ def mpi_comm() -> Comm:
     """
     started, launcher = RankEnvironment.world_size_hint(), RankEnvironment.launcher_name()
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-        from mpi4py import MPI
-
-        choose_steady_mpi(MPI.Get_library_version())
-        if not MPI.Is_initialized():
-            MPI.Init_thread()
+        mpi = _loaded_mpi()
+        choose_steady_mpi(mpi.Get_library_version())
+        if not mpi.Is_initialized():
+            mpi.Init_thread()
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
         if started > 1:
             raise InputError(
@@ -104,7 +101,7 @@ def mpi_comm() -> Comm:
                 f"a library with pip install mpich; or prepare with one process."
             ) from None
         return SerialComm()
-    comm = MpiComm(MPI.COMM_WORLD)
+    comm = MpiComm(mpi.COMM_WORLD)
     if comm.size == 1 < started:
         raise InputError(
             f"{started} ranks were started by {launcher}, but MPI knows of {comm.size}: each would do the whole work. "
@@ -114,19 +111,26 @@ def mpi_comm() -> Comm:
     return comm
 
 
+def _loaded_mpi() -> ModuleType:
+    """mpi4py's MPI, which is not started yet; raises ImportError or RuntimeError where it or a library is missing."""
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    from mpi4py import MPI
+
+    return MPI
+
+
 def mpi_library() -> str | None:
     """Name and version of the MPI library that mpi4py loads, such as ``MPICH Version: 4.2.1``; None if there is none.
 
     Loads it without starting MPI. A library that does not suit its process ends it: ask in a process of its own.
     """
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        from mpi4py import MPI
+        mpi = _loaded_mpi()
     except (ImportError, RuntimeError):
         return None
-    described = str(MPI.Get_library_version()).splitlines()[0]  # what follows is how it was built
+    described = str(mpi.Get_library_version()).splitlines()[0]  # what follows is how it was built
     return " ".join(described.partition(",")[0].split())
 
 

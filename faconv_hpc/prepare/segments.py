@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..data.layout import Channel
 from ..data.times import TimeAxis, check_increasing, decode_times
 from ..errors import InputError
-from ..spatial.grid import SAME_DEG, LatLonGrid, Span
+from ..spatial.grid import SAME_DEG, LatLonGrid, Span, within_half_a_turn
 from .channel_names import channels_of
 from .grib import NOTE
 from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
@@ -46,8 +46,8 @@ class SourceGrid:
         """The same meridians, named and ordered as there; itself if they are not the same."""
         if longitude_deg.shape != self.longitude_deg.shape:
             return self
-        roll = int(np.abs(_turn(self.longitude_deg - longitude_deg[0])).argmin())
-        if np.abs(_turn(np.roll(self.longitude_deg, -roll) - longitude_deg)).max() > SAME_DEG:
+        roll = int(np.abs(within_half_a_turn(self.longitude_deg - longitude_deg[0])).argmin())
+        if np.abs(within_half_a_turn(np.roll(self.longitude_deg, -roll) - longitude_deg)).max() > SAME_DEG:
             return self
         return replace(self, longitude_deg=longitude_deg, roll=roll)
 
@@ -227,11 +227,6 @@ def _source_grid(dataset: xr.Dataset, roles: Roles, options: SourceOptions, path
     except InputError as error:
         raise InputError(f"source {path}: {error}") from None
     return SourceGrid(latitude, longitude, flip_rows, flip_columns)
-
-
-def _turn(difference_deg: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Differences of longitude, in [-180, 180)."""
-    return (difference_deg + 180.0) % 360.0 - 180.0
 
 
 def unwrap(longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -233,6 +233,11 @@ def _both_sides(value: Boundary | str | tuple[Boundary | str, Boundary | str]) -
     return _boundary(north, "lat_boundary"), _boundary(south, "lat_boundary")
 
 
+def within_half_a_turn(longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Longitudes, or differences of them, by their names in [-180, 180)."""
+    return (longitude_deg + 180.0) % 360.0 - 180.0
+
+
 def _default_latitude(nlat: int) -> NDArray[np.float64]:
     band_deg = 180.0 / nlat
     return 90.0 - band_deg * (np.arange(nlat, dtype=np.float64) + 0.5)

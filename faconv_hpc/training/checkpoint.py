@@ -199,9 +199,7 @@ class CheckpointWriter:
 
     def _share(self, step: int) -> dict[str, Tensor]:
         """What this rank writes, in host memory."""
-        network = self._engine.network
-        sizes = {name: getattr(one, "ds_numel", one.numel()) for name, one in network.named_parameters()}
-        mine = balanced(sizes, self._mesh.ranks)[self._mesh.rank]
+        mine = balanced(self._engine.sizes, self._mesh.ranks)[self._mesh.rank]
         share = {f"{PARAMETER}/{name}": value for name, value in self._engine.full_parameters(mine)}
         unsound = [name.partition("/")[2] for name, value in share.items() if not torch.isfinite(value).all()]
         everywhere = sorted(name for names in self._mesh.gathered_objects(unsound) for name in names)

@@ -90,7 +90,8 @@ class Contract(BaseModel):
             InputError: a variable is not there or in other units, or grid, step or calendar differ, or cells are
                 missing where none were in training; with both values.
         """
-        for variable, index in zip(self.variables, store.channel_indices(self.names), strict=True):
+        channels = store.channel_indices(self.names)
+        for variable, index in zip(self.variables, channels, strict=True):
             if not same_units(variable.units, store.units[index]):
                 raise self._refusal(
                     store.path,
@@ -103,7 +104,7 @@ class Contract(BaseModel):
             if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
                 raise self._refusal(store.path, f"{name} {_range(mine)}", _range(others), "Regrid the source.")
         self._check_times(store)
-        if store.misses_some(store.channel_indices(self.names)) and not self.may_miss:
+        if store.misses_some(channels) and not self.may_miss:
             raise self._refusal(
                 store.path,
                 "fields without missing cells",
@@ -139,11 +140,10 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
     found = merged(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(pieces)))
     statistics = Statistics.of(found[channel] for channel in channels)
     grid = grid_of(config, store)
-    rows = zip(statistics.mean.tolist(), statistics.std.tolist(), statistics.tendency_std.tolist(), strict=True)
     return Contract(
         variables=tuple(
             Variable(name=name, units=store.units[channel], mean=mean, std=std, tendency_std=tendency_std)
-            for name, channel, (mean, std, tendency_std) in zip(names, channels, rows, strict=True)
+            for name, channel, (mean, std, tendency_std) in zip(names, channels, statistics.rows.tolist(), strict=True)
         ),
         forcings=config.data.forcings,
         may_miss=store.misses_some(channels),

@@ -161,6 +161,11 @@ class Engine:
                 yield self._names[parameter], whole.view(getattr(parameter, "ds_shape", parameter.shape))
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of every parameter as a whole, wherever its parts are."""
+        return {name: _size(parameter) for parameter, name in self._names.items()}
+
+    @property
     def updates(self) -> int:
         """How many the optimizer has made, as Adam's bias correction counts them; 0 where it does not count."""
         return max((int(one["step"]) for one in self._torch_optimizer.state.values() if "step" in one), default=0)

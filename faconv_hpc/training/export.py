@@ -39,7 +39,7 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
 
     Args:
         checkpoint: a whole one.
-        output: ``.safetensors`` (with the network's arguments and its channels as metadata) or ``.pt``.
+        output: ``.safetensors`` (with the network's arguments and its contract as metadata) or ``.pt``.
 
     Raises:
         InputError: another suffix, or a directory that is not there.

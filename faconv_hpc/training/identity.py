@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..data.statistics import Statistics
 from ..errors import InputError
 from .setup import Workspace
 from .shards import Manifest
@@ -25,13 +26,12 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     kept |= {f"data.{key}": tree["data"][key] for key in ("forcings", "window", "lat_boundary", "lon_boundary")}
     kept |= {f"training.{key}": tree["training"][key] for key in ("optimizer", "seed")}
     channels = store.channel_indices(workspace.contract.names)
-    statistics = np.stack([store.mean[channels], store.std[channels], store.tendency_std[channels]], axis=1)
     dates = [store.layout.time.label(frame) for frame in (frames.start, frames.stop - 1)]
     return kept | {
         "channels": list(config.data.variables or workspace.contract.names),
         "training frames": f"{len(frames)} from {dates[0]} to {dates[1]}",
         "samples per step (replicas x micro_batch x accumulation)": config.global_batch,
-        STATISTICS: statistics.tolist(),
+        STATISTICS: Statistics.stored(store, channels).rows.tolist(),
     }
 
 

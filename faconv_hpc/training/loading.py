@@ -44,19 +44,20 @@ def load_network(path: Path | str) -> TrainedNetwork:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
     path = Path(path)
-    if path.is_file():
-        about, weights = _exported(path)
-    else:
-        checkpoint = newest_at(path)
-        about, weights = metadata(checkpoint.manifest()), checkpoint.parameters()
+    about, contract, weights = _exported(path) if path.is_file() else _saved(path)
     network = FAConvLSTMNetwork(**json.loads(about["network"]))
     network.load_state_dict(weights)
-    contract = Contract.model_validate_json(about["contract"])
     network.boundaries = contract.grid.boundaries
     return TrainedNetwork(network.eval(), contract, int(about["step"]))
 
 
-def _exported(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _saved(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
+    checkpoint = newest_at(path)
+    manifest = checkpoint.manifest()
+    return metadata(manifest), manifest.contract, checkpoint.parameters()
+
+
+def _exported(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -67,10 +68,10 @@ def _exported(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"`faconv checkpoint export` writes; a .pt file holds the tensors alone."
         ) from None
     try:
-        Contract.model_validate_json(about["contract"])
+        contract = Contract.model_validate_json(about["contract"])
     except (KeyError, ValidationError):
         raise InputError(
             f"{path} says nothing of what its network was trained on: it was not written by this version's "
             f"`faconv checkpoint export`, which does. Export it again."
         ) from None
-    return about, weights
+    return about, contract, weights

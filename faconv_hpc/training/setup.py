@@ -26,19 +26,19 @@ class Workspace:
     domain: Domain
 
     @classmethod
-    def open(cls, config: RunConfig, mesh: ProcessMesh, contract: Contract | None = None) -> "Workspace":
-        """Opens the store and cuts its grid over the mesh. Collective.
+    def of(cls, config: RunConfig, store: Store, mesh: ProcessMesh, contract: Contract | None = None) -> "Workspace":
+        """Cuts the store's grid over the mesh. Collective.
 
         Args:
             contract: of a run that has begun; the store is held to it. Default: one is made of config and store.
 
         Raises:
-            InputError: no such store, or its data are not what the contract says.
+            InputError: the store's data are not what the contract says.
         """
-        store = Store.open(config.data.store)
         if contract is None:
             contract = make_contract(config, store, mesh)
-        contract.check(store)
+        else:
+            contract.check(store)
         return cls(config, store, contract, Domain(contract.grid, mesh))
 
     @property

@@ -67,9 +67,9 @@ def train(
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(grace_s(config.training)))
         stack.enter_context(counted_start(config, stop, here=here, counted=counted))
-        with Store.open(config.data.store) as store:
-            check_store(config, store)
-        workspace = Workspace.open(config, mesh, contract_of_run(config.run_dir, mesh))
+        store = Store.open(config.data.store)
+        check_store(config, store)
+        workspace = Workspace.of(config, store, mesh, contract_of_run(config.run_dir, mesh))
         windows = workspace.windows(workspace.training_frames)
         claim = stack.enter_context(claimed(config.run_dir, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
@@ -97,7 +97,7 @@ def train(
 
 
 def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:
-    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.network.parameters())
+    parameters = sum(engine.sizes.values())
     rank_gib = least_bytes(workspace.config, workspace.domain.cuts) / 2**30
     print(beginning(workspace.config, windows, parameters, rank_gib, done), file=sys.stderr, flush=True)
 
@@ -143,7 +143,7 @@ class Trainer:
         self._engine, self._batches, self._recorder = engine, iter(batches), recorder
         self._writer, self._stop, self._claim, self._legs = writer, stop, claim, legs
         self._unsaved = 0  # saves in a row that failed
-        self._step_s, self._began = 0.0, False  # what the last step took the slowest rank, but the first of a start
+        self._step_s: float | None = None  # what the last step took the slowest rank; 0 for the first of a start
         self._clock = Clock(self._activity)
         every = workspace.config.training.compare_replicas_every
         self._drift = DriftCheck(engine.network, self._mesh, every)
@@ -236,7 +236,7 @@ class Trainer:
         micros: list[MicroBatch] = []
         for micro in range(self._config.training.accumulation):
             if micro:
-                if self._step_s > ASKED_S:  # the same on all ranks
+                if self._step_s and self._step_s > ASKED_S:  # the same on all ranks
                     end = self._agreed(self._step_s * (1 - micro / self._config.training.accumulation))
                     if end.comes_too_late:
                         return None, end
@@ -248,8 +248,7 @@ class Trainer:
             self._engine.step(rate)
             update = self._not_finite.after_update(doubt)
         record, end = self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
-        self._step_s = end.step_s if self._began else 0.0  # the first is no measure of the next
-        self._began = True
+        self._step_s = 0.0 if self._step_s is None else end.step_s  # the first is no measure of the next
         return record, end
 
     def _next_batch(self) -> Batch:
