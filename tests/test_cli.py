@@ -17,6 +17,7 @@ import pytest
 import forks
 from faconv_hpc import load_config
 from faconv_hpc.errors import EXIT_STOPPED
+from faconv_hpc.launch import local
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.environment import free_port
 from faconv_hpc.training.records import read_records
@@ -133,13 +134,28 @@ BAD_INPUTS = {
     "no store": (["--set", "data.store=nowhere"], None, r"nowhere.*faconv data prepare"),
     "truncated file": ([], damage_truncate, r"fields-00000\.nc.*"),
     "NaN on one rank": ([], damage_nan, r"rank 1\).*wave_1.*fields-00000\.nc"),
-    "irregular time": ([], "irregular", r"irregular.*data\.allow_irregular_time"),
-    "window too long": (["--set", "data.window=16"], None, r"a window of 16 inputs needs 17 frames"),
-    "too much held out": (
-        ["--set", "data.held_out_frames=13"],
-        None,
-        r"leaves 3 of the 16 frames.*Hold out at most 12",
+    "irregular time": (
+        ["--set", "data.periods.test=[]"],
+        "irregular",
+        r"at most 3 follow each other without a gap .*to equal steps",
     ),
+    "window too long": (
+        ["--set", "data.window=13"],
+        None,
+        r"no window of 13 inputs.*fits into 13 of the 16 frames.*data\.window=12 or less",
+    ),
+    "a period without frames": (
+        ["--set", "data.periods.test=2001/"],
+        None,
+        r"data\.periods\.test=2001/ holds no frame of .*run from 2000-01-01 00:00:00 to 2000-01-04 18:00:00",
+    ),
+    "a frame in two periods": (
+        ["--set", "data.periods.train=2000-01-01/2000-01-04T11"],
+        None,
+        r"2000-01-04 06:00:00 is in data\.periods\.train and in data\.periods\.test.*share no date",
+    ),
+    "no range of dates": (["--set", "data.periods.test=1/2/2000"], None, r"a range of dates such as 1979/2015"),
+    "no date": (["--set", "data.periods.test=2000-02-30/"], None, r"names 2000-02-30, which is no date of the"),
     "run_dir is a file": (
         ["--set", "run_dir=pyproject.toml"],
         None,
@@ -160,7 +176,7 @@ def store_for(kind, directory):
     if kind == "odd":
         return make_store(directory / "store", nlon=13)
     if kind == "irregular":
-        hours = ("time", np.arange(9) * 6.0 + (np.arange(9) > 3), {"units": "hours since 2001-01-01"})
+        hours = ("time", np.arange(9) * 6.0 + np.arange(9) // 3 * 2.0, {"units": "hours since 2001-01-01"})
         prepare([save(dataset(time=hours), directory / "irregular.nc")], directory / "store")
         return directory / "store"
     store = make_store(directory / "store")
@@ -364,6 +380,51 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path, store):
         assert time.monotonic() < deadline, "ranks train on without the process that started them"
         time.sleep(0.1)
     process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_a_signal_that_comes_while_ranks_are_started_reaches_all_of_them(monkeypatch, number, there):
+    """Right after so many have been born, of which the last is not yet on the list of those who are told."""
+
+    def sleeping(command, popen=subprocess.Popen, **options):
+        born.append(popen(["sleep", "60"], **options))
+        if len(born) == there:
+            os.kill(os.getpid(), number)
+        return born[-1]
+
+    def port():
+        if not there:
+            os.kill(os.getpid(), number)
+        return 1
+
+    born = []
+    monkeypatch.setattr(local.subprocess, "Popen", sleeping)
+    monkeypatch.setattr(local, "free_port", port)
+    # SIGINT stays held in a rank until its first line, which a sleep does not have
+    monkeypatch.setattr(local, "end_with", lambda parent: signal.pthread_sigmask(signal.SIG_UNBLOCK, [number]))
+    began = time.monotonic()
+    assert local.run_local_ranks(["train"], 2) == EXIT_STOPPED
+    assert time.monotonic() - began < 30 and [process.returncode for process in born] == [-number] * 2
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_who_is_born_after_its_parent_died_ends_as_well(seconds):
+    """The kernel tells of a death only those who have asked for it before."""
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "from faconv_hpc.launch.local import end_with\n"
+        "if os.fork() == 0:\n"
+        "    parent = os.getpid()\n"
+        "    if os.fork() == 0:\n"
+        f"        time.sleep({0.5 - seconds})\n"
+        "        end_with(parent)\n"
+        "        time.sleep(60)\n"
+        f"    time.sleep({seconds})\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=30, check=True, capture_output=True)  # until its pipes close
 
 
 def test_a_config_that_only_one_rank_lacks(tmp_path, store):

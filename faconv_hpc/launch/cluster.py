@@ -1,11 +1,13 @@
 """Where the points of a study run: as jobs of their own on Slurm, or one after the other on this machine."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..config import RunConfig
-from .local import end_with_parent
+from .local import end_with
 from .slurm import check_client, is_alive
 from .submit import submit
 
@@ -40,7 +42,8 @@ class LocalCluster:
         """Starts `faconv train CONFIG` on as many ranks as its mesh has; what it prints goes to ``log``; its id."""
         command = [sys.executable, "-m", "faconv_hpc", "train", str(config), "--ranks", str(run.mesh.ranks)]
         with log.open("ab") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+            ends_with_us = partial(end_with, os.getpid())
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=ends_with_us)
         job = f"{process.pid} {_born(process.pid)}"
         self._started[job] = process
         return job

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import IO
 
@@ -37,21 +38,21 @@ def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | No
     What they print goes to ``stdout``, or where this process prints. When one fails the others get `GRACE_S`
     seconds to leave and are then killed. Signals are passed on; if this process is killed, the ranks are told to end.
     """
-    workers: list[subprocess.Popen[bytes]] = []
-    before = {number: signal.signal(number, _passing_on(workers)) for number in PASSED_ON}
+    told = _Told()
+    before = {number: signal.signal(number, told.all_of) for number in PASSED_ON}
     waited = release_signals(signal.SIGINT)
     try:
         port = free_port()
         for rank in range(ranks):
             hold_signals(signal.SIGINT)  # a rank inherits this; none may be lost between its birth and its first line
-            workers.append(_start(arguments, rank, ranks, port, stdout))
+            told.add(_start(arguments, rank, ranks, port, stdout))
             release_signals(signal.SIGINT)
-        return _wait(workers)
+        return _wait(told.workers)
     finally:
         restore_signals(waited)
         for number, handler in before.items():
             signal.signal(number, handler)
-        for worker in workers:
+        for worker in told.workers:
             worker.kill()
             worker.wait()
 
@@ -76,23 +77,45 @@ def _start(
         env=environment,
         stdout=stdout,
         start_new_session=True,  # so that Ctrl-C reaches the ranks once, through us
-        preexec_fn=end_with_parent,
+        preexec_fn=partial(end_with, os.getpid()),
     )
 
 
-def end_with_parent() -> None:
-    """In the child: SIGTERM when the parent dies, however it dies (Linux)."""
+def end_with(parent: int) -> None:
+    """In the child: SIGTERM when the parent dies, however it dies (Linux), and at once if it has died already."""
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else what Python has noted is forgotten where a program begins
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
-    def handler(number: int, frame: FrameType | None) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+class _Told:
+    """Passes signals on to ranks, each one to every rank once: those that are born after it as well."""
 
-    return handler
+    def __init__(self) -> None:
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self._came: list[int] = []
+        self._counts: list[int] = []  # of signals that each has been sent
+
+    def add(self, worker: subprocess.Popen[bytes]) -> None:
+        """One more rank."""
+        self._counts.append(0)
+        self.workers.append(worker)
+        self._tell()
+
+    def all_of(self, number: int, frame: FrameType | None) -> None:
+        """The handler of a signal."""
+        self._came.append(number)
+        self._tell()
+
+    def _tell(self) -> None:
+        for rank, worker in enumerate(self.workers):
+            while self._counts[rank] < len(self._came):
+                number = self._came[self._counts[rank]]
+                self._counts[rank] += 1  # first: another signal may come here, and its handler goes on from there
+                if worker.poll() is None:
+                    worker.send_signal(number)
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
