@@ -101,7 +101,7 @@ def test_gates_and_mixing_have_the_gradients_of_finite_differences():
 
 def test_compiled_kernels_equal_eager_ones():
     """At sizes that are numbers in the code, then at others, which are symbols, and one that is 1."""
-    options = {"dilations": (1, 3), "attention_every": 2}
+    options = {"dilations": (2,), "attention_every": 2}
     layers = [FAConvLSTM2d(3, 8, kernels=mode, **options) for mode in ("eager", "compiled")]
     layers[1].load_state_dict(layers[0].state_dict())
     for shape in ((1, 3, 3, 9, 10), (2, 3, 3, 1, 7)):
@@ -128,25 +128,21 @@ def traced(monkeypatch):
     torch.compiler.reset()
 
 
-def test_a_compiled_layer_takes_any_number_of_shapes(traced):
-    """More than the eight compilations of one function after which torch gives up by default."""
+def test_a_compiled_layer_takes_any_number_of_shapes(traced, monkeypatch):
+    """More than the compilations of one function after which torch gives up by default: eight, here one."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     options = {"dilations": (1,), "attention_every": 0}
     layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
     eager.load_state_dict(layer.state_dict())
     for batch, rows, columns in [
         (1, 9, 10),
-        (2, 9, 10),
+        (2, 6, 7),
         (1, 1, 10),
-        (1, 9, 1),
-        (3, 6, 7),
-        (2, 1, 1),
-        (1, 5, 33),
-        (2, 8, 1),
     ]:
         x = torch.randn(batch, 2, 3, rows, columns)
         grads = [torch.autograd.grad(one(x)[0].square().sum(), one.mixing_weight)[0] for one in (layer, eager)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-    assert traced.frame_count > 4 * 8
+    assert traced.frame_count > 4 * 1
 
 
 def test_a_forward_without_backward_frees_everything():
@@ -311,7 +307,9 @@ def test_the_cost_rule_counts_the_bytes_that_the_collectives_bring(exchange, dty
         brought = {
             (collectives, "_all_gather"): lambda into, options: into.numel() * (ranks - 1) // ranks,
             (collectives, "_reduce_scatter"): lambda into, options: into.numel() * (ranks - 1),
-            (dist, "all_to_all_single"): lambda into, options: into.numel() - options["output_split_sizes"][index],
+            (dist, "all_to_all_single"): lambda into, options: (
+                into.numel() - options.get("output_split_sizes", [into.numel() // ranks] * ranks)[index]
+            ),
         }
         originals = {place: getattr(*place) for place in brought}
         lines_attention = attention.rows if axis == "lon" else attention.columns

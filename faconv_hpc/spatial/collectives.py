@@ -17,14 +17,30 @@ Finish = Callable[[], Tensor]
 
 # What torch 2.13 calls all_gather_single and reduce_scatter_single has other names in 2.11 and 2.12, which 2.13
 # takes too, with a warning that they are going away.
+SMALL_BYTES = 2**16
+"""Up to here Gloo's rings, of several messages from each rank to the next, take longer than one from all to all."""
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb: str) -> Finish:
-    """Starts the sum of ``value`` over the group, for a verb; ``value`` is overwritten."""
+    """Starts the sum of ``value`` over the group, for a verb; ``value`` is overwritten.
+
+    It has the same bits on all ranks.
+    """
     if group is None:
         return lambda: value
+    if _goes_directly(value, group):
+        with clock.timing("exchange", verb):
+            everyones, sent = _start_to_all(value, group)
+
+        def summed() -> Tensor:
+            with clock.timing("exchange", verb):
+                sent.wait()
+            return everyones.sum(0, dtype=value.dtype)
+
+        return summed
     with clock.timing("exchange", verb):
         work = dist.all_reduce(value, group=group, async_op=True)
 
@@ -43,10 +59,8 @@ def gather(tile: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGrou
     """
     largest = max(sizes)
     part = _filled(tile.movedim(dim, 0), largest)
-    parts = part.new_empty(len(sizes) * largest, *part.shape[1:])
     with clock.timing("exchange", "gather"):
-        _all_gather(parts, part, group=group)
-    parts = parts.view(len(sizes), largest, *part.shape[1:])
+        parts = all_gather(part, group)
     return torch.cat([parts[rank, :size] for rank, size in enumerate(sizes)]).movedim(0, dim)
 
 
@@ -59,7 +73,12 @@ def reduce_scatter(
     parts = torch.cat([_filled(span, largest) for span in spans])
     part = parts.new_empty(largest, *parts.shape[1:])
     with clock.timing("exchange", "adjoint of gather"):
-        _reduce_scatter(part, parts, group=group)
+        if parts.device.type == "cpu":  # Gloo would sum up all of it on every rank
+            received = torch.empty_like(parts)
+            dist.all_to_all_single(received, parts, group=group)
+            part = received.view(len(sizes), *part.shape).sum(0)
+        else:
+            _reduce_scatter(part, parts, group=group)
     return part[: sizes[index]].to(whole.dtype).movedim(0, dim)
 
 
@@ -83,6 +102,10 @@ def all_to_all(
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(R, ...) the tensors of the R ranks of the group, all of one shape."""
+    if _goes_directly(mine, group):
+        everyones, sent = _start_to_all(mine, group)
+        sent.wait()
+        return everyones
     ranks = dist.get_world_size(group)
     everyone = mine.new_empty(ranks * mine.numel())
     _all_gather(everyone, mine.flatten(), group=group)
@@ -99,6 +122,18 @@ def gathered_hashes(text: str, group: dist.ProcessGroup, device: torch.device) -
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which values of ``dtype`` are summed: float64 stays, all others become float32."""
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def _goes_directly(value: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether a small tensor is sent from every rank to every other at once."""
+    return value.device.type == "cpu" and value.numel() * value.element_size() * group.size() <= SMALL_BYTES
+
+
+def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """(R, ...) the tensors of the R ranks, once what is returned with them has been waited for."""
+    copies = value.expand(group.size(), *value.shape).contiguous()
+    everyones = torch.empty_like(copies)
+    return everyones, dist.all_to_all_single(everyones, copies, group=group, async_op=True)
 
 
 def _filled(part: Tensor, size: int) -> Tensor:
