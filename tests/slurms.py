@@ -74,13 +74,13 @@ def sbatch(directory, *arguments, options=(), preflight="no", **variables):
     return sent.stdout.strip().split(";")[0]
 
 
-def wait_for(what, condition, timeout_s, log=None):
+def wait_for(what, condition, timeout_s, log=None, every_s=1.0):
     """Waits until the condition holds; its value."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        time.sleep(1.0)
+        time.sleep(every_s)
     printed = log.read_text()[-3000:] if log is not None and log.exists() else ""
     queue = subprocess.run(["squeue"], capture_output=True, text=True, check=False).stdout
     raise AssertionError(f"{what}: not within {timeout_s} s\n{queue}\n{printed}")
@@ -93,7 +93,7 @@ def over(job, log, timeout_s=5 * MINUTES_S):
         state = job_state(job)
         return state if state is not None and state.over else None
 
-    return wait_for(f"job {job} ends", ended, timeout_s, log)
+    return wait_for(f"job {job} ends", ended, timeout_s, log, every_s=3.0)
 
 
 def step_of(run_dir):

@@ -264,7 +264,7 @@ PLACES = [
 ]
 PAIRS = [(0, 3), (3, 0), (1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (6, 2), (0, 7), (7, 6), (4, 0), (2, 3), (5, 1), (7, 1)]
 GLOBAL_BATCH = 4
-BEFORE, AFTER = 3, 10
+BEFORE, AFTER = 3, 4
 
 
 def train_until(layout, config, last, error=KeyboardInterrupt):

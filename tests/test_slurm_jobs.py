@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,8 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     (copy,) = (tmp_path / "submit" / "run" / "slurm").glob("config-*.yaml")
     jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy, ONE_TILE
     for job, (config, _) in jobs.items():
-        wait_for(f"job {job} is requeued 4 times", lambda job=job: job_state(job).restarts >= 4, 15 * MINUTES_S, log)
+        often = partial(_requeued, job, 4)
+        wait_for(f"job {job} is requeued 4 times", often, 15 * MINUTES_S, log, every_s=5.0)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         shorten(config, step_of(run_dir) + 5)  # a busy machine does not get far in a minute
     for job, (config, mesh) in jobs.items():
@@ -106,6 +108,10 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         assert state.name == "COMPLETED" and state.restarts >= 4
         assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), mesh)
+
+
+def _requeued(job, times):
+    return job_state(job).restarts >= times
 
 
 def test_requeue_a_killed_rank_and_a_lost_node_lose_nothing(tmp_path, slurm, store):

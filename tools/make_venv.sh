@@ -22,8 +22,8 @@ for stamp in ".venv/installed-$extras" .venv/installed-test; do # the tests' ext
     fi
 done
 
-install() {
-    .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint tools/constraints.txt "$@"
+install() { # Python compiles what is imported, when it is: of all that lies there a small part
+    .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint tools/constraints.txt "$@"
 }
 echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv
