@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -17,9 +18,11 @@ from pydantic import (
     model_validator,
 )
 
+from .data.dates import as_ranges
 from .errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
+Dates = Annotated[tuple[str, ...], BeforeValidator(as_ranges)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LatBoundary = Literal["pole", "periodic", "zero", "replicate"]
 
@@ -62,6 +65,13 @@ class MeshConfig(Section):
         return f"{self.replicas}x" * (self.replicas > 1) + f"{self.lat}x{self.lon}"
 
 
+class PeriodsConfig(Section):
+    """Which dates are for what; no frame is for two things."""
+
+    train: Dates = Field((), description="ranges of dates such as 1979/2015, one or a list; default: all that is left")
+    test: Dates = Field((), description="ranges of dates that `faconv evaluate` forecasts, kept from training")
+
+
 class DataConfig(Section):
     """What is read, and what the network is told about it."""
 
@@ -76,8 +86,7 @@ class DataConfig(Section):
         "pole", description="rule beyond the first and the last row, or a pair: beyond the first, beyond the last"
     )
     lon_boundary: Literal["periodic", "zero", "replicate"] = Field("periodic", description="rule beyond the columns")
-    held_out_frames: int = Field(0, ge=0, description="last frames kept from training, for `faconv evaluate`")
-    allow_irregular_time: bool = Field(False, description="train although the time step varies")
+    periods: PeriodsConfig = PeriodsConfig()
     read_ahead: Count = Field(2, description="micro-batches read before they are needed")
 
     @field_validator("lat_boundary", mode="before")

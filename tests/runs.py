@@ -6,7 +6,7 @@ from faconv_hpc import load_config
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 
 SMALL = {
-    "data": {"window": 3, "held_out_frames": 3, "lat_boundary": "pole"},
+    "data": {"window": 3, "periods": {"test": "2000-01-04T06/"}, "lat_boundary": "pole"},
     "model": {
         "hidden_channels": 8, "layers": 2, "attention_every": 2, "attention_heads": 2, "embedding_channels": 16,
         "coarse_shape": [2, 3], "kernels": "eager",
@@ -16,7 +16,7 @@ SMALL = {
 
 
 def make_store(path, **options):
-    """Travelling waves on 11 x 14 cells, 16 frames."""
+    """Travelling waves on 11 x 14 cells, 16 frames, of which 3 are kept from training."""
     synthesise(path, SyntheticOptions(**({"nlat": 11, "nlon": 14, "channels": 2, "frames": 16} | options)))
     return path
 

@@ -23,8 +23,8 @@ import yaml
 
 import forks
 from faconv_hpc.cli.app import app
-from faconv_hpc.config import RunConfig, Section, load_config, load_yaml
-from faconv_hpc.scaling.study import StudyConfig
+from faconv_hpc.config import RunConfig, Section, load_config, load_yaml, validated
+from faconv_hpc.scaling.study import StudyConfig, merged
 from slurms import job_environment
 from sources import save
 
@@ -51,7 +51,7 @@ ONLY_PARSED = {  # commands that begin so, and why they are not run here
 SMALL = {
     "run_dir": "runs/my_run",
     "mesh": {"lon": 2},
-    "data": {"store": "data/era5", "window": 3, "held_out_frames": 3, "lat_boundary": "pole"},
+    "data": {"store": "data/era5", "window": 3, "periods": {"test": "2001-01-04T06/"}, "lat_boundary": "pole"},
     "model": {
         "hidden_channels": 8, "layers": 1, "attention_every": 2, "attention_heads": 2, "embedding_channels": 16,
         "coarse_shape": [2, 3], "kernels": "eager",
@@ -157,6 +157,8 @@ def follow(page, directory):
                     run(line, directory)
         elif language == "python":
             _run_snippet(page, text, directory)
+        elif language == "yaml":  # a part of a config
+            validated(RunConfig, merged(SMALL, yaml.safe_load(text)), page)
         else:
             assert not language and text.startswith(TREE), f"{page}: a block of {language!r} is not looked at:\n{text}"
 
@@ -220,7 +222,7 @@ def test_links_and_paths_are_there(page):
 def test_keys_and_options_in_the_prose_are_there(page):
     keys = {name for name, _ in config_keys()}
     for span in spans(page):
-        for key in re.findall(rf"^(?:--set )?((?:{'|'.join(RunConfig.model_fields)})\.\w+)", span):
+        for key in re.findall(rf"^(?:--set )?((?:{'|'.join(RunConfig.model_fields)})(?:\.\w+)+)", span):
             assert key in keys, f"{page}: the config has no {key}"
         if span.startswith("faconv "):
             _check_options(page, span)

@@ -23,7 +23,7 @@ CASES = {
     "no store": ({"data": {"store": "nowhere"}}, r"store nowhere does not exist. Make one with"),
     "no variable": ({"data": {"variables": ["wav_0"]}}, r"wav_0.*wave_0"),
     "no forcing": ({"data": {"forcings": ["moon"]}}, r"moon"),
-    "no frames": ({"data": {"window": 16}}, r"a window of 16 inputs needs 17 frames"),
+    "no frames": ({"data": {"window": 16}}, r"no window of 16 inputs and a target fits into 13 of the 16"),
     "no memory": (
         {"model": {"hidden_channels": 10**9}},
         r"at least [\d,]{9,} GiB .* 11 x 14 cells, this machine has [\d,]+ GiB .*hidden_channels=1000000000.*Lower one",

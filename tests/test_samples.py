@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 
 from faconv_hpc.data.forcings import FORCINGS, equation_of_time, insolation, solar_declination
+from faconv_hpc.data.periods import starts_within, stretches_of
 from faconv_hpc.data.samples import Batch, ReadAhead, Windows, sample_order
 from faconv_hpc.data.statistics import Statistics
 from faconv_hpc.data.store import Store
@@ -61,7 +62,9 @@ def statistics_of(store: Store, names: Sequence[str]) -> Statistics:
 
 
 def windows_of(store: Store, tile: Tile | None = None, **options: object) -> Windows:
-    given: dict = {"variables": store.channels, "window": 4, "frames": range(store.frames), **options}
+    given: dict = {"variables": store.channels, "window": 4, **options}
+    spans = [given.pop("frames", range(store.frames))]
+    given["starts"] = starts_within(stretches_of(store.layout.time, spans), given["window"])
     given = {"statistics": statistics_of(store, given["variables"]), "may_miss": store.has_missing} | given
     tile = tile or Tile((0, NLAT), (0, NLON))
     return Windows(store, tile, grid=store.grid("zero", "periodic"), **given)
@@ -171,28 +174,20 @@ def test_number_of_windows(store: Store, frames: int, window: int, want: int) ->
         windows.read([want])
 
 
-def test_too_few_frames_say_what_would_do(store: Store) -> None:
-    with pytest.raises(InputError, match=r"window of 20 inputs needs 21 frames.*are 17\. Use a window of at most 16"):
-        windows_of(store, window=20)
-
-
-def test_frames_outside_the_store_are_refused(store: Store) -> None:
-    with pytest.raises(InputError, match="within the store's 17, got 0 to 18 in steps of 1"):
-        windows_of(store, frames=range(18))
-    with pytest.raises(InputError, match="got 0 to 17 in steps of 2"):
-        windows_of(store, frames=range(0, 17, 2))
-    with pytest.raises(InputError, match="at least 1 input frame, got 0"):
-        windows_of(store, window=0)
-
-
-def test_irregular_times_are_refused_unless_allowed(tmp_path: Path) -> None:
+def test_steps_that_differ_a_little_are_steps_and_the_network_may_be_told(tmp_path: Path) -> None:
     store = make_store(tmp_path, missing=False, hours=np.array([0, 7, 14, 21, 29, 36, 43, 50.0]))
-    match = r"steps run from 7 to 8 hours.*`data\.allow_irregular_time: true`"
-    with pytest.raises(InputError, match=match):
-        windows_of(store)
-    windows_of(store, window=2, frames=range(4))  # regular among themselves
-    batch = windows_of(store, allow_irregular_time=True, forcings=["step_hours"]).read([1])
+    batch = windows_of(store, forcings=["step_hours"]).read([1])
     assert batch.inputs_BTCYX[0, :, -1, 0, 0].tolist() == pytest.approx([7 / 24, 7 / 24, 8 / 24, 7 / 24])
+
+
+def test_no_window_leads_over_a_gap(tmp_path: Path) -> None:
+    hours = np.array([0, 6, 12, 18, 30, 36, 42, 48, 54, 57, 63, 69, 75.0])  # without 24; 57 comes too early
+    store = make_store(tmp_path, missing=False, hours=hours)
+    windows = windows_of(store, window=2)
+    assert [windows.frames_of(index)[0] for index in range(len(windows))] == [0, 1, 4, 5, 6, 9, 10]
+    got = windows.read([2]).target_BTCYX[0, 0, 0].numpy()
+    heat = source(store, "heat")
+    np.testing.assert_allclose(got, (heat[5] - heat[4]) / store.tendency_std[0], rtol=1e-4, atol=1e-4)
 
 
 def test_times_rounded_to_the_second_count_as_regular(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_weak_stores_grow_with_the_ranks_and_are_made_once(tmp_path):
     check_stores(points)
     shapes = [point.run.data.store.name for point in points]
     assert shapes == ["5x6x2x11", "5x12x2x11", "10x12x2x11"] and len(said) == 3
-    assert points[0].run.data.variables is None and points[0].run.data.held_out_frames == 0
+    assert points[0].run.data.variables is None and points[0].run.data.periods.test == ()
     assert {point.run.global_batch for point in points} == {2}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "stores").rglob("*.nc")}
     (points[1].run.data.store / "store.nc").unlink()  # as if it had been cut short

@@ -37,7 +37,7 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
     """Times of a step, and of what it waits for where a checkpoint is due; `RUNS` of each, taken in turn."""
     workspace = Workspace.of(config, Store.open(config.data.store), mesh)
-    windows, domain = workspace.windows(workspace.training_frames), workspace.domain
+    windows, domain = workspace.training_windows(), workspace.domain
     engine = Engine(build_network(config, windows), mesh, config.training)
     batch = windows.read([0]).to(mesh.device)
 

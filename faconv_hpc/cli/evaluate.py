@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> None:
-    """Forecast the held-out frames of a run: RMSE per variable beside persistence, and a figure.
+    """Forecast the test period of a run: RMSE per variable beside persistence, and a figure.
 
     On several ranks the globe is cut as the run's mesh says, on one it is whole; the numbers are the same.
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..spatial.grid import LatLonGrid, Tile
 from .forcings import Instants, check_forcings, compute_forcings
-from .frames import check_frames, check_regular
 from .statistics import Statistics
 from .store import Store
 
@@ -67,9 +66,9 @@ class Batch:
 
 
 class Windows:
-    """The samples that a tile takes out of a store: window ``i`` starts at ``frames[i]``.
+    """The samples that a tile takes out of a store: window ``i`` begins with frame ``starts[i]``.
 
-    It holds ``window`` input frames and one more, the target of the last.
+    It holds ``window`` consecutive input frames and one more, the target of the last.
 
     Args:
         store: where the fields are.
@@ -79,9 +78,8 @@ class Windows:
         may_miss: whether there is a channel for each field that says where it is valid. The store must miss nothing
             if not.
         window: number of input frames.
-        frames: the consecutive frames to draw from, such as those of the training years.
+        starts: (windows,) first frames, see `periods.starts_within`.
         forcings: names out of `FORCINGS`.
-        allow_irregular_time: accept steps of different length.
         grid: the store's grid, for the forcings.
 
     Attributes:
@@ -89,8 +87,7 @@ class Windows:
         input_channels: names of the input channels, in their order in `Batch.inputs_BTCYX`.
 
     Raises:
-        InputError: an unknown variable or forcing, frames that the store lacks, too few of them,
-            or irregular times.
+        InputError: an unknown variable or forcing.
     """
 
     def __init__(
@@ -102,13 +99,12 @@ class Windows:
         statistics: Statistics,
         may_miss: bool,
         window: int,
-        frames: range,
+        starts: NDArray[np.int64],
         grid: LatLonGrid,
         forcings: Sequence[str] = (),
-        allow_irregular_time: bool = False,
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
-        self.store, self.tile, self.window, self.frames = store, tile, window, frames
+        self.store, self.tile, self.window, self.starts = store, tile, window, starts
         self.field_channels = tuple(variables)
         self._channels = store.channel_indices(self.field_channels)
         assert may_miss or not store.misses_some(self._channels), f"{store.path} misses data: nothing would say where"
@@ -116,9 +112,6 @@ class Windows:
         self._may_miss = may_miss
         validity = tuple(f"valid_{name}" for name in self.field_channels) if may_miss else ()
         self.input_channels = (*self.field_channels, *validity, *self._forcings)
-        check_frames(store, frames, window)
-        if not allow_irregular_time:
-            check_regular(store, frames)
         self._latitude = grid.latitude[slice(*tile.rows)]
         self._longitude = grid.longitude[slice(*tile.columns)]
         self._mean = statistics.mean.astype(np.float32)[:, None, None]
@@ -126,7 +119,7 @@ class Windows:
         self._tendency_scale = _inverse(statistics.tendency_std)
 
     def __len__(self) -> int:
-        return len(self.frames) - self.window
+        return len(self.starts)
 
     def read(self, indices: Sequence[int]) -> Batch:
         """Reads windows; each frame of a window is read once.
@@ -152,7 +145,7 @@ class Windows:
         """Frames of the store that a window takes: its inputs and the one after them."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = self.frames.start + index
+        start = int(self.starts[index])
         return range(start, start + self.window + 1)
 
     def _fill(

@@ -11,6 +11,8 @@ from .layout import MOMENTS, FileEntry
 from .moments import ChannelMoments, MomentStream
 from .store import Store
 
+Stretches = Sequence[range]
+"""Frames that follow each other, see `periods.stretches_of`; in their order."""
 ROUNDING = 2.0**-23  # of float32, relative
 
 
@@ -54,22 +56,22 @@ class Piece:
     channels: tuple[int, ...]
 
 
-def pieces_of(store: Store, frames: range, channels: Sequence[int]) -> list[Piece]:
+def pieces_of(store: Store, frames: Stretches, channels: Sequence[int]) -> list[Piece]:
     """All that there is to do, in the order of files, for `moments_of`; by whom does not change what comes out.
 
     A file whose frames all count, and the frame after them, has kept its moments: those of all channels are read at
-    once. Of one or two files at the limits the fields are read, each channel on its own.
+    once. Of the files at the limits the fields are read, each channel on its own.
     """
     pieces: list[Piece] = []
     for file, entry in enumerate(store.files):
-        if len(_own(entry, frames)):
+        if _own(entry, frames):
             parts = [channels] if _is_whole(store, entry, frames) else [[channel] for channel in channels]
             pieces += [Piece(file, tuple(part)) for part in parts]
     return pieces
 
 
-def moments_of(store: Store, piece: Piece, frames: range) -> dict[int, ChannelMoments]:
-    """By channel, over those of consecutive frames that a file has and the changes between them and to the next one.
+def moments_of(store: Store, piece: Piece, frames: Stretches) -> dict[int, ChannelMoments]:
+    """By channel, over those of some frames that a file has and the changes from each to the next of its stretch.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -79,7 +81,7 @@ def moments_of(store: Store, piece: Piece, frames: range) -> dict[int, ChannelMo
         with store.reading(piece.file) as h5:
             rows = h5[MOMENTS][:]
         return {channel: ChannelMoments.from_row(rows[channel]) for channel in piece.channels}
-    return {channel: _read(store, _own(entry, frames), frames, channel) for channel in piece.channels}
+    return {channel: _read(store, _own(entry, frames), channel) for channel in piece.channels}
 
 
 def merged(found: Iterable[Mapping[int, ChannelMoments]]) -> dict[int, ChannelMoments]:
@@ -91,25 +93,31 @@ def merged(found: Iterable[Mapping[int, ChannelMoments]]) -> dict[int, ChannelMo
     return whole
 
 
-def _own(entry: FileEntry, frames: range) -> range:
-    """The frames of a file that count."""
-    return range(max(frames.start, entry.first_frame), min(frames.stop, entry.first_frame + entry.frames))
+def _own(entry: FileEntry, frames: Stretches) -> list[tuple[range, bool]]:
+    """The frames of a file that count, by stretches, and whether each of these goes on in the next file."""
+    first, stop = entry.first_frame, entry.first_frame + entry.frames
+    parts = [(range(max(one.start, first), min(one.stop, stop)), one.stop > stop) for one in frames]
+    return [(part, goes_on) for part, goes_on in parts if part]
 
 
-def _is_whole(store: Store, entry: FileEntry, frames: range) -> bool:
+def _is_whole(store: Store, entry: FileEntry, frames: Stretches) -> bool:
     """Whether what a file has kept is what counts: it holds the change to the next file's first frame, too."""
-    stop = entry.first_frame + entry.frames
-    return frames.start <= entry.first_frame and (stop < frames.stop or stop == frames.stop == store.frames)
+    own, stop = _own(entry, frames), entry.first_frame + entry.frames
+    return len(own) == 1 and len(own[0][0]) == entry.frames and (own[0][1] or stop == store.frames)
 
 
-def _read(store: Store, own: range, frames: range, channel: int) -> ChannelMoments:
+def _read(store: Store, own: Iterable[tuple[range, bool]], channel: int) -> ChannelMoments:
     nlat, nlon = store.layout.grid_shape
-    globe, stream = Tile((0, nlat), (0, nlon)), MomentStream(row_weights(store.latitude_deg, store.longitude_deg))
-    for frame in own:
-        stream.add(store.read([frame], globe, [channel])[0][:, 0])
-    if own.stop < frames.stop:
-        stream.add_following(store.read([own.stop], globe, [channel])[0][0, 0])
-    return stream.moments
+    globe, weights = Tile((0, nlat), (0, nlon)), row_weights(store.latitude_deg, store.longitude_deg)
+    found = ChannelMoments()
+    for part, goes_on in own:
+        stream = MomentStream(weights)
+        for frame in part:
+            stream.add(store.read([frame], globe, [channel])[0][:, 0])
+        if goes_on:
+            stream.add_following(store.read([part.stop], globe, [channel])[0][0, 0])
+        found = found.merged(stream.moments)
+    return found
 
 
 def row_weights(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -38,6 +38,7 @@ class Store:
         path: the directory.
         layout: grid, channels, times and chunks.
         fingerprint: of the request it was made by; all its files bear it.
+        digest: of all that ``store.nc`` says.
         latitude_deg: (latitude,) float64, north first.
         longitude_deg: (longitude,) float64, increasing, from any start.
         channels: names, in stored order.
@@ -57,7 +58,7 @@ class Store:
         layout = content.layout
         self.path = path
         self.layout = layout
-        self.files, self.fingerprint = content.files, content.fingerprint
+        self.files, self.fingerprint, self.digest = content.files, content.fingerprint, content.digest
         self.latitude_deg, self.longitude_deg = layout.latitude_deg, layout.longitude_deg
         self.channels = tuple(channel.name for channel in layout.channels)
         self.units = tuple(channel.units for channel in layout.channels)
@@ -110,11 +111,6 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # handles belong to their process
-
-    @property
-    def step_hours(self) -> float:
-        """From a frame to the next, as most have it."""
-        return float(np.median(np.diff(self.time_hours))) if self.frames > 1 else 0.0
 
     def misses_some(self, channels: Sequence[int]) -> bool:
         """Whether a cell of one of these channels is missing in some frame."""

@@ -13,6 +13,7 @@ EPOCH_UNITS = "seconds since 1970-01-01 00:00:00"
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 86400
 IRREGULAR_S = 1.5  # times are kept to the second, so steps meant to be equal differ by one at most
+ALIKE = 0.25  # of the usual step, by which others may differ: months and seasons are alike, a missing time is not
 _SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
 
 
@@ -48,6 +49,16 @@ class TimeAxis:
     def utc_hour(self) -> NDArray[np.float64]:
         """(time,) hours since midnight, in [0, 24)."""
         return np.mod(self.seconds, SECONDS_PER_DAY) / SECONDS_PER_HOUR
+
+    @cached_property
+    def step_s(self) -> float:
+        """From a time to the next, as most have it."""
+        return float(np.median(np.diff(self.seconds))) if len(self) > 1 else 0.0
+
+    @cached_property
+    def gaps(self) -> NDArray[np.int64]:
+        """Frames that do not follow the one before them by about the usual step: see `ALIKE`."""
+        return np.flatnonzero(np.abs(np.diff(self.seconds) - self.step_s) > ALIKE * self.step_s) + 1
 
     def label(self, frame: int) -> str:
         """Date and time of a frame, for people."""

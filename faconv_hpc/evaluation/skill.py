@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import RunConfig, load_config
+from ..data.periods import frames_within, mask_of, starts_before, stretches_of
 from ..data.samples import Windows
 from ..data.store import Store
 from ..errors import InputError
@@ -117,7 +118,7 @@ def trained_network(workspace: Workspace, windows: Windows, checkpoint: Checkpoi
 
 @torch.no_grad()
 def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
-    """Forecasts every held-out frame from the frames before it (every frame, if none was held out). Collective.
+    """Forecasts every frame of the test period from those before it (every frame, if there is none). Collective.
 
     The state is spun up over ``data.window`` frames; what counts is the last step's forecast.
     """
@@ -140,7 +141,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh) -> Evaluation:
     first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])
     return Evaluation(
         step=checkpoint.step,
-        held_out=config.data.held_out_frames > 0,
+        held_out=_held_out(workspace, windows),
         forecasts=len(windows),
         first_loss=first,
         last_loss=last,
@@ -173,10 +174,29 @@ def _number(value: Any) -> Any:
 
 
 def _windows(workspace: Workspace) -> Windows:
-    """Windows whose last targets are the held-out frames, or all frames where none was held out."""
-    frames, length = workspace.store.frames, workspace.config.data.window
-    held_out = workspace.config.data.held_out_frames
-    return workspace.windows(range(max(frames - held_out - length, 0) if held_out else 0, frames))
+    """Windows whose last targets are the frames of the test period, or all where there is none.
+
+    Raises:
+        InputError: the store has no frame of the test period with a window before it.
+    """
+    store, length, dates = workspace.store, workspace.config.data.window, workspace.contract.test
+    axis = store.layout.time
+    spans = frames_within(axis, dates) if dates else (range(store.frames),)
+    stretches = stretches_of(axis, [range(store.frames)])
+    starts = starts_before(stretches, mask_of(spans, store.frames), length)
+    if not len(starts):
+        raise InputError(
+            f"{store.path} has no frame{' within ' + ', '.join(dates) if dates else ''} that {length} frames precede "
+            f"without a gap; its times run from {axis.label(0)} to {axis.label(store.frames - 1)}. Name a data.store "
+            f"that has."
+        )
+    return workspace.windows(starts, length)
+
+
+def _held_out(workspace: Workspace, windows: Windows) -> bool:
+    """Whether training saw none of the targets: by their dates, in whatever store they stand."""
+    trained = mask_of(workspace.training_spans, workspace.store.frames)
+    return not trained[windows.starts + windows.window].any()
 
 
 def _last_step(network: FAConvLSTMNetwork, windows: Windows, index: int, domain: Domain) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,7 @@ def _speed(inside: Path) -> Finding:
 def _described(data: DataConfig, mesh: MeshConfig) -> str:
     from ..data.samples import Windows  # here, as it needs torch
     from ..data.statistics import Statistics
+    from ..training.fit import parts_of, training_starts
 
     with Store.open(data.store) as opened:
         opened.check_files()
@@ -114,9 +115,8 @@ def _described(data: DataConfig, mesh: MeshConfig) -> str:
             statistics=Statistics.stored(opened, channels),
             may_miss=opened.misses_some(channels),
             window=data.window,
-            frames=range(opened.frames - data.held_out_frames),
+            starts=training_starts(opened, parts_of(data, opened).train, data.window),
             forcings=data.forcings,
-            allow_irregular_time=data.allow_irregular_time,
             grid=grid,
         )
         return (

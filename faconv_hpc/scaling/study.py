@@ -27,7 +27,7 @@ DECIDED = {
 OF_THE_STORE = {
     "data.store": "a store is made for each point (cells_per_rank)",
     "data.variables": "a store that is made has `channels` of its own (cells_per_rank)",
-    "data.held_out_frames": "a store that is made is trained on whole (cells_per_rank)",
+    "data.periods": "a store that is made is trained on whole (cells_per_rank)",
 }
 ASKED_OF_SLURM = ("tasks_per_node", "cpus_per_task", "gpus_per_node")
 """What of the Slurm section may change how long a step takes."""
@@ -225,7 +225,7 @@ def _data(study: StudyConfig, tree: Mapping[str, Any], point: PointConfig) -> di
     frames = study.frames or int(tree["data"]["window"]) + SPARE_FRAMES
     name = "x".join(map(str, (*shape, study.channels, frames)))
     store = study.study_dir.absolute() / STORES / name
-    return {"data": {"store": str(store), "variables": None, "held_out_frames": 0}}
+    return {"data": {"store": str(store), "variables": None, "periods": {"train": [], "test": []}}}
 
 
 def _refuse_decided(study: StudyConfig, point: PointConfig) -> None:

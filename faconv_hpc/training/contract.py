@@ -1,5 +1,6 @@
 """The contract of a run: what its network was trained on, and needs to be used."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -8,13 +9,17 @@ from pydantic import BaseModel, ConfigDict
 
 from ..config import RunConfig
 from ..data.layout import same_units
-from ..data.statistics import Statistics, merged, moments_of, pieces_of
+from ..data.periods import frames_within, stretches_of
+from ..data.statistics import Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
 from ..errors import InputError
+from ..observe import READING
 from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid
 from ..spatial.mesh import ProcessMesh
-from .fit import grid_of, training_frames
+from .fit import check_store, grid_of, parts_of
+
+SAME = 1e-6  # of a statistic's size, and of the field's deviation: files of other sizes are summed in another order
 
 
 class Variable(BaseModel):
@@ -40,9 +45,11 @@ class Contract(BaseModel):
         may_miss: whether fields may have missing cells: the network has an input for each that says where.
         latitude_deg, longitude_deg: of the grid, north first and increasing.
         north, south, lon: boundaries, see `LatLonGrid`.
-        step_hours: from a frame to the next; None: steps may differ (``data.allow_irregular_time``).
+        step_hours: smallest and largest from a frame to the next; what differs more is a gap.
         calendar: of the times.
-        first, last: dates of the frames of training.
+        training: ranges of dates of the frames of training.
+        test: ranges of dates that were kept from it.
+        store: digest of the store that it was made of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,10 +62,11 @@ class Contract(BaseModel):
     north: Boundary
     south: Boundary
     lon: Boundary
-    step_hours: float | None
+    step_hours: tuple[float, float]
     calendar: str
-    first: str
-    last: str
+    training: tuple[str, ...]
+    test: tuple[str, ...]
+    store: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,6 +90,10 @@ class Contract(BaseModel):
             lat_boundary=(self.north, self.south),
             lon_boundary=self.lon,
         )
+
+    def training_spans(self, store: Store) -> tuple[range, ...]:
+        """The frames of a store at the dates of training."""
+        return frames_within(store.layout.time, self.training)
 
     def check(self, store: Store) -> None:
         """Holds data to the contract.
@@ -115,30 +127,55 @@ class Contract(BaseModel):
     def _check_times(self, store: Store) -> None:
         if self.calendar != store.calendar:
             raise self._refusal(store.path, f"the calendar {self.calendar}", store.calendar, "See --calendar.")
-        if self.step_hours is not None and abs(self.step_hours - store.step_hours) * SECONDS_PER_HOUR > IRREGULAR_S:
-            raise self._refusal(
-                store.path,
-                f"steps of {self.step_hours:g} h",
-                f"steps of {store.step_hours:g} h",
-                "Thin out the source with --every, or interpolate it.",
+        mine, others = self.step_hours, _steps_of(store, [range(store.frames)])
+        margin = IRREGULAR_S / SECONDS_PER_HOUR
+        if others[0] < mine[0] - margin or others[1] > mine[1] + margin:
+            told, found = (
+                f"steps of {' to '.join(f'{one:g}' for one in sorted(set(pair)))} h" for pair in (mine, others)
             )
+            raise self._refusal(store.path, told, found, "Thin out the source with --every, or interpolate it.")
 
     def _refusal(self, path: Path, trained: str, found: str, way_out: str) -> InputError:
         return InputError(f"the network was trained on {trained}, the store {path} has {found}. {way_out}")
+
+
+def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None:
+    """Holds a store with which training goes on to what it began with. Collective.
+
+    Another store of the same data has the same statistics over the frames of training.
+
+    Raises:
+        InputError: it has not, for some variable; with both values.
+    """
+    if store.digest == contract.store:
+        return
+    stretches = stretches_of(store.layout.time, contract.training_spans(store))
+    now = _statistics(store, stretches, store.channel_indices(contract.names), mesh).rows
+    was = contract.statistics.rows
+    for variable, mine, others in zip(contract.variables, was, now, strict=True):
+        if (np.abs(mine - others) > SAME * (np.abs(mine) + mine[1])).any():
+            told = (", ".join(f"{value:.7g}" for value in row) for row in (mine, others))
+            raise InputError(
+                f"the run was trained on a {variable.name!r} of mean, deviation and deviation of the change "
+                f"{next(told)} {variable.units}, the store {store.path} has {next(told)} at the same dates. A run goes "
+                f"on as it began: bring the store back, or give another run_dir."
+            )
 
 
 def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contract:
     """Of a run that begins. Collective: each rank sums up some files.
 
     Statistics are of the frames of training alone, and the same on every mesh.
+
+    Raises:
+        InputError: config and store do not fit each other; see `check_store`.
     """
+    check_store(config, store)
     names = store.channels if config.data.variables is None else config.data.variables
-    frames, channels = training_frames(config, store), store.channel_indices(names)
-    pieces = pieces_of(store, frames, channels)
-    mine = [moments_of(store, piece, frames) for piece in pieces[mesh.rank :: mesh.ranks]]
-    dealt = mesh.gathered_objects(mine)
-    found = merged(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(pieces)))
-    statistics = Statistics.of(found[channel] for channel in channels)
+    channels, axis = store.channel_indices(names), store.layout.time
+    spans = parts_of(config.data, store).train
+    stretches = stretches_of(axis, spans)
+    statistics = _statistics(store, stretches, channels, mesh)
     grid = grid_of(config, store)
     return Contract(
         variables=tuple(
@@ -152,11 +189,29 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
         north=grid.north,
         south=grid.south,
         lon=Boundary(grid.lon_boundary),
-        step_hours=None if config.data.allow_irregular_time else store.step_hours,
+        step_hours=_steps_of(store, stretches),
         calendar=store.calendar,
-        first=store.layout.time.label(frames.start),
-        last=store.layout.time.label(frames.stop - 1),
+        training=tuple(f"{axis.label(span.start)}/{axis.label(span.stop - 1)}" for span in spans),
+        test=config.data.periods.test,
+        store=store.digest,
     )
+
+
+def _statistics(store: Store, stretches: Stretches, channels: Sequence[int], mesh: ProcessMesh) -> Statistics:
+    """Of some channels over some frames: files are dealt to ranks, and merged in their order."""
+    pieces = pieces_of(store, stretches, channels)
+    with mesh.activity.during(READING):
+        mine = [moments_of(store, piece, stretches) for piece in pieces[mesh.rank :: mesh.ranks]]
+    dealt = mesh.gathered_objects(mine)
+    found = merged(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(pieces)))
+    return Statistics.of(found[channel] for channel in channels)
+
+
+def _steps_of(store: Store, spans: Stretches) -> tuple[float, float]:
+    """Smallest and largest step in hours, but for gaps; (0, 0) where there is none."""
+    stretches = stretches_of(store.layout.time, spans)
+    steps = np.concatenate([np.empty(0), *(np.diff(store.time_hours[one.start : one.stop]) for one in stretches)])
+    return (float(steps.min()), float(steps.max())) if steps.size else (0.0, 0.0)
 
 
 def _range(values: np.ndarray) -> str:

@@ -1,11 +1,16 @@
 """Whether a run can work at all, from its config and store.nc alone: judged before anything is imported or started."""
 
 import os
+from dataclasses import dataclass
 
-from ..config import ModelConfig, RunConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import DataConfig, ModelConfig, RunConfig
 from ..data.forcings import check_forcings
-from ..data.frames import check_frames, check_regular
+from ..data.periods import frames_within, mask_of, spans_of, starts_within, stretches_of
 from ..data.store import Store
+from ..data.times import ALIKE, SECONDS_PER_HOUR
 from ..errors import InputError
 from ..model.rules import check_attention, check_coarse, check_kernel, check_layer
 from ..spatial.grid import Cuts, LatLonGrid
@@ -38,27 +43,68 @@ def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
     return store.grid(lat_boundary=config.data.lat_boundary, lon_boundary=config.data.lon_boundary)
 
 
-def training_frames(config: RunConfig, store: Store) -> range:
-    """All frames but the held-out last ones."""
-    return range(store.frames - config.data.held_out_frames)
+@dataclass(frozen=True)
+class Parts:
+    """Frames of a store by what they are for, as spans in their order."""
+
+    train: tuple[range, ...]
+    test: tuple[range, ...]
+
+
+def parts_of(data: DataConfig, store: Store) -> Parts:
+    """What the periods of a config are in a store.
+
+    Raises:
+        InputError: a period without frames, a frame in two of them, or a date that the calendar does not have.
+    """
+    axis, periods = store.layout.time, {"train": data.periods.train, "test": data.periods.test}
+    spans = {name: frames_within(axis, ranges) for name, ranges in periods.items()}
+    for name, ranges in periods.items():
+        if ranges and not spans[name]:
+            raise InputError(
+                f"data.periods.{name}={', '.join(ranges)} holds no frame of {store.path}, whose times run from "
+                f"{axis.label(0)} to {axis.label(store.frames - 1)}. Name dates within them."
+            )
+    train, test = (mask_of(spans[name], store.frames) for name in periods)
+    if (train & test).any():
+        raise InputError(
+            f"{axis.label(int(np.argmax(train & test)))} is in data.periods.train and in data.periods.test. Both ends "
+            f"of a range belong to it: let them share no date."
+        )
+    return Parts(spans["train"] if periods["train"] else spans_of(~test), spans["test"])
+
+
+def training_starts(store: Store, spans: tuple[range, ...], window: int) -> NDArray[np.int64]:
+    """First frames of the windows that samples are drawn from, none of which leads over a gap.
+
+    Raises:
+        InputError: there is none.
+    """
+    axis = store.layout.time
+    stretches = stretches_of(axis, spans)
+    starts = starts_within(stretches, window)
+    if not len(starts):
+        longest = max(map(len, stretches), default=0)
+        raise InputError(
+            f"no window of {window} inputs and a target fits into {sum(map(len, stretches))} of the {store.frames} "
+            f"frames of {store.path}, those to train on: at most {longest} follow each other without a gap (a step "
+            f"that differs by more than {ALIKE:.0%} from the usual {axis.step_s / SECONDS_PER_HOUR:g} h). Use "
+            f"data.window={max(longest - 1, 1)} or less, change data.periods, or bring the source to equal steps."
+        )
+    return starts
+
+
+def windows_over_gaps(store: Store, spans: tuple[range, ...], window: int) -> int:
+    """How many windows would lead over a gap, and are left out."""
+    return len(starts_within(spans, window)) - len(starts_within(stretches_of(store.layout.time, spans), window))
 
 
 def check_store(config: RunConfig, store: Store) -> None:
-    """Raises InputError for variables, forcings or frames that the store lacks, and for irregular times."""
+    """Raises InputError for variables, forcings or periods that the store lacks, and for too few frames."""
     data = config.data
     store.channel_indices(store.channels if data.variables is None else data.variables)
     check_forcings(data.forcings)
-    left = store.frames - data.held_out_frames
-    if left < data.window + 1 <= store.frames:
-        raise InputError(
-            f"data.held_out_frames={data.held_out_frames} leaves {max(left, 0)} of the {store.frames} frames of "
-            f"{store.path} to train on, one window needs {data.window + 1} (data.window and the target of its last "
-            f"step). Hold out at most {store.frames - data.window - 1}."
-        )
-    frames = training_frames(config, store)
-    check_frames(store, frames, data.window)
-    if not data.allow_irregular_time:
-        check_regular(store, frames)
+    training_starts(store, parts_of(data, store).train, data.window)
 
 
 def check_network(model: ModelConfig) -> None:

@@ -5,33 +5,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from ..data.statistics import Statistics
+from ..data.periods import stretches_of
 from ..errors import InputError
 from .setup import Workspace
 from .shards import Manifest
 
-STATISTICS = "store (mean and deviations of its fields)"
-SAME = 1e-6  # of their size, and of the field's deviation
-
 
 def identity(workspace: Workspace) -> dict[str, Any]:
     """What a run must keep to go on as it began: network, data, order and number of samples, optimizer."""
-    config, store, frames = workspace.config, workspace.store, workspace.training_frames
+    config, contract, axis = workspace.config, workspace.contract, workspace.store.layout.time
     tree = config.model_dump(mode="json")
     free = ("kernels", "checkpoint_steps", "attention_exchange")  # other ways to the same numbers
     kept = {f"model.{key}": value for key, value in tree["model"].items() if key not in free}
-    kept |= {f"data.{key}": tree["data"][key] for key in ("forcings", "window", "lat_boundary", "lon_boundary")}
+    data = ("forcings", "window", "periods", "lat_boundary", "lon_boundary")
+    kept |= {f"data.{key}": tree["data"][key] for key in data}
     kept |= {f"training.{key}": tree["training"][key] for key in ("optimizer", "seed")}
-    channels = store.channel_indices(workspace.contract.names)
-    dates = [store.layout.time.label(frame) for frame in (frames.start, frames.stop - 1)]
+    stretches = stretches_of(axis, workspace.training_spans)
+    dates = [axis.label(frame) for frame in (stretches[0].start, stretches[-1].stop - 1)]
+    pieces = f"{sum(map(len, stretches))} in {len(stretches)} stretches" if len(stretches) > 1 else len(stretches[0])
     return kept | {
-        "channels": list(config.data.variables or workspace.contract.names),
-        "training frames": f"{len(frames)} from {dates[0]} to {dates[1]}",
+        "channels": list(config.data.variables or contract.names),
+        "training frames": f"{pieces} from {dates[0]} to {dates[1]}",
         "samples per step (replicas x micro_batch x accumulation)": config.global_batch,
-        STATISTICS: Statistics.stored(store, channels).rows.tolist(),
     }
 
 
@@ -39,19 +36,11 @@ def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
     for key, value in now.items():
-        if key in saved and not _same(key, saved[key], value):
+        if key in saved and saved[key] != value:
             raise InputError(
                 f"{workspace.config.run_dir} holds a run with {key}={saved[key]!r}, this config says {value!r}. "
                 f"A run goes on as it began: change the value back, or give another run_dir."
             )
-
-
-def _same(key: str, saved: Any, now: Any) -> bool:
-    """The statistics of a store to rounding: they were merged in another order where it is cut into other files."""
-    if key == STATISTICS and np.shape(saved) == np.shape(now):
-        mine, others = np.array(saved), np.array(now)
-        return bool((np.abs(mine - others) <= SAME * (np.abs(mine) + mine[:, 1:2])).all())
-    return bool(saved == now)
 
 
 def check_same_network(network: nn.Module, manifest: Manifest, path: Path) -> None:

@@ -150,7 +150,7 @@ def _update(workspace: Workspace) -> Values:
     """What one SGD step of DeepSpeed at the config's ZeRO stage, learning rate 1, changes of each weight."""
     changes: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
     changes |= {"micro_batch": 1, "accumulation": 1, "precision": "fp32"}
-    windows = workspace.windows(range(workspace.store.frames))
+    windows = workspace.training_windows()
     network = _randomized(build_network(workspace.config, windows), torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
@@ -171,7 +171,7 @@ def _window(workspace: Workspace, windows: Windows, number: int) -> Batch:
 def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Values:
     """Loss, outputs and gradients of one window, assembled from all tiles."""
     domain = workspace.domain
-    windows = workspace.windows(range(workspace.store.frames))
+    windows = workspace.training_windows()
     network = _randomized(build_network(workspace.config, windows), dtype).to(domain.mesh.device)
     batch = _window(workspace, windows, number)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
@@ -215,7 +215,7 @@ def _place(workspace: Workspace, got: Tensor, want: Tensor, tolerance: float) ->
     _, step, channel, row, column = wrong.nonzero()[0].tolist()
     lat_index = bisect_right(cuts.row_edges, row) - 1
     lon_index = bisect_right(cuts.column_edges, column) - 1
-    name = workspace.windows(range(workspace.store.frames)).input_channels[channel]
+    name = workspace.training_windows().input_channels[channel]
     return f"rank {lat_index * cuts.lon + lon_index}, {name}, step {step}, row {row}, column {column}"
 
 

@@ -175,20 +175,26 @@ def read_records(run_dir: Path) -> list[StepRecord]:
     return [StepRecord.from_row(row) for row in _rows(run_dir / STEPS_FILE)]
 
 
-def beginning(config: RunConfig, windows: Windows, parameters: int, rank_gib: float, done: int) -> str:
+def beginning(
+    config: RunConfig, contract: Contract, windows: Windows, left_out: int, parameters: int, rank_gib: float, done: int
+) -> str:
     """What a start is going to do, for people.
 
     Args:
-        windows: that samples are drawn from.
+        contract, windows: what it is trained on, and samples are drawn from.
+        left_out: windows that would lead over a gap.
         parameters: how many the network has.
         rank_gib: memory that a rank needs at least.
         done: steps that are done already.
     """
     mesh, fields = config.mesh, len(windows.field_channels)
+    gaps = f" ({left_out} more would lead over a gap in time)" if left_out else ""
+    shortest, longest = contract.step_hours
+    steps = f"steps of time take {shortest:g} to {longest:g} h, " if longest > shortest else ""
     return (
         f"{config.run_dir}: steps {done + 1} to {config.training.steps} on a mesh of {mesh.replicas} x {mesh.lat} x "
-        f"{mesh.lon} (replicas x lat x lon), {config.global_batch} of {len(windows)} windows in each\n"
-        f"  {len(windows.input_channels)} channels in, {fields} forecast, {parameters:,} parameters, at least "
+        f"{mesh.lon} (replicas x lat x lon), {config.global_batch} of {len(windows)} windows in each{gaps}\n"
+        f"  {len(windows.input_channels)} channels in, {fields} forecast, {parameters:,} parameters, {steps}at least "
         f"{rank_gib:.2g} GiB a rank; records go to {config.run_dir / STEPS_FILE}"
     )
 

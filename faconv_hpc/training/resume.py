@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..observe import LOADING
 from ..spatial.mesh import ProcessMesh
-from .contract import Contract
+from .contract import Contract, check_same_data
 from .engine import Engine
 from .identity import check_same_network, check_same_run
 from .schedule import Leg
@@ -136,6 +136,7 @@ def _manifest_or_problem(candidate: Checkpoint) -> Manifest | str:
 def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
     mesh, manifest = workspace.domain.mesh, held.manifest
     check_same_run(workspace, manifest.identity)
+    check_same_data(manifest.contract, workspace.store, mesh)
     check_same_network(engine.network, manifest, held.checkpoint.path)
     reader = {file: place % mesh.ranks for place, file in enumerate(manifest.files)}
 

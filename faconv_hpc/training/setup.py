@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..config import ModelConfig, RunConfig
 from ..data.samples import Windows
@@ -13,7 +15,7 @@ from ..spatial.domain import Domain
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract, make_contract
-from .fit import training_frames
+from .fit import training_starts
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,26 @@ class Workspace:
         return cls(config, store, contract, Domain(contract.grid, mesh))
 
     @property
-    def training_frames(self) -> range:
-        """All frames but the held-out last ones."""
-        return training_frames(self.config, self.store)
+    def training_spans(self) -> tuple[range, ...]:
+        """The frames of the store at the dates of training."""
+        return self.contract.training_spans(self.store)
 
-    def windows(self, frames: range, length: int | None = None, tile: Tile | None = None) -> Windows:
+    def training_windows(self, tile: Tile | None = None) -> Windows:
+        """The samples of training; see `windows`."""
+        length = self.config.data.window
+        return self.windows(training_starts(self.store, self.training_spans, length), length, tile)
+
+    def windows(self, starts: NDArray[np.int64], length: int, tile: Tile | None = None) -> Windows:
         """Samples of this rank's tile, or of another."""
-        data = self.config.data
         return Windows(
             self.store,
             tile or self.domain.tile,
             variables=self.contract.names,
             statistics=self.contract.statistics,
             may_miss=self.contract.may_miss,
-            window=length or data.window,
-            frames=frames,
+            window=length,
+            starts=starts,
             forcings=self.contract.forcings,
-            allow_irregular_time=data.allow_irregular_time,
             grid=self.domain.grid,
         )
 

@@ -27,7 +27,7 @@ from .faults.health import MicroBatch
 from .faults.not_finite import NotFinite
 from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
-from .fit import check_store, least_bytes
+from .fit import check_store, least_bytes, windows_over_gaps
 from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
@@ -70,7 +70,7 @@ def train(
         store = Store.open(config.data.store)
         check_store(config, store)
         workspace = Workspace.of(config, store, mesh, contract_of_run(config.run_dir, mesh))
-        windows = workspace.windows(workspace.training_frames)
+        windows = workspace.training_windows()
         claim = stack.enter_context(claimed(config.run_dir, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
@@ -99,7 +99,9 @@ def train(
 def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:
     parameters = sum(engine.sizes.values())
     rank_gib = least_bytes(workspace.config, workspace.domain.cuts) / 2**30
-    print(beginning(workspace.config, windows, parameters, rank_gib, done), file=sys.stderr, flush=True)
+    left_out = windows_over_gaps(workspace.store, workspace.training_spans, windows.window)
+    told = beginning(workspace.config, workspace.contract, windows, left_out, parameters, rank_gib, done)
+    print(told, file=sys.stderr, flush=True)
 
 
 def _machines(mesh: ProcessMesh) -> dict[str, Any]:
