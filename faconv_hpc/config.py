@@ -69,6 +69,7 @@ class PeriodsConfig(Section):
     """Which dates are for what; no frame is for two things."""
 
     train: Dates = Field((), description="ranges of dates such as 1979/2015, one or a list; default: all that is left")
+    validation: Dates = Field((), description="ranges of dates that a run looks at while it trains")
     test: Dates = Field((), description="ranges of dates that `faconv evaluate` forecasts, kept from training")
 
 
@@ -166,6 +167,9 @@ class TrainingConfig(Section):
         100, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
     )
     timeout_s: float = Field(600.0, ge=10, le=10**7, description="a collective that takes longer is an error")
+    validate_every: int = Field(0, ge=0, description="steps between looks at the validation period; 0: never")
+    validate_leads: Count = Field(1, description="steps that it forecasts then, running freely")
+    validate_samples: Count = Field(32, description="windows that it forecasts then, spread over the period")
     tensorboard: bool = Field(False, description="also write TensorBoard events")
 
     @model_validator(mode="after")

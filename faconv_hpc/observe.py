@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 READING, SAVING, LOADING = "reading data", "saving a checkpoint", "reading a checkpoint"
+VALIDATING = "validation"
 FILE_ACTIVITIES = (READING, SAVING, LOADING)
 """What a rank does while it waits for files, not for other ranks."""
 

@@ -129,7 +129,11 @@ BAD_INPUTS = {
     "unknown key": (["--set", "training.stepps=3"], None, r"training\.stepps: unknown key\. Did you mean 'steps'"),
     "another number of ranks": (["--set", "mesh.lat=2"], None, r"needs 4 ranks"),
     "more tiles than rows": (["--set", "mesh={lat: 2}"], "tiny", r"1 rows cannot be cut over 2 ranks.*mesh\.lat"),
-    "longitudes that do not close": ([], "region", r"longitudes do not close: 16 columns from 0 to 30.*lon_boundary"),
+    "longitudes that do not close": (
+        ["--set", "data.periods.test=[]"],
+        "region",
+        r"longitudes do not close: 16 columns from 0 to 30.*lon_boundary",
+    ),
     "missing variable": (["--set", "data.variables=[wave_0, wav_1]"], None, r"wav_1.*wave_1"),
     "no store": (["--set", "data.store=nowhere"], None, r"nowhere.*faconv data prepare"),
     "truncated file": ([], damage_truncate, r"fields-00000\.nc.*"),

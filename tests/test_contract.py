@@ -47,7 +47,7 @@ def fields(gaps=False):
     return {"heat": heat.astype(np.float32), "wind": wind.astype(np.float32)}
 
 
-def make_store(path, values, *, units=UNITS, step_hours=6.0, hours=None, nlon=NLON, **options):
+def make_store(path, values, *, units=UNITS, step_hours=6.0, hours=None, nlon=NLON, west=0.0, **options):
     """In the order of ``values``."""
     hours = np.arange(FRAMES) * step_hours if hours is None else hours
     source = xr.Dataset(
@@ -59,7 +59,7 @@ def make_store(path, values, *, units=UNITS, step_hours=6.0, hours=None, nlon=NL
                 {"units": "hours since 2003-03-01"},
             ),
             "latitude": np.linspace(80, -80, NLAT),
-            "longitude": np.arange(nlon) * 360 / nlon,
+            "longitude": np.arange(nlon) * 360 / nlon - west,
         },
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +232,10 @@ def test_a_store_of_the_same_source_in_another_order_gives_the_same_skill(tmp_pa
             {"nlon": 12},
             r"longitude_deg of 14 values .*, the store \S+ has of 12 values from 0 to 330\. Re",
         ),
+        (
+            {"west": 180.0},
+            r"of 14 values from 0 to 334.286, the store \S+ has of 14 values from -180 .*begin elsewhere: `ds\.roll\(l",
+        ),
         ({"step_hours": 3.0}, r"trained on steps of 6 h, the store \S+ has steps of 3 h\. Thin out.*--every"),
         ({"calendar": "noleap"}, r"trained on the calendar standard, the store \S+ has noleap"),
         ({"gaps": True}, r"trained on fields without missing cells, the store \S+ has some that are missing\. Fill"),
@@ -277,7 +281,7 @@ def test_a_run_goes_on_with_another_store_of_its_data_and_not_with_other_frames(
     data = cut.data.model_copy(update={"periods": PeriodsConfig(test="2003-03-05/")})
     longer = cut.model_copy(update={"data": data})
     shutil.rmtree(checkpoints_in(cut.run_dir)[-1].path)
-    with pytest.raises(AssertionError, match=r"data\.periods=\{'train': \[\], 'test': \['2003-03-04T06"):
+    with pytest.raises(AssertionError, match=r"data\.periods\.test=\['2003-03-04T06/'\], this config says \['2003"):
         run_on_ranks(ONE, lambda mesh: train(longer, mesh))
     for field in values.values():
         field[-HELD_OUT:] *= 2  # of no concern
@@ -303,6 +307,7 @@ def test_a_run_a_checkpoint_and_an_export_give_the_same_network_and_its_domain(t
     outputs = []
     for one in loaded:
         assert one.step == 4 and one.contract == contract and not one.network.training
+        assert one.network.checkpoint_steps == 0 and load_network(newest.path, kernels="compiled").step == 4
         given = batch.inputs_BTCYX, batch.year_fraction_BT
         outputs.append(one.network(*given, domain=one.domain()).tendency_BTCYX)
         with pytest.raises(InputError, match=r"boundaries pole, pole, periodic .*this domain has zero, zero, zero"):

@@ -214,18 +214,18 @@ def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
 
     def check(mesh):
-        last = skill._last_step
+        changes = skill.changes
 
-        def spoiled(network, windows, index, domain):
-            truth, forecast = last(network, windows, index, domain)
-            forecast[0, 3, 5] = torch.inf if index else torch.nan
-            return truth, forecast
+        def spoiled(network, batch, *rest):
+            for truth, forecast in changes(network, batch, *rest):
+                forecast[0, 3, 5] = torch.inf if batch.windows[0] else torch.nan
+                yield truth, forecast
 
-        skill._last_step = spoiled
+        skill.changes = spoiled
         try:
             return evaluate(config, mesh)
         finally:
-            skill._last_step = last
+            skill.changes = changes
 
     (evaluation,) = run_on_ranks(Layout(1, 1, 1), check)
     first, second = evaluation.skills

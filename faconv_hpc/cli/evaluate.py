@@ -1,7 +1,7 @@
 """``faconv evaluate``: how good a run's forecasts are."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from ..evaluation.skill import Evaluation
 
 
-def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = False) -> None:
-    """Forecast the test period of a run: RMSE per variable beside persistence, and a figure.
+Leads = Annotated[int, typer.Option(min=1, help="Run freely for so many steps, each on the forecast before it.")]
+
+
+def evaluate_command(run_dir: RunPath, ranks: Ranks = None, leads: Leads = 1, as_json: AsJson = False) -> None:
+    """Forecast the test period of a run: RMSE per variable and lead beside persistence, and a figure.
 
     On several ranks the globe is cut as the run's mesh says, on one it is whole; the numbers are the same.
 
-    Example: `faconv evaluate runs/quickstart_era5 --ranks 2`
+    Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4`
     """
     from ..evaluation.skill import load_run
 
@@ -28,7 +31,7 @@ def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = Fa
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
     if starts_ranks(ranks):
         check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
-        raise typer.Exit(run_ranks(["evaluate", str(run_dir), *["--json"] * as_json], ranks))
+        raise typer.Exit(run_ranks(["evaluate", str(run_dir), "--leads", str(leads), *["--json"] * as_json], ranks))
     from ..evaluation.figures import draw_forecast
     from ..evaluation.skill import evaluate as evaluate_run
     from ..evaluation.skill import save_skill
@@ -36,26 +39,28 @@ def evaluate_command(run_dir: RunPath, ranks: Ranks = None, as_json: AsJson = Fa
     run = run.model_copy(update={"run_dir": run_dir})
 
     with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
-        evaluation = evaluate_run(run, mesh)
+        evaluation = evaluate_run(run, mesh, leads)
         if mesh.rank == 0:
             before, after = evaluation.example.dates
             kind = "held out" if evaluation.held_out else "trained on"
             title = f"{run_dir.name}, step {evaluation.step}: change from {before} to {after} ({kind})"
-            ratios = [skill.ratio for skill in evaluation.skills]
+            ratios = [skill.ratio for skill in evaluation.skills if skill.lead == 1]
             figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title, ratios)
             saved = save_skill(evaluation, run_dir)
             print(saved.read_text()) if as_json else _show_skill(evaluation, figure)
 
 
 def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
-    what = "held-out" if evaluation.held_out else "training"
-    title = f"one-step forecasts of {evaluation.forecasts} {what} frames by the checkpoint of step {evaluation.step}"
+    names, leads = [skill.variable for skill in evaluation.skills], max(skill.lead for skill in evaluation.skills)
+    what = "held out" if evaluation.held_out else "trained on"
+    steps = f"{leads} steps" if leads > 1 else "1 step"
+    title = f"{evaluation.forecasts} forecasts of {steps}, {what}, by the checkpoint of step {evaluation.step}"
     table = Table(title=f"{title}, area-weighted RMSE")
-    for column in ("variable", "units", "forecast", "persistence", "ratio"):
+    for column in ("variable", "units", "lead", "forecast", "persistence", "ratio"):
         table.add_column(column, justify="left" if column in ("variable", "units") else "right")
-    for skill in evaluation.skills:
+    for skill in sorted(evaluation.skills, key=lambda one: (names.index(one.variable), one.lead)):
         numbers = (f"{skill.rmse:.4g}", f"{skill.persistence_rmse:.4g}", f"{skill.ratio:.3f}")
-        table.add_row(skill.variable, skill.units, *numbers)
+        table.add_row(skill.variable, skill.units, str(skill.lead), *numbers)
     console = Console()
     console.print(table)
     console.print(

@@ -59,14 +59,17 @@ def starts_within(stretches: Iterable[range], window: int) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, dtype=np.int64), *starts]).astype(np.int64)
 
 
-def starts_before(stretches: Iterable[range], targets: NDArray[np.bool_], window: int) -> NDArray[np.int64]:
-    """(windows,) first frames of those whose last step's target is one of some frames; what is before it may not be.
+def starts_before(
+    stretches: Iterable[range], targets: NDArray[np.bool_], window: int, leads: int = 1
+) -> NDArray[np.int64]:
+    """(windows,) first frames of those that ``leads`` of some frames follow; those before may be others.
 
     Args:
         targets: (frames,) which ones.
     """
-    starts = starts_within(stretches, window)
-    return starts[targets[starts + window]]
+    starts = starts_within(stretches, window + leads - 1)
+    wanted = [targets[starts + window + lead] for lead in range(leads)]
+    return starts[np.all(wanted, axis=0)]
 
 
 def _limits(text: str, calendar: str) -> tuple[float, float]:

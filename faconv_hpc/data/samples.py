@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..spatial.grid import LatLonGrid, Tile
 from .forcings import Instants, check_forcings, compute_forcings
-from .statistics import Statistics
+from .statistics import Statistics, unit
 from .store import Store
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ class Windows:
 
 def _inverse(std: NDArray[np.float64]) -> NDArray[np.float32]:
     """(C, 1, 1) one over it; 1 where a field never changes and its differences are 0 anyway."""
-    return (1.0 / np.where(std > 0, std, 1.0)).astype(np.float32)[:, None, None]
+    return (1.0 / unit(std)).astype(np.float32)[:, None, None]
 
 
 def sample_order(seed: int, position: int, count: int, windows: int) -> list[int]:

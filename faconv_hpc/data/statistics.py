@@ -43,9 +43,19 @@ class Statistics:
         return cls(store.mean[channels], store.std[channels], store.tendency_std[channels])
 
     @property
+    def step(self) -> NDArray[np.float64]:
+        """(channel,) by how much a normalised field changes with a normalised change of 1."""
+        return unit(self.tendency_std) / unit(self.std)
+
+    @property
     def rows(self) -> NDArray[np.float64]:
         """(channel, 3) mean, std, tendency_std."""
         return np.stack([self.mean, self.std, self.tendency_std], axis=1)
+
+
+def unit(std: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a field is divided by: 1 where it never changes."""
+    return np.asarray(np.where(std > 0, std, 1.0), dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,11 @@ def mpi_comm() -> Comm:
             mpi.Init_thread()
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
         if started > 1:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{started} ranks were started by {launcher}, but mpi4py finds no MPI library "
-                f"({str(error).splitlines()[0]}): each would do the whole work. Load your site's MPI module, or bring "
-                f"a library with pip install mpich; or prepare with one process."
+                f"{started} ranks were started by {launcher}, but mpi4py finds no MPI library ({why}): each would do "
+                f"the whole work. Load your site's MPI module, or bring a library with pip install mpich; or prepare "
+                f"with one process."
             ) from None
         return SerialComm()
     comm = MpiComm(mpi.COMM_WORLD)

@@ -18,6 +18,7 @@ DECIDED = {
     "run_dir": "every point has one of its own",
     "mesh": "the point's `mesh` says it",
     "training.steps": "warm_up_steps + repeats x steps_per_repeat",
+    "training.validate_every": "nothing else is done while steps are timed",
     "training.checkpoint_every": "nothing is saved while steps are timed",
     "training.give_up_after": "a point that is started again by the cluster would take its time limit once more",
     "training.term_grace_s": "a point that is stopped begins anew",
@@ -213,7 +214,8 @@ def _point(study: StudyConfig, base: Mapping[str, Any], point: PointConfig) -> P
 def _training(study: StudyConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
     """As the study decides; the run's warm-up of the learning rate is shortened to fit."""
     warmup_steps = min(int(tree["training"]["warmup_steps"]), study.steps - 1)
-    decided = {"steps": study.steps, "checkpoint_every": 0, "give_up_after": 1, "term_grace_s": 0, "usr_grace_s": 0}
+    decided = dict.fromkeys(("checkpoint_every", "validate_every", "term_grace_s", "usr_grace_s"), 0)
+    decided |= {"steps": study.steps, "give_up_after": 1}
     return {"training": decided | {"warmup_steps": warmup_steps}}
 
 
@@ -225,7 +227,7 @@ def _data(study: StudyConfig, tree: Mapping[str, Any], point: PointConfig) -> di
     frames = study.frames or int(tree["data"]["window"]) + SPARE_FRAMES
     name = "x".join(map(str, (*shape, study.channels, frames)))
     store = study.study_dir.absolute() / STORES / name
-    return {"data": {"store": str(store), "variables": None, "periods": {"train": [], "test": []}}}
+    return {"data": {"store": str(store), "variables": None, "periods": {"train": [], "validation": [], "test": []}}}
 
 
 def _refuse_decided(study: StudyConfig, point: PointConfig) -> None:

@@ -48,7 +48,7 @@ class Contract(BaseModel):
         step_hours: smallest and largest from a frame to the next; what differs more is a gap.
         calendar: of the times.
         training: ranges of dates of the frames of training.
-        test: ranges of dates that were kept from it.
+        validation, test: ranges of dates that were kept from it.
         store: digest of the store that it was made of.
     """
 
@@ -65,6 +65,7 @@ class Contract(BaseModel):
     step_hours: tuple[float, float]
     calendar: str
     training: tuple[str, ...]
+    validation: tuple[str, ...]
     test: tuple[str, ...]
     store: str
 
@@ -114,7 +115,10 @@ class Contract(BaseModel):
         for name in ("latitude_deg", "longitude_deg"):
             mine, others = np.array(getattr(self, name)), getattr(store, name)
             if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
-                raise self._refusal(store.path, f"{name} {_range(mine)}", _range(others), "Regrid the source.")
+                way_out = _rolled(mine, others) if name == "longitude_deg" else ""
+                raise self._refusal(
+                    store.path, f"{name} {_range(mine)}", _range(others), way_out or "Regrid the source."
+                )
         self._check_times(store)
         if store.misses_some(channels) and not self.may_miss:
             raise self._refusal(
@@ -189,9 +193,10 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
         north=grid.north,
         south=grid.south,
         lon=Boundary(grid.lon_boundary),
-        step_hours=_steps_of(store, stretches),
+        step_hours=_steps_of(store, [range(store.frames)]),
         calendar=store.calendar,
         training=tuple(f"{axis.label(span.start)}/{axis.label(span.stop - 1)}" for span in spans),
+        validation=config.data.periods.validation,
         test=config.data.periods.test,
         store=store.digest,
     )
@@ -212,6 +217,14 @@ def _steps_of(store: Store, spans: Stretches) -> tuple[float, float]:
     stretches = stretches_of(store.layout.time, spans)
     steps = np.concatenate([np.empty(0), *(np.diff(store.time_hours[one.start : one.stop]) for one in stretches)])
     return (float(steps.min()), float(steps.max())) if steps.size else (0.0, 0.0)
+
+
+def _rolled(mine: np.ndarray, others: np.ndarray) -> str:
+    """What to do where the same longitudes begin elsewhere; empty if they are others."""
+    turned = others % 360
+    columns = int(np.argmin(np.abs(turned - mine[0] % 360)))
+    same = mine.shape == others.shape and np.abs(np.roll(turned, -columns) - mine % 360).max() <= SAME_DEG
+    return f"They begin elsewhere: `ds.roll(longitude={-columns}, roll_coords=True)` in xarray." if same else ""
 
 
 def _range(values: np.ndarray) -> str:

@@ -70,10 +70,21 @@ class Engine:
         self.take_communication_s()  # forget what setting up has cost
         self.activation_type = torch.bfloat16 if training.precision == "bf16" else torch.float32
 
-    def forward(self, inputs_BTCYX: Tensor, year_fraction_BT: Tensor, domain: Domain) -> NetworkOutput:
-        """The network's output; inputs are cast to the run's precision."""
-        output: NetworkOutput = self._engine(inputs_BTCYX.to(self.activation_type), year_fraction_BT, domain=domain)
+    def forward(self, inputs_BTCYX: Tensor, year_fraction_BT: Tensor, domain: Domain, **further: Any) -> NetworkOutput:
+        """The network's output; inputs are cast to the run's precision. See `FAConvLSTMNetwork.forward`."""
+        inputs_BTCYX = inputs_BTCYX.to(self.activation_type)
+        output: NetworkOutput = self._engine(inputs_BTCYX, year_fraction_BT, domain=domain, **further)
         return output
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes inside are no part of training; ZeRO 3 remembers in what order a pass of either kind goes."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def backward(self, loss: Loss) -> None:
         """Accumulates the gradient of one micro-batch."""

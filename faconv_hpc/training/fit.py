@@ -1,14 +1,16 @@
 """Whether a run can work at all, from its config and store.nc alone: judged before anything is imported or started."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig, ModelConfig, RunConfig
 from ..data.forcings import check_forcings
-from ..data.periods import frames_within, mask_of, spans_of, starts_within, stretches_of
+from ..data.periods import frames_within, mask_of, spans_of, starts_before, starts_within, stretches_of
 from ..data.store import Store
 from ..data.times import ALIKE, SECONDS_PER_HOUR
 from ..errors import InputError
@@ -48,6 +50,7 @@ class Parts:
     """Frames of a store by what they are for, as spans in their order."""
 
     train: tuple[range, ...]
+    validation: tuple[range, ...]
     test: tuple[range, ...]
 
 
@@ -57,7 +60,8 @@ def parts_of(data: DataConfig, store: Store) -> Parts:
     Raises:
         InputError: a period without frames, a frame in two of them, or a date that the calendar does not have.
     """
-    axis, periods = store.layout.time, {"train": data.periods.train, "test": data.periods.test}
+    axis = store.layout.time
+    periods = {name: getattr(data.periods, name) for name in ("train", "validation", "test")}
     spans = {name: frames_within(axis, ranges) for name, ranges in periods.items()}
     for name, ranges in periods.items():
         if ranges and not spans[name]:
@@ -65,13 +69,16 @@ def parts_of(data: DataConfig, store: Store) -> Parts:
                 f"data.periods.{name}={', '.join(ranges)} holds no frame of {store.path}, whose times run from "
                 f"{axis.label(0)} to {axis.label(store.frames - 1)}. Name dates within them."
             )
-    train, test = (mask_of(spans[name], store.frames) for name in periods)
-    if (train & test).any():
-        raise InputError(
-            f"{axis.label(int(np.argmax(train & test)))} is in data.periods.train and in data.periods.test. Both ends "
-            f"of a range belong to it: let them share no date."
-        )
-    return Parts(spans["train"] if periods["train"] else spans_of(~test), spans["test"])
+    masks = {name: mask_of(spans[name], store.frames) for name in periods}
+    for one, other in combinations(periods, 2):
+        both = masks[one] & masks[other]
+        if both.any():
+            raise InputError(
+                f"{axis.label(int(np.argmax(both)))} is in data.periods.{one} and in data.periods.{other}. Both ends "
+                f"of a range belong to it: let them share no date."
+            )
+    left = spans_of(~(masks["validation"] | masks["test"]))
+    return Parts(spans["train"] if periods["train"] else left, spans["validation"], spans["test"])
 
 
 def training_starts(store: Store, spans: tuple[range, ...], window: int) -> NDArray[np.int64]:
@@ -94,6 +101,25 @@ def training_starts(store: Store, spans: tuple[range, ...], window: int) -> NDAr
     return starts
 
 
+def forecast_starts(store: Store, dates: Sequence[str], window: int, leads: int) -> NDArray[np.int64]:
+    """First frames of the windows that ``leads`` frames of a period follow; of any frames where it names none.
+
+    Raises:
+        InputError: there is none.
+    """
+    axis = store.layout.time
+    spans = frames_within(axis, dates) if dates else (range(store.frames),)
+    stretches = stretches_of(axis, [range(store.frames)])
+    starts = starts_before(stretches, mask_of(spans, store.frames), window, leads)
+    if not len(starts):
+        raise InputError(
+            f"{store.path} has no {f'{leads} frames' if leads > 1 else 'frame'}"
+            f"{' within ' + ', '.join(dates) if dates else ''} that {window} frames precede without a gap; its times "
+            f"run from {axis.label(0)} to {axis.label(store.frames - 1)}. Name a data.store that has, or fewer leads."
+        )
+    return starts
+
+
 def windows_over_gaps(store: Store, spans: tuple[range, ...], window: int) -> int:
     """How many windows would lead over a gap, and are left out."""
     return len(starts_within(spans, window)) - len(starts_within(stretches_of(store.layout.time, spans), window))
@@ -105,6 +131,14 @@ def check_store(config: RunConfig, store: Store) -> None:
     store.channel_indices(store.channels if data.variables is None else data.variables)
     check_forcings(data.forcings)
     training_starts(store, parts_of(data, store).train, data.window)
+    training = config.training
+    if training.validate_every and not data.periods.validation:
+        raise InputError(
+            f"training.validate_every={training.validate_every}, but data.periods.validation names no dates. "
+            f"Name some, such as 2016, or leave training.validate_every out."
+        )
+    if training.validate_every:
+        forecast_starts(store, data.periods.validation, data.window, training.validate_leads)
 
 
 def check_network(model: ModelConfig) -> None:

@@ -37,15 +37,21 @@ class TrainedNetwork:
         return Domain(self.contract.grid, mesh)
 
 
-def load_network(path: Path | str) -> TrainedNetwork:
+def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
     """From a run directory (its newest whole checkpoint), a checkpoint's directory, or an exported .safetensors file.
+
+    Args:
+        kernels: ``compiled`` takes a minute at the first call, and less time from then on.
 
     Raises:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
     path = Path(path)
     about, contract, weights = _exported(path) if path.is_file() else _saved(path)
-    network = FAConvLSTMNetwork(**json.loads(about["network"]))
+    options = json.loads(about["network"]) | {"checkpoint_steps": 0}  # as nothing is trained
+    if options["cell"] == "faconvlstm":
+        options["kernels"] = kernels
+    network = FAConvLSTMNetwork(**options)
     network.load_state_dict(weights)
     network.boundaries = contract.grid.boundaries
     return TrainedNetwork(network.eval(), contract, int(about["step"]))

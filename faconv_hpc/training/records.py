@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ from ..data.samples import Windows
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..versions import versions
 from .contract import Contract
+from .skill import Skill
 
 STEPS_FILE = "steps.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 CONFIG_FILE = "config.yaml"
 CONTRACT_FILE = "contract.json"
 VERSIONS_FILE = "versions.json"
@@ -95,6 +97,7 @@ class Recorder:
 
     Attributes:
         last: what was written last; None if nothing was.
+        validated: steps after which the validation period was forecast.
     """
 
     def __init__(self, config: RunConfig, contract: Contract, done: int, machines: Mapping[str, Any]) -> None:
@@ -103,6 +106,11 @@ class Recorder:
         write_durably(config.run_dir / CONTRACT_FILE, contract.model_dump_json(indent=2) + "\n")
         write_durably(config.run_dir / VERSIONS_FILE, json.dumps({**versions(), **machines}, indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
+        self._validations = config.run_dir / VALIDATION_FILE
+        rows = [row for row in _rows(self._validations) if row["step"] <= done]
+        self.validated = {row["step"] for row in rows}
+        if self._validations.exists():
+            write_json_lines(self._validations, rows)
         self._board = _board(config, done)
         self._display = _Display(config.training.steps, done)
 
@@ -133,6 +141,23 @@ class Recorder:
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, record.step)
 
+    def write_skills(self, step: int, skills: Sequence[Skill]) -> None:
+        """A line for each variable and lead, after a step; those of one step appear together."""
+        self.validated.add(step)
+        rows = [*_rows(self._validations), *({"step": step} | skill.as_json() for skill in skills)]
+        write_json_lines(self._validations, rows)
+        leads = sorted({one.lead for one in skills})
+        means = {lead: _mean([one.ratio for one in skills if one.lead == lead]) for lead in leads}
+        told = ", ".join(f"{ratio:.3f} at lead {lead}" for lead, ratio in means.items())
+        self._display.say(f"step {step}: validation, error over persistence's, mean of the variables: {told}")
+        if self._board is not None:
+            for skill in skills:
+                self._board.add_scalar(f"validation/{skill.variable}/lead {skill.lead}", skill.ratio, step)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
 
 class _Display:
     """A progress bar on a terminal; some lines in a log."""
@@ -157,6 +182,12 @@ class _Display:
 
     def stop(self) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._console.print(text, highlight=False, soft_wrap=True)  # above the bar
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def show(self, record: StepRecord) -> None:
         text = (

@@ -1,5 +1,6 @@
 """From a config to the parts of a run: store, grid, samples, network. Used by training and evaluation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..spatial.domain import Domain
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract, make_contract
-from .fit import training_starts
+from .fit import forecast_starts, training_starts
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Workspace:
         """The samples of training; see `windows`."""
         length = self.config.data.window
         return self.windows(training_starts(self.store, self.training_spans, length), length, tile)
+
+    def forecast_windows(self, dates: Sequence[str], leads: int) -> Windows:
+        """Windows and the leads after them, which are frames of a period, or any where it names none.
+
+        A sample is of ``data.window + leads - 1`` inputs.
+
+        Raises:
+            InputError: the store has no such frames with a window before them.
+        """
+        length = self.config.data.window
+        return self.windows(forecast_starts(self.store, dates, length, leads), length + leads - 1)
 
     def windows(self, starts: NDArray[np.int64], length: int, tile: Tile | None = None) -> Windows:
         """Samples of this rank's tile, or of another."""

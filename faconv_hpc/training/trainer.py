@@ -32,6 +32,7 @@ from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, sample_positions
+from .validation import Validation
 
 ASKED_S = 2.0  # a step that takes longer looks between micro-batches whether there is time for the rest of it
 UNSAVED = 3  # saves in a row that may fail before a run ends: until then it may lose so many intervals
@@ -69,9 +70,9 @@ def train(
         stack.enter_context(counted_start(config, stop, here=here, counted=counted))
         store = Store.open(config.data.store)
         check_store(config, store)
+        claim = stack.enter_context(claimed(config.run_dir, here=here))  # from here on nobody else saves there
         workspace = Workspace.of(config, store, mesh, contract_of_run(config.run_dir, mesh))
         windows = workspace.training_windows()
-        claim = stack.enter_context(claimed(config.run_dir, here=here))
         engine = Engine(build_network(config, windows), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
         legs = legs_of(config, resumed.legs, extend)
@@ -150,6 +151,7 @@ class Trainer:
         every = workspace.config.training.compare_replicas_every
         self._drift = DriftCheck(engine.network, self._mesh, every)
         self._not_finite = NotFinite(workspace, engine, writer)
+        self._validation = Validation(workspace, engine)
 
     def run(self, done: int) -> int:
         """All steps that are left, with checkpoints on the way and at the end; the exit code."""
@@ -159,6 +161,7 @@ class Trainer:
         if asked:
             _check_time_limit(int(asked), self._config.training.usr_grace_s)
             return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
+        self._validate_if_due(done)  # a signal may have come between the step and this
         for step in range(done + 1, last + 1):
             record, end = self._step(step)
             if record is None:  # the step was given up: as if it had not begun
@@ -168,16 +171,31 @@ class Trainer:
                 self._claim.check()
                 self._recorder.write(record)
             self._drift.after_step(step)
+            if step == last and not end.signal:
+                self._validate_if_due(step)  # from its checkpoint nothing goes on that could make up for it
             with self._activity.during(SAVING):
                 self._save_if_due(step, end)
                 self._stop.kept_step = self._writer.saved_step
                 if end.signal or end.time_is_up:
                     return self._leave(step, end)
+            self._validate_if_due(step)
         with self._activity.during(SAVING):
             self._writer.finish()
         if self._recorder is not None:
             print(ending(self._config, self._recorder.last), file=sys.stderr)
         return EXIT_OK
+
+    def _validate_if_due(self, step: int) -> None:
+        """After the step is saved, so that a kill loses no more; what goes on from there makes up for it."""
+        if not self._validation.due(step):
+            return
+        known = self._recorder is not None and step in self._recorder.validated
+        if self._mesh.from_first(known):
+            return
+        skills = self._validation.skills()
+        if self._recorder is not None:
+            self._claim.check()
+            self._recorder.write_skills(step, skills)
 
     def _save_if_due(self, step: int, end: StepEnd) -> None:
         training = self._config.training

@@ -1,0 +1,124 @@
+"""Looking at held-out data while a run trains: the same on every mesh, and nothing of the run is changed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.skill import evaluate
+from faconv_hpc.training.fit import check_fits
+from faconv_hpc.training.records import VALIDATION_FILE, read_records
+from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.trainer import train
+from faconv_hpc.training.validation import Validation
+from ranks import Layout, run_on_ranks
+from runs import make_store, small_config
+
+ONE = Layout(1, 1, 1)
+DATES = "2000-01-02T18/2000-01-03T18"  # frames 7 to 11 of 16
+PERIODS = {"validation": DATES, "test": "2000-01-04/"}
+TRAINING = {"validate_every": 2, "validate_leads": 2, "checkpoint_every": 2, "micro_batch": 2}
+DATA = {"window": 2, "periods": PERIODS}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "waves")
+
+
+def config_of(directory, store, layout=ONE, data=None, **training):
+    mesh = {"replicas": layout.replicas, "lat": layout.lat, "lon": layout.lon}
+    training = TRAINING | {"micro_batch": 2 // layout.replicas} | training
+    return small_config(directory, store, mesh=mesh, data=data or DATA, training=training)
+
+
+def trained(config, layout=ONE):
+    assert set(run_on_ranks(layout, lambda mesh: train(config, mesh))) == {0}
+    return rows_of(config)
+
+
+def rows_of(config):
+    path = config.run_dir / VALIDATION_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses_of(config):
+    return [record.loss for record in read_records(config.run_dir)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, store):
+    config = config_of(tmp_path_factory.mktemp("alone"), store)
+    return config, trained(config)
+
+
+def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_path, store, alone):
+    config, rows = alone
+    expected = [(step, lead, name) for step in (2, 4, 6) for lead in (1, 2) for name in ("wave_0", "wave_1")]
+    assert [(row["step"], row["lead"], row["variable"]) for row in rows] == expected
+    assert rows[0]["rmse"] != rows[4]["rmse"] and rows[0]["persistence_rmse"] == rows[4]["persistence_rmse"]
+    data = DATA | {"periods": {"train": ["/2000-01-02T12", "2000-01-03T19/2000-01-03"], "test": DATES}}
+    without = config_of(tmp_path, store, data=data, validate_every=0)
+    assert trained(without) == [] and losses_of(without) == losses_of(config)
+    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluate(without, mesh, 2))
+    assert evaluation.forecasts == 4
+    for skill, row in zip(evaluation.skills, rows[-4:], strict=True):
+        assert {"step": 6} | skill.as_json() == row
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero_stage"), [(Layout(1, 2, 2), 1), (Layout(2, 1, 2), 3), (Layout(1, 1, 3), 2)], ids=str
+)
+def test_on_every_mesh_it_is_the_same(tmp_path, store, alone, layout, zero_stage):
+    """Four windows; with three samples two replicas have one that counts for neither."""
+    for samples in (32, 3):
+        config = config_of(tmp_path / str(samples), store, layout, zero_stage=zero_stage, validate_samples=samples)
+        rows = trained(config, layout)
+        want = alone[1] if samples == 32 else trained(config_of(tmp_path / "three", store, validate_samples=3))
+        for name in ("rmse", "persistence_rmse"):
+            np.testing.assert_allclose([row[name] for row in rows], [row[name] for row in want], rtol=1e-6)
+
+
+def test_killed_between_a_step_and_its_validation_a_run_continues_bit_for_bit(tmp_path, store, alone):
+    config, rows = config_of(tmp_path, store), alone[1]
+
+    def cut(mesh):
+        skills = Validation.skills
+
+        def interrupted(self):
+            if rows_of(config):
+                raise KeyboardInterrupt
+            return skills(self)
+
+        Validation.skills = interrupted
+        try:
+            train(config, mesh)
+        except KeyboardInterrupt:
+            return 1
+        finally:
+            Validation.skills = skills
+
+    assert run_on_ranks(ONE, cut) == [1] and {row["step"] for row in rows_of(config)} == {2}
+    assert trained(config) == rows and losses_of(config) == losses_of(alone[0])
+
+
+def test_what_a_signal_prevented_is_made_up_for_before_the_next_step(tmp_path, store, alone):
+    """A step that is saved without its look: as SIGTERM in the step leaves it."""
+    config, rows = config_of(tmp_path, store), alone[1]
+    trained(config)
+    shutil.rmtree(checkpoints_in(config.run_dir)[-1].path)
+    path = config.run_dir / VALIDATION_FILE
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] != 4))
+    assert sorted(trained(config), key=lambda row: row["step"]) == rows and losses_of(config) == losses_of(alone[0])
+
+
+def test_what_cannot_be_validated_is_told_before_a_run_starts(tmp_path, store):
+    with pytest.raises(InputError, match=r"validate_every=2, but data\.periods\.validation names no dates.*leave tr"):
+        check_fits(config_of(tmp_path, store, data={"window": 2}))
+    with pytest.raises(InputError, match=r"2000-01-03 18:00:00 is in data\.periods\.validation and in data\.periods\."):
+        check_fits(config_of(tmp_path, store, data=DATA | {"periods": PERIODS | {"test": "2000-01-03T18/"}}))
+    config = config_of(tmp_path, store, validate_leads=6)
+    with pytest.raises(InputError, match=r"no 6 frames within 2000-01-02T18/2000-01-03T18 that 2 frames precede"):
+        check_fits(config)
