@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from .versions import __version__
 
 if TYPE_CHECKING:
-    from .config import RunConfig, load_config
+    from .config import RunConfig
+    from .config_file import load_config
     from .model.convlstm import ConvLSTM2d
     from .model.layer import FAConvLSTM2d
     from .model.network import FAConvLSTMNetwork
@@ -26,7 +27,7 @@ _HOMES = {
     "LatLonGrid": "spatial.grid",
     "ProcessMesh": "spatial.mesh",
     "RunConfig": "config",
-    "load_config": "config",
+    "load_config": "config_file",
     "load_network": "training.loading",
 }
 

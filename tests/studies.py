@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from faconv_hpc import files
-from faconv_hpc.config import load_yaml
+from faconv_hpc.config_file import load_yaml
 from faconv_hpc.scaling import driver, points, results
 from faconv_hpc.scaling.study import StudyConfig, points_of
 from faconv_hpc.training.records import StepRecord

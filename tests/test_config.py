@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from faconv_hpc import load_config
-from faconv_hpc.config import SlurmConfig, load_yaml
+from faconv_hpc.config import SlurmConfig
+from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.scaling.study import StudyConfig, points_of
 from faconv_hpc.training.schedule import Leg, learning_rate, legs_of

@@ -23,7 +23,8 @@ import yaml
 
 import forks
 from faconv_hpc.cli.app import app
-from faconv_hpc.config import RunConfig, Section, load_config, load_yaml, validated
+from faconv_hpc.config import RunConfig, Section
+from faconv_hpc.config_file import load_config, load_yaml, validated
 from faconv_hpc.scaling.study import StudyConfig, merged
 from slurms import job_environment
 from sources import save

@@ -659,7 +659,7 @@ def test_a_first_step_that_is_skipped_can_be_saved(tmp_path, store, stage):
 
 def test_what_is_not_finite_is_found_without_the_rest():
     class Output:
-        tendency_BTCYX = torch.zeros(2, 3, 2, 4, 5)
+        forecast_BTCYX = torch.zeros(2, 3, 2, 4, 5)
 
     class Target:
         target_BTCYX = torch.zeros(2, 3, 2, 4, 5)

@@ -33,7 +33,7 @@ CASES = {
 HERE = """
 import json, sys
 from pathlib import Path
-from faconv_hpc.config import load_config
+from faconv_hpc.config_file import load_config
 from faconv_hpc.errors import InputError
 from faconv_hpc.training.fit import check_fits
 for path in json.loads(sys.argv[1]):

@@ -7,6 +7,7 @@ import torch
 from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.data.samples import Batch
 from faconv_hpc.data.store import Store
+from faconv_hpc.data.variables import Channels, Variable
 from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.training.free_run import free_run
@@ -17,7 +18,7 @@ from test_domain import random_like
 from test_parity import randomized
 
 FIELDS, FORCINGS, WINDOW, STEPS, CELLS = 2, 3, 3, 7, (11, 14)
-STEP_C = torch.tensor([0.3, 1.7], dtype=torch.float64)
+STEPS_C = (0.3, 1.7)
 
 
 def batch_of(domain, missing):
@@ -26,7 +27,12 @@ def batch_of(domain, missing):
     parts = [fields, *([mask] if missing else []), random_like((1, STEPS, FORCINGS, *CELLS), 2)]
     valid = domain.scatter(mask.bool()) if missing else None
     inputs = domain.scatter(torch.cat(parts, dim=2))
-    return Batch(inputs, inputs[:, :, :FIELDS], valid, random_like((1, STEPS), 4).sigmoid(), (0,))
+    taken = [
+        Variable(name=f"x{at}", units="", may_miss=missing, mean=0, std=2, tendency_std=2 * step)
+        for at, step in enumerate(STEPS_C)
+    ]
+    season, channels = random_like((1, STEPS), 4).sigmoid(), Channels(taken, [f"f{at}" for at in range(FORCINGS)])
+    return Batch(inputs, inputs[:, :, :FIELDS], valid, season, (0,), channels)
 
 
 def network_of(missing):
@@ -40,7 +46,7 @@ def runs_of(mesh, missing):
     """The free run, assembled; and what the network says to the whole sequence so far, run again for each lead."""
     domain, network = Domain(LatLonGrid(*CELLS), mesh), network_of(missing)
     batch = batch_of(domain, missing)
-    found = [domain.assemble(change) for change in free_run(network, batch, WINDOW, domain, STEP_C)]
+    found = [domain.assemble(change) for change, _ in free_run(network, batch, WINDOW, domain)]
     x, season, expected = batch.inputs_BTCYX.clone(), batch.year_fraction_BT, []
     last, mask = x[:, WINDOW - 1].clone(), x[:, WINDOW - 1, FIELDS : 2 * FIELDS].clone()
     change = torch.zeros_like(last[:, :FIELDS])
@@ -48,7 +54,7 @@ def runs_of(mesh, missing):
         change = change + network(x[:, :at], season[:, :at], domain=domain).tendency_BTCYX[:, -1]
         expected.append(domain.assemble(change))
         if at < STEPS:
-            x[:, at, :FIELDS] = last[:, :FIELDS] + change * STEP_C[:, None, None]
+            x[:, at, :FIELDS] = last[:, :FIELDS] + change * torch.tensor(STEPS_C).to(change)[:, None, None]
             if missing:
                 x[:, at, :FIELDS] *= mask
                 x[:, at, FIELDS : 2 * FIELDS] = mask

@@ -275,25 +275,16 @@ def test_a_store_is_a_source_for_other_chunks(tmp_path: Path) -> None:
     assert np.array_equal(whole(tmp_path / "o", "u")[0][:, 0], values(1))
 
 
-def test_a_constant_variable_is_told_of_and_refused_by_name(tmp_path: Path) -> None:
-    source = save(dataset().assign(mask=(DIMS[1:], values()[0])), tmp_path / "a.nc")
-    summary = prepare([source], tmp_path / "o")
-    assert any("'mask' does not change in time and is left out" in note for note in summary.notes)
-    with pytest.raises(InputError, match=r"variable 'mask' of .* is no field in time.*Leave it out"):
-        prepare([source], tmp_path / "p", variables=["u", "mask"])
-
-
-def test_constant_and_other_variables_are_left_out(tmp_path: Path) -> None:
+def test_what_is_no_field_is_left_out(tmp_path: Path) -> None:
     data = dataset(
         {
             "u": (DIMS, values(1)),
-            "land": (("lat", "lon"), values(2)[0]),
             "bounds": (("time", "two"), np.zeros((FRAMES, 2))),
             "name": (("time",), np.array(["x"] * FRAMES, dtype=object)),
         }
     )
     prepare([save(data, tmp_path / "s.nc")], tmp_path / "o")
-    assert Store.open(tmp_path / "o").channels == ("u",)
+    assert Store.open(tmp_path / "o").channels == ("u",) and Store.open(tmp_path / "o").static == ()
 
 
 @pytest.mark.parametrize("compression", [1, 9])

@@ -14,8 +14,8 @@ import xarray as xr
 from faconv_hpc.data.forcings import FORCINGS, equation_of_time, insolation, solar_declination
 from faconv_hpc.data.periods import starts_within, stretches_of
 from faconv_hpc.data.samples import Batch, ReadAhead, Windows, sample_order
-from faconv_hpc.data.statistics import Statistics
 from faconv_hpc.data.store import Store
+from faconv_hpc.data.variables import Channels, Variable
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Cuts, Tile
@@ -57,17 +57,26 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("whole"), missing=False)
 
 
-def statistics_of(store: Store, names: Sequence[str]) -> Statistics:
-    return Statistics.stored(store, store.channel_indices(names))
+def variable_of(store: Store, name: str, **said: object) -> Variable:
+    """With the statistics of all frames, and what is said besides."""
+    (index,) = store.channel_indices([name])
+    numbers = {key: getattr(store, key)[index] for key in ("mean", "std", "tendency_std")}
+    return Variable(name=name, units=store.units[index], **{"may_miss": store.has_missing} | numbers | said)
 
 
-def windows_of(store: Store, tile: Tile | None = None, **options: object) -> Windows:
-    given: dict = {"variables": store.channels, "window": 4, **options}
-    spans = [given.pop("frames", range(store.frames))]
-    given["starts"] = starts_within(stretches_of(store.layout.time, spans), given["window"])
-    given = {"statistics": statistics_of(store, given["variables"]), "may_miss": store.has_missing} | given
-    tile = tile or Tile((0, NLAT), (0, NLON))
-    return Windows(store, tile, grid=store.grid("zero", "periodic"), **given)
+def windows_of(
+    store: Store,
+    tile: Tile | None = None,
+    variables: Sequence[str | Variable] | None = None,
+    forcings: Sequence[str] = (),
+    frames: range | None = None,
+    window: int = 4,
+    **said: object,
+) -> Windows:
+    taken = [variable_of(store, one, **said) if isinstance(one, str) else one for one in variables or store.channels]
+    starts = starts_within(stretches_of(store.layout.time, [frames or range(store.frames)]), window)
+    tile, grid = tile or Tile((0, NLAT), (0, NLON)), store.grid("zero", "periodic")
+    return Windows(store, tile, channels=Channels(taken, forcings), window=window, starts=starts, grid=grid)
 
 
 def source(store: Store, name: str) -> np.ndarray:
@@ -79,8 +88,8 @@ def test_a_batch_is_what_its_docstring_says(store: Store) -> None:
     tile = Tile((2, 9), (1, 14))
     windows = windows_of(store, tile, variables=["ice", "heat"], frames=range(1, 16), forcings=["step_hours"])
     assert len(windows) == 11  # starts at 1 to 11; the last takes 11..15
-    assert windows.input_channels == ("ice", "heat", "valid_ice", "valid_heat", "step_hours")
-    assert windows.field_channels == ("ice", "heat")
+    assert windows.channels.inputs == ("ice", "heat", "valid_ice", "valid_heat", "step_hours")
+    assert [one.name for one in windows.channels.targets] == ["ice", "heat"]
     batch = windows.read([10, 0, 6])
     assert batch.windows == (10, 0, 6)
     assert batch.inputs_BTCYX.shape == (3, 4, 5, 7, 13)
@@ -111,7 +120,7 @@ def test_a_batch_is_what_its_docstring_says(store: Store) -> None:
 def test_without_missing_data_there_is_no_mask(whole_store: Store) -> None:
     windows = windows_of(whole_store)
     batch = windows.read([0, 1])
-    assert windows.input_channels == ("heat", "ice", "flat")
+    assert windows.channels.inputs == ("heat", "ice", "flat")
     assert batch.valid_BTCYX is None
     normal = (source(whole_store, "ice") - whole_store.mean[1]) / whole_store.std[1]
     np.testing.assert_allclose(batch.inputs_BTCYX[1, :, 1], normal[1:5], atol=1e-6)
@@ -252,7 +261,7 @@ def test_the_sun_moves_west() -> None:
 def test_forcings_are_of_their_frames(store: Store) -> None:
     windows = windows_of(store, forcings=ALL_FORCINGS)
     inputs = windows.read([6]).inputs_BTCYX[0].numpy()
-    named = dict(zip(windows.input_channels, inputs.transpose(1, 0, 2, 3), strict=True))
+    named = dict(zip(windows.channels.inputs, inputs.transpose(1, 0, 2, 3), strict=True))
     latitude, longitude = np.deg2rad(store.latitude_deg), np.deg2rad(store.longitude_deg)
     for name, first in (("insolation", 6), ("next_insolation", 7)):
         span = slice(first, first + 4)
@@ -297,7 +306,7 @@ def test_first_places_are_drawn_evenly() -> None:
 
 def batch_of(number: int) -> Batch:
     empty = torch.empty(0)
-    return Batch(empty, empty, None, empty, (number,))
+    return Batch(empty, empty, None, empty, (number,), Channels([]))
 
 
 def test_no_more_is_asked_for_than_there_is() -> None:

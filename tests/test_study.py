@@ -16,7 +16,7 @@ import yaml
 
 import forks
 from faconv_hpc.cli.study import make_stores
-from faconv_hpc.config import load_yaml
+from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.files import read_json_lines
 from faconv_hpc.scaling.driver import StudyDriver

@@ -214,18 +214,18 @@ def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
 
     def check(mesh):
-        changes = skill.changes
+        forecasts_of = skill.forecasts_of
 
         def spoiled(network, batch, *rest):
-            for truth, forecast in changes(network, batch, *rest):
-                forecast[0, 3, 5] = torch.inf if batch.windows[0] else torch.nan
-                yield truth, forecast
+            for fields in forecasts_of(network, batch, *rest):
+                fields.forecast_CYX[0, 3, 5] = torch.inf if batch.windows[0] else torch.nan
+                yield fields
 
-        skill.changes = spoiled
+        skill.forecasts_of = spoiled
         try:
             return evaluate(config, mesh)
         finally:
-            skill.changes = changes
+            skill.forecasts_of = forecasts_of
 
     (evaluation,) = run_on_ranks(Layout(1, 1, 1), check)
     first, second = evaluation.skills

@@ -18,6 +18,7 @@ from faconv_hpc.config import TrainingConfig
 from faconv_hpc.data.store import Store
 from faconv_hpc.training.checkpoint import CheckpointWriter
 from faconv_hpc.training.engine import Engine
+from faconv_hpc.training.objective import losses_of
 from faconv_hpc.training.resume import Resumed, resume
 from faconv_hpc.training.schedule import legs_of
 from faconv_hpc.training.setup import Workspace, build_network
@@ -38,16 +39,13 @@ def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
     """Times of a step, and of what it waits for where a checkpoint is due; `RUNS` of each, taken in turn."""
     workspace = Workspace.of(config, Store.open(config.data.store), mesh)
     windows, domain = workspace.training_windows(), workspace.domain
-    engine = Engine(build_network(config, windows), mesh, config.training)
+    engine = Engine(build_network(config, workspace.contract.channels), mesh, config.training)
     batch = windows.read([0]).to(mesh.device)
 
     def step() -> None:
         network = engine.network
         output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
-        losses = network.losses(
-            output, batch.inputs_BTCYX, batch.target_BTCYX, domain, batch.valid_BTCYX, batch.known_BTCYX
-        )
-        engine.backward(losses.total)
+        engine.backward(losses_of(network, output, batch, domain).total)
         engine.step(1e-3)
 
     def writer(background: bool) -> CheckpointWriter:

@@ -48,6 +48,10 @@ Accept = Annotated[
     list[str] | None,
     typer.Option("--accept", metavar="NAME", help="Take a variable as it is, whatever it looks like."),
 ]
+Static = Annotated[
+    list[str] | None,
+    typer.Option("--static", metavar="NAME", help="Has times, but does not change: take its first. May be repeated."),
+]
 From = Annotated[str | None, typer.Option("--from", metavar="DATE", help="First date, such as 1990 or 1990-03-01.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
 
@@ -67,6 +71,7 @@ def prepare_command(
     fill_absent_chunks: FillAbsentChunks = False,
     select: Select = None,
     rename: Rename = None,
+    static: Static = None,
     missing_value: MissingValue = None,
     accept: Accept = None,
     from_: From = None,
@@ -98,6 +103,7 @@ def prepare_command(
         fill_absent_chunks=fill_absent_chunks,
         select=_pairs(select, "--select number=0"),
         rename=_pairs(rename, "--rename t=temperature"),
+        static=static,
         missing_values=[_mark(text) for text in missing_value or ()],
         accept=accept,
         period=Period(from_, to, every),
@@ -202,15 +208,18 @@ def verify_command(
 
     Example: mpiexec -n 4 faconv data verify era5-store
     """
+    from ..data.layout import STATIC_FILE
     from ..data.store import Store
-    from ..data.verification import verify_files
+    from ..data.verification import verify_files, verify_static
     from ..prepare.comm import guarded, mpi_comm
 
     comm = mpi_comm()
     with guarded(comm), Store.open(store) as opened:
         mine = range(comm.rank, len(opened.files), comm.size)
-        everywhere = comm.allgather(list(verify_files(opened, mine)))
-    found = sorted((entry.name, problem) for part in everywhere for entry, problem in part)
+        here = [(entry.name, problem) for entry, problem in verify_files(opened, mine)]
+        if opened.static and comm.rank == 0:
+            here.append((STATIC_FILE, verify_static(opened)))
+        found = sorted(one for part in comm.allgather(here) for one in part)
     damaged = [problem for _, problem in found if problem]
     if comm.rank == 0 and as_json:
         print(json.dumps([{"file": name, "problem": problem} for name, problem in found]))
@@ -254,10 +263,11 @@ def _report(summary: "PrepareSummary", comm: "Comm", as_json: bool) -> None:
         print(f"note: {note}")
     rows, columns = summary.grid_shape
     kept = f", {summary.kept_files} of them from an earlier run" if summary.kept_files else ""
+    static = f"{len(summary.static)} without time ({', '.join(summary.static)}), " if summary.static else ""
     missing = "with missing data" if summary.has_missing else "nothing missing"
     print(
         f"{summary.path}: {summary.frames} frames of {len(summary.channels)} channels on {rows} x {columns} cells, "
-        f"{missing}; {_size(summary.size_bytes)} in {summary.files} file(s){kept}; {summary.seconds:.1f} s"
+        f"{static}{missing}; {_size(summary.size_bytes)} in {summary.files} file(s){kept}; {summary.seconds:.1f} s"
     )
 
 
@@ -275,15 +285,17 @@ def _show(description: dict[str, Any], console: Console) -> None:
         f"files  {description['files']}, {_size(description['size_bytes'])}, chunks {description['chunk_shape']} "
         f"for mesh {'x'.join(map(str, description['intended_mesh']))}"
     )
-    console.print(_channel_table(description["channels"]))
+    console.print(_channel_table(description["channels"] + description["static"]))
     _show_reading(description["reading"], console)
 
 
 def _channel_table(channels: list[dict[str, Any]]) -> Table:
     table = Table("channel", "units", "mean", "std", "tendency std", "missing", "long name")
     for channel in channels:
-        numbers = [f"{channel[key]:.6g}" for key in ("mean", "std", "tendency_std")]
-        missing = f"{100 * channel['missing_share']:.1f} %"
+        numbers = [f"{channel[key]:.6g}" for key in ("mean", "std")]
+        changes = "tendency_std" in channel
+        numbers.append(f"{channel['tendency_std']:.6g}" if changes else "static")
+        missing = f"{100 * channel['missing_share']:.1f} %" if changes else ""
         table.add_row(channel["name"], channel["units"], *numbers, missing, channel["long_name"])
     return table
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import load_config
+from ..config_file import load_config
 from ..errors import EXIT_INPUT, InputError, exit_code_of
 from ..launch.local import inside_a_job
 from .options import AsJson, Overrides, Ranks

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ..config import load_yaml
+from ..config_file import load_yaml
 from ..errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, InputError
 from .options import AsJson, Overrides
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import load_config
+from ..config_file import load_config
 from ..errors import EXIT_OK, InputError
 from .options import AsJson, ConfigPath, Extend, Overrides, extend_option
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from ..config import RunConfig, load_config
+from ..config import RunConfig
+from ..config_file import load_config
 from ..errors import InputError
 from .options import ConfigPath, Extend, Overrides, Ranks, extend_option
 from .ranks import check_ranks, job_ranks, joined, run_ranks, set_options, starts_ranks

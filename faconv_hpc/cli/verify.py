@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..config import MeshConfig, RunConfig, load_config
+from ..config import MeshConfig, RunConfig
+from ..config_file import load_config
 from ..errors import EXIT_FAILED, EXIT_OK
 from ..launch.local import inside_a_job, run_and_read
 from .options import AsJson, ConfigPath, Overrides, Ranks

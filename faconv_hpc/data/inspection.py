@@ -1,5 +1,6 @@
 """What a store holds and what a mesh would read of it, as plain numbers."""
 
+from dataclasses import asdict
 from typing import Any
 
 from ..spatial.grid import Cuts, LatLonGrid
@@ -39,6 +40,7 @@ def describe_store(store: Store) -> dict[str, Any]:
             }
             for index, channel in enumerate(layout.channels)
         ],
+        "static": [{**asdict(one.channel), "mean": one.mean, "std": one.std} for one in store.static],
         "files": len(store.files),
         "size_bytes": store.size_bytes,
         "chunk_shape": list(layout.chunk.dims),

@@ -1,8 +1,8 @@
 """What a store looks like on disk: names, the description of its content, and store.nc.
 
-A store is a directory. ``fields-00000.nc``, ``fields-00001.nc``, ... hold the same number of
-frames each (the last one the rest); ``store.nc`` holds everything else and is written last, so a
-directory without it is not finished. All are NetCDF4: any tool opens them.
+A store is a directory. ``fields-00000.nc``, ``fields-00001.nc``, ... hold the same number of frames each (the last one
+the rest); ``static.nc`` has the fields without time, where there are any; ``store.nc`` holds everything else and is
+written last, so a directory without it is not finished. All are NetCDF4: any tool opens them.
 
 Every byte that a run depends on is checked: HDF5 keeps a checksum of every chunk (Fletcher-32) and of its own
 structures (`LIBVER`), store.nc a digest of all it says, and every file of fields the store's fingerprint and its place.
@@ -29,6 +29,7 @@ FORMAT_VERSION = 2
 LIBVER = ("v110", "v110")
 """HDF5's file format with checksums of its structures, read by every HDF5 since 1.10 (2016)."""
 STORE_FILE = "store.nc"
+STATIC_FILE = "static.nc"
 MOMENTS = "moments"  # (channel, 8) in every file of fields, see `ChannelMoments.as_row`
 DIMS = ("time", "channel", "latitude", "longitude")
 
@@ -40,6 +41,15 @@ class Channel:
     name: str
     units: str = ""
     long_name: str = ""
+
+
+@dataclass(frozen=True)
+class Static:
+    """A field that does not change in time, with its area-weighted mean and standard deviation."""
+
+    channel: Channel
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class StoreLayout:
     Args:
         latitude_deg: (latitude,) float64, north first.
         longitude_deg: (longitude,) float64, increasing.
+        static: fields without time.
         compression: gzip level 1 to 9, or None.
         provenance: JSON-like: sources, command, versions.
     """
@@ -70,6 +81,7 @@ class StoreLayout:
     chunk: ChunkShape
     mesh: tuple[int, int]
     frames_per_file: int
+    static: tuple[Channel, ...] = ()
     compression: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -114,6 +126,8 @@ class StoreContent:
     year_fraction: NDArray[np.float64]
     utc_hour: NDArray[np.float64]
     has_missing: bool
+    static: tuple[Static, ...] = ()
+    static_bytes: int = 0
 
     @property
     def digest(self) -> str:
@@ -133,7 +147,8 @@ class StoreContent:
                 "files": [asdict(entry) for entry in self.files],
                 "fingerprint": self.fingerprint,
                 "has_missing": self.has_missing,
-            },
+            }
+            | ({"static": [asdict(one) for one in self.static], "bytes": self.static_bytes} if self.static else {}),
         )
 
 
@@ -190,6 +205,7 @@ def _content(h5: h5py.File) -> StoreContent:
     numbers = {name: h5[name][:] for name in (*statistics, "year_fraction", "utc_hour")}
     chunk = [int(size) for size in h5.attrs["chunk_shape"]]
     mesh = [int(size) for size in h5.attrs["intended_mesh"]]
+    static = _static(h5)
     layout = StoreLayout(
         latitude_deg=h5["latitude"][:],
         longitude_deg=h5["longitude"][:],
@@ -198,13 +214,29 @@ def _content(h5: h5py.File) -> StoreContent:
         chunk=ChunkShape(*chunk[1:]),
         mesh=(mesh[0], mesh[1]),
         frames_per_file=_number(h5.attrs["frames_per_file"]),
+        static=tuple(one.channel for one in static),
         compression=_number(h5.attrs["compression"]) or None,
         provenance=json.loads(h5.attrs["provenance"]),
     )
     table = zip(*(h5[name][:].tolist() for name in ("first_frame", "frames", "size_bytes")), strict=True)
     files = tuple(FileEntry(name, *row) for name, row in zip(texts["file"], table, strict=True))
-    mark, has_missing = str(h5.attrs["fingerprint"]), bool(_number(h5.attrs["has_missing"]))
-    return StoreContent(layout, files, mark, has_missing=has_missing, **numbers)
+    return StoreContent(
+        layout,
+        files,
+        str(h5.attrs["fingerprint"]),
+        has_missing=bool(_number(h5.attrs["has_missing"])),
+        static=static,
+        static_bytes=_number(h5.attrs["static_bytes"]) if static else 0,
+        **numbers,
+    )
+
+
+def _static(h5: h5py.File) -> tuple[Static, ...]:
+    if "static" not in h5:
+        return ()
+    texts = [[str(text) for text in h5[name].asstr()[:]] for name in ("static", "static_units", "static_long_name")]
+    numbers = (h5[name][:].tolist() for name in ("static_mean", "static_std"))
+    return tuple(map(Static, map(Channel, *texts), *numbers))
 
 
 def _number(attribute: NDArray[np.int64]) -> int:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..spatial.grid import LatLonGrid, Tile
 from .forcings import Instants, check_forcings, compute_forcings
-from .statistics import Statistics, unit
 from .store import Store
+from .variables import Channels, logarithm
 
 T = TypeVar("T")
 
@@ -28,13 +28,14 @@ class Batch:
     """Samples of a tile.
 
     Args:
-        inputs_BTCYX: float32. Normalised fields, 0 where missing; then, if data may be missing, one
-            channel per field that is 1 where it is valid; then the forcings.
-        target_BTCYX: float32. Change of each field to the next frame over its ``tendency_std``;
-            0 where it is not valid.
-        valid_BTCYX: whether both frames of the change are valid; None if nothing is ever missing.
+        inputs_BTCYX: float32, see `Channels.inputs`. Normalised fields, 0 where missing; 1 where those that may miss
+            cells are known; then what is static or computed.
+        target_BTCYX: float32, see `Channels.targets`. Change of each prognostic field to the next frame over its
+            ``tendency_std``, and each diagnostic one of the next frame, normalised; 0 where it is not valid.
+        valid_BTCYX: whether a target is valid, a change where both its frames are; None if none is ever missing.
         year_fraction_BT: float64, of the input frames.
         windows: which windows of the `Windows` these are.
+        channels: what stands where.
     """
 
     inputs_BTCYX: Tensor
@@ -42,14 +43,19 @@ class Batch:
     valid_BTCYX: Tensor | None
     year_fraction_BT: Tensor
     windows: tuple[int, ...]
+    channels: Channels
 
     @property
     def known_BTCYX(self) -> Tensor | None:
-        """1 where a field of the input is known, 0 where it is missing; None if nothing is ever missing."""
-        if self.valid_BTCYX is None:
+        """1 where a prognostic field of the input is known, 0 where it is missing; None if none ever is."""
+        masks = self.channels.masks
+        if all(place is None for place in masks):
             return None
-        fields = self.target_BTCYX.shape[2]
-        return self.inputs_BTCYX[:, :, fields : 2 * fields]
+        known_BTCYX = torch.ones_like(self.inputs_BTCYX[:, :, : len(masks)])
+        for field, place in enumerate(masks):
+            if place is not None:
+                known_BTCYX[:, :, field] = self.inputs_BTCYX[:, :, place]
+        return known_BTCYX
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on a device."""
@@ -60,9 +66,13 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        valid = None if self.valid_BTCYX is None else change(self.valid_BTCYX)
-        year_fraction = change(self.year_fraction_BT)
-        return Batch(change(self.inputs_BTCYX), change(self.target_BTCYX), valid, year_fraction, self.windows)
+        return replace(
+            self,
+            inputs_BTCYX=change(self.inputs_BTCYX),
+            target_BTCYX=change(self.target_BTCYX),
+            valid_BTCYX=None if self.valid_BTCYX is None else change(self.valid_BTCYX),
+            year_fraction_BT=change(self.year_fraction_BT),
+        )
 
 
 class Windows:
@@ -73,18 +83,11 @@ class Windows:
     Args:
         store: where the fields are.
         tile: which cells.
-        variables: which channels, by name.
-        statistics: of these, that they are normalised with; those of the data that a network was trained on.
-        may_miss: whether there is a channel for each field that says where it is valid. The store must miss nothing
-            if not.
+        channels: of the network; their statistics are those of the data that it was trained on. The store must miss
+            nothing of what may not miss any.
         window: number of input frames.
         starts: (windows,) first frames, see `periods.starts_within`.
-        forcings: names out of `FORCINGS`.
         grid: the store's grid, for the forcings.
-
-    Attributes:
-        field_channels: names of the predicted fields.
-        input_channels: names of the input channels, in their order in `Batch.inputs_BTCYX`.
 
     Raises:
         InputError: an unknown variable or forcing.
@@ -95,28 +98,26 @@ class Windows:
         store: Store,
         tile: Tile,
         *,
-        variables: Sequence[str],
-        statistics: Statistics,
-        may_miss: bool,
+        channels: Channels,
         window: int,
         starts: NDArray[np.int64],
         grid: LatLonGrid,
-        forcings: Sequence[str] = (),
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
-        self.store, self.tile, self.window, self.starts = store, tile, window, starts
-        self.field_channels = tuple(variables)
-        self._channels = store.channel_indices(self.field_channels)
-        assert may_miss or not store.misses_some(self._channels), f"{store.path} misses data: nothing would say where"
-        self._forcings = check_forcings(forcings)
-        self._may_miss = may_miss
-        validity = tuple(f"valid_{name}" for name in self.field_channels) if may_miss else ()
-        self.input_channels = (*self.field_channels, *validity, *self._forcings)
+        check_forcings(channels.forcings)
+        self.store, self.tile, self.window, self.starts, self.channels = store, tile, window, starts, channels
+        self._stored = store.channel_indices([one.name for one in channels.fields])
+        for variable, index in zip(channels.fields, self._stored, strict=True):
+            assert variable.may_miss or not store.misses_some([index]), f"{variable.name} misses data unexpectedly"
+        self._may_miss = any(one.may_miss for one in channels.targets)
         self._latitude = grid.latitude[slice(*tile.rows)]
         self._longitude = grid.longitude[slice(*tile.columns)]
-        self._mean = statistics.mean.astype(np.float32)[:, None, None]
-        self._scale = _inverse(statistics.std)
-        self._tendency_scale = _inverse(statistics.tendency_std)
+        self._static_SYX = store.read_static([one.name for one in channels.static], tile)
+        for field_YX, variable in zip(self._static_SYX, channels.static, strict=True):
+            field_YX[:] = (field_YX - np.float32(variable.mean)) / np.float32(variable.scale)
+        self._mean = _column([one.mean for one in channels.fields])
+        self._per_unit = _column([1 / one.scale for one in channels.fields])
+        self._per_tendency = _column([1 / one.target_scale for one in channels.prognostic])
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -129,9 +130,8 @@ class Windows:
             IndexError: a window that does not exist.
         """
         size, time, shape = len(indices), self.window, self.tile.shape
-        fields_count = len(self.field_channels)
-        inputs_BTCYX = torch.empty(size, time, len(self.input_channels), *shape)
-        target_BTCYX = torch.empty(size, time, fields_count, *shape)
+        inputs_BTCYX = torch.empty(size, time, len(self.channels.inputs), *shape)
+        target_BTCYX = torch.empty(size, time, len(self.channels.targets), *shape)
         valid_BTCYX = torch.empty(target_BTCYX.shape, dtype=torch.bool) if self._may_miss else None
         year_fraction_BT = torch.empty(size, time, dtype=torch.float64)
         for sample, index in enumerate(indices):
@@ -139,7 +139,7 @@ class Windows:
             valid = None if valid_BTCYX is None else valid_BTCYX[sample].numpy()
             self._fill(frames, inputs_BTCYX[sample].numpy(), target_BTCYX[sample].numpy(), valid)
             year_fraction_BT[sample] = torch.from_numpy(self.store.year_fraction[frames.start : frames.stop - 1])
-        return Batch(inputs_BTCYX, target_BTCYX, valid_BTCYX, year_fraction_BT, tuple(indices))
+        return Batch(inputs_BTCYX, target_BTCYX, valid_BTCYX, year_fraction_BT, tuple(indices), self.channels)
 
     def frames_of(self, index: int) -> range:
         """Frames of the store that a window takes: its inputs and the one after them."""
@@ -155,27 +155,49 @@ class Windows:
         target_TCYX: NDArray[np.float32],
         valid_TCYX: NDArray[np.bool_] | None,
     ) -> None:
-        count = len(self.field_channels)
-        values_TCYX, known_TCYX = self.store.read(frames, self.tile, self._channels)
-        np.subtract(values_TCYX[1:], values_TCYX[:-1], out=target_TCYX)
-        target_TCYX *= self._tendency_scale
-        np.subtract(values_TCYX[:-1], self._mean, out=inputs_TCYX[:, :count])
-        inputs_TCYX[:, :count] *= self._scale
-        if valid_TCYX is not None:
-            known_TCYX = np.ones(values_TCYX.shape, dtype=bool) if known_TCYX is None else known_TCYX
-            np.logical_and(known_TCYX[1:], known_TCYX[:-1], out=valid_TCYX)
-            target_TCYX[~valid_TCYX] = 0.0
-            inputs_TCYX[:, :count][~known_TCYX[:-1]] = 0.0
-            inputs_TCYX[:, count : 2 * count] = known_TCYX[:-1]
+        channels, changing, given = self.channels, len(self.channels.prognostic), self.channels.given
+        values_TCYX, known_TCYX = self.store.read(frames, self.tile, self._stored)
+        for field, variable in enumerate(channels.fields):
+            if variable.log1p is not None:
+                values_TCYX[:, field] = logarithm(values_TCYX[:, field], variable.log1p, variable.name)
+        np.subtract(values_TCYX[1:, :changing], values_TCYX[:-1, :changing], out=target_TCYX[:, :changing])
+        target_TCYX[:, :changing] *= self._per_tendency
+        values_TCYX -= self._mean
+        values_TCYX *= self._per_unit
+        target_TCYX[:, changing:] = values_TCYX[1:, given:]
+        inputs_TCYX[:, :given] = values_TCYX[:-1, :given]
+        self._mark_missing(known_TCYX, inputs_TCYX, target_TCYX, valid_TCYX)
+        first = len(channels.inputs) - len(channels.forcings)
+        inputs_TCYX[:, first - len(channels.static) : first] = self._static_SYX
         span = slice(frames.start, frames.stop)
         at = Instants(self.store.time_hours[span], self.store.year_fraction[span], self.store.utc_hour[span])
-        first = len(self.input_channels) - len(self._forcings)
-        compute_forcings(self._forcings, at, self._latitude, self._longitude, inputs_TCYX[:, first:])
+        compute_forcings(channels.forcings, at, self._latitude, self._longitude, inputs_TCYX[:, first:])
+
+    def _mark_missing(
+        self,
+        known_TCYX: NDArray[np.bool_] | None,
+        inputs_TCYX: NDArray[np.float32],
+        target_TCYX: NDArray[np.float32],
+        valid_TCYX: NDArray[np.bool_] | None,
+    ) -> None:
+        """Fills in masks, and 0 where inputs and targets are not known."""
+        channels, changing, given = self.channels, len(self.channels.prognostic), self.channels.given
+        for place, variable in enumerate(channels.masked):
+            known = True if known_TCYX is None else known_TCYX[:-1, channels.fields.index(variable)]
+            inputs_TCYX[:, given + place] = known
+        if valid_TCYX is not None:
+            valid_TCYX[:] = True
+        if known_TCYX is not None:
+            inputs_TCYX[:, :given][~known_TCYX[:-1, :given]] = 0.0
+        if known_TCYX is not None and valid_TCYX is not None:
+            np.logical_and(known_TCYX[1:, :changing], known_TCYX[:-1, :changing], out=valid_TCYX[:, :changing])
+            valid_TCYX[:, changing:] = known_TCYX[1:, given:]
+            target_TCYX[~valid_TCYX] = 0.0
 
 
-def _inverse(std: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(C, 1, 1) one over it; 1 where a field never changes and its differences are 0 anyway."""
-    return (1.0 / unit(std)).astype(np.float32)[:, None, None]
+def _column(numbers: Sequence[float]) -> NDArray[np.float32]:
+    """(C, 1, 1) one for each channel."""
+    return np.array(numbers, dtype=np.float64).astype(np.float32)[:, None, None]
 
 
 def sample_order(seed: int, position: int, count: int, windows: int) -> list[int]:

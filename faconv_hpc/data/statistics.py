@@ -10,9 +10,12 @@ from ..spatial.grid import LatLonGrid, Tile
 from .layout import MOMENTS, FileEntry
 from .moments import ChannelMoments, MomentStream
 from .store import Store
+from .variables import logarithm
 
 Stretches = Sequence[range]
 """Frames that follow each other, see `periods.stretches_of`; in their order."""
+Log1p = Mapping[int, float]
+"""Channels of which the logarithm counts, with its scale; see `variables.logarithm`."""
 ROUNDING = 2.0**-23  # of float32, relative
 
 
@@ -37,25 +40,10 @@ class Statistics:
         settled = std <= ROUNDING * np.abs(mean)  # what float32 makes of one number is no change
         return cls(mean, np.where(settled, 0.0, std), np.where(settled, 0.0, tendency_std))
 
-    @classmethod
-    def stored(cls, store: Store, channels: Sequence[int]) -> "Statistics":
-        """Over all frames of a store, as it has them."""
-        return cls(store.mean[channels], store.std[channels], store.tendency_std[channels])
-
-    @property
-    def step(self) -> NDArray[np.float64]:
-        """(channel,) by how much a normalised field changes with a normalised change of 1."""
-        return unit(self.tendency_std) / unit(self.std)
-
     @property
     def rows(self) -> NDArray[np.float64]:
         """(channel, 3) mean, std, tendency_std."""
         return np.stack([self.mean, self.std, self.tendency_std], axis=1)
-
-
-def unit(std: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What a field is divided by: 1 where it never changes."""
-    return np.asarray(np.where(std > 0, std, 1.0), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -66,32 +54,34 @@ class Piece:
     channels: tuple[int, ...]
 
 
-def pieces_of(store: Store, frames: Stretches, channels: Sequence[int]) -> list[Piece]:
+def pieces_of(store: Store, frames: Stretches, channels: Sequence[int], log1p: Log1p) -> list[Piece]:
     """All that there is to do, in the order of files, for `moments_of`; by whom does not change what comes out.
 
     A file whose frames all count, and the frame after them, has kept its moments: those of all channels are read at
-    once. Of the files at the limits the fields are read, each channel on its own.
+    once. Of the files at the limits, and of channels whose logarithm counts, the fields are read, each channel on its
+    own.
     """
     pieces: list[Piece] = []
     for file, entry in enumerate(store.files):
         if _own(entry, frames):
-            parts = [channels] if _is_whole(store, entry, frames) else [[channel] for channel in channels]
+            kept = [one for one in channels if one not in log1p] if _is_whole(store, entry, frames) else []
+            parts = [kept] * bool(kept) + [[channel] for channel in channels if channel not in kept]
             pieces += [Piece(file, tuple(part)) for part in parts]
     return pieces
 
 
-def moments_of(store: Store, piece: Piece, frames: Stretches) -> dict[int, ChannelMoments]:
+def moments_of(store: Store, piece: Piece, frames: Stretches, log1p: Log1p) -> dict[int, ChannelMoments]:
     """By channel, over those of some frames that a file has and the changes from each to the next of its stretch.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     entry = store.files[piece.file]
-    if _is_whole(store, entry, frames):
+    if _is_whole(store, entry, frames) and log1p.keys().isdisjoint(piece.channels):
         with store.reading(piece.file) as h5:
             rows = h5[MOMENTS][:]
         return {channel: ChannelMoments.from_row(rows[channel]) for channel in piece.channels}
-    return {channel: _read(store, _own(entry, frames), channel) for channel in piece.channels}
+    return {channel: _read(store, _own(entry, frames), channel, log1p) for channel in piece.channels}
 
 
 def merged(found: Iterable[Mapping[int, ChannelMoments]]) -> dict[int, ChannelMoments]:
@@ -116,16 +106,21 @@ def _is_whole(store: Store, entry: FileEntry, frames: Stretches) -> bool:
     return len(own) == 1 and len(own[0][0]) == entry.frames and (own[0][1] or stop == store.frames)
 
 
-def _read(store: Store, own: Iterable[tuple[range, bool]], channel: int) -> ChannelMoments:
+def _read(store: Store, own: Iterable[tuple[range, bool]], channel: int, log1p: Log1p) -> ChannelMoments:
     nlat, nlon = store.layout.grid_shape
     globe, weights = Tile((0, nlat), (0, nlon)), row_weights(store.latitude_deg, store.longitude_deg)
     found = ChannelMoments()
+
+    def field_of(frame: int) -> NDArray[np.float32]:
+        field_YX = store.read([frame], globe, [channel])[0][0, 0]
+        return logarithm(field_YX, log1p[channel], store.channels[channel]) if channel in log1p else field_YX
+
     for part, goes_on in own:
         stream = MomentStream(weights)
         for frame in part:
-            stream.add(store.read([frame], globe, [channel])[0][:, 0])
+            stream.add(field_of(frame)[None])
         if goes_on:
-            stream.add_following(store.read([part.stop], globe, [channel])[0][0, 0])
+            stream.add_following(field_of(part.stop))
         found = found.merged(stream.moments)
     return found
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import check_in_reach
 from ..spatial.grid import Boundary, LatLonGrid, Tile
 from . import chunks
-from .layout import STORE_FILE, FileEntry, StoreContent, read_store_file
+from .layout import STATIC_FILE, STORE_FILE, FileEntry, StoreContent, read_store_file
 from .unknown_names import index_of
 
 OPEN_FILES = 16  # kept open per process; a window reads one or two
@@ -52,6 +52,7 @@ class Store:
         frames: number of times.
         size_bytes: of all files of fields.
         has_missing: whether some cell of some frame is missing; it is NaN then and not valid.
+        static: what there is of fields without time; see `read_static`.
     """
 
     def __init__(self, path: Path, content: StoreContent) -> None:
@@ -69,6 +70,7 @@ class Store:
         self.frames = len(layout.time)
         self.size_bytes = sum(entry.size_bytes for entry in content.files)
         self.has_missing = content.has_missing
+        self.static, self._static_bytes = content.static, content.static_bytes
         self._first_frames = np.array([entry.first_frame for entry in content.files])
         self._open: OrderedDict[int, h5py.File] = OrderedDict()
         self._process = os.getpid()
@@ -115,6 +117,11 @@ class Store:
     def misses_some(self, channels: Sequence[int]) -> bool:
         """Whether a cell of one of these channels is missing in some frame."""
         return bool((self.valid_share[list(channels)] < 1).any())
+
+    @property
+    def static_names(self) -> tuple[str, ...]:
+        """Of the fields without time."""
+        return tuple(one.channel.name for one in self.static)
 
     def channel_indices(self, names: Sequence[str]) -> list[int]:
         """Positions of variables.
@@ -178,6 +185,28 @@ class Store:
         self._check_finite(fields_TCYX, valid_TCYX, frames, tile, channels)
         return fields_TCYX, valid_TCYX
 
+    def read_static(self, names: Sequence[str], tile: Tile) -> NDArray[np.float32]:
+        """Fields without time, fields_SYX, of a tile.
+
+        Raises:
+            InputError: one that is not there; the file is missing or damaged.
+        """
+        for name in names:
+            index_of("static variable", name, self.static_names, f"store {self.path}")
+        fields_SYX = np.empty((len(names), *tile.shape), dtype=np.float32)
+        if not names:
+            return fields_SYX
+        path = self.path / STATIC_FILE
+        try:
+            self._check_size(STATIC_FILE, self._static_bytes)
+            with h5py.File(path, "r", locking=False) as h5:
+                self._check_fingerprint(h5)
+                for place, name in enumerate(names):
+                    fields_SYX[place] = h5[name][tile.slices]
+        except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:  # as HDF5 has it
+            raise _unreadable(path, error) from None
+        return fields_SYX
+
     def file_of(self, frame: int) -> FileEntry:
         """The file that holds a frame."""
         return self.files[int(np.searchsorted(self._first_frames, frame, side="right")) - 1]
@@ -189,7 +218,9 @@ class Store:
             InputError: naming the first file that is missing or has another size.
         """
         for entry in self.files:
-            self._check_size(entry)
+            self._check_size(entry.name, entry.size_bytes)
+        if self.static:
+            self._check_size(STATIC_FILE, self._static_bytes)
 
     def _check_request(self, frames: range | Sequence[int], tile: Tile) -> None:
         nlat, nlon = self.layout.grid_shape
@@ -241,11 +272,10 @@ class Store:
         return self._open[file]
 
     def _opened(self, entry: FileEntry) -> h5py.File:
-        self._check_size(entry)
+        self._check_size(entry.name, entry.size_bytes)
         h5 = h5py.File(self.path / entry.name, "r", locking=False)
         try:
-            if h5.attrs["fingerprint"] != self.fingerprint:
-                raise OSError("it is a file of another store")
+            self._check_fingerprint(h5)
             if (first := int(np.ravel(h5.attrs["first_frame"])[0])) != entry.first_frame:
                 raise OSError(f"it is another file of this store, with frames from {first} on, not {entry.first_frame}")
         except BaseException:
@@ -253,14 +283,18 @@ class Store:
             raise
         return h5
 
-    def _check_size(self, entry: FileEntry) -> None:
-        path = self.path / entry.name
+    def _check_fingerprint(self, h5: h5py.File) -> None:
+        if h5.attrs["fingerprint"] != self.fingerprint:
+            raise OSError("it is a file of another store")
+
+    def _check_size(self, name: str, size_bytes: int) -> None:
+        path = self.path / name
         try:
             size = path.stat().st_size
         except OSError as error:
             raise _unreadable(path, error) from None
-        if size != entry.size_bytes:
-            raise _damaged(path, f"it has {size} bytes, {STORE_FILE} says {entry.size_bytes}")
+        if size != size_bytes:
+            raise _damaged(path, f"it has {size} bytes, {STORE_FILE} says {size_bytes}")
 
     def _check_finite(
         self,

@@ -24,6 +24,16 @@ def verify_files(store: Store, files: Iterable[int]) -> Iterator[tuple[FileEntry
         yield store.files[file], problem
 
 
+def verify_static(store: Store) -> str | None:
+    """Reads the fields without time; what is wrong with their file, or None."""
+    nlat, nlon = store.layout.grid_shape
+    try:
+        store.read_static([one.channel.name for one in store.static], Tile((0, nlat), (0, nlon)))
+    except (InputError, TryAgainError) as error:
+        return str(error)
+    return None
+
+
 def _read_all(store: Store, file: int) -> None:
     """Raises InputError if the file is damaged, TryAgainError if it is out of reach."""
     entry = store.files[file]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from ..data.variables import Variable
 from ..files import replacing
 from ..spatial.grid import within_half_a_turn
 from .skill import Example
@@ -21,7 +22,7 @@ SCALE_PERCENTILE = 99.0  # colours saturate beyond it, so that a few cells do no
 
 
 def draw_forecast(example: Example, path: Path, title: str, ratios: Sequence[float] = ()) -> Path:
-    """Truth, forecast and error of one step's change, a row per variable, longitude 0 in the middle.
+    """Truth, forecast and error of one step, a row per variable, longitude 0 in the middle.
 
     Args:
         ratios: of each variable, the forecast's error over that of persistence, to be said.
@@ -36,14 +37,19 @@ def draw_forecast(example: Example, path: Path, title: str, ratios: Sequence[flo
         for place, (name, field) in zip(axes[row], panels.items(), strict=True):
             image = _map(place, longitude, example.latitude_deg, field, limit)
             said = f", {ratios[row]:.2f} of persistence's error" if ratios and name == "forecast" else ""
-            place.set_title(f"{example.variables[row]}: {name}{said}", fontsize=9)
-        figure.colorbar(image, ax=list(axes[row]), label=f"change in one step [{example.units[row]}]", pad=0.01)
+            place.set_title(f"{example.variables[row].name}: {name}{said}", fontsize=9)
+        figure.colorbar(image, ax=list(axes[row]), label=_meaning(example.variables[row]), pad=0.01)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=FIGURE_DPI, format="png")
     pyplot.close(figure)
     return path
+
+
+def _meaning(variable: Variable) -> str:
+    what = "change in one step" if variable.role == "prognostic" else "departure from the mean"
+    return f"{what} [{variable.units}]" if variable.units else what
 
 
 def _map(

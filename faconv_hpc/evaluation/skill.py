@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..config import RunConfig, load_config
+from ..config import RunConfig
+from ..config_file import load_config
 from ..data.periods import mask_of
 from ..data.samples import Windows
 from ..data.store import Store
+from ..data.variables import Variable
 from ..errors import InputError
 from ..files import write_durably
 from ..model.network import FAConvLSTMNetwork
@@ -24,17 +25,17 @@ from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network
 from ..training.shards import Checkpoint, whole_checkpoints
-from ..training.skill import Skill, SkillSums, changes
+from ..training.skill import LeadFields, Skill, SkillSums, forecasts_of
 
 SKILL_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One forecast of the whole grid, for a figure: change from one date to another, where errors can be seen."""
+    """One forecast of the whole grid, for a figure, where errors can be seen: of prognostic variables the change from
+    one date to another, of diagnostic ones the departure from their mean."""
 
-    variables: tuple[str, ...]
-    units: tuple[str, ...]
+    variables: tuple[Variable, ...]
     latitude_deg: NDArray[np.float64]
     longitude_deg: NDArray[np.float64]
     truth_CYX: NDArray[np.float32]
@@ -90,13 +91,13 @@ def newest_checkpoint(config: RunConfig, mesh: ProcessMesh) -> Checkpoint:
     return newest
 
 
-def trained_network(workspace: Workspace, windows: Windows, checkpoint: Checkpoint) -> FAConvLSTMNetwork:
+def trained_network(workspace: Workspace, checkpoint: Checkpoint) -> FAConvLSTMNetwork:
     """The network with the weights of a checkpoint, in float32.
 
     Raises:
         InputError: they are another network's.
     """
-    network = build_network(workspace.config, windows)
+    network = build_network(workspace.config, workspace.contract.channels)
     check_same_network(network, checkpoint.manifest(), checkpoint.path)
     network.load_state_dict(checkpoint.parameters())
     return network.to(workspace.domain.mesh.device).eval()
@@ -112,17 +113,15 @@ def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1) -> Evaluation
     checkpoint = newest_checkpoint(config, mesh)
     workspace = Workspace.of(config, Store.open(config.data.store), mesh, checkpoint.manifest().contract)
     windows = workspace.forecast_windows(workspace.contract.test, leads)
-    network = trained_network(workspace, windows, checkpoint)
-    sums = SkillSums(leads, len(windows.field_channels))
-    first_step: tuple[Tensor, Tensor] | None = None
+    network = trained_network(workspace, checkpoint)
+    sums = SkillSums(leads, len(windows.channels.targets))
+    first_step: LeadFields | None = None
     for index in range(len(windows)):
         batch = windows.read([index]).to(mesh.device)
-        found = changes(network, batch, config.data.window, workspace.domain, workspace.contract)
-        for lead, (truth, forecast) in enumerate(found, start=1):
-            sums.add(lead, truth, forecast, workspace.domain)
-            first_step = (truth, forecast) if lead == 1 else first_step
+        for lead, fields in enumerate(forecasts_of(network, batch, config.data.window, workspace.domain), start=1):
+            sums.add(lead, fields, workspace.domain)
+            first_step = fields if lead == 1 else first_step
     assert first_step is not None, "a Windows has at least one window"
-    scale = torch.from_numpy(workspace.contract.statistics.tendency_std)
     first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])
     return Evaluation(
         step=checkpoint.step,
@@ -130,8 +129,8 @@ def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1) -> Evaluation
         forecasts=len(windows),
         first_loss=first,
         last_loss=last,
-        skills=sums.skills(workspace.contract),
-        example=_example(windows, leads, *first_step, scale, workspace.domain),
+        skills=sums.skills(windows.channels),
+        example=_example(windows, leads, first_step, workspace.domain),
     )
 
 
@@ -161,16 +160,12 @@ def _held_out(workspace: Workspace, windows: Windows, leads: int) -> bool:
     return not any(trained[windows.starts + windows.window - lead].any() for lead in range(leads))
 
 
-def _example(windows: Windows, leads: int, truth: Tensor, forecast: Tensor, scale: Tensor, domain: Domain) -> Example:
+def _example(windows: Windows, leads: int, fields: LeadFields, domain: Domain) -> Example:
     """The first lead of the last window."""
-    units = [windows.store.units[index] for index in windows.store.channel_indices(windows.field_channels)]
     last = windows.frames_of(len(windows) - 1)[-leads]
-    true, guessed = (
-        (domain.assemble(tendency).cpu() * scale[:, None, None]).float().numpy() for tendency in (truth, forecast)
-    )
+    true, guessed = (domain.assemble(one).cpu().float().numpy() for one in (fields.truth_CYX, fields.forecast_CYX))
     return Example(
-        windows.field_channels,
-        tuple(units),
+        windows.channels.targets,
         np.rad2deg(domain.grid.latitude),
         np.rad2deg(domain.grid.longitude),
         true,

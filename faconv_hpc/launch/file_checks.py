@@ -98,28 +98,16 @@ def _speed(inside: Path) -> Finding:
 
 
 def _described(data: DataConfig, mesh: MeshConfig) -> str:
-    from ..data.samples import Windows  # here, as it needs torch
-    from ..data.statistics import Statistics
-    from ..training.fit import parts_of, training_starts
+    from ..training.fit import names_of, parts_of, training_starts
 
     with Store.open(data.store) as opened:
         opened.check_files()
         grid = opened.grid(lat_boundary=data.lat_boundary, lon_boundary=data.lon_boundary)
         tile = Cuts.even(grid, mesh.lat, mesh.lon).tile(0)
-        names = opened.channels if data.variables is None else data.variables
-        channels = opened.channel_indices(names)
-        windows = Windows(
-            opened,
-            tile,
-            variables=names,
-            statistics=Statistics.stored(opened, channels),
-            may_miss=opened.misses_some(channels),
-            window=data.window,
-            starts=training_starts(opened, parts_of(data, opened).train, data.window),
-            forcings=data.forcings,
-            grid=grid,
-        )
+        names = names_of(data, opened)
+        opened.channel_indices(names)
+        windows = training_starts(opened, parts_of(data, opened).train, data.window)
         return (
-            f"{data.store}: {len(windows)} windows out of {opened.frames} frames, {len(windows.field_channels)} "
+            f"{data.store}: {len(windows)} windows out of {opened.frames} frames, {len(names)} "
             f"variables, {grid.nlat} x {grid.nlon} cells in tiles of {tile.shape[0]} x {tile.shape[1]}"
         )

@@ -17,7 +17,9 @@ is averaged over its own valid cells.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ..spatial.collectives import at_least_float32
@@ -44,7 +46,11 @@ class Loss:
 
 
 def area_mean_squared_error(
-    predicted_BTCYX: Tensor, target_BTCYX: Tensor, domain: Domain, valid_BTCYX: Tensor | None = None
+    predicted_BTCYX: Tensor,
+    target_BTCYX: Tensor,
+    domain: Domain,
+    valid_BTCYX: Tensor | None = None,
+    weights: tuple[float, ...] | None = None,
 ) -> Loss:
     """Squared error averaged over the area of the grid, then over channels, steps and samples.
 
@@ -52,15 +58,17 @@ def area_mean_squared_error(
         predicted_BTCYX, target_BTCYX: this tile's cells.
         domain: gives areas, and sums over tiles.
         valid_BTCYX: bool, cells that count; each sample is averaged over its own. Default: all.
+        weights: of the channels, of mean 1. Default: all count the same.
     """
     precision = at_least_float32(predicted_BTCYX.dtype)
     error_BTCYX = (predicted_BTCYX.to(precision) - target_BTCYX.to(precision)).square()
     if valid_BTCYX is None:
-        share = _area_sum(error_BTCYX, domain).mean()
+        share = _weighed(_area_sum(error_BTCYX, domain), weights).mean()
     else:
         valid = valid_BTCYX.to(precision)
-        counted_B = domain.total(_area_sum(valid, domain).sum((1, 2)))
-        share = (_area_sum(error_BTCYX * valid, domain).sum((1, 2)) / counted_B.clamp_min(1e-30)).mean()
+        counted_B = domain.total(_weighed(_area_sum(valid, domain), weights).sum((1, 2)))
+        share_B = _weighed(_area_sum(error_BTCYX * valid, domain), weights).sum((1, 2))
+        share = (share_B / counted_B.clamp_min(1e-30)).mean()
     return Loss(objective=share * domain.tiles, value=domain.total(share.detach()))
 
 
@@ -78,6 +86,16 @@ def shared_mean_squared_error(predicted: Tensor, target: Tensor, valid: Tensor |
         counted_B = valid.flatten(1).sum(1).clamp_min(1)
         loss = ((error * valid).flatten(1).sum(1) / counted_B).mean()
     return Loss(objective=loss, value=loss.detach())
+
+
+def _weighed(x_BTC: Tensor, weights: tuple[float, ...] | None) -> Tensor:
+    return x_BTC if weights is None else x_BTC * _on_device(weights, x_BTC.device, x_BTC.dtype)
+
+
+@lru_cache(maxsize=8)
+def _on_device(weights: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copied once: a copy at every step would make the processor wait for the device."""
+    return torch.tensor(weights, device=device, dtype=dtype)
 
 
 def _area_sum(x_BTCYX: Tensor, domain: Domain) -> Tensor:

@@ -26,23 +26,35 @@ class NetworkOutput:
     """What the network says about a sequence.
 
     Attributes:
-        tendency_BTCYX: forecast change from each step to the next, in units of its standard deviation.
+        forecast_BTCYX: what is forecast at each step for the next: changes, then diagnostics.
+        fields: how many of its channels are changes.
         embedding_BTE: z, one per step.
         coarse_BTCRS: the field of each step as the embedding knows it, R x S regions.
         state: per layer (h, c) after the last step.
         valid_BT: the steps that count in the losses; None: all.
     """
 
-    tendency_BTCYX: Tensor
+    forecast_BTCYX: Tensor
+    fields: int
     embedding_BTE: Tensor
     coarse_BTCRS: Tensor
     state: tuple[State, ...]
     valid_BT: Tensor | None = None
 
+    @property
+    def tendency_BTCYX(self) -> Tensor:
+        """Change of each field from each step to the next, in units of its standard deviation."""
+        return self.forecast_BTCYX[:, :, : self.fields]
+
+    @property
+    def diagnostic_BTCYX(self) -> Tensor:
+        """What is forecast of the next step and is no input, normalised."""
+        return self.forecast_BTCYX[:, :, self.fields :]
+
 
 @dataclass(frozen=True)
 class TrainingLosses:
-    """The loss of a micro-batch and its part from the forecast of the tendency."""
+    """The loss of a micro-batch and its part from the forecast."""
 
     total: Loss
     forecast: Loss
@@ -53,9 +65,10 @@ class FAConvLSTMNetwork(nn.Module):
 
     Args:
         in_channels: fields, then whatever else is known about each cell.
-        field_channels: how many of them, from the first, are forecast.
+        field_channels: how many of them, from the first, are forecast, by their change.
         hidden_channels: C_h of every layer.
         layers: how many are stacked.
+        diagnostic_channels: what is forecast besides, and is no input.
         embedding_channels, coarse_shape: see `SubspaceHead`.
         embedding_weight: weight of the coarse field's error in the loss.
         checkpoint_steps: length of the time segments that are computed again in backward instead of
@@ -74,6 +87,7 @@ class FAConvLSTMNetwork(nn.Module):
         hidden_channels: int = 32,
         layers: int = 2,
         *,
+        diagnostic_channels: int = 0,
         embedding_channels: int = 32,
         coarse_shape: tuple[int, int] = (6, 12),
         embedding_weight: float = 0.1,
@@ -94,7 +108,7 @@ class FAConvLSTMNetwork(nn.Module):
         self.boundaries: tuple[Boundary, Boundary, Boundary] | None = None
         inputs = [in_channels] + [hidden_channels] * (layers - 1)
         self.layers = nn.ModuleList(CELLS[cell](channels, hidden_channels, **layer_options) for channels in inputs)
-        self.forecast = nn.Conv2d(hidden_channels, field_channels, kernel_size=1)
+        self.forecast = nn.Conv2d(hidden_channels, field_channels + diagnostic_channels, kernel_size=1)
         self.subspace = SubspaceHead(hidden_channels, embedding_channels, field_channels, coarse_shape)
         nn.init.zeros_(self.forecast.weight)  # the first forecast is persistence, exactly
         nn.init.zeros_(self.forecast.bias) if self.forecast.bias is not None else None
@@ -120,18 +134,18 @@ class FAConvLSTMNetwork(nn.Module):
         steps = x_BTCYX.shape[1]
         length = self.checkpoint_steps or steps
         states: Sequence[State | None] = state or [None] * len(self.layers)
-        tendencies, means = [], []
+        forecasts, means = [], []
         for start in range(0, steps, length):
             span = slice(start, start + length)
             valid = None if valid_BT is None else valid_BT[:, span]
             segment = partial(self._segment, domain=domain, first_step=first_step + start, valid_BT=valid)
             piece = x_BTCYX[:, span]
-            tendency, mean, states = self._maybe_checkpointed(segment, piece, states, domain)
-            tendencies.append(tendency)
+            forecast, mean, states = self._maybe_checkpointed(segment, piece, states, domain)
+            forecasts.append(forecast)
             means.append(mean)
         embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
         final = tuple(one for one in states if one is not None)
-        return NetworkOutput(torch.cat(tendencies, dim=1), embedding_BTE, coarse, final, valid_BT)
+        return NetworkOutput(torch.cat(forecasts, dim=1), self.field_channels, embedding_BTE, coarse, final, valid_BT)
 
     def _check_boundaries(self, domain: Domain) -> None:
         if self.boundaries is not None and domain.grid.boundaries != self.boundaries:
@@ -152,25 +166,32 @@ class FAConvLSTMNetwork(nn.Module):
         domain: Domain,
         valid: Tensor | None = None,
         known: Tensor | None = None,
+        weights: tuple[float, ...] | None = None,
     ) -> TrainingLosses:
         """What training minimizes, and its part from the forecast; see `forecast_loss` and `embedding_loss`."""
-        forecast = self.forecast_loss(output, target_BTCYX, domain, valid)
+        forecast = self.forecast_loss(output, target_BTCYX, domain, valid, weights)
         return TrainingLosses(forecast + self.embedding_loss(output, x_BTCYX, domain, known), forecast)
 
     def forecast_loss(
-        self, output: NetworkOutput, target_BTCYX: Tensor, domain: Domain, valid: Tensor | None = None
+        self,
+        output: NetworkOutput,
+        target_BTCYX: Tensor,
+        domain: Domain,
+        valid: Tensor | None = None,
+        weights: tuple[float, ...] | None = None,
     ) -> Loss:
-        """Error of the tendency, in units of its standard deviation squared.
+        """Error of the forecast, in units of its standard deviation squared.
 
         Args:
             output: of `forward`.
-            target_BTCYX: the true tendency, in units of its standard deviation.
+            target_BTCYX: the true tendencies, in units of their standard deviations, and diagnostics, normalised.
             valid: bool, like the target: cells that count. Default: all.
+            weights: of the channels, of mean 1. Default: all count the same.
         """
         if output.valid_BT is not None:
             steps = output.valid_BT[:, :, None, None, None].expand_as(target_BTCYX)
             valid = steps if valid is None else valid & steps
-        return area_mean_squared_error(output.tendency_BTCYX, target_BTCYX, domain, valid)
+        return area_mean_squared_error(output.forecast_BTCYX, target_BTCYX, domain, valid, weights)
 
     def embedding_loss(
         self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain, known_BTCYX: Tensor | None = None
@@ -219,5 +240,5 @@ class FAConvLSTMNetwork(nn.Module):
         for layer, state in zip(self.layers, states, strict=True):
             h_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
             after.append(last)
-        tendency = self.forecast(h_BTCYX.flatten(0, 1)).unflatten(0, h_BTCYX.shape[:2])
-        return tendency, domain.mean(h_BTCYX), after
+        forecast = self.forecast(h_BTCYX.flatten(0, 1)).unflatten(0, h_BTCYX.shape[:2])
+        return forecast, domain.mean(h_BTCYX), after

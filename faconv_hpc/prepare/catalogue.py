@@ -26,10 +26,13 @@ GREGORIAN_S = -12219292800  # 1582-10-15, from when on they agree
 class Catalogue:
     """All channels of all sources on one grid and one time axis; a `FieldReader`.
 
-    ``notes`` say what was assumed or left out.
+    Attributes:
+        static: the fields without time.
+        notes: what was assumed or left out.
     """
 
     segments: tuple[tuple[Segment, ...], ...]
+    static: tuple[Segment, ...]
     time: TimeAxis
     notes: tuple[str, ...]
 
@@ -42,6 +45,11 @@ class Catalogue:
     def grid(self) -> SourceGrid:
         """The common grid."""
         return self.segments[0][0].grid
+
+    def static_fields(self) -> Iterator[NDArray[np.float32]]:
+        """(Y, X) of each field without time, read when it is asked for."""
+        for segment in self.static:
+            yield segment.read(range(1), (0, self.grid.latitude_deg.size), [segment])[0, 0]
 
     @property
     def groups(self) -> Sequence[range]:
@@ -85,16 +93,17 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     """
     found: dict[str, list[Segment]] = {}
     notes: list[str] = []
-    constant: dict[str, Path] = {}
+    static: dict[str, Segment] = {}
     of_use: set[str] = set()
     names: set[str] = set()
     for path in paths:
         for dataset in open_sources(path, options.select):
             names |= set(map(str, dataset.data_vars))
             of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
-            for segment in segments_of(selected(dataset, options.select, path), path, options, notes, constant):
+            for segment in segments_of(selected(dataset, options.select, path), path, options, notes, static):
                 found.setdefault(segment.channel.name, []).append(segment)
-    _check_names(options, names | {name for segments in found.values() for one in segments for name in one.names})
+    segments = [one for several in found.values() for one in several] + list(static.values())
+    _check_names(options, names | {name for one in segments for name in one.names})
     for dim, value in options.select:
         if dim not in of_use:
             raise InputError(
@@ -107,17 +116,28 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
             f"`python -c \"import xarray; print(xarray.open_dataset('{paths[0]}'))\"`; a dim that is not recognised "
             f"needs the attribute standard_name (latitude, longitude, time)."
         )
-    if options.variables is None:
-        notes += [f"{path}: {name!r} does not change in time and is left out." for name, path in constant.items()]
-    chosen = _choose(found, options.variables, paths, constant)
+    chosen, constant = _choose(found, options.variables, paths, static)
     joined = {name: sorted(found[name], key=lambda segment: int(segment.time.seconds[0])) for name in chosen}
-    joined = _in_one_calendar(_on_one_grid(joined))
+    turned = _on_one_grid(joined | {name: [static[name]] for name in constant})
+    constant = [name for name in constant if options.variables or _is_whole(turned[name][0], notes)]
+    joined = _in_one_calendar({name: turned[name] for name in chosen})
     axes = {name: _join_times(segments) for name, segments in joined.items()}
     _check_times(axes, joined)
     time = axes[chosen[0]]
     frames = options.period.frames_of(time)
     taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
-    return Catalogue(taken, TimeAxis(time.seconds[frames], time.calendar), tuple(dict.fromkeys(notes)))
+    axis = TimeAxis(time.seconds[frames], time.calendar)
+    return Catalogue(taken, tuple(turned[name][0] for name in constant), axis, tuple(dict.fromkeys(notes)))
+
+
+def _is_whole(segment: Segment, notes: list[str]) -> bool:
+    """Whether a field that nobody named can be taken; if not, that is noted."""
+    whole = bool(np.isfinite(segment.read(range(1), (0, segment.grid.latitude_deg.size), [segment])).all())
+    if not whole:
+        notes.append(
+            f"{segment.path}: {segment.channel.name!r} has no time and has missing cells, and is left out; fill them."
+        )
+    return whole
 
 
 def _check_names(options: SourceOptions, known: set[str]) -> None:
@@ -126,6 +146,7 @@ def _check_names(options: SourceOptions, known: set[str]) -> None:
     for option, given in (
         ("--rename", [old for old, _ in options.rename]),
         ("--accept", options.accept),
+        ("--static", options.static),
         ("--missing-value", [name for name, _ in options.missing_values if name]),
     ):
         for name in given:
@@ -158,24 +179,26 @@ def _in_one_calendar(joined: dict[str, list[Segment]]) -> dict[str, list[Segment
 
 
 def _choose(
-    found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths: Sequence[Path], constant: dict[str, Path]
-) -> list[str]:
-    """Names of the channels to take; a variable's name stands for all its levels."""
+    found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths: Sequence[Path], static: dict[str, Segment]
+) -> tuple[list[str], list[str]]:
+    """Names of the channels to take, a variable's name stands for all its levels; and of the fields without time."""
     if wanted is None:
-        return list(found)
+        return list(found), [name for name in static if name not in found]
     chosen: list[str] = []
+    constant: list[str] = []
     by_variable = {name: str(segments[0].array.name) for name, segments in found.items()}
     for name in wanted:
         names = [name] if name in found else [key for key, variable in by_variable.items() if variable == name]
-        if not names and name in constant:
-            raise InputError(
-                f"the variable {name!r} of {constant[name]} is no field in time, latitude and longitude: a store holds "
-                f"what changes in time. Leave it out of --variables."
-            )
-        if not names:
-            raise unknown_name("variable", name, list(found), f"the sources {', '.join(map(str, paths[:3]))}")
+        timeless = [] if names else [key for key, segment in static.items() if name in segment.names]
+        if not names and not timeless:
+            raise unknown_name("variable", name, [*found, *static], f"the sources {', '.join(map(str, paths[:3]))}")
         chosen += names
-    return list(dict.fromkeys(chosen))
+        constant += timeless
+    if not chosen:
+        raise InputError(
+            f"--variables {','.join(wanted)} names only fields without time. Name one that is to be forecast, too."
+        )
+    return list(dict.fromkeys(chosen)), list(dict.fromkeys(constant))
 
 
 def _on_one_grid(joined: dict[str, list[Segment]]) -> dict[str, list[Segment]]:
@@ -240,11 +263,13 @@ def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) ->
     for name, axis in axes.items():
         if axis.calendar == first.calendar and np.array_equal(axis.seconds, first.seconds):
             continue
+        short = name if len(axis) < len(first) else first_name
+        once = f", or take one that does not change with --static {joined[short][0].array.name}"
         raise InputError(
             f"all variables need the same times, but {first_name!r} in {joined[first_name][0].path} has {len(first)} "
             f"from {first.label(0)} to {_last(first)} ({first.calendar}), {name!r} in {joined[name][0].path} has "
             f"{len(axis)} from {axis.label(0)} to {_last(axis)} ({axis.calendar}). Give sources with the same times, "
-            f"or leave one variable out with --variables."
+            f"or leave one variable out with --variables{once}."
         )
 
 

@@ -26,6 +26,7 @@ class PrepareSummary:
 
     path: str
     channels: tuple[str, ...]
+    static: tuple[str, ...]
     frames: int
     grid_shape: tuple[int, int]
     mesh: tuple[int, int]
@@ -82,7 +83,9 @@ def prepare(
         _refuse_own_source(Path(output), paths)
         request = "\n".join([repr(options), *map(_identity, paths)])
         with started_directory(Path(output), comm, overwrite=overwrite):
-            written = write_store(Path(output), layout, catalogue, request, comm=comm, progress=progress)
+            written = write_store(
+                Path(output), layout, catalogue, request, comm=comm, static=catalogue.static_fields(), progress=progress
+            )
     notes = catalogue.notes
     if layout.files < comm.size:
         notes += (f"{layout.files} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",)
@@ -143,6 +146,7 @@ def _layout(
         chunk=chunk_shape(shape, *mesh, len(channels)),
         mesh=mesh,
         frames_per_file=frames_per_file or default_frames_per_file(shape, len(channels)),
+        static=tuple(one.channel for one in catalogue.static),
         compression=compression,
         provenance={
             "command": command,
@@ -190,6 +194,7 @@ def summarise(
     return PrepareSummary(
         path=str(output),
         channels=tuple(channel.name for channel in layout.channels),
+        static=tuple(channel.name for channel in layout.static),
         frames=len(layout.time),
         grid_shape=layout.grid_shape,
         mesh=layout.mesh,

@@ -39,6 +39,7 @@ class Taken(TypedDict, total=False):
     fill_absent_chunks: bool
     select: Mapping[str, str] | None
     rename: Mapping[str, str] | None
+    static: Sequence[str] | None
     missing_values: Sequence[tuple[str, float]] | None
     accept: Sequence[str] | None
     period: Period | None
@@ -57,6 +58,7 @@ class SourceOptions:
         fill_absent_chunks: take chunks that a zarr source leaves out as filled, as zarr itself does.
         select: dims, or keys of GRIB messages, and the one value to take of each.
         rename: names of variables or channels, and what the store shall call them.
+        static: variables to take once, although they have times: the first is taken.
         missing_values: names of variables or channels (empty: all), and what marks missing data there.
         accept: variables that are taken as they are: values that look like marks, flags, sources without units.
         period: the times to take.
@@ -70,6 +72,7 @@ class SourceOptions:
     fill_absent_chunks: bool = False
     select: tuple[tuple[str, str], ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
+    static: tuple[str, ...] = ()
     missing_values: tuple[tuple[str, float], ...] = ()
     accept: tuple[str, ...] = ()
     period: Period = field(default_factory=Period)
@@ -78,7 +81,7 @@ class SourceOptions:
     def of(cls, **taken: Unpack[Taken]) -> "SourceOptions":
         """From what `prepare` is given: lists and mappings."""
         values: dict[str, Any] = dict(taken)
-        for name in ("variables", "missing_values", "accept"):
+        for name in ("variables", "static", "missing_values", "accept"):
             values[name] = tuple(values[name] or ()) if name in values else ()
         for name in ("select", "rename"):
             values[name] = tuple((values.get(name) or {}).items())
@@ -133,6 +136,17 @@ def find_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions, path
             f"one of levels, but no members or lead times. {remedy}"
         )
     return Roles(time, latitude, longitude, others[0] if others else None)
+
+
+def static_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions) -> Roles | None:
+    """Of a field without time, or one that is named as static; None if it is no field on latitude and longitude."""
+    array = dataset[name]
+    latitude, longitude = _dim_of(dataset, array, "latitude"), _dim_of(dataset, array, "longitude")
+    time = _time_dim(dataset, array, options) if str(name) in options.static else None
+    others = [dim for dim in array.dims if dim not in (latitude, longitude, time) and array.sizes[dim] > 1]
+    if latitude is None or longitude is None or latitude == longitude or others:
+        return None
+    return Roles(None, latitude, longitude, None)
 
 
 def _is_level(dataset: xr.Dataset, dim: Hashable) -> bool:

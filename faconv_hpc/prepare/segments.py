@@ -16,12 +16,13 @@ from ..errors import InputError
 from ..spatial.grid import SAME_DEG, LatLonGrid, Span, within_half_a_turn
 from .channel_names import channels_of
 from .grib import NOTE
-from .roles import Roles, SourceOptions, coordinate, find_roles, time_variable
+from .roles import Roles, SourceOptions, coordinate, find_roles, static_roles, time_variable
 from .selection import SELECTED, bounds_of, is_flag
 from .values import refuse_rounded, refuse_suspect
 from .zarr_chunks import ZarrChunks
 
 PLAIN_UNITS = "hours since 2000-01-01"
+ALWAYS = TimeAxis(np.zeros(1, np.int64), "standard")  # of what has no time
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +140,13 @@ class Segment:
 
 
 def segments_of(
-    dataset: xr.Dataset, path: Path, options: SourceOptions, notes: list[str], constant: dict[str, Path]
+    dataset: xr.Dataset, path: Path, options: SourceOptions, notes: list[str], static: dict[str, Segment]
 ) -> list[Segment]:
     """The fields of a source, and what is to be said of it.
 
     Args:
         notes: what was assumed or left out is added here.
-        constant: what does not change in time is added here.
+        static: what does not change in time is added here, by name, of each the first.
 
     Raises:
         InputError: fields whose grid, times or dims no store can have.
@@ -160,25 +161,29 @@ def segments_of(
     for name in ["fields"] if ours else dataset.data_vars:
         if name in bounds:
             continue
-        roles = find_roles(dataset, name, options, path)
-        if roles is None or dataset[name].dtype.kind not in "fiub":
-            if dataset[name].ndim >= 2:
-                constant[str(name)] = path
+        array, is_static = dataset[name], str(name) in options.static
+        roles = None if is_static else find_roles(dataset, name, options, path)
+        if roles is None:
+            roles, is_static = static_roles(dataset, name, options), True
+        if roles is None or array.dtype.kind not in "fiub":
             continue
-        array = dataset[name]
         if is_flag(array) and not ours and not _is_named(str(name), options):
             notes.append(
                 f"{path}: {name!r} holds flags or switches, no field, and is left out; --accept {name} takes it."
             )
             continue
         grid = _source_grid(dataset, roles, options, path)
-        if roles.time not in times:
+        if roles.time not in times and not is_static:
             times[roles.time] = _times(dataset, roles, options, path, notes)
-        time = times[roles.time]
-        segments += [
+        time = ALWAYS if is_static else times[roles.time]
+        found = [
             Segment(path, channel, array, roles, level, grid, time, what, options, range(len(time)), chunks, taken)
             for level, channel, what in channels_of(dataset, name, roles, names)
         ]
+        if is_static:
+            static.update({one.channel.name: one for one in found if one.channel.name not in static})
+        else:
+            segments += found
     return segments
 
 

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import xarray as xr
 
-from ..data.layout import DIMS, STORE_FILE
+from ..data.layout import DIMS, STATIC_FILE, STORE_FILE
 from ..errors import InputError
 from .grib import open_grib
 
@@ -24,7 +24,8 @@ def expand(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"source {path} does not exist. Give paths of NetCDF, HDF5, zarr or GRIB data.")
-        expanded += sorted(path.glob("fields-*.nc")) if (path / STORE_FILE).is_file() else [path]
+        ours = (path / STORE_FILE).is_file()
+        expanded += [*sorted(path.glob("fields-*.nc")), *path.glob(STATIC_FILE)] if ours else [path]
     return expanded
 
 

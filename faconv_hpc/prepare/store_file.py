@@ -1,16 +1,27 @@
 """Writing what describes a store: coordinates in every file, and store.nc; see data/layout.py for what it means."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import h5netcdf
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from ..data.layout import DIMS, FORMAT, FORMAT_VERSION, STORE_FILE, FileEntry, StoreContent, StoreLayout
-from ..data.moments import ChannelMoments
-from ..data.statistics import Statistics
+from ..data.layout import (
+    DIMS,
+    FORMAT,
+    FORMAT_VERSION,
+    STATIC_FILE,
+    STORE_FILE,
+    FileEntry,
+    Static,
+    StoreContent,
+    StoreLayout,
+)
+from ..data.moments import ChannelMoments, Moments
+from ..data.statistics import Statistics, row_weights
 from ..data.times import EPOCH_UNITS
 from .hdf5_file import new_netcdf
 
@@ -25,6 +36,10 @@ def write_coordinates(nc: h5netcdf.File, layout: StoreLayout, frames: range) -> 
     time[:] = layout.time.seconds[frames.start : frames.stop]
     time.attrs.update(standard_name="time", axis="T", units=EPOCH_UNITS, calendar=layout.time.calendar)
     write_strings(nc, "channel", "channel", [channel.name for channel in layout.channels])
+    _write_grid(nc, layout)
+
+
+def _write_grid(nc: h5netcdf.File, layout: StoreLayout) -> None:
     for name, values, axis, direction in (
         ("latitude", layout.latitude_deg, "Y", "north"),
         ("longitude", layout.longitude_deg, "X", "east"),
@@ -39,13 +54,39 @@ def write_strings(nc: h5netcdf.File, name: str, dim: str, texts: Sequence[str]) 
     nc.create_variable(name, (dim,), h5py.string_dtype())[:] = np.array(list(texts), dtype=object)
 
 
+def write_static_file(
+    directory: Path, layout: StoreLayout, fields: Iterable[NDArray[np.float32]], mark: str
+) -> tuple[Static, ...]:
+    """Writes static.nc, a variable for each field (Y, X); it appears whole or not at all."""
+    found, weights = [], row_weights(layout.latitude_deg, layout.longitude_deg)
+    with new_netcdf(directory / STATIC_FILE) as (nc, disk):
+        nc.dimensions = dict(zip(DIMS[2:], layout.grid_shape, strict=True))
+        _write_grid(nc, layout)
+        for channel, field_YX in zip(layout.static, fields, strict=True):
+            chunks = layout.chunk.dims[2:]
+            variable = nc.create_variable(channel.name, DIMS[2:], np.float32, chunks=chunks, fletcher32=True)
+            variable[:] = field_YX
+            variable.attrs.update(units=channel.units, long_name=channel.long_name)
+            disk.raise_error()
+            moments = Moments.of(field_YX[None], weights)
+            found.append(Static(channel, moments.mean, moments.std))
+        nc.attrs.update(Conventions=CONVENTIONS, fingerprint=mark)
+    return tuple(found)
+
+
 def write_store_file(
-    directory: Path, layout: StoreLayout, files: tuple[FileEntry, ...], moments: Sequence[ChannelMoments], mark: str
+    directory: Path,
+    layout: StoreLayout,
+    files: tuple[FileEntry, ...],
+    moments: Sequence[ChannelMoments],
+    mark: str,
+    static: tuple[Static, ...] = (),
 ) -> None:
     """Writes store.nc: it appears whole or not at all.
 
     Args:
         mark: the fingerprint that all files of fields bear.
+        static: what `write_static_file` has written.
     """
     statistics = Statistics.of(moments)
     content = StoreContent(
@@ -59,6 +100,8 @@ def write_store_file(
         year_fraction=layout.time.year_fraction,
         utc_hour=layout.time.utc_hour,
         has_missing=any(moment.valid_cells < moment.cells for moment in moments),
+        static=static,
+        static_bytes=(directory / STATIC_FILE).stat().st_size if static else 0,
     )
     with new_netcdf(directory / STORE_FILE) as (nc, _):
         write_coordinates(nc, layout, range(len(layout.time)))
@@ -66,6 +109,8 @@ def write_store_file(
         for name in ("year_fraction", "utc_hour"):
             nc.create_variable(name, ("time",), np.float64)[:] = getattr(content, name)
         _write_file_table(nc, files)
+        if static:
+            _write_static_table(nc, content)
         _write_attributes(nc, content)
 
 
@@ -89,6 +134,16 @@ def _write_file_table(nc: h5netcdf.File, files: Sequence[FileEntry]) -> None:
     write_strings(nc, "file", "file", [entry.name for entry in files])
     for name in ("first_frame", "frames", "size_bytes"):
         nc.create_variable(name, ("file",), np.int64)[:] = np.array([getattr(entry, name) for entry in files])
+
+
+def _write_static_table(nc: h5netcdf.File, content: StoreContent) -> None:
+    nc.dimensions["static"] = len(content.static)
+    for name, key in (("static", "name"), ("static_units", "units"), ("static_long_name", "long_name")):
+        write_strings(nc, name, "static", [getattr(one.channel, key) for one in content.static])
+    for name in ("mean", "std"):
+        numbers = [getattr(one, name) for one in content.static]
+        nc.create_variable(f"static_{name}", ("static",), np.float64)[:] = np.array(numbers)
+    nc.attrs["static_bytes"] = np.int64(content.static_bytes)
 
 
 def _write_attributes(nc: h5netcdf.File, content: StoreContent) -> None:

@@ -1,6 +1,6 @@
 """Writing a store: files of fields shared out over ranks, each in slabs of bounded size."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import DIMS, FORMAT_VERSION, MOMENTS, STORE_FILE, FileEntry, StoreLayout, digest_of, file_name
+from ..data.layout import (
+    DIMS,
+    FORMAT_VERSION,
+    MOMENTS,
+    STATIC_FILE,
+    STORE_FILE,
+    FileEntry,
+    Static,
+    StoreLayout,
+    digest_of,
+    file_name,
+)
 from ..data.moments import ChannelMoments, MomentStream
 from ..data.statistics import row_weights
 from ..errors import InputError
@@ -19,7 +30,7 @@ from ..locks import locked_directory
 from ..spatial.grid import Span
 from .comm import Comm
 from .hdf5_file import ForgivingFile, new_netcdf
-from .store_file import CONVENTIONS, write_coordinates, write_store_file
+from .store_file import CONVENTIONS, write_coordinates, write_static_file, write_store_file
 
 SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
 LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34
@@ -61,6 +72,7 @@ def fingerprint(layout: StoreLayout, request: str) -> str:
     rest = {
         "version": FORMAT_VERSION,
         "channels": [asdict(channel) for channel in layout.channels],
+        "static": [asdict(channel) for channel in layout.static],
         "calendar": layout.time.calendar,
         "chunk": layout.chunk.dims,
         "frames_per_file": layout.frames_per_file,
@@ -106,7 +118,8 @@ def _clear(output: Path, *, overwrite: bool) -> None:
     if finished and not overwrite:
         raise InputError(f"{output} is a finished store and is not overwritten. Give another --output, or --overwrite.")
     fields = output.glob("fields-*.nc") if finished else ()  # of one that was cut short they may serve again
-    for path in [output / STORE_FILE, *fields, *output.glob(".*.part")]:  # store.nc first: from then on unfinished
+    old = (output / STORE_FILE, output / STATIC_FILE)  # store.nc first: from then on unfinished
+    for path in [*old, *fields, *output.glob(".*.part")]:
         path.unlink(missing_ok=True)
 
 
@@ -117,10 +130,11 @@ def write_store(
     request: str,
     *,
     comm: Comm,
+    static: Iterable[NDArray[np.float32]] = (),
     progress: Progress | None = None,
     slab_bytes: int = SLAB_BYTES,
 ) -> Written:
-    """Collective. Writes the files of fields in turn over the ranks, then ``store.nc``.
+    """Collective. Writes ``static.nc``, the files of fields in turn over the ranks, then ``store.nc``.
 
     A file of this very request that is there already is kept. The statistics of each file are
     those of its own frames, merged in the order of files, so they do not depend on the ranks.
@@ -131,6 +145,10 @@ def write_store(
             f"the {comm.size} ranks see different sources for {output}: a source changes while it is read, or the "
             f"nodes do not share one file system. Wait until it is complete, and put it where all nodes see it."
         )
+    statics: tuple[Static, ...] = ()
+    if comm.rank == 0 and layout.static:
+        with _writing(output):
+            statics = write_static_file(output, layout, _sound(layout, static), mark)
     mine = range(comm.rank, layout.files, comm.size)
     kept = 0
     for done, file in enumerate(mine):
@@ -146,7 +164,7 @@ def write_store(
     finished = None
     if comm.rank == 0:
         with _writing(output):
-            finished = _finish(output, layout, kept_files, mark)
+            finished = _finish(output, layout, kept_files, mark, statics)
     written = comm.allgather(finished)[0]
     assert written is not None, "rank 0 finishes the store and tells the others"
     return written
@@ -168,13 +186,13 @@ def _cannot_write(output: Path, error: OSError) -> InputError:
     )
 
 
-def _finish(output: Path, layout: StoreLayout, kept_files: int, mark: str) -> Written:
+def _finish(output: Path, layout: StoreLayout, kept_files: int, mark: str, static: tuple[Static, ...]) -> Written:
     """Merges the statistics of all files and writes store.nc."""
     entries, moments = _survey(output, layout, mark)
     _check_statistics(layout, moments)
     for path in set(output.glob("fields-*.nc")) - {output / entry.name for entry in entries}:
         path.unlink()  # of an earlier, unfinished run with more files
-    write_store_file(output, layout, entries, moments, mark)
+    write_store_file(output, layout, entries, moments, mark, static)
     return Written(entries, kept_files, any(moment.valid_cells < moment.cells for moment in moments))
 
 
@@ -304,6 +322,17 @@ def _check_values(
             f"longitude {layout.longitude_deg[x]:g}: no field is that large. If it marks missing data, say so "
             f"with --missing-value, or set the variable's attribute _FillValue in the source."
         )
+
+
+def _sound(layout: StoreLayout, static: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """The static fields, if all their values are numbers."""
+    for channel, field_YX in zip(layout.static, static, strict=True):
+        if not (np.abs(field_YX) < LARGEST).all():  # a NaN is not
+            raise InputError(
+                f"the static variable {channel.name!r} has cells that are missing or beyond {LARGEST:g}, and nothing "
+                f"would say where. Fill them in the source, or name the variables to take with --variables."
+            )
+        yield field_YX
 
 
 def _store_slab(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from ..config import RunConfig, validated
+from ..config import RunConfig
+from ..config_file import validated
 from ..errors import InputError
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..locks import holder_of, is_held, locked_directory

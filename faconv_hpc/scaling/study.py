@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from ..config import Count, MeshConfig, RunConfig, Section, SlurmConfig, load_config, validated
+from ..config import Count, MeshConfig, RunConfig, Section, SlurmConfig
+from ..config_file import load_config, validated
 from ..errors import InputError
 
 POINTS, STORES = "points", "stores"

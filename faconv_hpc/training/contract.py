@@ -1,37 +1,28 @@
 """The contract of a run: what its network was trained on, and needs to be used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..data.layout import same_units
 from ..data.periods import frames_within, stretches_of
-from ..data.statistics import Statistics, Stretches, merged, moments_of, pieces_of
+from ..data.statistics import ROUNDING, Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
+from ..data.unknown_names import index_of
+from ..data.variables import Channels, Variable
 from ..errors import InputError
 from ..observe import READING
 from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid
 from ..spatial.mesh import ProcessMesh
-from .fit import check_store, grid_of, parts_of
+from .fit import check_store, grid_of, loss_weight_of, names_of, parts_of
 
 SAME = 1e-6  # of a statistic's size, and of the field's deviation: files of other sizes are summed in another order
-
-
-class Variable(BaseModel):
-    """A field of the network: how it is called, in what units, and its statistics over the frames of training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    units: str
-    mean: float
-    std: float
-    tendency_std: float
 
 
 class Contract(BaseModel):
@@ -40,9 +31,8 @@ class Contract(BaseModel):
     Whatever comes later takes statistics, grid and names from here, never from a store.
 
     Attributes:
-        variables: in the order of the network's channels.
+        variables: with their roles, as the config names them; see `Channels` for their order in the network.
         forcings: names of computed inputs.
-        may_miss: whether fields may have missing cells: the network has an input for each that says where.
         latitude_deg, longitude_deg: of the grid, north first and increasing.
         north, south, lon: boundaries, see `LatLonGrid`.
         step_hours: smallest and largest from a frame to the next; what differs more is a gap.
@@ -56,7 +46,6 @@ class Contract(BaseModel):
 
     variables: tuple[Variable, ...]
     forcings: tuple[str, ...]
-    may_miss: bool
     latitude_deg: tuple[float, ...]
     longitude_deg: tuple[float, ...]
     north: Boundary
@@ -75,10 +64,9 @@ class Contract(BaseModel):
         return tuple(variable.name for variable in self.variables)
 
     @cached_property
-    def statistics(self) -> Statistics:
-        """Of the variables."""
-        rows = [(one.mean, one.std, one.tendency_std) for one in self.variables]
-        return Statistics(*np.array(rows, dtype=np.float64).T)
+    def channels(self) -> Channels:
+        """Where the variables stand in what the network takes and gives."""
+        return Channels(self.variables, self.forcings)
 
     @cached_property
     def grid(self) -> LatLonGrid:
@@ -103,15 +91,8 @@ class Contract(BaseModel):
             InputError: a variable is not there or in other units, or grid, step or calendar differ, or cells are
                 missing where none were in training; with both values.
         """
-        channels = store.channel_indices(self.names)
-        for variable, index in zip(self.variables, channels, strict=True):
-            if not same_units(variable.units, store.units[index]):
-                raise self._refusal(
-                    store.path,
-                    f"{variable.name!r} in {variable.units or 'no units'}",
-                    f"it in {store.units[index] or 'no units'}",
-                    "Convert it in the source, and prepare the store again.",
-                )
+        for variable in self.variables:
+            self._check_variable(store, variable)
         for name in ("latitude_deg", "longitude_deg"):
             mine, others = np.array(getattr(self, name)), getattr(store, name)
             if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
@@ -120,10 +101,25 @@ class Contract(BaseModel):
                     store.path, f"{name} {_range(mine)}", _range(others), way_out or "Regrid the source."
                 )
         self._check_times(store)
-        if store.misses_some(channels) and not self.may_miss:
+
+    def _check_variable(self, store: Store, variable: Variable) -> None:
+        if variable.role == "static":
+            index = index_of("static variable", variable.name, store.static_names, f"store {store.path}")
+            units, misses = store.static[index].channel.units, False
+        else:
+            (index,) = store.channel_indices([variable.name])
+            units, misses = store.units[index], store.misses_some([index])
+        if not same_units(variable.units, units):
             raise self._refusal(
                 store.path,
-                "fields without missing cells",
+                f"{variable.name!r} in {variable.units or 'no units'}",
+                f"it in {units or 'no units'}",
+                "Convert it in the source, and prepare the store again.",
+            )
+        if misses and not variable.may_miss:
+            raise self._refusal(
+                store.path,
+                f"a {variable.name!r} without missing cells",
                 "some that are missing",
                 "Fill them in the source, or leave those frames out with --from and --to.",
             )
@@ -154,10 +150,11 @@ def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None
     if store.digest == contract.store:
         return
     stretches = stretches_of(store.layout.time, contract.training_spans(store))
-    now = _statistics(store, stretches, store.channel_indices(contract.names), mesh).rows
-    was = contract.statistics.rows
-    for variable, mine, others in zip(contract.variables, was, now, strict=True):
-        if (np.abs(mine - others) > SAME * (np.abs(mine) + mine[1])).any():
+    now = _statistics(store, stretches, {one.name: one.log1p for one in contract.channels.fields}, mesh)
+    now |= {one.channel.name: np.array([one.mean, one.std, 0.0]) for one in store.static}
+    for variable in contract.variables:
+        mine, others = np.array([variable.mean, variable.std, variable.tendency_std]), now[variable.name]
+        if (np.abs(mine - others) > SAME * (np.abs(mine) + variable.std)).any():
             told = (", ".join(f"{value:.7g}" for value in row) for row in (mine, others))
             raise InputError(
                 f"the run was trained on a {variable.name!r} of mean, deviation and deviation of the change "
@@ -175,19 +172,15 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
         InputError: config and store do not fit each other; see `check_store`.
     """
     check_store(config, store)
-    names = store.channels if config.data.variables is None else config.data.variables
-    channels, axis = store.channel_indices(names), store.layout.time
-    spans = parts_of(config.data, store).train
-    stretches = stretches_of(axis, spans)
-    statistics = _statistics(store, stretches, channels, mesh)
+    data, axis = config.data, store.layout.time
+    names = names_of(data, store)
+    spans = parts_of(data, store).train
+    log1p = {name: data.log1p.get(name) for name in names if name not in store.static_names}
+    statistics = _statistics(store, stretches_of(axis, spans), log1p, mesh)
     grid = grid_of(config, store)
     return Contract(
-        variables=tuple(
-            Variable(name=name, units=store.units[channel], mean=mean, std=std, tendency_std=tendency_std)
-            for name, channel, (mean, std, tendency_std) in zip(names, channels, statistics.rows.tolist(), strict=True)
-        ),
-        forcings=config.data.forcings,
-        may_miss=store.misses_some(channels),
+        variables=tuple(_variable(name, data, store, statistics) for name in names),
+        forcings=data.forcings,
         latitude_deg=tuple(store.latitude_deg.tolist()),
         longitude_deg=tuple(store.longitude_deg.tolist()),
         north=grid.north,
@@ -196,20 +189,45 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
         step_hours=_steps_of(store, [range(store.frames)]),
         calendar=store.calendar,
         training=tuple(f"{axis.label(span.start)}/{axis.label(span.stop - 1)}" for span in spans),
-        validation=config.data.periods.validation,
-        test=config.data.periods.test,
+        validation=data.periods.validation,
+        test=data.periods.test,
         store=store.digest,
     )
 
 
-def _statistics(store: Store, stretches: Stretches, channels: Sequence[int], mesh: ProcessMesh) -> Statistics:
-    """Of some channels over some frames: files are dealt to ranks, and merged in their order."""
-    pieces = pieces_of(store, stretches, channels)
+def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str, NDArray[np.float64]]) -> Variable:
+    if name in store.static_names:
+        static = store.static[store.static_names.index(name)]
+        settled = static.std <= ROUNDING * abs(static.mean)
+        std = 0.0 if settled else static.std
+        return Variable(name=name, units=static.channel.units, role="static", mean=static.mean, std=std, tendency_std=0)
+    (channel,) = store.channel_indices([name])
+    mean, std, tendency_std = statistics[name].tolist()
+    return Variable(
+        name=name,
+        units=store.units[channel],
+        role=data.roles.get(name, "prognostic"),
+        log1p=data.log1p.get(name),
+        may_miss=store.misses_some([channel]),
+        loss_weight=loss_weight_of(data, name),
+        mean=mean,
+        std=std,
+        tendency_std=tendency_std,
+    )
+
+
+def _statistics(
+    store: Store, stretches: Stretches, log1p: Mapping[str, float | None], mesh: ProcessMesh
+) -> dict[str, NDArray[np.float64]]:
+    """Mean and deviations of variables over some frames: files are dealt to ranks, and merged in their order."""
+    channels = store.channel_indices(list(log1p))
+    logarithms = {channel: one for channel, one in zip(channels, log1p.values(), strict=True) if one is not None}
+    pieces = pieces_of(store, stretches, channels, logarithms)
     with mesh.activity.during(READING):
-        mine = [moments_of(store, piece, stretches) for piece in pieces[mesh.rank :: mesh.ranks]]
+        mine = [moments_of(store, piece, stretches, logarithms) for piece in pieces[mesh.rank :: mesh.ranks]]
     dealt = mesh.gathered_objects(mine)
     found = merged(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(pieces)))
-    return Statistics.of(found[channel] for channel in channels)
+    return dict(zip(log1p, Statistics.of(found[channel] for channel in channels).rows, strict=True))
 
 
 def _steps_of(store: Store, spans: Stretches) -> tuple[float, float]:

@@ -67,9 +67,7 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
 
 def metadata(manifest: Manifest) -> dict[str, str]:
     """What builds the network, and its contract: texts, as safetensors wants them, or JSON."""
-    in_channels = manifest.parameters["layers.0.input_weight"].shape[1]
-    fields = manifest.parameters["forecast.weight"].shape[0]
-    options = network_options(ModelConfig.model_validate(manifest.config["model"]), in_channels, fields)
+    options = network_options(ModelConfig.model_validate(manifest.config["model"]), manifest.contract.channels)
     return {
         "step": str(manifest.step),
         "network": json.dumps(options),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import combinations
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..data.forcings import check_forcings
 from ..data.periods import frames_within, mask_of, spans_of, starts_before, starts_within, stretches_of
 from ..data.store import Store
 from ..data.times import ALIKE, SECONDS_PER_HOUR
+from ..data.unknown_names import index_of, unknown_name
 from ..errors import InputError
 from ..model.rules import check_attention, check_coarse, check_kernel, check_layer
 from ..spatial.grid import Cuts, LatLonGrid
@@ -81,6 +83,42 @@ def parts_of(data: DataConfig, store: Store) -> Parts:
     return Parts(spans["train"] if periods["train"] else left, spans["validation"], spans["test"])
 
 
+def names_of(data: DataConfig, store: Store) -> tuple[str, ...]:
+    """The variables that a config takes of a store, with those that have no time."""
+    return (*store.channels, *store.static_names) if data.variables is None else data.variables
+
+
+def loss_weight_of(data: DataConfig, name: str) -> float:
+    """Of a variable: its own, or that of the first pattern that it matches, or 1."""
+    patterns = (weight for pattern, weight in data.loss_weights.items() if fnmatchcase(name, pattern))
+    return data.loss_weights.get(name, next(patterns, 1.0))
+
+
+def _check_variables(data: DataConfig, store: Store) -> None:
+    """Raises InputError for variables that the store lacks, and for what is said of one that is not taken."""
+    names = [name for name in names_of(data, store) if name not in store.static_names]
+    store.channel_indices(names)
+    for key, said in (("roles", data.roles), ("log1p", data.log1p)):
+        for name in said:
+            if name in store.static_names:
+                raise InputError(
+                    f"data.{key} names {name!r}, which has no time in {store.path}: it is an input that never changes. "
+                    f"Leave it out there."
+                )
+            index_of(f"variable for data.{key}:", name, names, f"what the network takes of {store.path}")
+    targets = [name for name in names if data.roles.get(name) != "forcing"]
+    if all(data.roles.get(name) == "diagnostic" for name in targets):
+        raise InputError(
+            f"no variable of data.variables ({', '.join(names)}) is prognostic: a network forecasts from what it has "
+            f"forecast. Leave one out of data.roles."
+        )
+    for pattern in data.loss_weights:
+        if not any(fnmatchcase(name, pattern) for name in targets):
+            raise unknown_name("variable for data.loss_weights:", pattern, targets, "what is forecast")
+    if not any(loss_weight_of(data, name) for name in targets):
+        raise InputError("data.loss_weights leaves nothing to learn: every variable has weight 0. Give one more.")
+
+
 def training_starts(store: Store, spans: tuple[range, ...], window: int) -> NDArray[np.int64]:
     """First frames of the windows that samples are drawn from, none of which leads over a gap.
 
@@ -128,7 +166,7 @@ def windows_over_gaps(store: Store, spans: tuple[range, ...], window: int) -> in
 def check_store(config: RunConfig, store: Store) -> None:
     """Raises InputError for variables, forcings or periods that the store lacks, and for too few frames."""
     data = config.data
-    store.channel_indices(store.channels if data.variables is None else data.variables)
+    _check_variables(data, store)
     check_forcings(data.forcings)
     training_starts(store, parts_of(data, store).train, data.window)
     training = config.training

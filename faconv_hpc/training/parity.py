@@ -19,6 +19,7 @@ from ..spatial.mesh import ProcessMesh
 from .contract import make_contract
 from .engine import Engine
 from .fit import grid_of
+from .objective import losses_of
 from .setup import Workspace, build_network
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -151,14 +152,12 @@ def _update(workspace: Workspace) -> Values:
     changes: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
     changes |= {"micro_batch": 1, "accumulation": 1, "precision": "fp32"}
     windows = workspace.training_windows()
-    network = _randomized(build_network(workspace.config, windows), torch.float32)
+    network = _randomized(build_network(workspace.config, windows.channels), torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
     batch = _window(workspace, windows, workspace.domain.mesh.replica)
     output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, workspace.domain)
-    inputs, target = batch.inputs_BTCYX, batch.target_BTCYX
-    losses = network.losses(output, inputs, target, workspace.domain, batch.valid_BTCYX, batch.known_BTCYX)
-    engine.backward(losses.total)
+    engine.backward(losses_of(network, output, batch, workspace.domain).total)
     engine.step(1.0)
     return {f"{UPDATE}{name}": before[name] - after for name, after in engine.full_parameters()}
 
@@ -172,18 +171,18 @@ def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Value
     """Loss, outputs and gradients of one window, assembled from all tiles."""
     domain = workspace.domain
     windows = workspace.training_windows()
-    network = _randomized(build_network(workspace.config, windows), dtype).to(domain.mesh.device)
+    network = _randomized(build_network(workspace.config, windows.channels), dtype).to(domain.mesh.device)
     batch = _window(workspace, windows, number)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
+    batch = replace(batch, inputs_BTCYX=inputs, target_BTCYX=batch.target_BTCYX.to(dtype))
     output = network(inputs, batch.year_fraction_BT, domain=domain)
-    known = None if batch.known_BTCYX is None else batch.known_BTCYX.to(dtype)
-    loss = network.losses(output, inputs, batch.target_BTCYX.to(dtype), domain, batch.valid_BTCYX, known).total
+    loss = losses_of(network, output, batch, domain).total
     named = dict(network.named_parameters())
     share = loss.objective / domain.tiles
     gradients = torch.autograd.grad(share, [inputs, *named.values()], materialize_grads=True)
     values = {
         "loss": loss.value,
-        "output": domain.assemble(output.tendency_BTCYX.detach()),
+        "output": domain.assemble(output.forecast_BTCYX.detach()),
         "embedding": output.embedding_BTE.detach(),
         "input gradient": domain.assemble(gradients[0]),
     }
@@ -205,18 +204,20 @@ def _compared(workspace: Workspace, got: Values, want: Values, tolerance: float)
         difference = torch.stack([(got[name] - want[name]).abs().max() for name in names]).max()
         row = ParityRow(str(layout), group, float(difference) / scale, tolerance)
         is_field = not row.passed and got[names[0]].dim() == FIELD_DIMS
-        yield replace(row, first=_place(workspace, got[names[0]], want[names[0]], tolerance)) if is_field else row
+        place = _place(workspace, group, got[names[0]], want[names[0]], tolerance) if is_field else ""
+        yield replace(row, first=place)
 
 
-def _place(workspace: Workspace, got: Tensor, want: Tensor, tolerance: float) -> str:
+def _place(workspace: Workspace, quantity: str, got: Tensor, want: Tensor, tolerance: float) -> str:
     """Where the first value lies that differs: step, channel, row and column, and the rank that owns the cell."""
     cuts = workspace.domain.cuts
     wrong = ~((got - want).abs() <= tolerance * want.abs().max())  # a NaN is wrong
     _, step, channel, row, column = wrong.nonzero()[0].tolist()
     lat_index = bisect_right(cuts.row_edges, row) - 1
     lon_index = bisect_right(cuts.column_edges, column) - 1
-    name = workspace.training_windows().input_channels[channel]
-    return f"rank {lat_index * cuts.lon + lon_index}, {name}, step {step}, row {row}, column {column}"
+    channels = workspace.contract.channels
+    names = channels.inputs if quantity == "input gradient" else [one.name for one in channels.targets]
+    return f"rank {lat_index * cuts.lon + lon_index}, {names[channel]}, step {step}, row {row}, column {column}"
 
 
 def _randomized(network: FAConvLSTMNetwork, dtype: torch.dtype) -> FAConvLSTMNetwork:

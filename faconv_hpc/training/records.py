@@ -218,15 +218,15 @@ def beginning(
         rank_gib: memory that a rank needs at least.
         done: steps that are done already.
     """
-    mesh, fields = config.mesh, len(windows.field_channels)
+    mesh, channels = config.mesh, contract.channels
     gaps = f" ({left_out} more would lead over a gap in time)" if left_out else ""
     shortest, longest = contract.step_hours
     steps = f"steps of time take {shortest:g} to {longest:g} h, " if longest > shortest else ""
     return (
         f"{config.run_dir}: steps {done + 1} to {config.training.steps} on a mesh of {mesh.replicas} x {mesh.lat} x "
         f"{mesh.lon} (replicas x lat x lon), {config.global_batch} of {len(windows)} windows in each{gaps}\n"
-        f"  {len(windows.input_channels)} channels in, {fields} forecast, {parameters:,} parameters, {steps}at least "
-        f"{rank_gib:.2g} GiB a rank; records go to {config.run_dir / STEPS_FILE}"
+        f"  {len(channels.inputs)} channels in, {len(channels.targets)} forecast, {parameters:,} parameters, {steps}at "
+        f"least {rank_gib:.2g} GiB a rank; records go to {config.run_dir / STEPS_FILE}"
     )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..config import ModelConfig, RunConfig
 from ..data.samples import Windows
 from ..data.store import Store
+from ..data.variables import Channels
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.grid import Tile
@@ -70,25 +71,21 @@ class Workspace:
         return Windows(
             self.store,
             tile or self.domain.tile,
-            variables=self.contract.names,
-            statistics=self.contract.statistics,
-            may_miss=self.contract.may_miss,
+            channels=self.contract.channels,
             window=length,
             starts=starts,
-            forcings=self.contract.forcings,
             grid=self.domain.grid,
         )
 
 
-def build_network(config: RunConfig, windows: Windows) -> FAConvLSTMNetwork:
+def build_network(config: RunConfig, channels: Channels) -> FAConvLSTMNetwork:
     """The network of the config, drawn from its seed: the same on every rank and every mesh."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        options = network_options(config.model, len(windows.input_channels), len(windows.field_channels))
-        return FAConvLSTMNetwork(**options)
+        return FAConvLSTMNetwork(**network_options(config.model, channels))
 
 
-def network_options(model: ModelConfig, in_channels: int, field_channels: int) -> dict[str, Any]:
+def network_options(model: ModelConfig, channels: Channels) -> dict[str, Any]:
     """Arguments of `FAConvLSTMNetwork`; plain values, as JSON can hold."""
     kept = {
         "hidden_channels", "layers", "embedding_channels", "coarse_shape", "embedding_weight", "checkpoint_steps",
@@ -99,7 +96,12 @@ def network_options(model: ModelConfig, in_channels: int, field_channels: int) -
             "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole", "attention_every",
             "attention_heads", "attention_channels", "attention_exchange", "kernels",
         }  # fmt: skip
-    return {"in_channels": in_channels, "field_channels": field_channels} | model.model_dump(include=kept)
+    sizes = {
+        "in_channels": len(channels.inputs),
+        "field_channels": len(channels.prognostic),
+        "diagnostic_channels": len(channels.diagnostic),
+    }
+    return sizes | model.model_dump(include=kept)
 
 
 def sample_positions(config: RunConfig, step: int, micro: int, replica: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from .contract import Contract
 from .schedule import Leg
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
-FORMAT = "faconv_hpc checkpoint 3"  # 1 had no legs, and 2 no contract
+FORMAT = "faconv_hpc checkpoint 4"  # 1 had no legs, 2 no contract, and 3 no roles
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
 PARAMETER = "parameter"
@@ -82,7 +82,7 @@ class Manifest(_Section):
         legs: of the learning rate.
     """
 
-    format: Literal["faconv_hpc checkpoint 3"]
+    format: Literal["faconv_hpc checkpoint 4"]
     run: str
     step: int
     updates: int

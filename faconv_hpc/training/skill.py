@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..data.samples import Batch
+from ..data.variables import Channels
 from ..model.network import NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
-from .contract import Contract
 from .free_run import free_run
 
 
@@ -37,21 +37,38 @@ class Skill:
         return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in values.items()}
 
 
+@dataclass(frozen=True)
+class LeadFields:
+    """Of one sample and lead, in the units of each target: the change since the last input; of diagnostics the
+    departure from their mean. NaN where it is not known.
+
+    Attributes:
+        truth_CYX, forecast_CYX: what came, and what was forecast.
+        persistence_CYX: what no change would have been; of diagnostics unknown after a window of one step.
+    """
+
+    truth_CYX: Tensor
+    forecast_CYX: Tensor
+    persistence_CYX: Tensor
+
+
 class SkillSums:
     """Squared errors of forecasts and of persistence, summed up over the grid and over forecasts."""
 
-    def __init__(self, leads: int, fields: int) -> None:
-        self._squares, self._weights = (torch.zeros(leads, 2, fields, dtype=torch.float64) for _ in range(2))
+    def __init__(self, leads: int, targets: int) -> None:
+        self._squares, self._weights = (torch.zeros(leads, 2, targets, dtype=torch.float64) for _ in range(2))
 
-    def add(self, lead: int, truth_CYX: Tensor, forecast_CYX: Tensor, domain: Domain, *, counts: bool = True) -> None:
-        """One forecast's change of this tile, and the true one, NaN where it is not known. Collective over the tiles.
+    def add(self, lead: int, fields: LeadFields, domain: Domain, *, counts: bool = True) -> None:
+        """One forecast of this tile. Collective over the tiles.
 
         Args:
             counts: whether it does; one that does not keeps other ranks company.
         """
-        valid = ~truth_CYX.isnan()
-        for row, field in enumerate((forecast_CYX - truth_CYX, truth_CYX)):
-            square, weight = _area_square(field, valid, domain)
+        truth_CYX, persistence_CYX = fields.truth_CYX, fields.persistence_CYX
+        known_CYX = ~truth_CYX.isnan()  # a forecast that is no number is wrong, not unknown
+        rows = (fields.forecast_CYX, known_CYX), (persistence_CYX, known_CYX & ~persistence_CYX.isnan())
+        for row, (said_CYX, valid_CYX) in enumerate(rows):
+            square, weight = _area_square(said_CYX - truth_CYX, valid_CYX, domain)
             if counts:
                 self._squares[lead - 1, row] += square
                 self._weights[lead - 1, row] += weight
@@ -63,34 +80,53 @@ class SkillSums:
         squares, weights = rows.sum(0).chunk(2)
         self._squares, self._weights = squares.view_as(self._squares), weights.view_as(self._weights)
 
-    def skills(self, contract: Contract) -> tuple[Skill, ...]:
-        """Of all variables, lead by lead; ``contract`` says in which units the changes were."""
-        rmse = (self._squares / self._weights).sqrt() * torch.from_numpy(contract.statistics.tendency_std)
+    def skills(self, channels: Channels) -> tuple[Skill, ...]:
+        """Of all targets, lead by lead."""
+        rmse = (self._squares / self._weights).sqrt()
         return tuple(
             Skill(variable.name, lead, variable.units, float(own), float(persistence))
             for lead, errors in enumerate(rmse, start=1)
-            for variable, own, persistence in zip(contract.variables, *errors, strict=True)
+            for variable, own, persistence in zip(channels.targets, *errors, strict=True)
         )
 
 
-def changes(
-    network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain, contract: Contract
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """True and forecast change (C, Y, X) of a sample over each lead, over ``tendency_std``; NaN where it is not known.
+def forecasts_of(
+    network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain
+) -> Iterator[LeadFields]:
+    """Of the first sample of a batch, lead by lead.
 
     A change is known where the field was known in every frame from the first to the last.
     """
-    targets_TCYX = batch.target_BTCYX[0, window - 1 :]
+    channels, changing = batch.channels, len(batch.channels.prognostic)
+    targets_TCYX = batch.target_BTCYX[0]
     if batch.valid_BTCYX is not None:
-        targets_TCYX = targets_TCYX.where(batch.valid_BTCYX[0, window - 1 :], float("nan"))
-    step = torch.from_numpy(contract.statistics.step)
-    for truth, forecast in zip(targets_TCYX.cumsum(0), free_run(network, batch, window, domain, step), strict=True):
-        yield truth, forecast[0]
+        targets_TCYX = targets_TCYX.where(batch.valid_BTCYX[0], float("nan"))
+    changes_TCYX = targets_TCYX[window - 1 :, :changing].cumsum(0)
+    diagnostics_TCYX = targets_TCYX[:, changing:]
+    before_CYX = torch.full_like(diagnostics_TCYX[0], float("nan")) if window == 1 else diagnostics_TCYX[window - 2]
+    persistence_CYX = torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX])
+    start_CYX = batch.inputs_BTCYX[0, window - 1]
+    for lead, forecast in enumerate(free_run(network, batch, window, domain)):
+        truth_CYX = torch.cat([changes_TCYX[lead], diagnostics_TCYX[window - 1 + lead]])
+        forecast_CYX = torch.cat([part[0] for part in forecast])
+        said = (_in_units(fields, start_CYX, channels) for fields in (truth_CYX, forecast_CYX, persistence_CYX))
+        yield LeadFields(*said)
 
 
-def _area_square(x_CYX: Tensor, valid_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
+def _in_units(fields_CYX: Tensor, start_CYX: Tensor, channels: Channels) -> Tensor:
+    """(C, Y, X) float64 of the targets' changes, or of diagnostics' departures from their mean."""
+    parts = []
+    for place, variable in enumerate(channels.targets):
+        dz = fields_CYX[place].double() * variable.target_scale
+        mean = torch.full_like(dz, variable.mean)
+        z = start_CYX[place] * variable.scale + mean if variable.role == "prognostic" else mean
+        parts.append(variable.change(z, dz))
+    return torch.stack(parts)
+
+
+def _area_square(error_CYX: Tensor, valid_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
     """(C,) area-weighted sums over the whole grid of the squares where they are valid, and of their weights."""
-    square = x_CYX.double().square().where(valid_CYX, 0.0)
+    square = error_CYX.square().where(valid_CYX, 0.0)
     weight = domain.coordinates.row_weights(square)[:, None] * valid_CYX
     sums = domain.total(torch.stack([(square * weight).sum((-2, -1)), weight.sum((-2, -1))])).cpu()
     return sums[0], sums[1]

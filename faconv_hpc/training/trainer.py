@@ -28,6 +28,7 @@ from .faults.not_finite import NotFinite
 from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
 from .fit import check_store, least_bytes, windows_over_gaps
+from .objective import losses_of
 from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
@@ -73,7 +74,7 @@ def train(
         claim = stack.enter_context(claimed(config.run_dir, here=here))  # from here on nobody else saves there
         workspace = Workspace.of(config, store, mesh, contract_of_run(config.run_dir, mesh))
         windows = workspace.training_windows()
-        engine = Engine(build_network(config, windows), mesh, config.training)
+        engine = Engine(build_network(config, workspace.contract.channels), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
         legs = legs_of(config, resumed.legs, extend)
         done = resumed.step
@@ -281,8 +282,7 @@ class Trainer:
         network, domain = self._engine.network, self._domain
         with self._activity.during("forward"):
             output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
-            inputs, target = batch.inputs_BTCYX, batch.target_BTCYX
-            losses = network.losses(output, inputs, target, domain, batch.valid_BTCYX, batch.known_BTCYX)
+            losses = losses_of(network, output, batch, domain)
         with self._activity.during("backward"):
             self._engine.backward(losses.total)
         return MicroBatch.of(torch.stack([losses.total.value, losses.forecast.value]), output, batch)

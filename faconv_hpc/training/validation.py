@@ -7,7 +7,7 @@ import numpy as np
 from ..observe import VALIDATING
 from .engine import Engine
 from .setup import Workspace
-from .skill import Skill, SkillSums, changes
+from .skill import Skill, SkillSums, forecasts_of
 
 
 class Validation:
@@ -33,15 +33,15 @@ class Validation:
         """Of all variables and leads. Collective: every rank runs the network equally often, as ZeRO 3 asks for."""
         workspace, engine = self._workspace, self._engine
         domain, mesh = workspace.domain, workspace.domain.mesh
-        sums = SkillSums(self._leads, len(workspace.contract.variables))
+        sums = SkillSums(self._leads, len(workspace.contract.channels.targets))
         with mesh.activity.during(VALIDATING), engine.evaluating():
             for turn in range(math.ceil(len(self._some) / mesh.replicas)):
                 place = turn * mesh.replicas + mesh.replica
                 batch = self._windows.read([self._some[min(place, len(self._some) - 1)]]).to(mesh.device)
-                found = changes(engine.forward, batch, workspace.config.data.window, domain, workspace.contract)
-                for lead, (truth, forecast) in enumerate(found, start=1):
-                    sums.add(lead, truth, forecast, domain, counts=place < len(self._some))
+                found = forecasts_of(engine.forward, batch, workspace.config.data.window, domain)
+                for lead, fields in enumerate(found, start=1):
+                    sums.add(lead, fields, domain, counts=place < len(self._some))
             sums.over_replicas(mesh)
         domain.clock.take("exchange")  # no step's
         engine.take_communication_s()
-        return sums.skills(workspace.contract)
+        return sums.skills(workspace.contract.channels)

@@ -32,7 +32,7 @@ class MicroBatch:
     def of(cls, losses: Tensor, output: NetworkOutput, batch: Batch) -> "MicroBatch":
         """Looks at every cell once, without waiting for the device."""
         with torch.no_grad():
-            error_BTCYX = output.tendency_BTCYX - batch.target_BTCYX
+            error_BTCYX = output.forecast_BTCYX - batch.target_BTCYX
             return cls(losses, batch.windows, ~error_BTCYX.isfinite().all(-1).all(-1).all(1))
 
 

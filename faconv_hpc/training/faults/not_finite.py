@@ -97,7 +97,7 @@ class NotFinite:
         return "restored"
 
     def _told(self, what: str, value: float, step: int, micros: Sequence[MicroBatch]) -> str:
-        variables = self._workspace.config.data.variables or self._workspace.store.channels
+        variables = [one.name for one in self._workspace.contract.channels.targets]
         return report(what, value, step, micros, variables, self._mesh)
 
     def _say(self, text: str) -> None:

@@ -1,0 +1,21 @@
+"""What training minimizes on a batch."""
+
+from ..data.samples import Batch
+from ..model.network import FAConvLSTMNetwork, NetworkOutput, TrainingLosses
+from ..spatial.domain import Domain
+
+
+def losses_of(network: FAConvLSTMNetwork, output: NetworkOutput, batch: Batch, domain: Domain) -> TrainingLosses:
+    """Of what the network made of a batch, weighed as the contract says. Collective over the tiles.
+
+    Its adjoint: see `Loss`, whose ``objective`` each rank calls backward on.
+    """
+    return network.losses(
+        output,
+        batch.inputs_BTCYX,
+        batch.target_BTCYX,
+        domain,
+        valid=batch.valid_BTCYX,
+        known=batch.known_BTCYX,
+        weights=batch.channels.loss_weights,
+    )
