@@ -74,7 +74,7 @@ class DataConfig(Section):
     """What is read, and what the network is told about it."""
 
     store: Path = Field(description="directory made by `faconv data prepare`")
-    variables: tuple[str, ...] | None = Field(None, description="channels to forecast; default: all of the store")
+    variables: tuple[str, ...] | None = Field(None, description="those of the store to take; default: all")
     roles: dict[str, ChosenRole] = Field({}, description="name: forcing (input only) or diagnostic (output only)")
     log1p: dict[str, Scale] = Field({}, description="name: s, for a network that sees log(1 + x / s) instead of x")
     loss_weights: dict[str, Weight] = Field(

@@ -232,7 +232,8 @@ def beginning(
 
 def ending(config: RunConfig, last: StepRecord | None) -> str:
     """What it has done, and what comes next."""
-    loss = f", forecast loss {last.forecast_loss:.4f} (1 is what persistence has)" if last else ""
+    reference = "persistence has, and of a diagnostic its mean" if config.data.roles else "persistence has"
+    loss = f", forecast loss {last.forecast_loss:.4f} (1 is what {reference})" if last else ""
     return f"{config.run_dir}: at step {config.training.steps}{loss}. Next: faconv evaluate {config.run_dir}"
 
 
