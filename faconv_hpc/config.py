@@ -172,7 +172,23 @@ class TrainingConfig(Section):
     validate_every: int = Field(0, ge=0, description="steps between looks at the validation period; 0: never")
     validate_leads: Count = Field(1, description="steps that it forecasts then, running freely")
     validate_samples: Count = Field(32, description="windows that it forecasts then, spread over the period")
+    rollout: dict[Annotated[int, Field(ge=0)], Count] = Field(
+        {}, description="steps done: leads from there on, trained through free runs; before the first, and default: 1"
+    )
+    lead_weights: tuple[Weight, ...] = Field(
+        (),
+        description="of leads 2, 3, ... in the loss, the last for all that follow; default: 1, like a step",
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard events")
+
+    @property
+    def most_leads(self) -> int:
+        """That a sample is ever trained for."""
+        return max(self.rollout.values(), default=1)
+
+    def leads_after(self, done: int) -> int:
+        """For how many leads the step is trained that follows so many."""
+        return self.rollout.get(max((step for step in self.rollout if step <= done), default=-1), 1)
 
     @model_validator(mode="after")
     def _warm_up_is_shorter_than_the_run(self) -> "TrainingConfig":

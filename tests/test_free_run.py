@@ -54,7 +54,7 @@ def runs_of(mesh, missing):
         change = change + network(x[:, :at], season[:, :at], domain=domain).tendency_BTCYX[:, -1]
         expected.append(domain.assemble(change))
         if at < STEPS:
-            x[:, at, :FIELDS] = last[:, :FIELDS] + change * torch.tensor(STEPS_C).to(change)[:, None, None]
+            x[:, at, :FIELDS] = last[:, :FIELDS] + change * torch.tensor(STEPS_C, dtype=torch.float64)[:, None, None]
             if missing:
                 x[:, at, :FIELDS] *= mask
                 x[:, at, FIELDS : 2 * FIELDS] = mask

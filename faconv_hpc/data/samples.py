@@ -122,20 +122,24 @@ class Windows:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def read(self, indices: Sequence[int]) -> Batch:
+    def read(self, indices: Sequence[int], steps: int | None = None) -> Batch:
         """Reads windows; each frame of a window is read once.
+
+        Args:
+            steps: only the first inputs, and the target of the last; default: all.
 
         Raises:
             InputError: files that are missing or damaged.
             IndexError: a window that does not exist.
         """
-        size, time, shape = len(indices), self.window, self.tile.shape
+        size, time, shape = len(indices), steps or self.window, self.tile.shape
+        assert time <= self.window, f"{time} steps of a window of {self.window}"
         inputs_BTCYX = torch.empty(size, time, len(self.channels.inputs), *shape)
         target_BTCYX = torch.empty(size, time, len(self.channels.targets), *shape)
         valid_BTCYX = torch.empty(target_BTCYX.shape, dtype=torch.bool) if self._may_miss else None
         year_fraction_BT = torch.empty(size, time, dtype=torch.float64)
         for sample, index in enumerate(indices):
-            frames = self.frames_of(index)
+            frames = self.frames_of(index)[: time + 1]
             valid = None if valid_BTCYX is None else valid_BTCYX[sample].numpy()
             self._fill(frames, inputs_BTCYX[sample].numpy(), target_BTCYX[sample].numpy(), valid)
             year_fraction_BT[sample] = torch.from_numpy(self.store.year_fraction[frames.start : frames.stop - 1])

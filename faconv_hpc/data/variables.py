@@ -114,7 +114,6 @@ class Channels:
 
     @cached_property
     def loss_weights(self) -> tuple[float, ...] | None:
-        """Of the targets, of mean 1; None if all are the same."""
-        weights = [one.loss_weight for one in self.targets]
-        mean = sum(weights) / len(weights)
-        return None if len(set(weights)) == 1 else tuple(weight / mean for weight in weights)
+        """Of the targets; None if all are the same."""
+        weights = tuple(one.loss_weight for one in self.targets)
+        return None if len(set(weights)) == 1 else weights

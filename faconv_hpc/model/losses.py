@@ -17,7 +17,7 @@ is averaged over its own valid cells.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ def area_mean_squared_error(
     domain: Domain,
     valid_BTCYX: Tensor | None = None,
     weights: tuple[float, ...] | None = None,
+    step_weights: tuple[float, ...] | None = None,
 ) -> Loss:
     """Squared error averaged over the area of the grid, then over channels, steps and samples.
 
@@ -58,18 +59,56 @@ def area_mean_squared_error(
         predicted_BTCYX, target_BTCYX: this tile's cells.
         domain: gives areas, and sums over tiles.
         valid_BTCYX: bool, cells that count; each sample is averaged over its own. Default: all.
-        weights: of the channels, of mean 1. Default: all count the same.
+        weights, step_weights: of channels and of steps, not all 0. Default: all count the same.
     """
+    weigh = partial(_weighed, weights=weights, steps=step_weights)
     precision = at_least_float32(predicted_BTCYX.dtype)
     error_BTCYX = (predicted_BTCYX.to(precision) - target_BTCYX.to(precision)).square()
     if valid_BTCYX is None:
-        share = _weighed(_area_sum(error_BTCYX, domain), weights).mean()
+        share = weigh(_area_sum(error_BTCYX, domain)).mean()
     else:
         valid = valid_BTCYX.to(precision)
-        counted_B = domain.total(_weighed(_area_sum(valid, domain), weights).sum((1, 2)))
-        share_B = _weighed(_area_sum(error_BTCYX * valid, domain), weights).sum((1, 2))
+        counted_B = domain.total(weigh(_area_sum(valid, domain)).sum((1, 2)))
+        share_B = weigh(_area_sum(error_BTCYX * valid, domain)).sum((1, 2))
         share = (share_B / counted_B.clamp_min(1e-30)).mean()
     return Loss(objective=share * domain.tiles, value=domain.total(share.detach()))
+
+
+def free_run_loss(
+    forecast_BTCYX: Tensor,
+    target_BTCYX: Tensor,
+    domain: Domain,
+    valid_BTCYX: Tensor | None,
+    weights: tuple[float, ...] | None,
+    lead_weights: tuple[float, ...],
+    fields: int,
+    window: int,
+) -> Loss:
+    """Squared error of what has been forecast for the leads from 2 on, averaged as in `area_mean_squared_error`.
+
+    A field's error is that of its change since the last step of the window, the sum of tendencies, in the same units
+    as that of lead 1; it counts where the field was known all the time. A diagnostic's error is its own.
+
+    Args:
+        forecast_BTCYX, target_BTCYX, valid_BTCYX: tendencies and diagnostics of the window and the leads after it.
+        weights: of the channels.
+        lead_weights: of the leads from 2 on, not all 0.
+        fields: how many of the channels are tendencies.
+        window: steps before lead 2, the last of which is lead 1.
+    """
+    precision = at_least_float32(forecast_BTCYX.dtype)
+    forecast, target = (_since(one.to(precision), fields, window) for one in (forecast_BTCYX, target_BTCYX))
+    valid = None
+    if valid_BTCYX is not None:
+        all_the_time = valid_BTCYX[:, window - 1 :, :fields].cumprod(1)[:, 1:].bool()
+        valid = torch.cat([all_the_time, valid_BTCYX[:, window:, fields:]], dim=2)
+    return area_mean_squared_error(forecast, target, domain, valid, weights, lead_weights)
+
+
+def _since(x_BTCYX: Tensor, fields: int, window: int) -> Tensor:
+    """Changes of the fields since the window's last step, for each step after it; and the rest as it is."""
+    changes = x_BTCYX[:, window - 1 :, :fields].cumsum(1)[:, 1:]
+    return torch.cat([changes, x_BTCYX[:, window:, fields:]], dim=2)
 
 
 def shared_mean_squared_error(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Loss:
@@ -88,14 +127,18 @@ def shared_mean_squared_error(predicted: Tensor, target: Tensor, valid: Tensor |
     return Loss(objective=loss, value=loss.detach())
 
 
-def _weighed(x_BTC: Tensor, weights: tuple[float, ...] | None) -> Tensor:
-    return x_BTC if weights is None else x_BTC * _on_device(weights, x_BTC.device, x_BTC.dtype)
+def _weighed(x_BTC: Tensor, weights: tuple[float, ...] | None, steps: tuple[float, ...] | None) -> Tensor:
+    """x by weights, each over their mean."""
+    if weights is not None:
+        x_BTC = x_BTC * _of_mean_1(weights, x_BTC.device, x_BTC.dtype)
+    return x_BTC if steps is None else x_BTC * _of_mean_1(steps, x_BTC.device, x_BTC.dtype)[:, None]
 
 
-@lru_cache(maxsize=8)
-def _on_device(weights: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+@lru_cache(maxsize=16)
+def _of_mean_1(weights: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Copied once: a copy at every step would make the processor wait for the device."""
-    return torch.tensor(weights, device=device, dtype=dtype)
+    mean = sum(weights) / len(weights)
+    return torch.tensor([weight / mean for weight in weights], device=device, dtype=dtype)
 
 
 def _area_sum(x_BTCYX: Tensor, domain: Domain) -> Tensor:

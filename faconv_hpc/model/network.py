@@ -1,6 +1,6 @@
 """FAConvLSTMNetwork: stacked layers, a forecast of the next step at every step, and an embedding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
+from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from ..spatial.grid import Boundary
 from .convlstm import ConvLSTM2d
+from .feedback import Feedback
 from .layer import FAConvLSTM2d
-from .losses import Loss, area_mean_squared_error, shared_mean_squared_error
+from .losses import Loss, area_mean_squared_error, free_run_loss, shared_mean_squared_error
 from .recurrence import State
 from .subspace import SubspaceHead, coarse_means
 
@@ -28,6 +30,7 @@ class NetworkOutput:
     Attributes:
         forecast_BTCYX: what is forecast at each step for the next: changes, then diagnostics.
         fields: how many of its channels are changes.
+        window: how many of the steps had inputs that were given; from then on it ran freely.
         embedding_BTE: z, one per step.
         coarse_BTCRS: the field of each step as the embedding knows it, R x S regions.
         state: per layer (h, c) after the last step.
@@ -36,6 +39,7 @@ class NetworkOutput:
 
     forecast_BTCYX: Tensor
     fields: int
+    window: int
     embedding_BTE: Tensor
     coarse_BTCRS: Tensor
     state: tuple[State, ...]
@@ -122,30 +126,47 @@ class FAConvLSTMNetwork(nn.Module):
         state: Sequence[State] | None = None,
         first_step: int = 0,
         valid_BT: Tensor | None = None,
+        feedback: Feedback | None = None,
     ) -> NetworkOutput:
         """Runs a sequence; see `FAConvLSTM2d.forward` for state, first_step and valid_BT.
 
         Args:
             x_BTCYX: normalized fields and forcings of this tile.
             year_fraction_BT: position of each step in the year, 0 to 1.
+            feedback: how it goes on by itself after a window, with gradients through all steps; default: it does not.
         """
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         self._check_boundaries(domain)
-        steps = x_BTCYX.shape[1]
-        length = self.checkpoint_steps or steps
+        assert feedback is None or valid_BT is None, "samples of different length do not run freely"
+        window = x_BTCYX.shape[1] if feedback is None else feedback.window
         states: Sequence[State | None] = state or [None] * len(self.layers)
         forecasts, means = [], []
-        for start in range(0, steps, length):
-            span = slice(start, start + length)
+        for span in self._segments(0, window):
             valid = None if valid_BT is None else valid_BT[:, span]
-            segment = partial(self._segment, domain=domain, first_step=first_step + start, valid_BT=valid)
-            piece = x_BTCYX[:, span]
-            forecast, mean, states = self._maybe_checkpointed(segment, piece, states, domain)
+            segment = partial(self._segment, domain=domain, first_step=first_step + span.start, valid_BT=valid)
+            forecast, mean, states = self._maybe_checkpointed(segment, x_BTCYX[:, span], states, domain=domain)
             forecasts.append(forecast)
             means.append(mean)
+        if feedback is not None:
+            change = self._change(forecasts[-1][:, -1])
+            for span in self._segments(window, x_BTCYX.shape[1]):
+                free = partial(self._free_segment, feedback, domain=domain, first_step=first_step + span.start)
+                given = x_BTCYX[:, window - 1], x_BTCYX[:, span], change, states
+                forecast, mean, states, change = self._maybe_checkpointed(free, *given, domain=domain)
+                forecasts.append(forecast)
+                means.append(mean)
         embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
         final = tuple(one for one in states if one is not None)
-        return NetworkOutput(torch.cat(forecasts, dim=1), self.field_channels, embedding_BTE, coarse, final, valid_BT)
+        forecast = torch.cat(forecasts, dim=1)
+        return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, valid_BT)
+
+    def _segments(self, start: int, stop: int) -> Iterator[slice]:
+        length = self.checkpoint_steps or max(stop - start, 1)
+        return (slice(first, min(first + length, stop)) for first in range(start, stop, length))
+
+    def _change(self, forecast_BCYX: Tensor) -> Tensor:
+        """Of the fields, in float32 or better, as it is summed up."""
+        return forecast_BCYX[:, : self.field_channels].to(at_least_float32(forecast_BCYX.dtype))
 
     def _check_boundaries(self, domain: Domain) -> None:
         if self.boundaries is not None and domain.grid.boundaries != self.boundaries:
@@ -167,10 +188,26 @@ class FAConvLSTMNetwork(nn.Module):
         valid: Tensor | None = None,
         known: Tensor | None = None,
         weights: tuple[float, ...] | None = None,
+        lead_weights: tuple[float, ...] = (),
     ) -> TrainingLosses:
-        """What training minimizes, and its part from the forecast; see `forecast_loss` and `embedding_loss`."""
+        """What training minimizes, and its part from the forecast of the next step within the window.
+
+        See `forecast_loss`, `embedding_loss` and `free_run_loss`: where the network runs freely after the window of W
+        steps, for each lead from 2 on, the mean over W steps and leads counts, each lead with its weight.
+
+        Args:
+            lead_weights: of the leads from 2 on, beside 1 for each step of the window; the last one holds for those
+                that follow. Default: 1.
+        """
         forecast = self.forecast_loss(output, target_BTCYX, domain, valid, weights)
-        return TrainingLosses(forecast + self.embedding_loss(output, x_BTCYX, domain, known), forecast)
+        whole, ahead = forecast, target_BTCYX.shape[1] - output.window
+        of_leads = [*lead_weights[:ahead], *(lead_weights[-1:] or [1.0]) * (ahead - len(lead_weights))]
+        if sum(of_leads):
+            share = sum(of_leads) / (output.window + sum(of_leads))
+            given = output.forecast_BTCYX, target_BTCYX, domain, valid
+            free = free_run_loss(*given, weights, tuple(of_leads), fields=output.fields, window=output.window)
+            whole = forecast * (1 - share) + free * share
+        return TrainingLosses(whole + self.embedding_loss(output, x_BTCYX, domain, known), forecast)
 
     def forecast_loss(
         self,
@@ -180,7 +217,7 @@ class FAConvLSTMNetwork(nn.Module):
         valid: Tensor | None = None,
         weights: tuple[float, ...] | None = None,
     ) -> Loss:
-        """Error of the forecast, in units of its standard deviation squared.
+        """Error of the forecast of the next step within the window, in units of its standard deviation squared.
 
         Args:
             output: of `forward`.
@@ -191,7 +228,10 @@ class FAConvLSTMNetwork(nn.Module):
         if output.valid_BT is not None:
             steps = output.valid_BT[:, :, None, None, None].expand_as(target_BTCYX)
             valid = steps if valid is None else valid & steps
-        return area_mean_squared_error(output.forecast_BTCYX, target_BTCYX, domain, valid, weights)
+        window = slice(output.window)
+        valid = None if valid is None else valid[:, window]
+        forecast_BTCYX, target_BTCYX = output.forecast_BTCYX[:, window], target_BTCYX[:, window]
+        return area_mean_squared_error(forecast_BTCYX, target_BTCYX, domain, valid, weights)
 
     def embedding_loss(
         self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain, known_BTCYX: Tensor | None = None
@@ -210,22 +250,13 @@ class FAConvLSTMNetwork(nn.Module):
             counts = steps.expand_as(coarse) if counts is None else counts & steps
         return shared_mean_squared_error(output.coarse_BTCRS, coarse, counts) * self.embedding_weight
 
-    def _maybe_checkpointed(
-        self, segment: Any, x_BTCYX: Tensor, states: Sequence[State | None], domain: Domain
-    ) -> tuple[Tensor, Tensor, Sequence[State]]:
+    def _maybe_checkpointed(self, segment: Callable[..., Any], *given: Any, domain: Domain) -> Any:
         """Non-re-entrant: the re-entrant kind gives wrong gradients for weights that are used again."""
         if not self.checkpoint_steps or not torch.is_grad_enabled():
-            result = segment(x_BTCYX, states)
-        else:
-            result = checkpoint(
-                segment,
-                x_BTCYX,
-                states,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=domain.recompute_contexts,
-            )
-        return result  # type: ignore[no-any-return]
+            return segment(*given)
+        return checkpoint(
+            segment, *given, use_reentrant=False, preserve_rng_state=False, context_fn=domain.recompute_contexts
+        )
 
     def _segment(
         self,
@@ -242,3 +273,23 @@ class FAConvLSTMNetwork(nn.Module):
             after.append(last)
         forecast = self.forecast(h_BTCYX.flatten(0, 1)).unflatten(0, h_BTCYX.shape[:2])
         return forecast, domain.mean(h_BTCYX), after
+
+    def _free_segment(
+        self,
+        feedback: Feedback,
+        last_BCYX: Tensor,
+        given_BTCYX: Tensor,
+        change_BCYX: Tensor,
+        states: Sequence[State | None],
+        domain: Domain,
+        first_step: int,
+    ) -> tuple[Tensor, Tensor, Sequence[State | None], Tensor]:
+        """Some steps, each from what the one before has forecast."""
+        forecasts, means = [], []
+        for number in range(given_BTCYX.shape[1]):
+            x_BTCYX = feedback.inputs(last_BCYX, given_BTCYX[:, number], change_BCYX)[:, None]
+            forecast, mean, states = self._segment(x_BTCYX, states, domain, first_step + number, None)
+            change_BCYX = change_BCYX + self._change(forecast[:, 0])
+            forecasts.append(forecast)
+            means.append(mean)
+        return torch.cat(forecasts, dim=1), torch.cat(means, dim=1), states, change_BCYX

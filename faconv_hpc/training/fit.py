@@ -119,22 +119,22 @@ def _check_variables(data: DataConfig, store: Store) -> None:
         raise InputError("data.loss_weights leaves nothing to learn: every variable has weight 0. Give one more.")
 
 
-def training_starts(store: Store, spans: tuple[range, ...], window: int) -> NDArray[np.int64]:
-    """First frames of the windows that samples are drawn from, none of which leads over a gap.
+def training_starts(store: Store, spans: tuple[range, ...], window: int, leads: int = 1) -> NDArray[np.int64]:
+    """First frames of the windows that samples are drawn from, none of which leads over a gap, nor its leads.
 
     Raises:
         InputError: there is none.
     """
     axis = store.layout.time
     stretches = stretches_of(axis, spans)
-    starts = starts_within(stretches, window)
+    starts = starts_within(stretches, window + leads - 1)
     if not len(starts):
-        longest = max(map(len, stretches), default=0)
+        longest, targets = max(map(len, stretches), default=0), f"{leads} targets" if leads > 1 else "a target"
         raise InputError(
-            f"no window of {window} inputs and a target fits into {sum(map(len, stretches))} of the {store.frames} "
+            f"no window of {window} inputs and {targets} fits into {sum(map(len, stretches))} of the {store.frames} "
             f"frames of {store.path}, those to train on: at most {longest} follow each other without a gap (a step "
             f"that differs by more than {ALIKE:.0%} from the usual {axis.step_s / SECONDS_PER_HOUR:g} h). Use "
-            f"data.window={max(longest - 1, 1)} or less, change data.periods, or bring the source to equal steps."
+            f"data.window={max(longest - leads, 1)} or less, change data.periods, or bring the source to equal steps."
         )
     return starts
 
@@ -168,8 +168,8 @@ def check_store(config: RunConfig, store: Store) -> None:
     data = config.data
     _check_variables(data, store)
     check_forcings(data.forcings)
-    training_starts(store, parts_of(data, store).train, data.window)
     training = config.training
+    training_starts(store, parts_of(data, store).train, data.window, training.most_leads)
     if training.validate_every and not data.periods.validation:
         raise InputError(
             f"training.validate_every={training.validate_every}, but data.periods.validation names no dates. "

@@ -1,12 +1,12 @@
 """Forecasts beyond a window: the network goes on from what it has forecast."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..data.samples import Batch
+from ..data.variables import Channels
+from ..model.feedback import Feedback
 from ..model.network import NetworkOutput
 from ..spatial.domain import Domain
 
@@ -14,7 +14,7 @@ from ..spatial.domain import Domain
 def free_run(
     network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is forecast from the last of ``window`` inputs on, one lead after the other.
+    """What is forecast from the last of ``window`` inputs on, one lead after the other; as `Feedback` has it.
 
     The state is spun up over the window. From then on the prognostic fields are those of the forecast, forcings those
     of their times, and what is missing in the last input stays missing.
@@ -26,22 +26,28 @@ def free_run(
         for each of the leads 1 to T - window + 1: (B, P, Y, X) how the prognostic fields have changed, as the sum of
         the tendencies, and (B, D, Y, X) the diagnostics.
     """
-    inputs, season, channels = batch.inputs_BTCYX, batch.year_fraction_BT, batch.channels
-    changing, given = len(channels.prognostic), channels.given
-    masks = given + sum(place is not None for place in channels.masks)
+    inputs, season, feedback = batch.inputs_BTCYX, batch.year_fraction_BT, feedback_of(batch.channels, window)
     output = network(inputs[:, :window], season[:, :window], domain=domain)
-    last = replace(batch, inputs_BTCYX=inputs[:, window - 1 : window])
-    start_BCYX, known_BTCYX = inputs[:, window - 1, :changing], last.known_BTCYX
-    step_C = torch.tensor([one.target_scale / one.scale for one in channels.prognostic], dtype=torch.float64)
-    step = step_C.to(inputs)[:, None, None]
     change_BCYX = output.tendency_BTCYX[:, -1]
     yield change_BCYX, output.diagnostic_BTCYX[:, -1]
     for at in range(window, inputs.shape[1]):
-        now = start_BCYX + change_BCYX * step
-        if known_BTCYX is not None:
-            now = now * known_BTCYX[:, 0]  # what is missing is 0, as in the data
-        parts = now, inputs[:, at, changing:given], inputs[:, window - 1, given:masks], inputs[:, at, masks:]
-        x_BTCYX = torch.cat(parts, dim=1)[:, None]
+        x_BTCYX = feedback.inputs(inputs[:, window - 1], inputs[:, at], change_BCYX)[:, None]
         output = network(x_BTCYX, season[:, at : at + 1], domain=domain, state=output.state, first_step=at)
         change_BCYX = change_BCYX + output.tendency_BTCYX[:, 0]
         yield change_BCYX, output.diagnostic_BTCYX[:, 0]
+
+
+def feedback_for(batch: Batch, window: int) -> Feedback | None:
+    """How a network goes on through what a batch has beyond a window; None: it has nothing."""
+    return feedback_of(batch.channels, window) if batch.inputs_BTCYX.shape[1] > window else None
+
+
+def feedback_of(channels: Channels, window: int) -> Feedback:
+    """How a network of these channels goes on after a window."""
+    return Feedback(
+        window=window,
+        step=tuple(one.target_scale / one.scale for one in channels.prognostic),
+        masks=channels.masks,
+        forcings=channels.given,
+        masks_end=channels.given + sum(place is not None for place in channels.masks),
+    )

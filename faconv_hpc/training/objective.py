@@ -5,8 +5,14 @@ from ..model.network import FAConvLSTMNetwork, NetworkOutput, TrainingLosses
 from ..spatial.domain import Domain
 
 
-def losses_of(network: FAConvLSTMNetwork, output: NetworkOutput, batch: Batch, domain: Domain) -> TrainingLosses:
-    """Of what the network made of a batch, weighed as the contract says. Collective over the tiles.
+def losses_of(
+    network: FAConvLSTMNetwork,
+    output: NetworkOutput,
+    batch: Batch,
+    domain: Domain,
+    lead_weights: tuple[float, ...] = (),
+) -> TrainingLosses:
+    """Of what the network made of a batch, weighed as the contract and the config say. Collective over the tiles.
 
     Its adjoint: see `Loss`, whose ``objective`` each rank calls backward on.
     """
@@ -18,4 +24,5 @@ def losses_of(network: FAConvLSTMNetwork, output: NetworkOutput, batch: Batch, d
         valid=batch.valid_BTCYX,
         known=batch.known_BTCYX,
         weights=batch.channels.loss_weights,
+        lead_weights=lead_weights,
     )

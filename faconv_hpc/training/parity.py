@@ -19,6 +19,7 @@ from ..spatial.mesh import ProcessMesh
 from .contract import make_contract
 from .engine import Engine
 from .fit import grid_of
+from .free_run import feedback_for
 from .objective import losses_of
 from .setup import Workspace, build_network
 
@@ -156,8 +157,10 @@ def _update(workspace: Workspace) -> Values:
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
     batch = _window(workspace, windows, workspace.domain.mesh.replica)
-    output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, workspace.domain)
-    engine.backward(losses_of(network, output, batch, workspace.domain).total)
+    config, domain = workspace.config, workspace.domain
+    feedback = feedback_for(batch, config.data.window)
+    output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain, feedback=feedback)
+    engine.backward(losses_of(network, output, batch, domain, config.training.lead_weights).total)
     engine.step(1.0)
     return {f"{UPDATE}{name}": before[name] - after for name, after in engine.full_parameters()}
 
@@ -175,8 +178,9 @@ def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Value
     batch = _window(workspace, windows, number)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
     batch = replace(batch, inputs_BTCYX=inputs, target_BTCYX=batch.target_BTCYX.to(dtype))
-    output = network(inputs, batch.year_fraction_BT, domain=domain)
-    loss = losses_of(network, output, batch, domain).total
+    feedback = feedback_for(batch, workspace.config.data.window)
+    output = network(inputs, batch.year_fraction_BT, domain=domain, feedback=feedback)
+    loss = losses_of(network, output, batch, domain, workspace.config.training.lead_weights).total
     named = dict(network.named_parameters())
     share = loss.objective / domain.tiles
     gradients = torch.autograd.grad(share, [inputs, *named.values()], materialize_grads=True)

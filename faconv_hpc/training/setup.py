@@ -51,9 +51,10 @@ class Workspace:
         return self.contract.training_spans(self.store)
 
     def training_windows(self, tile: Tile | None = None) -> Windows:
-        """The samples of training; see `windows`."""
-        length = self.config.data.window
-        return self.windows(training_starts(self.store, self.training_spans, length), length, tile)
+        """The samples of training: ``data.window`` inputs, and those for as many leads as any step is trained for."""
+        length, leads = self.config.data.window, self.config.training.most_leads
+        starts = training_starts(self.store, self.training_spans, length, leads)
+        return self.windows(starts, length + leads - 1, tile)
 
     def forecast_windows(self, dates: Sequence[str], leads: int) -> Windows:
         """Windows and the leads after them, which are frames of a period, or any where it names none.

@@ -28,6 +28,7 @@ from .faults.not_finite import NotFinite
 from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
 from .fit import check_store, least_bytes, windows_over_gaps
+from .free_run import feedback_for
 from .objective import losses_of
 from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import contract_of_run, resume
@@ -114,17 +115,19 @@ def _machines(mesh: ProcessMesh) -> dict[str, Any]:
     return {"hosts": list(dict.fromkeys(hosts)), "device": device}
 
 
-def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> Iterator[list[int]]:
-    """Which windows each micro-batch of this replica reads, from the first step that is not done."""
-    for step in range(done, config.training.steps):
-        for micro in range(config.training.accumulation):
+def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> Iterator[tuple[list[int], int]]:
+    """Which windows each micro-batch of this replica reads, and how much of them, from the first step not done."""
+    training = config.training
+    for step in range(done, training.steps):
+        steps = config.data.window + training.leads_after(step) - 1
+        for micro in range(training.accumulation):
             position, count = sample_positions(config, step, micro, replica)
-            yield sample_order(config.training.seed, position, count, len(windows))
+            yield sample_order(training.seed, position, count, len(windows)), steps
 
 
-def _read(windows: Windows, device: torch.device, indices: Sequence[int]) -> Batch:
+def _read(windows: Windows, device: torch.device, request: tuple[Sequence[int], int]) -> Batch:
     """A batch in memory from which a GPU copies while it computes."""
-    batch = windows.read(indices)
+    batch = windows.read(*request)
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -281,8 +284,9 @@ class Trainer:
         """Forward and backward of one micro-batch; nothing waits for the device."""
         network, domain = self._engine.network, self._domain
         with self._activity.during("forward"):
-            output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain)
-            losses = losses_of(network, output, batch, domain)
+            feedback = feedback_for(batch, self._config.data.window)
+            output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain, feedback=feedback)
+            losses = losses_of(network, output, batch, domain, self._config.training.lead_weights)
         with self._activity.during("backward"):
             self._engine.backward(losses.total)
         return MicroBatch.of(torch.stack([losses.total.value, losses.forecast.value]), output, batch)

@@ -1,0 +1,63 @@
+"""Forecasts that become the next inputs: how a network runs freely."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What of a network's inputs it forecasts itself.
+
+    Its inputs are fields, forcings, masks of fields, and whatever else is known; see `Channels.inputs`.
+
+    Attributes:
+        window: inputs that are given. The fields of those after them are what has been forecast, the forcings those
+            given, and what is missing in the last input stays missing.
+        step: by how much each field, as the network sees it, changes with a tendency of 1.
+        masks: for each field the input that is 1 where it is known; None: it is everywhere.
+        forcings: the inputs from the fields to here are given at all times.
+        masks_end: the inputs from there to here are those masks.
+    """
+
+    window: int
+    step: tuple[float, ...]
+    masks: tuple[int | None, ...]
+    forcings: int
+    masks_end: int
+
+    @property
+    def fields(self) -> int:
+        """How many of the inputs are forecast."""
+        return len(self.step)
+
+    def inputs(self, last_BCYX: Tensor, given_BCYX: Tensor, change_BCYX: Tensor) -> Tensor:
+        """The inputs (B, C, Y, X) after so much of a change.
+
+        Args:
+            last_BCYX: the last of the window.
+            given_BCYX: those of the time itself; its fields and their masks are not used.
+            change_BCYX: sum of the tendencies since then, float32 or better.
+        """
+        step_C11 = _on_device(self.step, change_BCYX.device, change_BCYX.dtype)
+        now_BCYX = last_BCYX[:, : self.fields] + change_BCYX * step_C11
+        known = [place for place in self.masks if place is not None]
+        if known:
+            known_BCYX = torch.ones_like(now_BCYX)
+            known_BCYX[:, [place is not None for place in self.masks]] = last_BCYX[:, known].to(now_BCYX)
+            now_BCYX = now_BCYX * known_BCYX  # what is missing is 0, as in the data
+        parts = (
+            now_BCYX.to(given_BCYX),
+            given_BCYX[:, self.fields : self.forcings],
+            last_BCYX[:, self.forcings : self.masks_end],
+            given_BCYX[:, self.masks_end :],
+        )
+        return torch.cat(parts, dim=1)
+
+
+@lru_cache(maxsize=8)
+def _on_device(step: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copied once: a copy at every step would make the processor wait for the device."""
+    return torch.tensor(step, device=device, dtype=dtype)[:, None, None]
