@@ -172,6 +172,8 @@ class TrainingConfig(Section):
     validate_every: int = Field(0, ge=0, description="steps between looks at the validation period; 0: never")
     validate_leads: Count = Field(1, description="steps that it forecasts then, running freely")
     validate_samples: Count = Field(32, description="windows that it forecasts then, spread over the period")
+    keep_best: bool = Field(True, description="the checkpoint of the best look stays as checkpoints/best")
+    stop_after: int = Field(0, ge=0, description="looks in a row that are no better, after which it ends; 0: never")
     rollout: dict[Annotated[int, Field(ge=0)], Count] = Field(
         {}, description="steps done: leads from there on, trained through free runs; before the first, and default: 1"
     )
@@ -189,6 +191,15 @@ class TrainingConfig(Section):
     def leads_after(self, done: int) -> int:
         """For how many leads the step is trained that follows so many."""
         return self.rollout.get(max((step for step in self.rollout if step <= done), default=-1), 1)
+
+    @model_validator(mode="after")
+    def _who_stops_looks(self) -> "TrainingConfig":
+        if self.stop_after and not self.validate_every:
+            raise ValueError(
+                f"stop_after={self.stop_after} counts looks at the validation period, and there are none: "
+                f"give validate_every a number of steps, too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_is_shorter_than_the_run(self) -> "TrainingConfig":

@@ -106,7 +106,7 @@ def test_killed_between_a_step_and_its_validation_a_run_continues_bit_for_bit(tm
 
 def test_what_a_signal_prevented_is_made_up_for_before_the_next_step(tmp_path, store, alone):
     """A step that is saved without its look: as SIGTERM in the step leaves it."""
-    config, rows = config_of(tmp_path, store), alone[1]
+    config, rows = config_of(tmp_path, store, keep_best=False), alone[1]
     trained(config)
     shutil.rmtree(checkpoints_in(config.run_dir)[-1].path)
     path = config.run_dir / VALIDATION_FILE

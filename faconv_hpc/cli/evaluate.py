@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import MeshConfig
-from .options import AsJson, Ranks, RunPath
+from .options import AsJson, ModelPath, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 
 if TYPE_CHECKING:
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
 Leads = Annotated[int, typer.Option(min=1, help="Run freely for so many steps, each on the forecast before it.")]
 
 
-def evaluate_command(run_dir: RunPath, ranks: Ranks = None, leads: Leads = 1, as_json: AsJson = False) -> None:
+def evaluate_command(model: ModelPath, ranks: Ranks = None, leads: Leads = 1, as_json: AsJson = False) -> None:
     """Forecast the test period of a run: RMSE per variable and lead beside persistence, and a figure.
+
+    By its newest checkpoint, or that of a directory such as `runs/my_run/checkpoints/best`.
 
     On several ranks the globe is cut as the run's mesh says, on one it is whole; the numbers are the same.
 
     Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4`
     """
-    from ..evaluation.skill import load_run
+    from ..evaluation.skill import load_run, run_of
 
+    run_dir, checkpoint = run_of(model)
     run = load_run(run_dir)
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
     if starts_ranks(ranks):
         check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
-        raise typer.Exit(run_ranks(["evaluate", str(run_dir), "--leads", str(leads), *["--json"] * as_json], ranks))
+        raise typer.Exit(run_ranks(["evaluate", str(model), "--leads", str(leads), *["--json"] * as_json], ranks))
     from ..evaluation.figures import draw_forecast
     from ..evaluation.skill import evaluate as evaluate_run
     from ..evaluation.skill import save_skill
@@ -39,7 +42,7 @@ def evaluate_command(run_dir: RunPath, ranks: Ranks = None, leads: Leads = 1, as
     run = run.model_copy(update={"run_dir": run_dir})
 
     with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
-        evaluation = evaluate_run(run, mesh, leads)
+        evaluation = evaluate_run(run, mesh, leads, checkpoint)
         if mesh.rank == 0:
             before, after = evaluation.example.dates
             kind = "held out" if evaluation.held_out else "trained on"

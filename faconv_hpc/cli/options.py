@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..training.schedule import Rule
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
-RunPath = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run, or the directory of one checkpoint.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the file. May be repeated."),

@@ -24,7 +24,7 @@ from ..spatial.mesh import ProcessMesh
 from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network
-from ..training.shards import Checkpoint, whole_checkpoints
+from ..training.shards import FOLDER, Checkpoint, newest_at, whole_checkpoints
 from ..training.skill import LeadFields, Skill, SkillSums, forecasts_of
 
 SKILL_FILE = "evaluation.json"
@@ -63,6 +63,12 @@ class Evaluation:
     example: Example
 
 
+def run_of(where: Path) -> tuple[Path, Path | None]:
+    """The run_dir that is meant, and the directory of the checkpoint in it, if one is."""
+    inside = where.parent.name == FOLDER and not (where / CONFIG_FILE).is_file()
+    return (where.parent.parent, where) if inside else (where, None)
+
+
 def load_run(run_dir: Path) -> RunConfig:
     """The resolved config of a run.
 
@@ -76,13 +82,16 @@ def load_run(run_dir: Path) -> RunConfig:
     return load_config(run_dir / CONFIG_FILE)
 
 
-def newest_checkpoint(config: RunConfig, mesh: ProcessMesh) -> Checkpoint:
-    """The run's newest whole one. Collective.
+def checkpoint_of(config: RunConfig, mesh: ProcessMesh, directory: Path | None = None) -> Checkpoint:
+    """The run's newest whole one, or that of a directory. Collective.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is not whole.
     """
-    newest = mesh.from_first(next(whole_checkpoints(config.run_dir), None) if mesh.rank == 0 else None)
+    newest = None
+    if mesh.rank == 0:
+        newest = newest_at(directory) if directory else next(whole_checkpoints(config.run_dir), None)
+    newest = mesh.from_first(newest)
     if newest is None:
         raise InputError(
             f"{config.run_dir} has no whole checkpoint. Wait for the run to end, set training.checkpoint_every, or "
@@ -104,13 +113,16 @@ def trained_network(workspace: Workspace, checkpoint: Checkpoint) -> FAConvLSTMN
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1) -> Evaluation:
+def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Path | None = None) -> Evaluation:
     """Forecasts the frames of the test period from those before them (all frames, if there is none). Collective.
 
     The state is spun up over ``data.window`` frames, from where the network runs freely for ``leads`` steps; a forecast
     counts where all of them are in the period and none is missing.
+
+    Args:
+        directory: of the checkpoint that forecasts; default: the run's newest whole one.
     """
-    checkpoint = newest_checkpoint(config, mesh)
+    checkpoint = checkpoint_of(config, mesh, directory)
     workspace = Workspace.of(config, Store.open(config.data.store), mesh, checkpoint.manifest().contract)
     windows = workspace.forecast_windows(workspace.contract.test, leads)
     network = trained_network(workspace, checkpoint)

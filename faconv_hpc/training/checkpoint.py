@@ -24,6 +24,7 @@ from .resume import Resumed
 from .schedule import Leg
 from .setup import Workspace
 from .shards import (
+    BEST,
     FOLDER,
     FORMAT,
     PARAMETER,
@@ -37,6 +38,7 @@ from .shards import (
     checkpoints_in,
     commit,
     directory_name,
+    keep_as_best,
     partial_directory,
     remove,
     sweep,
@@ -192,6 +194,24 @@ class CheckpointWriter:
         self.passed_over.discard(directory_name(pending.step))
         if self._mesh.rank == 0:
             self._clean_up()
+
+    def keep_best(self, step: int) -> None:
+        """Keeps the state after a step, which is saved if it is not, as ``checkpoints/best``. Collective.
+
+        If that cannot be done it is told, and what was the best before stays.
+
+        Raises:
+            SaveFailedError: see `save`.
+        """
+        if self.newest_step != step:
+            self.save(step)
+        self.finish()
+        if self._mesh.rank == 0:
+            self._before_commit()
+            problem = _problem_of(lambda: keep_as_best(self._config.run_dir, step, secrets.token_hex(4)))
+            if problem is not None:
+                best = self._config.run_dir / FOLDER / BEST
+                print(f"faconv: step {step} is the best, but {best} stays what it was ({problem})", file=sys.stderr)
 
     def close(self) -> None:
         """Ends the thread that writes. Not collective."""

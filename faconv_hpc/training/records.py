@@ -19,6 +19,7 @@ from ..data.samples import Windows
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..versions import versions
 from .contract import Contract
+from .looks import Looks, score
 from .skill import Skill
 
 STEPS_FILE = "steps.jsonl"
@@ -97,7 +98,7 @@ class Recorder:
 
     Attributes:
         last: what was written last; None if nothing was.
-        validated: steps after which the validation period was forecast.
+        looks: those at the validation period, up to now.
     """
 
     def __init__(self, config: RunConfig, contract: Contract, done: int, machines: Mapping[str, Any]) -> None:
@@ -108,7 +109,7 @@ class Recorder:
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
         self._validations = config.run_dir / VALIDATION_FILE
         rows = [row for row in _rows(self._validations) if row["step"] <= done]
-        self.validated = {row["step"] for row in rows}
+        self.looks = Looks.of(rows)
         if self._validations.exists():
             write_json_lines(self._validations, rows)
         self._board = _board(config, done)
@@ -143,12 +144,13 @@ class Recorder:
 
     def write_skills(self, step: int, skills: Sequence[Skill]) -> None:
         """A line for each variable and lead, after a step; those of one step appear together."""
-        self.validated.add(step)
-        rows = [*_rows(self._validations), *({"step": step} | skill.as_json() for skill in skills)]
-        write_json_lines(self._validations, rows)
+        new = [{"step": step} | skill.as_json() for skill in skills]
+        write_json_lines(self._validations, [*_rows(self._validations), *new])
+        self.looks.scores[step] = score(new)
         leads = sorted({one.lead for one in skills})
         means = {lead: _mean([one.ratio for one in skills if one.lead == lead]) for lead in leads}
         told = ", ".join(f"{ratio:.3f} at lead {lead}" for lead, ratio in means.items())
+        told += "; the best so far" if self.looks.verdict(step, 0).best else ""
         self._display.say(f"step {step}: validation, error over persistence's, mean of the variables: {told}")
         if self._board is not None:
             for skill in skills:
@@ -156,7 +158,8 @@ class Recorder:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    known = [one for one in values if one == one]
+    return sum(known) / len(known) if known else math.nan
 
 
 class _Display:
@@ -230,11 +233,13 @@ def beginning(
     )
 
 
-def ending(config: RunConfig, last: StepRecord | None) -> str:
+def ending(config: RunConfig, step: int, last: StepRecord | None) -> str:
     """What it has done, and what comes next."""
     reference = "persistence has, and of a diagnostic its mean" if config.data.roles else "persistence has"
     loss = f", forecast loss {last.forecast_loss:.4f} (1 is what {reference})" if last else ""
-    return f"{config.run_dir}: at step {config.training.steps}{loss}. Next: faconv evaluate {config.run_dir}"
+    steps = config.training.steps
+    early = f" of {steps}, as it gets no better (training.stop_after)" if step < steps else ""
+    return f"{config.run_dir}: at step {step}{early}{loss}. Next: faconv evaluate {config.run_dir}"
 
 
 def _write_config(config: RunConfig, done: int) -> None:

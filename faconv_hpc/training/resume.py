@@ -19,6 +19,7 @@ from .shards import (
     DamagedCheckpointError,
     Manifest,
     UnreadableCheckpointError,
+    candidates_in,
     checkpoints_in,
     remove_unfinished,
 )
@@ -67,7 +68,7 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
     mesh, run_dir = workspace.domain.mesh, workspace.config.run_dir
     if mesh.rank == 0:
         remove_unfinished(run_dir)
-    found = mesh.from_first(checkpoints_in(run_dir) if mesh.rank == 0 else [])
+    found = mesh.from_first(candidates_in(run_dir) if mesh.rank == 0 else [])
     found = [one for one in found if up_to is None or one.step <= up_to]
     problem = ""
     passed_over: set[str] = set()

@@ -31,9 +31,11 @@ from .contract import Contract
 from .schedule import Leg
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
+BEST = "best"  # a link to best-step-00000040, which holds the same files as step-00000040, or did
 FORMAT = "faconv_hpc checkpoint 4"  # 1 had no legs, 2 no contract, and 3 no roles
 NAME = re.compile(r"step-(\d{8,})")
-UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
+BEST_NAME = re.compile(r"best-step-(\d{8,})")
+UNFINISHED = re.compile(r"\.(best-)?step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
 PARAMETER = "parameter"
 
 
@@ -212,6 +214,25 @@ def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
     return sorted(named, key=lambda one: one.step)
 
 
+def best_of(run_dir: Path) -> Checkpoint | None:
+    """That of the best look at the validation period, if there is one; it may be damaged."""
+    return _named(run_dir / FOLDER / BEST)
+
+
+def _named(where: Path) -> Checkpoint | None:
+    """The checkpoint that a directory is by its name, or by that of what it links to."""
+    if not where.is_dir():
+        return None
+    match = NAME.fullmatch(where.name) or BEST_NAME.fullmatch(where.resolve().name)
+    return Checkpoint(where, int(match.group(1))) if match else None
+
+
+def candidates_in(run_dir: Path) -> list[Checkpoint]:
+    """What a run may go on from, `checkpoints_in` and `best_of`; oldest first."""
+    best = best_of(run_dir)
+    return sorted([*([best] if best else []), *checkpoints_in(run_dir)], key=lambda one: one.step)
+
+
 def whole_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
     """The whole checkpoints of a run, newest first, each checked when it is asked for; says which are passed over.
 
@@ -238,15 +259,15 @@ def checkpoints_at(where: Path) -> list[Checkpoint]:
     Raises:
         InputError: there are none.
     """
-    match = NAME.fullmatch(where.name)
     try:
-        found = [Checkpoint(where, int(match.group(1)))] if match and where.is_dir() else checkpoints_in(where)
+        one = _named(where)
+        found = [one] if one else candidates_in(where)
     except OSError as error:  # a name that no file can have
         raise InputError(f"{where} cannot be looked at: {error.strerror}. Give the run_dir of a run.") from None
     if not found:
         raise InputError(
             f"{where} holds no checkpoints. Give the run_dir of a run (it has a folder checkpoints/), "
-            f"or a directory step-00000040 in that folder."
+            f"or a directory step-00000040 or best in that folder."
         )
     return found
 
@@ -299,6 +320,40 @@ def commit(directory: Path, manifest: Manifest) -> Path:
     directory.rename(final)
     flush_entries(final.parent)
     return final
+
+
+def keep_as_best(run_dir: Path, step: int, token: str) -> None:
+    """Makes the checkpoint of a step that of the best look: the same files under another name, and a link to them.
+
+    At any moment ``best`` is what it was, or this.
+
+    Raises:
+        OSError: it stays what it was.
+    """
+    folder = run_dir / FOLDER
+    final, link = folder / f"best-{directory_name(step)}", folder / BEST
+    if not final.exists():
+        beside = partial_directory(run_dir, step, token)
+        beside.mkdir()
+        for path in sorted((folder / directory_name(step)).iterdir()):
+            _link_or_copy(path, beside / path.name)
+        flush_entries(beside)
+        beside.rename(final)
+    new = folder / f".{BEST}"
+    new.unlink(missing_ok=True)  # of one that was killed here
+    new.symlink_to(final.name)
+    new.replace(link)
+    flush_entries(folder)
+    for path in folder.iterdir():
+        if BEST_NAME.fullmatch(path.name) and path != final:
+            remove(path, token)
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # some file systems have no links
+        write_flushed(target, path.read_bytes())
 
 
 def remove(directory: Path, token: str) -> None:

@@ -29,6 +29,7 @@ from .faults.signals import StepEnd, StopRequest, grace_s
 from .faults.starts import counted_start, made_progress
 from .fit import check_store, least_bytes, windows_over_gaps
 from .free_run import feedback_for
+from .looks import NONE, Looks
 from .objective import losses_of
 from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import contract_of_run, resume
@@ -165,7 +166,8 @@ class Trainer:
         if asked:
             _check_time_limit(int(asked), self._config.training.usr_grace_s)
             return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
-        self._validate_if_due(done)  # a signal may have come between the step and this
+        if self._validate_if_due(done):  # a signal may have come between the step and this
+            return self._ended(done)
         for step in range(done + 1, last + 1):
             record, end = self._step(step)
             if record is None:  # the step was given up: as if it had not begun
@@ -182,29 +184,50 @@ class Trainer:
                 self._stop.kept_step = self._writer.saved_step
                 if end.signal or end.time_is_up:
                     return self._leave(step, end)
-            self._validate_if_due(step)
+            if self._validate_if_due(step):
+                return self._ended(step)
+        return self._ended(last)
+
+    def _ended(self, step: int) -> int:
+        """With all its steps, or because it gets no better."""
         with self._activity.during(SAVING):
+            if self._writer.newest_step != step:
+                self._save(step)
             self._writer.finish()
         if self._recorder is not None:
-            print(ending(self._config, self._recorder.last), file=sys.stderr)
+            print(ending(self._config, step, self._recorder.last), file=sys.stderr)
         return EXIT_OK
 
-    def _validate_if_due(self, step: int) -> None:
-        """After the step is saved, so that a kill loses no more; what goes on from there makes up for it."""
+    def _validate_if_due(self, step: int) -> bool:
+        """After the step is saved, so that a kill loses no more; what goes on from there makes up for it.
+
+        Whether the run ends with it, as the same looks decide on every start.
+        """
         if not self._validation.due(step):
-            return
-        known = self._recorder is not None and step in self._recorder.validated
-        if self._mesh.from_first(known):
-            return
-        skills = self._validation.skills()
+            return False
+        looks = Looks() if self._recorder is None else self._recorder.looks
+        if not self._mesh.from_first(step in looks.scores):
+            skills = self._validation.skills()
+            if self._recorder is not None:
+                self._claim.check()
+                self._recorder.write_skills(step, skills)
+        training = self._config.training
+        verdict = self._mesh.from_first(looks.verdict(step, training.stop_after) if self._mesh.rank == 0 else NONE)
+        if verdict.best and training.keep_best:
+            with self._activity.during(SAVING):
+                self._tried(partial(self._keep_best, step), last=False)
+        return verdict.stop
+
+    def _keep_best(self, step: int) -> None:
         if self._recorder is not None:
-            self._claim.check()
-            self._recorder.write_skills(step, skills)
+            self._recorder.flush()
+        self._writer.keep_best(step)
 
     def _save_if_due(self, step: int, end: StepEnd) -> None:
         training = self._config.training
         every = training.checkpoint_every
         due = (step == training.steps or (every and step % every == 0)) and end.may_save
+        due = due and self._writer.newest_step != step  # the best one is there already
         if self._writer.pending and (end.written or due):
             self._tried(self._writer.finish, last=False)
         if due:
