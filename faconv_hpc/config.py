@@ -172,6 +172,9 @@ class TrainingConfig(Section):
     validate_every: int = Field(0, ge=0, description="steps between looks at the validation period; 0: never")
     validate_leads: Count = Field(1, description="steps that it forecasts then, running freely")
     validate_samples: Count = Field(32, description="windows that it forecasts then, spread over the period")
+    start_from: Path | None = Field(
+        None, description="run, checkpoint or exported file whose weights a run begins with; variables may be others"
+    )
     keep_best: bool = Field(True, description="the checkpoint of the best look stays as checkpoints/best")
     stop_after: int = Field(0, ge=0, description="looks in a row that are no better, after which it ends; 0: never")
     rollout: dict[Annotated[int, Field(ge=0)], Count] = Field(

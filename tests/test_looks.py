@@ -128,7 +128,8 @@ def test_a_run_goes_on_from_its_best_where_nothing_else_is_left(tmp_path, store)
     losses = [record.loss for record in read_records(config.run_dir)]
     for one in checkpoints_in(config.run_dir):
         shutil.rmtree(one.path)
-    assert trained(config, scores=SCORES | {10: 0.95}) == {0}
+    (code, told), _ = trained_and_told(config, scores=SCORES | {10: 0.95})
+    assert code == 0 and ": steps 5 to 10 on a mesh" in told
     assert [record.loss for record in read_records(config.run_dir)] == losses and best_step(config) == 4
     newest = checkpoints_in(config.run_dir)[-1].path / "manifest.json"
     newest.write_text(newest.read_text()[:-9])
@@ -209,6 +210,7 @@ def test_scores_are_means_of_what_is_known():
     assert [looks.verdict(step, 1).stop for step in (2, 4, 6, 8)] == [False, True, False, True]
     assert not any(looks.verdict(step, 2).stop for step in (2, 4, 6, 8))
     assert not looks.verdict(8, 0).stop
+    assert not Looks({2: 0.5, 4: 0.5}).verdict(4, 1).best  # as good is no better
 
 
 def test_looks_are_needed_to_stop(tmp_path, store):

@@ -114,6 +114,9 @@ def test_a_store_is_a_source_with_all_it_has(made, tmp_path):
     with Store.open(tmp_path / "again") as store:
         assert store.static_names == ("land", "height")
         assert np.array_equal(store.read_static(["height"], GLOBE)[0], dataset["height"].values)
+        with Store.open(path) as first:
+            assert store.layout.channels == first.layout.channels and store.static == first.static
+            assert store.units[0] == "K"
 
 
 def test_what_is_prepared_anew_without_them_has_none(made, tmp_path):

@@ -27,6 +27,7 @@ class Variable(BaseModel):
         log1p: the scale s of ``z = log(1 + x / s)``, that the network sees instead of x; None: it sees x.
         may_miss: whether cells may be missing; the network has an input that says where, if it has the field.
         loss_weight: of its squared error among those of the others.
+        inherited: whether the statistics are of the data of the network whose weights the run began with.
         mean, std, tendency_std: of z; the last of its change from a frame to the next.
     """
 
@@ -38,6 +39,7 @@ class Variable(BaseModel):
     log1p: float | None = None
     may_miss: bool = False
     loss_weight: float = 1.0
+    inherited: bool = False
     mean: float
     std: float
     tendency_std: float

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..data.layout import Channel
 from .roles import Roles, is_pressure
+from .sources import CHANNELS
 
 
 def channels_of(
@@ -48,7 +49,8 @@ def _channels_of(
         ]
     level = dataset[roles.level]
     if level.dtype.kind in "OSUT":  # names, as a store of ours has them
-        return [(i, Channel(str(text), units, str(text)), f"channel {text}") for i, text in enumerate(level.values)]
+        known, names = dataset.attrs.get(CHANNELS, {}), [str(text) for text in level.values]
+        return [(i, known.get(one, Channel(one, units, one)), f"channel {one}") for i, one in enumerate(names)]
     values, unit = _in_hpa(level)
     texts = [f"at {value:g} {unit}".strip() for value in values]
     return [

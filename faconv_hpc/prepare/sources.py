@@ -8,13 +8,15 @@ import h5py
 import numpy as np
 import xarray as xr
 
-from ..data.layout import DIMS, STATIC_FILE, STORE_FILE
+from ..data.layout import DIMS, STATIC_FILE, STORE_FILE, read_store_file
 from ..errors import InputError
 from .grib import open_grib
 
 LAZY: dict[str, Any] = {"decode_times": False, "decode_timedelta": False, "cache": False}
 UNLOCKED: dict[str, Any] = {"driver_kwds": {"locking": False}}  # parallel file systems may refuse locks
 GRIB = "cfgrib"
+CHANNELS = "faconv_channels"
+"""Attribute of a dataset that is a file of a store: what the store says of its channels, by name."""
 ZARR_MARKS = ("zarr.json", ".zmetadata", ".zgroup", ".zattrs")
 
 
@@ -51,6 +53,9 @@ def _opened(path: Path, engine: str) -> xr.Dataset:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(not recognized as a component|consolidated).*")
             dataset = xr.open_dataset(path, engine=engine, **LAZY, **(UNLOCKED if engine == "h5netcdf" else {}))
+        if "fingerprint" in dataset.attrs and (path.parent / STORE_FILE).is_file():
+            channels = read_store_file(path.parent / STORE_FILE).layout.channels
+            return dataset.assign_attrs({CHANNELS: {one.name: one for one in channels}})
         # A directory lists its variables in any order, which ranks must not disagree about.
         return dataset[sorted(dataset.data_vars, key=str)] if engine == "zarr" else dataset
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:

@@ -313,7 +313,7 @@ def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     """A copy of nested values with others put in; a key of ``changes`` may be dotted, as training.micro_batch."""
     result = dict(tree)
     for key, value in changes.items():
-        head, _, rest = key.partition(".")
+        head, _, rest = str(key).partition(".")  # a step of training.rollout is a number
         value = {rest: value} if rest else value
         inner = result.get(head)
         if isinstance(value, Mapping):

@@ -152,7 +152,7 @@ def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None
     stretches = stretches_of(store.layout.time, contract.training_spans(store))
     now = _statistics(store, stretches, {one.name: one.log1p for one in contract.channels.fields}, mesh)
     now |= {one.channel.name: np.array([one.mean, one.std, 0.0]) for one in store.static}
-    for variable in contract.variables:
+    for variable in (one for one in contract.variables if not one.inherited):
         mine, others = np.array([variable.mean, variable.std, variable.tendency_std]), now[variable.name]
         if (np.abs(mine - others) > SAME * (np.abs(mine) + variable.std)).any():
             told = (", ".join(f"{value:.7g}" for value in row) for row in (mine, others))
@@ -163,10 +163,13 @@ def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None
             )
 
 
-def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contract:
+def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Contract | None = None) -> Contract:
     """Of a run that begins. Collective: each rank sums up some files.
 
     Statistics are of the frames of training alone, and the same on every mesh.
+
+    Args:
+        before: of the network whose weights the run begins with: it knows its variables by their statistics of then.
 
     Raises:
         InputError: config and store do not fit each other; see `check_store`.
@@ -179,7 +182,7 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
     statistics = _statistics(store, stretches_of(axis, spans), log1p, mesh)
     grid = grid_of(config, store)
     return Contract(
-        variables=tuple(_variable(name, data, store, statistics) for name in names),
+        variables=tuple(_as_before(_variable(name, data, store, statistics), before) for name in names),
         forcings=data.forcings,
         latitude_deg=tuple(store.latitude_deg.tolist()),
         longitude_deg=tuple(store.longitude_deg.tolist()),
@@ -193,6 +196,20 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh) -> Contrac
         test=data.periods.test,
         store=store.digest,
     )
+
+
+def _as_before(variable: Variable, before: Contract | None) -> Variable:
+    """With the statistics that a variable of the same name and role had, which must have had the same units."""
+    found = next((one for one in before.variables if one.name == variable.name), None) if before else None
+    if found is None or (found.role, found.log1p) != (variable.role, variable.log1p):
+        return variable
+    if not same_units(found.units, variable.units):
+        raise InputError(
+            f"the network of training.start_from was trained on {found.name!r} in {found.units or 'no units'}, this "
+            f"store has it in {variable.units or 'no units'}. Convert it in the source, or prepare it under a new name."
+        )
+    kept = {key: getattr(found, key) for key in ("mean", "std", "tendency_std")}
+    return variable.model_copy(update=kept | {"inherited": True})
 
 
 def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str, NDArray[np.float64]]) -> Variable:

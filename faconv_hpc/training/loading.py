@@ -46,8 +46,7 @@ def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
     Raises:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
-    path = Path(path)
-    about, contract, weights = _exported(path) if path.is_file() else _saved(path)
+    about, contract, weights = read_weights(Path(path))
     options = json.loads(about["network"]) | {"checkpoint_steps": 0}  # as nothing is trained
     if options["cell"] == "faconvlstm":
         options["kernels"] = kernels
@@ -55,6 +54,11 @@ def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
     network.load_state_dict(weights)
     network.boundaries = contract.grid.boundaries
     return TrainedNetwork(network.eval(), contract, int(about["step"]))
+
+
+def read_weights(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
+    """What is said of a network (see `metadata`), its contract and its weights; see `load_network`."""
+    return _exported(path) if path.is_file() else _saved(path)
 
 
 def _saved(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:

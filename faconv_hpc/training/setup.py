@@ -30,17 +30,25 @@ class Workspace:
     domain: Domain
 
     @classmethod
-    def of(cls, config: RunConfig, store: Store, mesh: ProcessMesh, contract: Contract | None = None) -> "Workspace":
+    def of(
+        cls,
+        config: RunConfig,
+        store: Store,
+        mesh: ProcessMesh,
+        contract: Contract | None = None,
+        before: Contract | None = None,
+    ) -> "Workspace":
         """Cuts the store's grid over the mesh. Collective.
 
         Args:
             contract: of a run that has begun; the store is held to it. Default: one is made of config and store.
+            before: of the network whose weights it begins with; see `make_contract`.
 
         Raises:
             InputError: the store's data are not what the contract says.
         """
         if contract is None:
-            contract = make_contract(config, store, mesh)
+            contract = make_contract(config, store, mesh, before)
         else:
             contract.check(store)
         return cls(config, store, contract, Domain(contract.grid, mesh))

@@ -35,6 +35,7 @@ from .records import Recorder, StepRecord, beginning, ending, recording
 from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, sample_positions
+from .start_from import Beginning
 from .validation import Validation
 
 ASKED_S = 2.0  # a step that takes longer looks between micro-batches whether there is time for the rest of it
@@ -74,9 +75,8 @@ def train(
         store = Store.open(config.data.store)
         check_store(config, store)
         claim = stack.enter_context(claimed(config.run_dir, here=here))  # from here on nobody else saves there
-        workspace = Workspace.of(config, store, mesh, contract_of_run(config.run_dir, mesh))
+        workspace, engine = _made(config, store, mesh)
         windows = workspace.training_windows()
-        engine = Engine(build_network(config, workspace.contract.channels), mesh, config.training)
         resumed = resume(workspace, engine, strict=strict)
         legs = legs_of(config, resumed.legs, extend)
         done = resumed.step
@@ -98,6 +98,19 @@ def train(
         if here:
             _announce(workspace, engine, windows, done)
         return Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
+
+
+def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace, Engine]:
+    """What a run works with: by the contract of its checkpoints, or newly made, with another's weights if it wants."""
+    contract, source = contract_of_run(config.run_dir, mesh), config.training.start_from
+    before = Beginning.read(source, mesh) if source and contract is None else None
+    workspace = Workspace.of(config, store, mesh, contract, before.contract if before else None)
+    network = build_network(config, workspace.contract.channels)
+    if before is not None:
+        told = before.fill(network, workspace.contract.channels, mesh)
+        if mesh.rank == 0:
+            print(f"{config.run_dir}: {told}", file=sys.stderr)
+    return workspace, Engine(network, mesh, config.training)
 
 
 def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:

@@ -1,0 +1,118 @@
+"""A run that begins with the weights of another: what fits is taken over, channels by the names of their variables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.variables import Channels
+from ..errors import InputError
+from ..spatial.mesh import ProcessMesh
+from .contract import Contract
+from .loading import read_weights
+
+INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
+SHOWN = 6  # names in one message
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with.
+
+    Attributes:
+        path: a run's, a checkpoint's or an export's.
+        step: of that training.
+        contract: of that training; the statistics of the variables that both have are kept.
+        weights: by their names; empty but on the first rank.
+    """
+
+    path: Path
+    step: int
+    contract: Contract
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path, mesh: ProcessMesh) -> "Beginning":
+        """Collective: the first rank reads.
+
+        Raises:
+            InputError: there is none, or it is damaged or of another version.
+        """
+        whole = cls.of(path) if mesh.rank == 0 else None
+        told = mesh.from_first(whole and replace(whole, weights={}))
+        assert told is not None, "the first rank reads"
+        return whole or told
+
+    @classmethod
+    def of(cls, path: Path) -> "Beginning":
+        """The same, for this process alone."""
+        about, contract, weights = read_weights(path)
+        return cls(path, int(about["step"]), contract, weights)
+
+    def fill(self, network: nn.Module, channels: Channels, mesh: ProcessMesh) -> str:
+        """Puts the weights into a network, on every rank; says what is new. Collective.
+
+        What a channel has no weight for, as its variable is new, begins at 0: the forecast of the others is what it was
+        before; and a new variable is forecast by persistence. What has another shape stays as it was drawn.
+
+        Raises:
+            InputError: no layer has the shape of any of the weights.
+        """
+        before = self.contract.channels
+        kept: dict[str, Tensor] = {}
+        if mesh.rank == 0:
+            for name, value in network.state_dict().items():
+                fitted = _fitted(name, self.weights.get(name), value, before, channels)
+                if fitted is not None:
+                    kept[name] = fitted
+        names = mesh.from_first(list(kept))
+        parameters = dict(network.named_parameters())
+        drawn = [name for name in parameters if name not in names]
+        if not any(name.startswith("layers.") for name in names):
+            raise InputError(
+                f"training.start_from={self.path}: no layer of its network has the shape of this config's. "
+                f"Give the same model section (hidden_channels, bottleneck_channels, cell, ...), or another checkpoint."
+            )
+        with torch.no_grad():
+            for name in names:
+                parameters[name].copy_(mesh.from_rank(kept.get(name), parameters[name].shape, 0))
+        return self._told(before, channels, drawn)
+
+    def _told(self, before: Channels, channels: Channels, drawn: Sequence[str]) -> str:
+        lines = [f"begins with the weights of {self.path}, step {self.step}"]
+        targets = [[one.name for one in of.targets] for of in (before, channels)]
+        for what, old, new in (("inputs", before.inputs, channels.inputs), ("forecast", *targets)):
+            for text, some in (("new", set(new) - set(old)), ("left out", set(old) - set(new))):
+                if some:
+                    lines.append(f"{what} {text}: {', '.join(sorted(some))}")
+        if drawn:
+            more = f" and {len(drawn) - SHOWN} more" if len(drawn) > SHOWN else ""
+            lines.append(f"of another shape, so drawn anew: {', '.join(drawn[:SHOWN])}{more}")
+        return "\n  ".join(lines)
+
+
+def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, channels: Channels) -> Tensor | None:
+    """The weight as this network has it; None: it fits nowhere."""
+    if old is None:
+        return None
+    if name == INPUTS:
+        return _gathered(old, drawn, before.inputs, channels.inputs, dim=1)
+    if name.startswith(TARGETS):
+        was, now = ([one.name for one in of.targets] for of in (before, channels))
+        return _gathered(old, drawn, was, now, dim=0)
+    if name.startswith(COARSE):
+        was, now = ([one.name for one in of.prognostic] for of in (before, channels))
+        found = _gathered(old.unflatten(0, (len(was), -1)), drawn.unflatten(0, (len(now), -1)), was, now, dim=0)
+        return None if found is None else found.flatten(0, 1)
+    return old if old.shape == drawn.shape else None
+
+
+def _gathered(old: Tensor, drawn: Tensor, before: Sequence[str], now: Sequence[str], dim: int) -> Tensor | None:
+    """Of each name its own part along a dim, 0 where it is new; None where the parts have another shape."""
+    parts = dict(zip(before, old.unbind(dim), strict=True))
+    zero = torch.zeros_like(drawn.select(dim, 0))
+    if any(part.shape != zero.shape for part in parts.values()):
+        return None
+    return torch.stack([parts.get(name, zero) for name in now], dim=dim)
