@@ -159,6 +159,7 @@ def test_evaluation_takes_the_best_by_its_directory(tmp_path, store):
     assert found.step == 4
     told = CliRunner().invoke(app, ["checkpoint", "list", str(config.run_dir), "--json"])
     assert [(row["step"], row["problem"]) for row in json.loads(told.output)] == [(4, None), (10, None)]
+    assert CliRunner().invoke(app, ["checkpoint", "list", str(config.run_dir)]).output.count("the best") == 1
     assert CliRunner().invoke(app, ["checkpoint", "verify", str(where)]).exit_code == 0
 
 

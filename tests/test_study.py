@@ -114,6 +114,7 @@ def test_dotted_and_nested_overrides_mean_the_same():
     tree = {"training": {"steps": 3, "seed": 1}, "data": {"window": 2}}
     assert merged(tree, {"training.seed": 5}) == merged(tree, {"training": {"seed": 5}})
     assert merged(tree, {"training.seed": 5}) == {"training": {"steps": 3, "seed": 5}, "data": {"window": 2}}
+    assert merged(tree, {"training.rollout": {4: 2}})["training"]["rollout"] == {"4": 2}
     assert tree["training"]["seed"] == 1
 
 

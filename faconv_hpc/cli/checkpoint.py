@@ -37,7 +37,8 @@ def list_command(where: Where, as_json: AsJson = False) -> None:
             table.add_row(str(row["step"]), "", "", "", "", "", row["problem"])
         else:
             numbers = (f"{row['bytes'] / 1e6:.2f}", str(row["files"]), row["mesh"], str(row["zero_stage"]))
-            table.add_row(str(row["step"]), *numbers, row["versions"].get("torch", ""), "as written")
+            best = "as written, the best" if Path(row["path"]).name == "best" else "as written"
+            table.add_row(str(row["step"]), *numbers, row["versions"].get("torch", ""), best)
     Console().print(table)
 
 
