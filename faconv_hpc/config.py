@@ -191,6 +191,10 @@ class TrainingConfig(Section):
         """That a sample is ever trained for."""
         return max(self.rollout.values(), default=1)
 
+    def looks_after(self, step: int) -> bool:
+        """Whether the run looks at its validation period after a step."""
+        return bool(self.validate_every and step and step % self.validate_every == 0)
+
     def leads_after(self, done: int) -> int:
         """For how many leads the step is trained that follows so many."""
         return self.rollout.get(max((step for step in self.rollout if step <= done), default=-1), 1)

@@ -212,9 +212,9 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path, store):
         "import os\n"
         "from faconv_hpc.data import samples\n"
         "read = samples.Windows.read\n"
-        "def broken(self, indices):\n"
+        "def broken(self, indices, steps=None):\n"
         "    if os.environ['RANK'] == '1': raise RuntimeError('played fault')\n"
-        "    return read(self, indices)\n"
+        "    return read(self, indices, steps)\n"
         "samples.Windows.read = broken\n"
     )
     config = write_config(tmp_path, store, mesh={"lon": 2})

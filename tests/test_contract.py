@@ -20,6 +20,7 @@ from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training import contract as contract_module
 from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
 from faconv_hpc.training.records import CONTRACT_FILE, read_records
@@ -71,7 +72,8 @@ def make_store(path, values, *, units=UNITS, step_hours=6.0, hours=None, nlon=NL
 
 def moments_over(store, frames, channels):
     frames = stretches_of(store.layout.time, [frames])
-    found = merged(moments_of(store, piece, frames, {}) for piece in pieces_of(store, frames, channels, {}))
+    pieces = [piece for some in pieces_of(store, frames, channels, {}) for piece in some]
+    found = merged(moments_of(store, piece, frames, {}) for piece in pieces)
     return [found[channel] for channel in channels]
 
 
@@ -199,6 +201,33 @@ def test_the_contract_is_the_same_on_every_mesh_and_in_every_checkpoint(tmp_path
     assert len({contract_text(config) for config in configs}) == 1
     stored = {checkpoints_in(config.run_dir)[-1].manifest().contract.model_dump_json() for config in configs}
     assert stored == {json.dumps(json.loads(contract_text(configs[0])), separators=(",", ":"))}
+
+
+def test_statistics_are_summed_up_in_rounds(tmp_path, monkeypatch):
+    """Nobody waits for what others read of more than a file; and the deal changes nothing."""
+    store = make_store(tmp_path / "store", fields(), frames_per_file=2)
+    config = small_config(tmp_path, store, data=DATA | {"log1p": {"heat": 100.0}})
+
+    def made(mesh, pieces):
+        before, gathered = contract_module.PIECES, []
+        original = ProcessMesh.gathered_objects
+
+        def counting(self, value):
+            gathered.append(len(value))
+            return original(self, value)
+
+        contract_module.PIECES, ProcessMesh.gathered_objects = pieces, counting
+        try:
+            with Store.open(store) as opened:
+                return make_contract(config, opened, mesh), gathered
+        finally:
+            contract_module.PIECES, ProcessMesh.gathered_objects = before, original
+
+    ((want, _),) = run_on_ranks(ONE, made, 64)
+    for pieces in (1, 64):
+        for found, gathered in run_on_ranks(Layout(1, 1, 3), made, pieces):
+            assert found == want and max(gathered) <= pieces
+    assert len(gathered) >= 3  # of a rank, for seven files whose logarithms are read
 
 
 def skills(config):

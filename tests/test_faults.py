@@ -38,11 +38,11 @@ from faconv_hpc.training import checkpoint
 from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.faults.claim import claimed
 from faconv_hpc.training.faults.health import MicroBatch
-from faconv_hpc.training.faults.signals import StepEnd, StopRequest
+from faconv_hpc.training.faults.signals import StepEnd, StopRequest, check_time_limit
 from faconv_hpc.training.faults.starts import count_start
 from faconv_hpc.training.records import STEPS_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in, whole_checkpoints
-from faconv_hpc.training.trainer import Trainer, _check_time_limit, train
+from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config, write_config
 from test_checkpoint import assert_same_state
@@ -132,14 +132,14 @@ def test_a_time_limit_is_met_before_it_comes(tmp_path, store):
 
         def check(mesh):
             numbers = iter(lefts)
-            before = trainer_module._job_left_s
-            trainer_module._job_left_s = lambda: next(numbers) if mesh.rank else 1000.0
+            before = trainer_module.job_left_s
+            trainer_module.job_left_s = lambda: next(numbers) if mesh.rank else 1000.0
             told = io.StringIO()
             try:
                 with contextlib.redirect_stderr(told):
                     return train(config, mesh), told.getvalue()
             finally:
-                trainer_module._job_left_s = before
+                trainer_module.job_left_s = before
 
         answers = run_on_ranks(TWO, check)
         return [code for code, _ in answers], answers[0][1]
@@ -203,11 +203,11 @@ def test_a_time_limit_that_leaves_no_step_is_told_and_not_requeued(monkeypatch):
     with pytest.raises(
         InputError, match=r"SIGUSR1 came before the first step: the job has 100 s in all.*120 of them.*--signal"
     ):
-        _check_time_limit(signal.SIGUSR1, 120.0)
-    _check_time_limit(signal.SIGTERM, 120.0)
-    _check_time_limit(signal.SIGUSR1, 99.0)
+        check_time_limit(signal.SIGUSR1, 120.0)
+    check_time_limit(signal.SIGTERM, 120.0)
+    check_time_limit(signal.SIGUSR1, 99.0)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
-    _check_time_limit(signal.SIGUSR1, 120.0)
+    check_time_limit(signal.SIGUSR1, 120.0)
 
 
 def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_path, store):

@@ -51,11 +51,11 @@ def trained_and_told(config, layout=TWO, scores=SCORES, until=None, strict=False
     def run(mesh):
         look, told = Validation.skills, io.StringIO()
 
-        def skills(self):
+        def skills(self, may_go_on):
             step = self._workspace.domain.mesh.activity.step
             if until is not None and step > until:
                 raise KeyboardInterrupt
-            look(self)
+            look(self, may_go_on)
             return (Skill("wave_0", 1, "", scores[step], 1.0),)
 
         Validation.skills = skills

@@ -26,6 +26,7 @@ from faconv_hpc.training.parity import verify_parity
 from faconv_hpc.training.records import VALIDATION_FILE, read_records
 from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.skill import forecasts_of
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import small_config
@@ -289,6 +290,38 @@ def test_skill_is_in_physical_units_beside_persistence(made, run, tmp_path):
     assert draw_forecast(evaluation.example, tmp_path / "forecast.png", "test").stat().st_size > 10_000
 
 
+def test_forecast_and_persistence_are_judged_on_the_same_cells(tmp_path):
+    """Where a diagnostic was missing at the last input nobody knows what persistence would be."""
+    numbers = {"units": "", "mean": 0.0, "std": 1.0, "tendency_std": 1.0, "may_miss": True}
+    channels = Channels([Variable(name="p", **numbers), Variable(name="d", role="diagnostic", **numbers)])
+    x, target = random_like((1, 3, 2, NLAT, NLON), 1), random_like((1, 3, 2, NLAT, NLON), 2)
+    valid = random_like(target.shape, 3) > -0.3
+    batch = Batch(x, target, valid, torch.zeros(1, 3), (0,), channels)
+    options = {"attention_every": 0, "embedding_channels": 16, "coarse_shape": (2, 3)}
+    network = randomized(FAConvLSTMNetwork(2, 1, 8, 1, diagnostic_channels=1, **options))
+    domain = Domain(LatLonGrid(NLAT, NLON))
+    with torch.no_grad():
+        found = list(forecasts_of(network, batch, 2, domain))
+    for lead, fields in enumerate(found):
+        known = valid[0, 0, 1] & valid[0, 1 + lead, 1]
+        assert torch.equal(~fields.truth_CYX[1].isnan(), known)
+        assert torch.equal(~(fields.persistence_CYX[1] - fields.truth_CYX[1]).isnan(), known)
+
+
+@torch.no_grad()
+def test_a_free_run_in_bf16_sums_its_changes_in_float32():
+    channels = Channels([Variable(name="p", units="", mean=0, std=1, tendency_std=1e-3)])
+    network = FAConvLSTMNetwork(1, 1, 8, 1, attention_every=0, embedding_channels=16, coarse_shape=(2, 3))
+    torch.nn.init.constant_(network.forecast.bias, 0.3)
+    x = torch.randn(1, 41, 1, 6, 8).bfloat16()
+    batch = Batch(x, x, None, torch.zeros(1, 41), (0,), channels)
+    network = network.bfloat16()
+    changes = [change for change, _ in free_run(network, batch, 2, Domain(LatLonGrid(6, 8)))]
+    assert changes[-1].dtype == torch.float32
+    step = float(network.forecast.bias)
+    torch.testing.assert_close(changes[-1], torch.full_like(changes[-1], 40 * step), rtol=1e-5, atol=0)
+
+
 def test_a_window_of_one_step_knows_no_persistence_of_diagnostics(made, tmp_path):
     model = {"attention_every": 1}
     config = small_config(tmp_path, made[0], data=DATA | {"window": 1}, model=model, training={"steps": 3})
@@ -351,7 +384,7 @@ def test_what_weighs_nothing_is_not_learned(made, tmp_path):
         ({"roles": {"rian": "diagnostic"}}, r"no variable for data\.roles: 'rian'.*Did you mean 'rain'"),
         ({"log1p": {"heet": 1}}, r"no variable for data\.log1p: 'heet'.*Did you mean 'heat'"),
         ({"roles": {"land": "forcing"}}, r"data\.roles names 'land', which has no time .*Leave it out"),
-        ({"variables": ["heat", "lamd"]}, r"no variable 'lamd' in store"),
+        ({"variables": ["heat", "lamd"]}, r"no variable 'lamd' in store.*Did you mean 'land'"),
         ({"variables": ["rain", "sst", "land"]}, r"no variable .* is prognostic: a network forecasts from what"),
         ({"loss_weights": {"z*": 2}}, r"no variable for data\.loss_weights: 'z\*' in what is forecast"),
         ({"loss_weights": {"sst": 2}}, r"no variable for data\.loss_weights: 'sst'"),

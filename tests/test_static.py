@@ -16,7 +16,7 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
-from faconv_hpc.training.contract import make_contract
+from faconv_hpc.training.contract import check_same_data, make_contract
 from runs import small_config
 from test_prepare_runs import MPIEXEC
 from test_roles import DIMS, NLAT, NLON, source
@@ -103,9 +103,53 @@ def test_missing_cells_are_refused_by_name_and_left_out_otherwise(tmp_path):
     summary = prepare([tmp_path / "source.nc"], tmp_path / "store")
     assert summary.static == ("land", "height")
     assert any("'mask' has no time and has missing cells, and is left out" in note for note in summary.notes)
-    with pytest.raises(InputError, match=r"static variable 'mask' has cells that are missing .*Fill them"):
+    with pytest.raises(InputError, match=r"static variable 'mask' is nan at latitude 32, .*Fill them"):
         prepare([tmp_path / "source.nc"], tmp_path / "other", variables=["heat", "mask"])
     assert not (tmp_path / "other" / "store.nc").exists()
+
+
+@pytest.mark.parametrize("value", [1e20, -3e30, np.inf])
+def test_what_marks_missing_cells_is_no_value(tmp_path, value):
+    """Undeclared, as in fields that have times."""
+    mask = np.ones((NLAT, NLON), np.float32)
+    mask[3, 4] = value
+    source(tmp_path / "source.nc", mask=(DIMS[1:], mask, {"units": "1"}))
+    assert "mask" not in prepare([tmp_path / "source.nc"], tmp_path / "store").static
+    with pytest.raises(InputError, match=r"static variable 'mask' is .* at latitude 32, longitude 102.857: cells are"):
+        prepare([tmp_path / "source.nc"], tmp_path / "other", variables=["heat", "mask"])
+
+
+def test_a_variable_with_levels_and_one_without_time_may_have_one_name(tmp_path):
+    """As ERA5's geopotential and its orography are both z."""
+    dataset = source(tmp_path / "fields.nc")
+    levels = np.stack([dataset["heat"].values, dataset["wind"].values], axis=1)
+    z = (("time", "level", *DIMS[1:]), levels, {"units": "m"})
+    dataset[["heat"]].assign(z=z).assign_coords(level=("level", [500.0, 850.0], {"units": "hPa"})).to_netcdf(
+        tmp_path / "levels.nc", engine="h5netcdf"
+    )
+    once = xr.Dataset({"z": (DIMS[1:], dataset["height"].values, {"units": "m"})}, dataset.drop_vars("time").coords)
+    once.to_netcdf(tmp_path / "invariant.nc", engine="h5netcdf")
+    sources = [tmp_path / "levels.nc", tmp_path / "invariant.nc"]
+    for number, (variables, channels) in enumerate(
+        [(["heat", "z500", "z"], ("heat", "z500")), (None, ("heat", "z500", "z850"))]
+    ):
+        prepare(sources, tmp_path / str(number), variables=variables)
+        store = Store.open(tmp_path / str(number))
+        assert (store.channels, store.static_names) == (channels, ("z",))
+
+
+def test_what_cannot_be_static_is_told(tmp_path):
+    dataset = source(tmp_path / "fields.nc")
+    levels = np.stack([dataset["heat"].values, dataset["wind"].values], axis=1)
+    z = (("time", "level", *DIMS[1:]), levels, {"units": "m"})
+    levelled = dataset.assign(z=z).assign_coords(level=("level", [500.0, 850.0], {"units": "hPa"}))
+    levelled.to_netcdf(tmp_path / "levels.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match=r"--static z: 'z' is no field of latitude, longitude and at most times"):
+        prepare([tmp_path / "levels.nc"], tmp_path / "store", static=["z"])
+    with pytest.raises(InputError, match=r"--static z500: 'z500' is no field"):
+        prepare([tmp_path / "levels.nc"], tmp_path / "store", static=["z500"])
+    prepare([tmp_path / "fields.nc"], tmp_path / "renamed", rename={"wind": "gusts"}, static=["gusts"])
+    assert Store.open(tmp_path / "renamed").static_names == ("gusts", "land", "height")
 
 
 def test_a_store_is_a_source_with_all_it_has(made, tmp_path):
@@ -181,6 +225,25 @@ def test_a_contract_holds_data_to_them(made, tmp_path):
     prepare([tmp_path / "feet.nc"], tmp_path / "feet")
     with Store.open(tmp_path / "feet") as store, pytest.raises(InputError, match=r"'height' in m, .* has it in ft"):
         contract.check(store)
+    source(tmp_path / "hills.nc", height=(DIMS[1:], 1.01 * dataset["height"].values, {"units": "m"}))
+    prepare([tmp_path / "hills.nc"], tmp_path / "hills")
+    with Store.open(tmp_path / "hills") as store, pytest.raises(InputError, match=r"'height' of mean .*has one of"):
+        contract.check(store)
     prepare([tmp_path / "feet.nc"], tmp_path / "less", variables=["heat", "wind", "sst", "rain", "land"])
     with Store.open(tmp_path / "less") as store, pytest.raises(InputError, match=r"no static variable 'height' in sto"):
         contract.check(store)
+
+
+def test_a_field_of_one_number_has_no_deviation(tmp_path):
+    """Whatever is left of it in sums: a store that is prepared again is the same one."""
+    flat = np.full((NLAT, NLON), 137.3, np.float32)
+    source(tmp_path / "source.nc", flat=(DIMS[1:], flat, {"units": "m"}))
+    prepare([tmp_path / "source.nc"], tmp_path / "store")
+    config = small_config(tmp_path, tmp_path / "store", data={"periods": {"test": "2003-03-04/"}})
+    with Store.open(tmp_path / "store") as store:
+        assert store.static[-1].std == 0 and store.static[-1].channel.name == "flat"
+        contract = make_contract(config, store, ProcessMesh.alone())
+    prepare([tmp_path / "source.nc"], tmp_path / "again", frames_per_file=3)
+    with Store.open(tmp_path / "again") as store:
+        contract.check(store)
+        check_same_data(contract, store, ProcessMesh.alone())

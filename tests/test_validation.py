@@ -1,15 +1,22 @@
 """Looking at held-out data while a run trains: the same on every mesh, and nothing of the run is changed."""
 
 import json
+import os
 import shutil
+import signal
+import threading
 
 import numpy as np
 import pytest
 
-from faconv_hpc.errors import InputError
+from faconv_hpc.data.samples import Windows
+from faconv_hpc.data.store import Store
+from faconv_hpc.errors import EXIT_STOPPED, InputError
 from faconv_hpc.evaluation.skill import evaluate
+from faconv_hpc.observe import READING
 from faconv_hpc.training.fit import check_fits
 from faconv_hpc.training.records import VALIDATION_FILE, read_records
+from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from faconv_hpc.training.validation import Validation
@@ -87,10 +94,10 @@ def test_killed_between_a_step_and_its_validation_a_run_continues_bit_for_bit(tm
     def cut(mesh):
         skills = Validation.skills
 
-        def interrupted(self):
+        def interrupted(self, may_go_on):
             if rows_of(config):
                 raise KeyboardInterrupt
-            return skills(self)
+            return skills(self, may_go_on)
 
         Validation.skills = interrupted
         try:
@@ -112,6 +119,100 @@ def test_what_a_signal_prevented_is_made_up_for_before_the_next_step(tmp_path, s
     path = config.run_dir / VALIDATION_FILE
     path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] != 4))
     assert sorted(trained(config), key=lambda row: row["step"]) == rows and losses_of(config) == losses_of(alone[0])
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Windows.read for looks, which is called with ``before(windows, number of the call)``, on the ranks."""
+
+    def on_ranks(layout, config, before):
+        def run(mesh):
+            original, calls = Windows.read, []
+
+            def reading(self, indices, steps=None):
+                if threading.current_thread() is threading.main_thread():  # training reads ahead in another
+                    calls.append(mesh.activity.doing)
+                    before(mesh, len(calls))
+                return original(self, indices, steps)
+
+            Windows.read = reading
+            try:
+                return train(config, mesh), calls
+            finally:
+                Windows.read = original
+
+        return run_on_ranks(layout, run)
+
+    return on_ranks
+
+
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_a_signal_in_a_look_is_followed_before_its_next_window(tmp_path, store, alone, read, window):
+    """Looks are of four windows; between two checkpoints, too, and after the last step, nothing is lost."""
+    layout = Layout(1, 1, 2)
+    whole = config_of(tmp_path / "whole", store, layout, checkpoint_every=0)
+    rows = trained(whole, layout)
+    config = config_of(tmp_path / "cut", store, layout, checkpoint_every=0)
+
+    def before(mesh, call):
+        if call == window and mesh.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    answers = read(layout, config, before)
+    assert [code for code, _ in answers] == [EXIT_STOPPED] * 2
+    step = 2 * (1 + (window - 1) // 4)
+    assert {doing for _, calls in answers for doing in calls} == {READING}
+    assert all(len(calls) == window for _, calls in answers)
+    assert checkpoints_in(config.run_dir)[-1].step == step and {row["step"] for row in rows_of(config)} < {2, 4, 6}
+    assert trained(config, layout) == rows and losses_of(config) == losses_of(whole)
+
+
+def test_the_last_step_is_saved_before_its_look_and_a_look_that_is_left_is_made_up_for(tmp_path, store, alone, read):
+    config = config_of(tmp_path, store, checkpoint_every=0)
+    seen = []
+
+    def before(mesh, call):
+        if call == 9:
+            seen.append([one.step for one in checkpoints_in(config.run_dir)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        read(ONE, config, before)
+    assert checkpoints_in(config.run_dir)[-1].step == 6 and {row["step"] for row in rows_of(config)} == {2, 4}
+    assert trained(config) == alone[1] and losses_of(config) == losses_of(alone[0])
+    assert trained(config) == alone[1]  # and there is nothing left to do
+
+
+def test_a_look_reads_by_files_of_its_own(tmp_path, store):
+    """HDF5's handles are not for two threads, and training reads ahead."""
+    config = config_of(tmp_path, store)
+
+    def check(mesh):
+        with Store.open(store) as opened:
+            workspace = Workspace.of(config, opened, mesh)
+            windows = Validation(workspace, None)._windows
+            windows.read([0])
+            return windows.store is not opened and windows.store._open is not opened._open and bool(windows.store._open)
+
+    assert run_on_ranks(ONE, check) == [True]
+
+
+def test_a_new_run_keeps_the_looks_of_the_one_before_aside(tmp_path, store, alone):
+    config = config_of(tmp_path, store)
+    trained(config)
+    shutil.rmtree(config.run_dir / "checkpoints")
+    assert trained(config) == alone[1]
+    kept = (config.run_dir / "validation-before-0.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == alone[1]
+
+
+@pytest.mark.parametrize("cut", [1, 30, 400])
+def test_a_look_that_is_cut_off_in_the_file_is_made_up_for(tmp_path, store, alone, cut):
+    config = config_of(tmp_path, store)
+    trained(config)
+    path = config.run_dir / VALIDATION_FILE
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert trained(config) == alone[1]
 
 
 def test_what_cannot_be_validated_is_told_before_a_run_starts(tmp_path, store):

@@ -4,7 +4,7 @@ import re
 from datetime import date
 from typing import Any
 
-DATE = r"\d{4}(?:-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d)?)?)?)?)?"
+DATE = r"\d{4,}(?:-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d)?)?)?)?)?"
 RANGE = re.compile(rf"({DATE})|({DATE})?/({DATE})?")
 """``1979/2015``, ``2016-07/``, ``/1999-12-31T18``, or one date; closed: a year is all of it."""
 

@@ -54,20 +54,24 @@ class Piece:
     channels: tuple[int, ...]
 
 
-def pieces_of(store: Store, frames: Stretches, channels: Sequence[int], log1p: Log1p) -> list[Piece]:
-    """All that there is to do, in the order of files, for `moments_of`; by whom does not change what comes out.
+def pieces_of(
+    store: Store, frames: Stretches, channels: Sequence[int], log1p: Log1p
+) -> tuple[list[Piece], list[Piece]]:
+    """All that there is to do for `moments_of`, in the order of files: what files have kept, which is soon read; and
+    what takes the fields themselves. By whom it is done does not change what comes out.
 
     A file whose frames all count, and the frame after them, has kept its moments: those of all channels are read at
     once. Of the files at the limits, and of channels whose logarithm counts, the fields are read, each channel on its
     own.
     """
-    pieces: list[Piece] = []
+    kept: list[Piece] = []
+    read: list[Piece] = []
     for file, entry in enumerate(store.files):
         if _own(entry, frames):
-            kept = [one for one in channels if one not in log1p] if _is_whole(store, entry, frames) else []
-            parts = [kept] * bool(kept) + [[channel] for channel in channels if channel not in kept]
-            pieces += [Piece(file, tuple(part)) for part in parts]
-    return pieces
+            known = [one for one in channels if one not in log1p] if _is_whole(store, entry, frames) else []
+            kept += [Piece(file, tuple(known))] * bool(known)
+            read += [Piece(file, (channel,)) for channel in channels if channel not in known]
+    return kept, read
 
 
 def moments_of(store: Store, piece: Piece, frames: Stretches, log1p: Log1p) -> dict[int, ChannelMoments]:

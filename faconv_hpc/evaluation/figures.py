@@ -48,7 +48,9 @@ def draw_forecast(example: Example, path: Path, title: str, ratios: Sequence[flo
 
 
 def _meaning(variable: Variable) -> str:
-    what = "change in one step" if variable.role == "prognostic" else "departure from the mean"
+    what = "change in one step"
+    if variable.role == "diagnostic":
+        what = "departure from the mean" if variable.log1p is None else "departure from the mean of its logarithm"
     return f"{what} [{variable.units}]" if variable.units else what
 
 

@@ -19,6 +19,7 @@ from ..data.variables import Variable
 from ..errors import InputError
 from ..files import write_durably
 from ..model.network import FAConvLSTMNetwork
+from ..observe import READING
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.identity import check_same_network
@@ -129,7 +130,8 @@ def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Pa
     sums = SkillSums(leads, len(windows.channels.targets))
     first_step: LeadFields | None = None
     for index in range(len(windows)):
-        batch = windows.read([index]).to(mesh.device)
+        with mesh.activity.during(READING):
+            batch = windows.read([index]).to(mesh.device)
         for lead, fields in enumerate(forecasts_of(network, batch, config.data.window, workspace.domain), start=1):
             sums.add(lead, fields, workspace.domain)
             first_step = fields if lead == 1 else first_step

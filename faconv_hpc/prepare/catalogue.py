@@ -17,6 +17,7 @@ from .roles import SourceOptions
 from .segments import Segment, SourceGrid, segments_of
 from .selection import selected
 from .sources import open_sources
+from .values import is_unsound
 
 GREGORIAN = ("standard", "proleptic_gregorian")
 GREGORIAN_S = -12219292800  # 1582-10-15, from when on they agree
@@ -104,6 +105,12 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
                 found.setdefault(segment.channel.name, []).append(segment)
     segments = [one for several in found.values() for one in several] + list(static.values())
     _check_names(options, names | {name for one in segments for name in one.names})
+    for name in options.static:
+        if not any(name in one.names for one in static.values()):
+            raise InputError(
+                f"--static {name}: {name!r} is no field of latitude, longitude and at most times: it has levels or "
+                f"members, or is one level of several. Take one with --select, and call it by its variable's name."
+            )
     for dim, value in options.select:
         if dim not in of_use:
             raise InputError(
@@ -132,7 +139,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
 
 def _is_whole(segment: Segment, notes: list[str]) -> bool:
     """Whether a field that nobody named can be taken; if not, that is noted."""
-    whole = bool(np.isfinite(segment.read(range(1), (0, segment.grid.latitude_deg.size), [segment])).all())
+    whole = not is_unsound(segment.read(range(1), (0, segment.grid.latitude_deg.size), [segment])).any()
     if not whole:
         notes.append(
             f"{segment.path}: {segment.channel.name!r} has no time and has missing cells, and is left out; fill them."
@@ -188,7 +195,8 @@ def _choose(
     constant: list[str] = []
     by_variable = {name: str(segments[0].array.name) for name, segments in found.items()}
     for name in wanted:
-        names = [name] if name in found else [key for key, variable in by_variable.items() if variable == name]
+        named = name in found or name in static  # z may be a variable with levels in one source, orography in another
+        names = [name] * (name in found) if named else [key for key, one in by_variable.items() if one == name]
         timeless = [] if names else [key for key, segment in static.items() if name in segment.names]
         if not names and not timeless:
             raise unknown_name("variable", name, [*found, *static], f"the sources {', '.join(map(str, paths[:3]))}")

@@ -142,7 +142,8 @@ def static_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions) ->
     """Of a field without time, or one that is named as static; None if it is no field on latitude and longitude."""
     array = dataset[name]
     latitude, longitude = _dim_of(dataset, array, "latitude"), _dim_of(dataset, array, "longitude")
-    time = _time_dim(dataset, array, options) if str(name) in options.static else None
+    is_named = not {str(name), dict(options.rename).get(str(name))}.isdisjoint(options.static)
+    time = _time_dim(dataset, array, options) if is_named else None
     others = [dim for dim in array.dims if dim not in (latitude, longitude, time) and array.sizes[dim] > 1]
     if latitude is None or longitude is None or latitude == longitude or others:
         return None

@@ -161,7 +161,7 @@ def segments_of(
     for name in ["fields"] if ours else dataset.data_vars:
         if name in bounds:
             continue
-        array, is_static = dataset[name], str(name) in options.static
+        array, is_static = dataset[name], not {str(name), names.get(str(name))}.isdisjoint(options.static)
         roles = None if is_static else find_roles(dataset, name, options, path)
         if roles is None:
             roles, is_static = static_roles(dataset, name, options), True

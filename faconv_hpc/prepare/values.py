@@ -11,6 +11,15 @@ SENTINEL_GAP = 0.1  # of its size, which is free above one
 FAR = 10.0  # standard deviations of the rest
 REST = 0.05  # of the values, for their deviation to say anything: a few wet cells do not
 SAMPLE = 20_000
+LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34
+COMMON_FILL = np.float32(1e20)  # that of CMIP
+
+
+def is_unsound(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where values are missing, infinite, or what usually marks missing ones."""
+    with np.errstate(invalid="ignore"):
+        size = np.abs(values)
+        return np.asarray(~(size < LARGEST) | (size == COMMON_FILL))
 
 
 def refuse_suspect(values_TYX: NDArray[np.float32], where: str, name: str) -> None:

@@ -31,10 +31,9 @@ from ..spatial.grid import Span
 from .comm import Comm
 from .hdf5_file import ForgivingFile, new_netcdf
 from .store_file import CONVENTIONS, write_coordinates, write_static_file, write_store_file
+from .values import is_unsound
 
 SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
-LARGEST = np.float32(1e30)  # fill values nobody declared: NetCDF's 9.97e36, 1e35, -1e34
-COMMON_FILL = np.float32(1e20)  # that of CMIP
 LOCK_FILE = ".lock"
 Progress = Callable[[int, int], None]
 """Called with (files this rank has finished, files it has to write)."""
@@ -311,9 +310,7 @@ def _read_slab(
 def _check_values(
     layout: StoreLayout, slab_TCYX: NDArray[np.float32], frames: range, channels: range, rows: Span
 ) -> None:
-    with np.errstate(invalid="ignore"):
-        size = np.abs(slab_TCYX)
-        bad = (size >= LARGEST) | (size == COMMON_FILL)
+    bad = is_unsound(slab_TCYX) & ~np.isnan(slab_TCYX)
     if bad.any():
         t, c, y, x = (int(index[0]) for index in np.nonzero(bad))
         raise InputError(
@@ -327,10 +324,13 @@ def _check_values(
 def _sound(layout: StoreLayout, static: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     """The static fields, if all their values are numbers."""
     for channel, field_YX in zip(layout.static, static, strict=True):
-        if not (np.abs(field_YX) < LARGEST).all():  # a NaN is not
+        bad = is_unsound(field_YX)
+        if bad.any():
+            y, x = (int(index[0]) for index in np.nonzero(bad))
             raise InputError(
-                f"the static variable {channel.name!r} has cells that are missing or beyond {LARGEST:g}, and nothing "
-                f"would say where. Fill them in the source, or name the variables to take with --variables."
+                f"the static variable {channel.name!r} is {field_YX[y, x]} at latitude {layout.latitude_deg[y]:g}, "
+                f"longitude {layout.longitude_deg[x]:g}: cells are missing, and nothing would say where. Fill them in "
+                f"the source, or name the variables to take with --variables."
             )
         yield field_YX
 

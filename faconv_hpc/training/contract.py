@@ -1,6 +1,6 @@
 """The contract of a run: what its network was trained on, and needs to be used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ..config import DataConfig, RunConfig
 from ..data.layout import same_units
+from ..data.moments import ChannelMoments
 from ..data.periods import frames_within, stretches_of
-from ..data.statistics import ROUNDING, Statistics, Stretches, merged, moments_of, pieces_of
+from ..data.statistics import Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
 from ..data.unknown_names import index_of
@@ -22,6 +23,7 @@ from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from .fit import check_store, grid_of, loss_weight_of, names_of, parts_of
 
+PIECES = 64  # kept moments of so many files that a rank reads before all hear of them
 SAME = 1e-6  # of a statistic's size, and of the field's deviation: files of other sizes are summed in another order
 
 
@@ -105,7 +107,8 @@ class Contract(BaseModel):
     def _check_variable(self, store: Store, variable: Variable) -> None:
         if variable.role == "static":
             index = index_of("static variable", variable.name, store.static_names, f"store {store.path}")
-            units, misses = store.static[index].channel.units, False
+            static = store.static[index]
+            units, misses = static.channel.units, False
         else:
             (index,) = store.channel_indices([variable.name])
             units, misses = store.units[index], store.misses_some([index])
@@ -115,6 +118,13 @@ class Contract(BaseModel):
                 f"{variable.name!r} in {variable.units or 'no units'}",
                 f"it in {units or 'no units'}",
                 "Convert it in the source, and prepare the store again.",
+            )
+        if variable.role == "static" and not _are_close(variable, (static.mean, static.std, 0.0)):
+            raise self._refusal(
+                store.path,
+                f"a {variable.name!r} of mean {variable.mean:.7g} and deviation {variable.std:.7g} {variable.units}",
+                f"one of {static.mean:.7g} and {static.std:.7g}",
+                "Use the same field: it is what the network knows the place by.",
             )
         if misses and not variable.may_miss:
             raise self._refusal(
@@ -153,14 +163,22 @@ def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None
     now = _statistics(store, stretches, {one.name: one.log1p for one in contract.channels.fields}, mesh)
     now |= {one.channel.name: np.array([one.mean, one.std, 0.0]) for one in store.static}
     for variable in (one for one in contract.variables if not one.inherited):
-        mine, others = np.array([variable.mean, variable.std, variable.tendency_std]), now[variable.name]
-        if (np.abs(mine - others) > SAME * (np.abs(mine) + variable.std)).any():
+        others = now[variable.name]
+        if not _are_close(variable, others):
+            mine = (variable.mean, variable.std, variable.tendency_std)
             told = (", ".join(f"{value:.7g}" for value in row) for row in (mine, others))
+            units = variable.units if variable.log1p is None else f"(of log(1 + x / {variable.log1p:g}))"
             raise InputError(
                 f"the run was trained on a {variable.name!r} of mean, deviation and deviation of the change "
-                f"{next(told)} {variable.units}, the store {store.path} has {next(told)} at the same dates. A run goes "
+                f"{next(told)} {units}, the store {store.path} has {next(told)} at the same dates. A run goes "
                 f"on as it began: bring the store back, or give another run_dir."
             )
+
+
+def _are_close(variable: Variable, others: Sequence[float] | NDArray[np.float64]) -> bool:
+    """Whether mean and deviations of the same data, summed up in another order, may be those of a variable."""
+    mine = np.array([variable.mean, variable.std, variable.tendency_std])
+    return bool((np.abs(mine - others) <= SAME * (np.abs(mine) + variable.std)).all())
 
 
 def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Contract | None = None) -> Contract:
@@ -215,9 +233,8 @@ def _as_before(variable: Variable, before: Contract | None) -> Variable:
 def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str, NDArray[np.float64]]) -> Variable:
     if name in store.static_names:
         static = store.static[store.static_names.index(name)]
-        settled = static.std <= ROUNDING * abs(static.mean)
-        std = 0.0 if settled else static.std
-        return Variable(name=name, units=static.channel.units, role="static", mean=static.mean, std=std, tendency_std=0)
+        numbers = {"mean": static.mean, "std": static.std, "tendency_std": 0}
+        return Variable(name=name, units=static.channel.units, role="static", **numbers)
     (channel,) = store.channel_indices([name])
     mean, std, tendency_std = statistics[name].tolist()
     return Variable(
@@ -239,11 +256,17 @@ def _statistics(
     """Mean and deviations of variables over some frames: files are dealt to ranks, and merged in their order."""
     channels = store.channel_indices(list(log1p))
     logarithms = {channel: one for channel, one in zip(channels, log1p.values(), strict=True) if one is not None}
-    pieces = pieces_of(store, stretches, channels, logarithms)
-    with mesh.activity.during(READING):
-        mine = [moments_of(store, piece, stretches, logarithms) for piece in pieces[mesh.rank :: mesh.ranks]]
-    dealt = mesh.gathered_objects(mine)
-    found = merged(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(pieces)))
+    kept, read = pieces_of(store, stretches, channels, logarithms)
+    found: dict[int, ChannelMoments] = {}
+    for pieces, each in ((kept, PIECES), (read, 1)):
+        for first in range(0, len(pieces), each * mesh.ranks):  # in rounds, so that nobody waits for all of it
+            some = pieces[first : first + each * mesh.ranks]
+            mine = []
+            for piece in some[mesh.rank :: mesh.ranks]:
+                with mesh.activity.during(READING):
+                    mine.append(moments_of(store, piece, stretches, logarithms))
+            dealt = mesh.gathered_objects(mine)
+            found = merged([found, *(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(some)))])
     return dict(zip(log1p, Statistics.of(found[channel] for channel in channels).rows, strict=True))
 
 

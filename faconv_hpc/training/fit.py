@@ -96,8 +96,10 @@ def loss_weight_of(data: DataConfig, name: str) -> float:
 
 def _check_variables(data: DataConfig, store: Store) -> None:
     """Raises InputError for variables that the store lacks, and for what is said of one that is not taken."""
-    names = [name for name in names_of(data, store) if name not in store.static_names]
-    store.channel_indices(names)
+    taken, there = names_of(data, store), (*store.channels, *store.static_names)
+    for name in taken:
+        index_of("variable", name, there, f"store {store.path}")
+    names = [name for name in taken if name not in store.static_names]
     for key, said in (("roles", data.roles), ("log1p", data.log1p)):
         for name in said:
             if name in store.static_names:

@@ -8,6 +8,7 @@ from ..data.samples import Batch
 from ..data.variables import Channels
 from ..model.feedback import Feedback
 from ..model.network import NetworkOutput
+from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 
 
@@ -28,13 +29,14 @@ def free_run(
     """
     inputs, season, feedback = batch.inputs_BTCYX, batch.year_fraction_BT, feedback_of(batch.channels, window)
     output = network(inputs[:, :window], season[:, :window], domain=domain)
-    change_BCYX = output.tendency_BTCYX[:, -1]
-    yield change_BCYX, output.diagnostic_BTCYX[:, -1]
+    precision = at_least_float32(output.forecast_BTCYX.dtype)  # as tendencies are summed up
+    change_BCYX = output.tendency_BTCYX[:, -1].to(precision)
+    yield change_BCYX, output.diagnostic_BTCYX[:, -1].to(precision)
     for at in range(window, inputs.shape[1]):
         x_BTCYX = feedback.inputs(inputs[:, window - 1], inputs[:, at], change_BCYX)[:, None]
         output = network(x_BTCYX, season[:, at : at + 1], domain=domain, state=output.state, first_step=at)
         change_BCYX = change_BCYX + output.tendency_BTCYX[:, 0]
-        yield change_BCYX, output.diagnostic_BTCYX[:, 0]
+        yield change_BCYX, output.diagnostic_BTCYX[:, 0].to(precision)
 
 
 def feedback_for(batch: Batch, window: int) -> Feedback | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,11 +108,9 @@ class Recorder:
         write_durably(config.run_dir / CONTRACT_FILE, contract.model_dump_json(indent=2) + "\n")
         write_durably(config.run_dir / VERSIONS_FILE, json.dumps({**versions(), **machines}, indent=2) + "\n")
         self._file = _reopened(config.run_dir / STEPS_FILE, done)
-        self._validations = config.run_dir / VALIDATION_FILE
-        rows = [row for row in _rows(self._validations) if row["step"] <= done]
-        self.looks = Looks.of(rows)
-        if self._validations.exists():
-            write_json_lines(self._validations, rows)
+        looks = config.run_dir / VALIDATION_FILE
+        self._validations = _reopened(looks, done) if config.training.validate_every or looks.exists() else None
+        self.looks = Looks.of(_looked_at(config.run_dir))
         self._board = _board(config, done)
         self._display = _Display(config.training.steps, done)
 
@@ -124,6 +123,8 @@ class Recorder:
     ) -> None:
         self._display.stop()
         self._file.close()
+        if self._validations is not None:
+            self._validations.close()
         if self._board is not None:
             self._board.close()
 
@@ -144,8 +145,11 @@ class Recorder:
 
     def write_skills(self, step: int, skills: Sequence[Skill]) -> None:
         """A line for each variable and lead, after a step; those of one step appear together."""
+        assert self._validations is not None, "a run that looks has a file for it"
         new = [{"step": step} | skill.as_json() for skill in skills]
-        write_json_lines(self._validations, [*_rows(self._validations), *new])
+        self._validations.write("".join(json.dumps(row) + "\n" for row in new))
+        self._validations.flush()
+        os.fsync(self._validations.fileno())
         self.looks.scores[step] = score(new)
         leads = sorted({one.lead for one in skills})
         means = {lead: _mean([one.ratio for one in skills if one.lead == lead]) for lead in leads}
@@ -258,23 +262,38 @@ def _reopened(path: Path, done: int) -> TextIO:
 
     Where a run begins anew, the records of what was there before are kept aside.
     """
-    lines = len(path.read_text(errors="replace").splitlines()) if path.exists() else 0
-    rows = _rows(path)
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines, rows = len(text.splitlines()), _rows(path)
     kept = [row for row in rows if row["step"] <= done]
     if len(kept) < lines:
         unreadable = lines - len(rows)
         damage = f", {unreadable} lines that cannot be read are left out" if unreadable else ""
-        print(f"{path}: {len(rows) - len(kept)} steps beyond step {done} are done again{damage}", file=sys.stderr)
+        again = len({row["step"] for row in rows} - {row["step"] for row in kept})
+        print(f"{path}: {again} steps beyond step {done} are done again{damage}", file=sys.stderr)
         if done == 0:
-            number = sum(1 for _ in path.parent.glob("steps-before-*.jsonl"))
-            path.rename(path.with_name(f"steps-before-{number}.jsonl"))
+            number = sum(1 for _ in path.parent.glob(f"{path.stem}-before-*.jsonl"))
+            path.rename(path.with_name(f"{path.stem}-before-{number}.jsonl"))
         write_json_lines(path, kept)
     return path.open("a")
 
 
+def _looked_at(run_dir: Path) -> list[dict[str, Any]]:
+    return _rows(run_dir / VALIDATION_FILE)
+
+
+def look_is_missing(config: RunConfig, done: int) -> bool:
+    """Whether a run that has done all its steps has not looked at its validation period after the last."""
+    return config.training.looks_after(done) and all(row["step"] != done for row in _looked_at(config.run_dir))
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines that are records."""
-    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
+    """The lines that are records; of a look at the validation period all or none, where a machine failed in writing."""
+    rows = [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
+    last = (
+        path.read_text(errors="replace").rpartition("\n")[2] if path.name == VALIDATION_FILE and path.exists() else ""
+    )
+    begun = re.match(r'\{"step": (\d+),', last)  # a whole line ends
+    return [row for row in rows if row["step"] != int(begun.group(1))] if begun else rows
 
 
 def _board(config: RunConfig, done: int) -> Any:

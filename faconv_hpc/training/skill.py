@@ -66,12 +66,12 @@ class SkillSums:
         """
         truth_CYX, persistence_CYX = fields.truth_CYX, fields.persistence_CYX
         known_CYX = ~truth_CYX.isnan()  # a forecast that is no number is wrong, not unknown
-        rows = (fields.forecast_CYX, known_CYX), (persistence_CYX, known_CYX & ~persistence_CYX.isnan())
-        for row, (said_CYX, valid_CYX) in enumerate(rows):
-            square, weight = _area_square(said_CYX - truth_CYX, valid_CYX, domain)
-            if counts:
-                self._squares[lead - 1, row] += square
-                self._weights[lead - 1, row] += weight
+        valid_RCYX = torch.stack([known_CYX, known_CYX & ~persistence_CYX.isnan()])
+        errors_RCYX = torch.stack([fields.forecast_CYX, persistence_CYX]) - truth_CYX
+        squares, weights = _area_squares(errors_RCYX, valid_RCYX, domain)
+        if counts:
+            self._squares[lead - 1] += squares
+            self._weights[lead - 1] += weights
 
     def over_replicas(self, mesh: ProcessMesh) -> None:
         """Sums up what the replicas have. Collective."""
@@ -95,7 +95,8 @@ def forecasts_of(
 ) -> Iterator[LeadFields]:
     """Of the first sample of a batch, lead by lead.
 
-    A change is known where the field was known in every frame from the first to the last.
+    A change is known where the field was known in every frame from the first to the last, a diagnostic where it is
+    and was at the last input.
     """
     channels, changing = batch.channels, len(batch.channels.prognostic)
     targets_TCYX = batch.target_BTCYX[0]
@@ -107,7 +108,10 @@ def forecasts_of(
     persistence_CYX = torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX])
     start_CYX = batch.inputs_BTCYX[0, window - 1]
     for lead, forecast in enumerate(free_run(network, batch, window, domain)):
-        truth_CYX = torch.cat([changes_TCYX[lead], diagnostics_TCYX[window - 1 + lead]])
+        came_CYX = diagnostics_TCYX[window - 1 + lead]
+        if window > 1:  # where it was known, as a change is: both errors are of the same cells
+            came_CYX = came_CYX.where(~before_CYX.isnan(), float("nan"))
+        truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
         said = (_in_units(fields, start_CYX, channels) for fields in (truth_CYX, forecast_CYX, persistence_CYX))
         yield LeadFields(*said)
@@ -124,9 +128,9 @@ def _in_units(fields_CYX: Tensor, start_CYX: Tensor, channels: Channels) -> Tens
     return torch.stack(parts)
 
 
-def _area_square(error_CYX: Tensor, valid_CYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
-    """(C,) area-weighted sums over the whole grid of the squares where they are valid, and of their weights."""
-    square = error_CYX.square().where(valid_CYX, 0.0)
-    weight = domain.coordinates.row_weights(square)[:, None] * valid_CYX
+def _area_squares(error_RCYX: Tensor, valid_RCYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
+    """(R, C) area-weighted sums over the whole grid of the squares where they are valid, and of their weights."""
+    square = error_RCYX.square().where(valid_RCYX, 0.0)
+    weight = domain.coordinates.row_weights(square)[:, None] * valid_RCYX
     sums = domain.total(torch.stack([(square * weight).sum((-2, -1)), weight.sum((-2, -1))])).cpu()
     return sums[0], sums[1]

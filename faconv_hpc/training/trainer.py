@@ -15,9 +15,8 @@ import torch
 from ..config import RunConfig
 from ..data.samples import Batch, ReadAhead, Windows, sample_order
 from ..data.store import Store
-from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, InputError
+from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from ..observe import READING, SAVING, Clock
-from ..spatial.environment import RankEnvironment
 from ..spatial.mesh import ProcessMesh
 from .checkpoint import CheckpointWriter, SaveFailedError
 from .engine import Engine
@@ -25,13 +24,13 @@ from .faults.claim import Claim, claimed
 from .faults.drift import DriftCheck
 from .faults.health import MicroBatch
 from .faults.not_finite import NotFinite
-from .faults.signals import StepEnd, StopRequest, grace_s
+from .faults.signals import StepEnd, StopRequest, check_time_limit, grace_s, job_left_s
 from .faults.starts import counted_start, made_progress
 from .fit import check_store, least_bytes, windows_over_gaps
 from .free_run import feedback_for
 from .looks import NONE, Looks
 from .objective import losses_of
-from .records import Recorder, StepRecord, beginning, ending, recording
+from .records import Recorder, StepRecord, beginning, ending, look_is_missing, recording
 from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, sample_positions
@@ -81,7 +80,8 @@ def train(
         legs = legs_of(config, resumed.legs, extend)
         done = resumed.step
         progress = partial(made_progress, config.run_dir)
-        if done >= config.training.steps:
+        looks = mesh.from_first(here and done == config.training.steps and look_is_missing(config, done))
+        if done >= config.training.steps and not looks:
             if here:
                 progress()
                 print(
@@ -95,7 +95,7 @@ def train(
         requests = _requests(config, windows, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
-        if here:
+        if here and not looks:
             _announce(workspace, engine, windows, done)
         return Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
 
@@ -177,11 +177,12 @@ class Trainer:
         self._stop.hold_interrupts(done, speaks=self._mesh.rank == 0)
         asked = max(number for (number,) in self._mesh.gathered([self._stop.number]))
         if asked:
-            _check_time_limit(int(asked), self._config.training.usr_grace_s)
+            check_time_limit(int(asked), self._config.training.usr_grace_s)
             return self._leave(done, StepEnd(int(asked), left_s=0.0, save_s=0.0, written=True))
-        if self._validate_if_due(done):  # a signal may have come between the step and this
-            return self._ended(done)
+        code = self._look(done)  # a signal may have come between the step and this
         for step in range(done + 1, last + 1):
+            if code is not None:
+                return code
             record, end = self._step(step)
             if record is None:  # the step was given up: as if it had not begun
                 with self._activity.during(SAVING):
@@ -190,16 +191,13 @@ class Trainer:
                 self._claim.check()
                 self._recorder.write(record)
             self._drift.after_step(step)
-            if step == last and not end.signal:
-                self._validate_if_due(step)  # from its checkpoint nothing goes on that could make up for it
             with self._activity.during(SAVING):
                 self._save_if_due(step, end)
                 self._stop.kept_step = self._writer.saved_step
                 if end.signal or end.time_is_up:
                     return self._leave(step, end)
-            if self._validate_if_due(step):
-                return self._ended(step)
-        return self._ended(last)
+            code = self._look(step)
+        return self._ended(last) if code is None else code
 
     def _ended(self, step: int) -> int:
         """With all its steps, or because it gets no better."""
@@ -211,25 +209,32 @@ class Trainer:
             print(ending(self._config, step, self._recorder.last), file=sys.stderr)
         return EXIT_OK
 
-    def _validate_if_due(self, step: int) -> bool:
-        """After the step is saved, so that a kill loses no more; what goes on from there makes up for it.
-
-        Whether the run ends with it, as the same looks decide on every start.
-        """
-        if not self._validation.due(step):
-            return False
+    def _look(self, step: int) -> int | None:
+        """At the validation period, if it is due, after the step is saved where that is: what goes on from there makes
+        up for a look that was given up. The exit code, if the run ends with it."""
+        training = self._config.training
+        if not training.looks_after(step):
+            return None
         looks = Looks() if self._recorder is None else self._recorder.looks
         if not self._mesh.from_first(step in looks.scores):
-            skills = self._validation.skills()
+            ends: list[StepEnd] = []
+            found = self._validation.skills(partial(self._may_go_on, ends))
+            if found is None:
+                with self._activity.during(SAVING):
+                    return self._leave(step, ends[-1])
             if self._recorder is not None:
                 self._claim.check()
-                self._recorder.write_skills(step, skills)
-        training = self._config.training
+                self._recorder.write_skills(step, found)
         verdict = self._mesh.from_first(looks.verdict(step, training.stop_after) if self._mesh.rank == 0 else NONE)
         if verdict.best and training.keep_best:
             with self._activity.during(SAVING):
                 self._tried(partial(self._keep_best, step), last=False)
-        return verdict.stop
+        return self._ended(step) if verdict.stop else None
+
+    def _may_go_on(self, ends: list[StepEnd], seconds: float) -> bool:
+        """With what takes so long; adds to ``ends`` where all ranks stand. Collective."""
+        ends.append(self._agreed(seconds))
+        return not (ends[-1].signal or ends[-1].time_is_up)
 
     def _keep_best(self, step: int) -> None:
         if self._recorder is not None:
@@ -266,13 +271,13 @@ class Trainer:
         self._writer.save(step)
 
     def _leave(self, step: int, end: StepEnd) -> int:
-        """Saves, if the time left allows it, and says how to go on."""
+        """Saves, if the time left allows it, and says how to go on: after the last step, too, if a look is left."""
         if self._writer.newest_step != step and end.may_save:
             self._tried(self._writer.finish, last=False)  # one that failed must not cost this one
             self._save(step)
         self._writer.finish()
         saved = self._writer.saved_step
-        if step == saved == self._config.training.steps:
+        if step == saved == self._config.training.steps and not self._config.training.looks_after(step):
             return EXIT_OK
         if self._mesh.rank == 0:
             name = signal.Signals(end.signal).name if end.signal else f"the time limit, {end.job_left_s:.0f} s ahead,"
@@ -356,38 +361,16 @@ class Trainer:
             peak_memory_gib=max(peaks),
             update=update,
         )
-        return record, _end_of(standings)
+        return record, StepEnd.of(standings)
 
     def _standing(self, step_s: float) -> list[float]:
         """What this rank knows of a `StepEnd`."""
         stop, writer = self._stop, self._writer
-        return [writer.written, stop.number, stop.left_s, writer.last_save_s, step_s, _job_left_s()]
+        return [writer.written, stop.number, stop.left_s, writer.last_save_s, step_s, job_left_s()]
 
     def _agreed(self, rest_s: float) -> StepEnd:
-        """In the middle of a step whose rest takes so long: where all ranks stand. Collective."""
-        return _end_of(list(zip(*self._mesh.gathered(self._standing(rest_s)), strict=True)))
-
-
-def _end_of(standings: Sequence[Sequence[float]]) -> StepEnd:
-    """From what every rank knows, a column for each."""
-    written, signals, left_s, save_s, step_s, job_left_s = standings
-    return StepEnd(int(max(signals)), min(left_s), max(save_s), all(written), max(step_s), min(job_left_s))
-
-
-def _check_time_limit(asked: int, usr_grace_s: float) -> None:
-    """A signal came before the first step: raises InputError if it always will, however often the job is requeued."""
-    span = RankEnvironment.job_span_s()
-    if span is not None and asked in (signal.SIGUSR1, signal.SIGUSR2) and span[1] - span[0] <= usr_grace_s:
-        raise InputError(
-            f"{signal.Signals(asked).name} came before the first step: the job has {span[1] - span[0]:.0f} s in all, "
-            f"and training.usr_grace_s={usr_grace_s:g} of them are kept for saving: it would never train. Give it more "
-            f"time, or lower training.usr_grace_s and the seconds of sbatch's --signal."
-        )
-
-
-def _job_left_s() -> float:
-    span = RankEnvironment.job_span_s()
-    return float("inf") if span is None else span[1] - time.time()
+        """Before something that takes so long: where all ranks stand. Collective."""
+        return StepEnd.of(list(zip(*self._mesh.gathered(self._standing(rest_s)), strict=True)))
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -5,12 +5,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ...config import TrainingConfig
-from ...errors import EXIT_INTERRUPTED
+from ...errors import EXIT_INTERRUPTED, InputError
+from ...spatial.environment import RankEnvironment
 
 MARGIN_S = 5.0  # of a time limit, for the ranks to leave
 STUCK_S = 5.0  # after a second Ctrl-C, for a process that waits outside Python and does not hear of it
@@ -179,3 +180,26 @@ class StepEnd:
     def may_save(self) -> bool:
         """Whether a checkpoint is done in time."""
         return not self.signal or self._save_s <= self.left_s
+
+    @classmethod
+    def of(cls, standings: Sequence[Sequence[float]]) -> "StepEnd":
+        """From what every rank knows, a column for each."""
+        written, signals, left_s, save_s, step_s, left = standings
+        return cls(int(max(signals)), min(left_s), max(save_s), all(written), max(step_s), min(left))
+
+
+def check_time_limit(asked: int, usr_grace_s: float) -> None:
+    """A signal came before the first step: raises InputError if it always will, however often the job is requeued."""
+    span = RankEnvironment.job_span_s()
+    if span is not None and asked in (signal.SIGUSR1, signal.SIGUSR2) and span[1] - span[0] <= usr_grace_s:
+        raise InputError(
+            f"{signal.Signals(asked).name} came before the first step: the job has {span[1] - span[0]:.0f} s in all, "
+            f"and training.usr_grace_s={usr_grace_s:g} of them are kept for saving: it would never train. Give it more "
+            f"time, or lower training.usr_grace_s and the seconds of sbatch's --signal."
+        )
+
+
+def job_left_s() -> float:
+    """Until the job meets its time limit."""
+    span = RankEnvironment.job_span_s()
+    return float("inf") if span is None else span[1] - time.time()
