@@ -140,7 +140,7 @@ def test_a_run_goes_on_from_its_best_where_nothing_else_is_left(tmp_path, store)
 @pytest.mark.parametrize("layout", [ONE, Layout(2, 1, 1)], ids=str)
 def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, store, layout):
     config = config_of(tmp_path, store, layout, stop_after=2, micro_batch=2 // layout.replicas)
-    for _ in range(2):  # the same command says the same
+    for _ in range(5):  # the same command says the same, and is no start that leads nowhere
         answers = trained_and_told(config, layout)
         assert {code for code, _ in answers} == {0}
         assert "at step 8 of 10, as it gets no better (training.stop_after)" in answers[0][1]

@@ -80,6 +80,24 @@ def test_with_new_variables_it_forecasts_the_others_as_before(tmp_path, before, 
     assert new.network.subspace.to_coarse.weight.shape[0] == old.network.subspace.to_coarse.weight.shape[0]
 
 
+def test_a_variable_of_another_role_keeps_its_input_and_not_its_forecast(tmp_path, before):
+    data = TESTED | {"roles": {"wind": "forcing"}}
+    training = {"learning_rate": 1e-30, "steps": 3, "start_from": str(before.run_dir)}
+    config = small_config(tmp_path, before.data.store, data=data, training=training)
+    trained(config)
+    old, new = load_network(before.run_dir), load_network(config.run_dir)
+    assert new.contract.channels.inputs == old.contract.channels.inputs == ("heat", "wind", "insolation")
+    assert [one.name for one in new.contract.channels.targets] == ["heat"]
+    x, season = torch.randn(1, 4, 3, NLAT, NLON), torch.rand(1, 4)
+    outputs = [one.network(x, season, domain=one.domain()) for one in (old, new)]
+    torch.testing.assert_close(outputs[1].forecast_BTCYX[:, :, 0], outputs[0].forecast_BTCYX[:, :, 0])
+    data = TESTED | {"roles": {"wind": "diagnostic"}}
+    config = small_config(tmp_path / "out", before.data.store, data=data, training=training)
+    trained(config)
+    weight = load_network(config.run_dir).network.forecast.weight
+    assert weight[0].abs().max() > 0.01 and weight[1].abs().max() < 1e-20  # a change is no departure from the mean
+
+
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "export"])
 def test_it_begins_with_a_run_a_checkpoint_or_an_export_on_any_mesh(tmp_path, before, more, kind):
     newest = checkpoints_in(before.run_dir)[-1]

@@ -217,9 +217,10 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Co
 
 
 def _as_before(variable: Variable, before: Contract | None) -> Variable:
-    """With the statistics that a variable of the same name and role had, which must have had the same units."""
+    """With the statistics that a variable of the same name had, which must have had the same units."""
     found = next((one for one in before.variables if one.name == variable.name), None) if before else None
-    if found is None or (found.role, found.log1p) != (variable.role, variable.log1p):
+    kinds = [(one.log1p, one.role == "static") for one in (found or variable, variable)]
+    if found is None or kinds[0] != kinds[1]:
         return variable
     if not same_units(found.units, variable.units):
         raise InputError(

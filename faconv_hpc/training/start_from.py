@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..data.variables import Channels
+from ..data.variables import Channels, Variable
 from ..errors import InputError
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
@@ -15,6 +15,8 @@ from .loading import read_weights
 
 INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
 SHOWN = 6  # names in one message
+Key = tuple[str | float | None, ...]
+"""What tells channels apart: a variable's name, and what makes it another one."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +100,31 @@ def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, chan
     if old is None:
         return None
     if name == INPUTS:
-        return _gathered(old, drawn, before.inputs, channels.inputs, dim=1)
+        return _gathered(old, drawn, _input_keys(before), _input_keys(channels), dim=1)
     if name.startswith(TARGETS):
-        was, now = ([one.name for one in of.targets] for of in (before, channels))
-        return _gathered(old, drawn, was, now, dim=0)
+        return _gathered(old, drawn, _keys(before.targets), _keys(channels.targets), dim=0)
     if name.startswith(COARSE):
-        was, now = ([one.name for one in of.prognostic] for of in (before, channels))
+        was, now = _keys(before.prognostic), _keys(channels.prognostic)
         found = _gathered(old.unflatten(0, (len(was), -1)), drawn.unflatten(0, (len(now), -1)), was, now, dim=0)
         return None if found is None else found.flatten(0, 1)
     return old if old.shape == drawn.shape else None
 
 
-def _gathered(old: Tensor, drawn: Tensor, before: Sequence[str], now: Sequence[str], dim: int) -> Tensor | None:
-    """Of each name its own part along a dim, 0 where it is new; None where the parts have another shape."""
+def _keys(variables: Sequence[Variable]) -> list[Key]:
+    """What is forecast: a change and a departure from the mean are not the same."""
+    return [(one.name, one.role, one.log1p) for one in variables]
+
+
+def _input_keys(channels: Channels) -> list[Key]:
+    """What an input is: its name, and how it is transformed."""
+    log1p = {one.name: one.log1p for one in channels.fields}
+    return [(name, log1p.get(name)) for name in channels.inputs]
+
+
+def _gathered(old: Tensor, drawn: Tensor, before: Sequence[Key], now: Sequence[Key], dim: int) -> Tensor | None:
+    """Of each channel its own part along a dim, 0 where it is new; None where the parts have another shape."""
     parts = dict(zip(before, old.unbind(dim), strict=True))
     zero = torch.zeros_like(drawn.select(dim, 0))
     if any(part.shape != zero.shape for part in parts.values()):
         return None
-    return torch.stack([parts.get(name, zero) for name in now], dim=dim)
+    return torch.stack([parts.get(key, zero) for key in now], dim=dim)

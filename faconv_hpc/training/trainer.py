@@ -97,7 +97,10 @@ def train(
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
         if here and not looks:
             _announce(workspace, engine, windows, done)
-        return Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
+        code = Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
+        if code == EXIT_OK and here:
+            progress()  # also where all was done already but a look
+        return code
 
 
 def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace, Engine]:
