@@ -238,6 +238,21 @@ def test_what_a_save_takes_is_known_at_the_next_start(tmp_path, store):
     assert re.search(r"after step 5; the checkpoint of step 4 is saved \(a save takes [1-9]\d* s", told)
 
 
+def test_an_interrupt_that_python_loses_while_it_starts_is_followed():
+    """Raised in a callback of the import machinery it is ignored: the run trained on."""
+    with StopRequest({signal.SIGTERM: 5.0}) as stop:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        deadline = time.monotonic() + 5
+        while not stop._came_early and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            stop.hold_interrupts(0, speaks=False)
+    with StopRequest({signal.SIGTERM: 5.0}) as stop:
+        stop.hold_interrupts(0, speaks=False)  # none came
+
+
 def test_the_grace_that_ends_first_counts():
     with StopRequest({signal.SIGUSR1: 100.0, signal.SIGTERM: 5.0}) as stop:
         assert stop.number == 0 and stop.left_s == float("inf")

@@ -62,6 +62,7 @@ class StopRequest:
         self._descriptor_before = -1
         self._speaks = False
         self._held, self._handled, self._interrupts = False, 0, 0  # of SIGINT: once handled may stand for twice come
+        self._came_early = False
         self._last_resort = threading.Timer(STUCK_S, self._end_at_once)
         self._last_resort.daemon = True
         self.number = self.kept_step = 0
@@ -88,7 +89,13 @@ class StopRequest:
         self._last_resort.cancel()
 
     def hold_interrupts(self, kept_step: int, *, speaks: bool) -> None:
-        """From here on there is something to lose by Ctrl-C. The rank that ``speaks`` answers the first."""
+        """From here on there is something to lose by Ctrl-C. The rank that ``speaks`` answers the first.
+
+        Raises:
+            KeyboardInterrupt: one came before, in a moment in which Python loses it: while a module is imported.
+        """
+        if self._came_early:
+            raise KeyboardInterrupt
         self.kept_step, self._speaks = kept_step, speaks
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script
             return
@@ -111,6 +118,7 @@ class StopRequest:
         while arrived := os.read(self._pipe[0], 1):
             number = arrived[0]
             self._note(number)
+            self._came_early |= number == signal.SIGINT and not self._held
             if number == signal.SIGINT and self._held:
                 self._interrupts += 1
                 if self._interrupts == 1 and self._speaks:
