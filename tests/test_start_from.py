@@ -98,6 +98,25 @@ def test_a_variable_of_another_role_keeps_its_input_and_not_its_forecast(tmp_pat
     assert weight[0].abs().max() > 0.01 and weight[1].abs().max() < 1e-20  # a change is no departure from the mean
 
 
+def test_a_static_field_of_another_grid_keeps_its_statistics_and_the_run_goes_on(tmp_path, more):
+    """The network knows heights by their deviation of then: that the store's is another is no reason to refuse it."""
+    first = small_config(tmp_path / "first", more, data=TESTED | {"variables": ["heat", "height"]})
+    trained(first)
+    source(tmp_path / "hills.nc", height=(DIMS[1:], np.full((NLAT, NLON), 3.0, np.float32), {"units": "m"}))
+    prepare([tmp_path / "hills.nc"], tmp_path / "hills")
+    data, training = (
+        TESTED | {"variables": ["heat", "height"]},
+        {"checkpoint_every": 3, "start_from": str(first.run_dir)},
+    )
+    config = small_config(tmp_path / "tuned", tmp_path / "hills", data=data, training=training)
+    losses = trained(config)
+    assert load_network(config.run_dir).contract.channels.static == tuple(
+        one.model_copy(update={"inherited": True}) for one in load_network(first.run_dir).contract.channels.static
+    )
+    checkpoints_in(config.run_dir)[-1].path.rename(tmp_path / "away")
+    assert trained(config) == losses
+
+
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "export"])
 def test_it_begins_with_a_run_a_checkpoint_or_an_export_on_any_mesh(tmp_path, before, more, kind):
     newest = checkpoints_in(before.run_dir)[-1]

@@ -18,15 +18,13 @@ class Feedback:
             given, and what is missing in the last input stays missing.
         step: by how much each field, as the network sees it, changes with a tendency of 1.
         masks: for each field the input that is 1 where it is known; None: it is everywhere.
-        forcings: the inputs from the fields to here are given at all times.
-        masks_end: the inputs from there to here are those masks.
+        forcings: the inputs from the fields to here are given at all times; then come those masks.
     """
 
     window: int
     step: tuple[float, ...]
     masks: tuple[int | None, ...]
     forcings: int
-    masks_end: int
 
     @property
     def fields(self) -> int:
@@ -51,8 +49,8 @@ class Feedback:
         parts = (
             now_BCYX.to(given_BCYX),
             given_BCYX[:, self.fields : self.forcings],
-            last_BCYX[:, self.forcings : self.masks_end],
-            given_BCYX[:, self.masks_end :],
+            last_BCYX[:, self.forcings : self.forcings + len(known)],
+            given_BCYX[:, self.forcings + len(known) :],
         )
         return torch.cat(parts, dim=1)
 

@@ -223,7 +223,7 @@ class FAConvLSTMNetwork(nn.Module):
             output: of `forward`.
             target_BTCYX: the true tendencies, in units of their standard deviations, and diagnostics, normalised.
             valid: bool, like the target: cells that count. Default: all.
-            weights: of the channels, of mean 1. Default: all count the same.
+            weights: of the channels. Default: all count the same.
         """
         if output.valid_BT is not None:
             steps = output.valid_BT[:, :, None, None, None].expand_as(target_BTCYX)

@@ -49,8 +49,7 @@ class Catalogue:
 
     def static_fields(self) -> Iterator[NDArray[np.float32]]:
         """(Y, X) of each field without time, read when it is asked for."""
-        for segment in self.static:
-            yield segment.read(range(1), (0, self.grid.latitude_deg.size), [segment])[0, 0]
+        return (segment.read_once() for segment in self.static)
 
     @property
     def groups(self) -> Sequence[range]:
@@ -139,7 +138,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
 
 def _is_whole(segment: Segment, notes: list[str]) -> bool:
     """Whether a field that nobody named can be taken; if not, that is noted."""
-    whole = not is_unsound(segment.read(range(1), (0, segment.grid.latitude_deg.size), [segment])).any()
+    whole = not is_unsound(segment.read_once()).any()
     if not whole:
         notes.append(
             f"{segment.path}: {segment.channel.name!r} has no time and has missing cells, and is left out; fill them."

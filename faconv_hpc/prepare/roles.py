@@ -87,6 +87,10 @@ class SourceOptions:
             values[name] = tuple((values.get(name) or {}).items())
         return cls(**values | {"variables": values["variables"] or None, "period": values.get("period") or Period()})
 
+    def takes_once(self, name: Hashable) -> bool:
+        """Whether a variable is named as static, by its name in the source or the one that it shall have."""
+        return not {str(name), dict(self.rename).get(str(name))}.isdisjoint(self.static)
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -142,8 +146,7 @@ def static_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions) ->
     """Of a field without time, or one that is named as static; None if it is no field on latitude and longitude."""
     array = dataset[name]
     latitude, longitude = _dim_of(dataset, array, "latitude"), _dim_of(dataset, array, "longitude")
-    is_named = not {str(name), dict(options.rename).get(str(name))}.isdisjoint(options.static)
-    time = _time_dim(dataset, array, options) if is_named else None
+    time = _time_dim(dataset, array, options) if options.takes_once(name) else None
     others = [dim for dim in array.dims if dim not in (latitude, longitude, time) and array.sizes[dim] > 1]
     if latitude is None or longitude is None or latitude == longitude or others:
         return None

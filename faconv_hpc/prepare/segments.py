@@ -107,6 +107,11 @@ class Segment:
         fields = fields[..., : self.grid.longitude_deg.size]
         return np.roll(fields, -self.grid.roll, axis=-1) if self.grid.roll else fields
 
+    def read_once(self) -> NDArray[np.float32]:
+        """The one field (Y, X) of what has no time."""
+        field_YX: NDArray[np.float32] = self.read(range(1), (0, self.grid.latitude_deg.size), [self])[0, 0]
+        return field_YX
+
     def checked(self, values_TYX: NDArray[Any]) -> NDArray[np.float32]:
         """Fields of this channel as a store keeps them; raises InputError for values that nobody can have meant."""
         where = f"variable {self.array.name!r} in {self.path}"
@@ -161,7 +166,7 @@ def segments_of(
     for name in ["fields"] if ours else dataset.data_vars:
         if name in bounds:
             continue
-        array, is_static = dataset[name], not {str(name), names.get(str(name))}.isdisjoint(options.static)
+        array, is_static = dataset[name], options.takes_once(name)
         roles = None if is_static else find_roles(dataset, name, options, path)
         if roles is None:
             roles, is_static = static_roles(dataset, name, options), True

@@ -1,6 +1,7 @@
 """Opening any source that xarray reads, whatever its format; what its dims mean is found out in roles.py."""
 
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import h5py
 import numpy as np
 import xarray as xr
 
-from ..data.layout import DIMS, STATIC_FILE, STORE_FILE, read_store_file
+from ..data.layout import DIMS, STATIC_FILE, STORE_FILE, Channel, read_store_file
 from ..errors import InputError
 from .grib import open_grib
 
@@ -54,8 +55,8 @@ def _opened(path: Path, engine: str) -> xr.Dataset:
             warnings.filterwarnings("ignore", message=".*(not recognized as a component|consolidated).*")
             dataset = xr.open_dataset(path, engine=engine, **LAZY, **(UNLOCKED if engine == "h5netcdf" else {}))
         if "fingerprint" in dataset.attrs and (path.parent / STORE_FILE).is_file():
-            channels = read_store_file(path.parent / STORE_FILE).layout.channels
-            return dataset.assign_attrs({CHANNELS: {one.name: one for one in channels}})
+            store = path.parent / STORE_FILE
+            return dataset.assign_attrs({CHANNELS: _channels_of(store, store.stat().st_mtime_ns)})
         # A directory lists its variables in any order, which ranks must not disagree about.
         return dataset[sorted(dataset.data_vars, key=str)] if engine == "zarr" else dataset
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
@@ -63,6 +64,12 @@ def _opened(path: Path, engine: str) -> xr.Dataset:
             f"source {path} looks like {engine} data but cannot be read ({error}). Check that it is whole, "
             f"for example with `python -c \"import xarray; xarray.open_dataset('{path}', engine='{engine}')\"`."
         ) from None
+
+
+@lru_cache(maxsize=4)
+def _channels_of(store: Path, changed_ns: int) -> dict[str, Channel]:
+    """What a store says of its channels; kept, as it may have thousands of files, until ``changed_ns`` is another."""
+    return {one.name: one for one in read_store_file(store).layout.channels}
 
 
 def _engine(path: Path) -> str:

@@ -21,7 +21,7 @@ from ..data.layout import (
     StoreLayout,
 )
 from ..data.moments import ChannelMoments, Moments
-from ..data.statistics import ROUNDING, Statistics, row_weights
+from ..data.statistics import Statistics, row_weights
 from ..data.times import EPOCH_UNITS
 from .hdf5_file import new_netcdf
 
@@ -68,9 +68,8 @@ def write_static_file(
             variable[:] = field_YX
             variable.attrs.update(units=channel.units, long_name=channel.long_name)
             disk.raise_error()
-            moments = Moments.of(field_YX[None], weights)
-            settled = moments.std <= ROUNDING * abs(moments.mean)  # what is left of one number is no deviation
-            found.append(Static(channel, moments.mean, 0.0 if settled else moments.std))
+            mean, std, _ = Statistics.of([ChannelMoments(Moments.of(field_YX[None], weights))]).rows[0].tolist()
+            found.append(Static(channel, mean, std))
         nc.attrs.update(Conventions=CONVENTIONS, fingerprint=mark)
     return tuple(found)
 

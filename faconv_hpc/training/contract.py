@@ -119,7 +119,9 @@ class Contract(BaseModel):
                 f"it in {units or 'no units'}",
                 "Convert it in the source, and prepare the store again.",
             )
-        if variable.role == "static" and not _are_close(variable, (static.mean, static.std, 0.0)):
+        if variable.role == "static" and not (
+            variable.inherited or _are_close(variable, (static.mean, static.std, 0.0))
+        ):
             raise self._refusal(
                 store.path,
                 f"a {variable.name!r} of mean {variable.mean:.7g} and deviation {variable.std:.7g} {variable.units}",
@@ -161,8 +163,7 @@ def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None
         return
     stretches = stretches_of(store.layout.time, contract.training_spans(store))
     now = _statistics(store, stretches, {one.name: one.log1p for one in contract.channels.fields}, mesh)
-    now |= {one.channel.name: np.array([one.mean, one.std, 0.0]) for one in store.static}
-    for variable in (one for one in contract.variables if not one.inherited):
+    for variable in (one for one in contract.channels.fields if not one.inherited):
         others = now[variable.name]
         if not _are_close(variable, others):
             mine = (variable.mean, variable.std, variable.tendency_std)

@@ -51,5 +51,4 @@ def feedback_of(channels: Channels, window: int) -> Feedback:
         step=tuple(one.target_scale / one.scale for one in channels.prognostic),
         masks=channels.masks,
         forcings=channels.given,
-        masks_end=channels.given + sum(place is not None for place in channels.masks),
     )

@@ -105,16 +105,16 @@ def forecasts_of(
     changes_TCYX = targets_TCYX[window - 1 :, :changing].cumsum(0)
     diagnostics_TCYX = targets_TCYX[:, changing:]
     before_CYX = torch.full_like(diagnostics_TCYX[0], float("nan")) if window == 1 else diagnostics_TCYX[window - 2]
-    persistence_CYX = torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX])
     start_CYX = batch.inputs_BTCYX[0, window - 1]
+    persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), start_CYX, channels)
     for lead, forecast in enumerate(free_run(network, batch, window, domain)):
         came_CYX = diagnostics_TCYX[window - 1 + lead]
         if window > 1:  # where it was known, as a change is: both errors are of the same cells
             came_CYX = came_CYX.where(~before_CYX.isnan(), float("nan"))
         truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
-        said = (_in_units(fields, start_CYX, channels) for fields in (truth_CYX, forecast_CYX, persistence_CYX))
-        yield LeadFields(*said)
+        came, said = (_in_units(fields, start_CYX, channels) for fields in (truth_CYX, forecast_CYX))
+        yield LeadFields(came, said, persistence_CYX)
 
 
 def _in_units(fields_CYX: Tensor, start_CYX: Tensor, channels: Channels) -> Tensor:
