@@ -71,6 +71,7 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_addoption(parser):
     parser.addoption("--store-durations", action="store_true", help=f"measure how long tests take, for {DURATIONS}")
     parser.addoption("--quick", action="store_true", help="leave out what takes long, Slurm, and processes")
+    parser.addoption("--all", action="store_true", help="all combinations where else a share is tried; see `share`")
 
 
 def pytest_configure(config):

@@ -73,6 +73,22 @@ def _no_test_makes_a_rank_of_the_next():
 
 
 @pytest.fixture(scope="session")
+def share(request):
+    """``share(values, number, parts)``: every part-th value from ``number`` on, or with --all every one.
+
+    What is expensive is not tried in all combinations at each change: every value meets every other one over all
+    tests, but not all at once. The test says by what it numbers its combinations.
+    """
+    whole = request.config.getoption("--all")
+
+    def of(values, number, parts):
+        values = list(values)
+        return values if whole else values[number % min(parts, len(values)) :: parts]
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
     """Four nodes of real daemons; ``SLURM_CONF`` for those who talk to them. CI installs them, and fails without."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(name) is None]

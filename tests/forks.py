@@ -37,7 +37,7 @@ from pathlib import Path
 MODULES = ("faconv_hpc", "forks", "ranks")
 ALSO = (  # imported by functions, late; or by tests, of which ranks are asked to do parts
     "torch", "torch._dynamo", "deepspeed", "matplotlib.pyplot", "xarray", "zarr", "h5netcdf", "pytest", "hypothesis",
-    "cloudpickle",
+    "cloudpickle", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer",
 )  # fmt: skip
 AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "DS_", "MPL", "HDF5_", "LANG", "LC_", "TZ")
 OF_SERVER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # with more threads than one, no fork is safe

@@ -128,25 +128,17 @@ def traced(monkeypatch):
     torch.compiler.reset()
 
 
-def test_a_compiled_layer_takes_any_number_of_shapes(traced):
-    """More than the eight compilations of one function after which torch gives up by default."""
+def test_a_compiled_layer_takes_any_number_of_shapes(traced, monkeypatch):
+    """More than the compilations of one function after which torch gives up: eight by default, three here."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     options = {"dilations": (1,), "attention_every": 0}
     layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
     eager.load_state_dict(layer.state_dict())
-    for batch, rows, columns in [
-        (1, 9, 10),
-        (2, 9, 10),
-        (1, 1, 10),
-        (1, 9, 1),
-        (3, 6, 7),
-        (2, 1, 1),
-        (1, 5, 33),
-        (2, 8, 1),
-    ]:
+    for batch, rows, columns in [(1, 9, 10), (2, 6, 7), (1, 1, 10), (2, 8, 1)]:
         x = torch.randn(batch, 2, 3, rows, columns)
         grads = [torch.autograd.grad(one(x)[0].square().sum(), one.mixing_weight)[0] for one in (layer, eager)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-    assert traced.frame_count > 4 * 8
+    assert traced.frame_count > 4 * 3
 
 
 def test_a_forward_without_backward_frees_everything():

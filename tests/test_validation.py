@@ -75,17 +75,24 @@ def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_
         assert {"step": 6} | skill.as_json() == row
 
 
+@pytest.fixture(scope="module")
+def looks_of(tmp_path_factory, store, alone):
+    """What one rank sees with so many samples."""
+    three = config_of(tmp_path_factory.mktemp("three"), store, validate_samples=3)
+    return {32: alone[1], 3: trained(three)}
+
+
 @pytest.mark.parametrize(
-    ("layout", "zero_stage"), [(Layout(1, 2, 2), 1), (Layout(2, 1, 2), 3), (Layout(1, 1, 3), 2)], ids=str
+    ("layout", "zero_stage", "samples"),
+    [(Layout(1, 2, 2), 1, 32), (Layout(2, 1, 2), 3, 3), (Layout(2, 1, 1), 0, 32), (Layout(1, 1, 3), 2, 3)],
+    ids=str,
 )
-def test_on_every_mesh_it_is_the_same(tmp_path, store, alone, layout, zero_stage):
+def test_on_every_mesh_it_is_the_same(tmp_path, store, looks_of, layout, zero_stage, samples):
     """Four windows; with three samples two replicas have one that counts for neither."""
-    for samples in (32, 3):
-        config = config_of(tmp_path / str(samples), store, layout, zero_stage=zero_stage, validate_samples=samples)
-        rows = trained(config, layout)
-        want = alone[1] if samples == 32 else trained(config_of(tmp_path / "three", store, validate_samples=3))
-        for name in ("rmse", "persistence_rmse"):
-            np.testing.assert_allclose([row[name] for row in rows], [row[name] for row in want], rtol=1e-6)
+    rows = trained(config_of(tmp_path, store, layout, zero_stage=zero_stage, validate_samples=samples), layout)
+    for name in ("rmse", "persistence_rmse"):
+        want = [row[name] for row in looks_of[samples]]
+        np.testing.assert_allclose([row[name] for row in rows], want, rtol=1e-6)
 
 
 def test_killed_between_a_step_and_its_validation_a_run_continues_bit_for_bit(tmp_path, store, alone):

@@ -52,7 +52,8 @@ class Engine:
 
             # Not compiled: an all-reduce for inference on CPUs that training never calls. Its build takes a
             # minute, and one that is killed leaves a lock behind at which every later start waits forever.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # Nor is it asked what could be: every rank would try a C compiler.
+            deepspeed.ops.__compatible_ops__ = {}
             self.network = network.to(mesh.device)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,
