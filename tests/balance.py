@@ -41,6 +41,10 @@ class LongestFirst(OrderedDict):
         super().__init__()
         self.seconds = seconds
 
+    def update(self, units):
+        """All that a worker which crashed was ever given comes back: what is done would leave the next one idle."""
+        super().update({unit: tests for unit, tests in units.items() if not all(tests.values())})
+
     def popitem(self, last=True):
         longest = max(self, key=lambda unit: sum(self.seconds.get(name, 0.0) for name in self[unit]))
         return longest, self.pop(longest)

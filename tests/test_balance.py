@@ -24,6 +24,13 @@ def test_the_longest_unit_is_dealt_out_first():
     assert [units.popitem(last=False)[0] for _ in range(3)] == ["third", "second", "first"] and not units
 
 
+def test_what_a_crashed_worker_has_done_is_not_dealt_out_again():
+    """A unit without a test to run would be the last that its worker hears of: pytest would wait for ever."""
+    units = LongestFirst({"a": 30.0})
+    units.update({"done": {"a": True}, "begun": {"b": True, "c": False}})
+    assert units == {"begun": {"b": True, "c": False}}
+
+
 def test_all_tests_run_unless_quick_is_asked_for(monkeypatch):
     monkeypatch.setattr("balance.known_seconds", lambda: {"long": 9.0})
     for quick, left in ((False, ["new", "long", "job"]), (True, ["new"])):

@@ -430,7 +430,7 @@ def test_a_damaged_store_file_is_named(copy: Path) -> None:
 def test_another_format_or_version_is_refused(copy: Path) -> None:
     with h5py.File(copy / STORE_FILE, "a") as file:
         file.attrs["format_version"] = 7
-    with pytest.raises(InputError, match=r"has store format 7, this faconv_hpc reads format 2"):
+    with pytest.raises(InputError, match=r"has store format 7, this faconv_hpc reads format 3"):
         Store.open(copy)
     with h5py.File(copy / STORE_FILE, "a") as file:
         file.attrs["format"] = "something"

@@ -36,6 +36,10 @@ Select = Annotated[
     list[str] | None,
     typer.Option("--select", metavar="DIM=VALUE", help="Take one member, height or GRIB key. May be repeated."),
 ]
+SequenceDim = Annotated[
+    str | None, typer.Option(metavar="DIM", help="Its values are sequences beside each other, such as members.")
+]
+Sequences = Annotated[bool, typer.Option("--sequences", help="Each source is a sequence, called as its file is.")]
 Rename = Annotated[
     list[str] | None,
     typer.Option("--rename", metavar="OLD=NEW", help="Another name in the store. May be repeated."),
@@ -70,6 +74,8 @@ def prepare_command(
     drop_repeated_column: DropRepeatedColumn = False,
     fill_absent_chunks: FillAbsentChunks = False,
     select: Select = None,
+    sequence_dim: SequenceDim = None,
+    sequences: Sequences = False,
     rename: Rename = None,
     static: Static = None,
     missing_value: MissingValue = None,
@@ -102,6 +108,8 @@ def prepare_command(
         drop_repeated_column=drop_repeated_column,
         fill_absent_chunks=fill_absent_chunks,
         select=_pairs(select, "--select number=0"),
+        sequence_dim=sequence_dim,
+        sequences=sequences,
         rename=_pairs(rename, "--rename t=temperature"),
         static=static,
         missing_values=[_mark(text) for text in missing_value or ()],
@@ -280,7 +288,10 @@ def _show(description: dict[str, Any], console: Console) -> None:
     console.print(
         f"grid   {grid['nlat']} x {grid['nlon']}, latitude {north:g} to {south:g}, longitude {west:g} to {east:g}"
     )
-    console.print(f"time   {time['frames']} frames, {time['first']} to {time['last']} ({time['calendar']}), {steps}")
+    sequences = f" in {len(time['sequences'])} sequences" if time["sequences"] else ""
+    console.print(
+        f"time   {time['frames']} frames{sequences}, {time['first']} to {time['last']} ({time['calendar']}), {steps}"
+    )
     console.print(
         f"files  {description['files']}, {_size(description['size_bytes'])}, chunks {description['chunk_shape']} "
         f"for mesh {'x'.join(map(str, description['intended_mesh']))}"

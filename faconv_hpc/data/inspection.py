@@ -11,7 +11,7 @@ from .times import describe_steps, is_regular
 def describe_store(store: Store) -> dict[str, Any]:
     """Coordinates, times, channels with their statistics, chunks, provenance."""
     layout = store.layout
-    smallest, largest = describe_steps(store.time_hours)
+    smallest, largest = describe_steps(layout.time)
     return {
         "path": str(store.path),
         "grid": {
@@ -26,7 +26,11 @@ def describe_store(store: Store) -> dict[str, Any]:
             "last": layout.time.label(store.frames - 1),
             "calendar": store.calendar,
             "step_hours": [smallest, largest],
-            "regular": is_regular(store.time_hours),
+            "regular": is_regular(layout.time),
+            "sequences": [
+                {"name": name, "frames": len(own), "first": layout.time.date(own[0]), "last": layout.time.date(own[-1])}
+                for name, own in zip(layout.time.names, layout.time.sequences, strict=False)
+            ],
         },
         "channels": [
             {

@@ -25,12 +25,14 @@ from .chunks import ChunkShape
 from .times import TimeAxis
 
 FORMAT = "faconv_hpc store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LIBVER = ("v110", "v110")
 """HDF5's file format with checksums of its structures, read by every HDF5 since 1.10 (2016)."""
 STORE_FILE = "store.nc"
 STATIC_FILE = "static.nc"
 MOMENTS = "moments"  # (channel, 8) in every file of fields, see `ChannelMoments.as_row`
+SEQUENCE, SEQUENCE_NAME = "sequence", "sequence_name"
+"""Of every frame the number of its sequence, and the names of all; where there are several."""
 DIMS = ("time", "channel", "latitude", "longitude")
 
 
@@ -148,7 +150,8 @@ class StoreContent:
                 "fingerprint": self.fingerprint,
                 "has_missing": self.has_missing,
             }
-            | ({"static": [asdict(one) for one in self.static], "bytes": self.static_bytes} if self.static else {}),
+            | ({"static": [asdict(one) for one in self.static], "bytes": self.static_bytes} if self.static else {})
+            | ({"beginnings": layout.time.beginnings, "sequences": layout.time.names} if layout.time.names else {}),
         )
 
 
@@ -210,7 +213,7 @@ def _content(h5: h5py.File) -> StoreContent:
         latitude_deg=h5["latitude"][:],
         longitude_deg=h5["longitude"][:],
         channels=tuple(map(Channel, texts["channel"], texts["units"], texts["long_name"])),
-        time=TimeAxis(h5["time"][:], str(h5["time"].attrs["calendar"])),
+        time=TimeAxis(h5["time"][:], str(h5["time"].attrs["calendar"]), *_sequences(h5)),
         chunk=ChunkShape(*chunk[1:]),
         mesh=(mesh[0], mesh[1]),
         frames_per_file=_number(h5.attrs["frames_per_file"]),
@@ -229,6 +232,14 @@ def _content(h5: h5py.File) -> StoreContent:
         static_bytes=_number(h5.attrs["static_bytes"]) if static else 0,
         **numbers,
     )
+
+
+def _sequences(h5: h5py.File) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """First frames and names; where there is but one, it has no name."""
+    if SEQUENCE not in h5:
+        return (0,), ()
+    names = tuple(str(text) for text in h5[SEQUENCE_NAME].asstr()[:])
+    return tuple(np.searchsorted(h5[SEQUENCE][:], np.arange(len(names))).tolist()), names
 
 
 def _static(h5: h5py.File) -> tuple[Static, ...]:

@@ -107,6 +107,10 @@ class MomentStream:
             self.moments = self.moments.merged(found)
             self._last_YX = field_YX
 
+    def begin_anew(self) -> None:
+        """What comes next does not follow what has come."""
+        self._last_YX = None
+
     def add_following(self, field_YX: NDArray[np.float32]) -> None:
         """Takes a frame of the next file: only the change to it belongs here."""
         self.moments = self.moments.merged(ChannelMoments(tendency=self._change_to(field_YX)))

@@ -1,4 +1,4 @@
-"""Periods: ranges of dates, which frames lie in them, and which windows of frames they allow."""
+"""Periods: ranges of dates and sequences, which frames lie in them, and which windows of frames they allow."""
 
 import re
 from collections.abc import Iterable
@@ -9,24 +9,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .dates import RANGE
+from .dates import PERIOD, RANGE
 from .times import EPOCH_UNITS, TimeAxis
+from .unknown_names import index_of
 
 UNITS = ("year", "month", "day", "hour", "minute", "second")
 FIRST = (1, 1, 0, 0, 0)  # month, day, hour, minute, second
 
 
 def frames_within(axis: TimeAxis, ranges: Iterable[str]) -> tuple[range, ...]:
-    """The frames whose times lie in some of the ranges, as spans in their order, none twice.
+    """The frames that lie in some of the ranges, as spans in their order, none twice.
 
     Raises:
-        InputError: a date that the calendar does not have, or an end before its beginning.
+        InputError: a date that the calendar does not have, a sequence that is not there, or an end before its
+            beginning.
     """
     inside = np.zeros(len(axis), dtype=bool)
     for text in ranges:
-        first, last = _limits(text, axis.calendar)
-        inside |= (axis.seconds >= first) & (axis.seconds <= last)
+        match = PERIOD.fullmatch(text)
+        assert match is not None, f"{text!r} was checked before"
+        first, last = _limits(match["dates"], axis.calendar) if match["dates"] else (-np.inf, np.inf)
+        own = _sequences(axis, match["one"] or match["first"], match["one"] or match["last"], text)
+        inside[own.start : own.stop] |= ((axis.seconds >= first) & (axis.seconds <= last))[own.start : own.stop]
     return spans_of(inside)
+
+
+def ranges_of(axis: TimeAxis, spans: Iterable[range]) -> tuple[str, ...]:
+    """The ranges that are just these spans: the inverse of `frames_within`."""
+    if not axis.names:
+        return tuple(f"{axis.date(span.start)}/{axis.date(span.stop - 1)}" for span in spans)
+    found: list[str] = []
+    whole: list[int] = []  # sequences that follow each other, of which all frames are there
+
+    def told() -> list[str]:
+        names = [axis.names[one] for one in (whole[:1] + whole[1:][-1:])]
+        return [f"sequences {' to '.join(names)}" if len(names) > 1 else f"sequence {names[0]}"] if names else []
+
+    inside = mask_of(spans, len(axis))
+    for number, own in enumerate(axis.sequences):
+        if inside[own.start : own.stop].all():
+            whole.append(number)
+            continue
+        found, whole = found + told(), []
+        for part in spans_of(inside[own.start : own.stop]):
+            dates = [axis.date(own[frame]) for frame in (part.start, part.stop - 1)]
+            found.append(f"{dates[0]}/{dates[1]} of sequence {axis.names[number]}")
+    return (*found, *told())
 
 
 def spans_of(inside: NDArray[np.bool_]) -> tuple[range, ...]:
@@ -70,6 +98,20 @@ def starts_before(
     starts = starts_within(stretches, window + leads - 1)
     wanted = [targets[starts + window + lead] for lead in range(leads)]
     return starts[np.all(wanted, axis=0)]
+
+
+def _sequences(axis: TimeAxis, first: str | None, last: str | None, text: str) -> range:
+    """The frames of the sequences from one to another."""
+    if first is None or last is None:
+        return range(len(axis))
+    if not axis.names:
+        raise InputError(
+            f"the period {text!r} names a sequence, but the store has but one, without a name. Give dates."
+        )
+    begin, end = (axis.sequences[index_of("sequence", name, axis.names, "the store")] for name in (first, last))
+    if end.stop < begin.stop:
+        raise InputError(f"the period {text!r} ends before it begins: {last} stands before {first} in the store.")
+    return range(begin.start, end.stop)
 
 
 def _limits(text: str, calendar: str) -> tuple[float, float]:

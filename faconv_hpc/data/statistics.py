@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ..spatial.grid import LatLonGrid, Tile
 from .layout import MOMENTS, FileEntry
 from .moments import ChannelMoments, MomentStream
+from .periods import stretches_of
 from .store import Store
 from .variables import logarithm
 
@@ -105,9 +106,11 @@ def _own(entry: FileEntry, frames: Stretches) -> list[tuple[range, bool]]:
 
 
 def _is_whole(store: Store, entry: FileEntry, frames: Stretches) -> bool:
-    """Whether what a file has kept is what counts: it holds the change to the next file's first frame, too."""
-    own, stop = _own(entry, frames), entry.first_frame + entry.frames
-    return len(own) == 1 and len(own[0][0]) == entry.frames and (own[0][1] or stop == store.frames)
+    """Whether what a file has kept is what counts: it holds the changes over no gap, and to the next file's first."""
+    axis, stop = store.layout.time, entry.first_frame + entry.frames
+    parts = stretches_of(axis, [range(entry.first_frame, stop)])
+    goes_on = stop < store.frames and stop not in axis.gaps
+    return _own(entry, frames) == [(part, goes_on and part.stop == stop) for part in parts]
 
 
 def _read(store: Store, own: Iterable[tuple[range, bool]], channel: int, log1p: Log1p) -> ChannelMoments:

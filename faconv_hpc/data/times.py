@@ -1,5 +1,7 @@
-"""The time axis: seconds since 1970 in the calendar of the source, and what follows from them."""
+"""The time axis: seconds since 1970 in the calendar of the source, sequence after sequence, and what follows."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,18 +21,36 @@ _SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """Instants of the frames, strictly increasing.
+    """Instants of the frames: of one sequence, or of several, one after the other, each strictly increasing.
 
     Args:
         seconds: (time,) int64, since 1970-01-01 00:00 of the ``calendar``.
         calendar: CF name: ``standard``, ``proleptic_gregorian``, ``noleap``, ``360_day``, ...
+        beginnings: first frames of the sequences.
+        names: of the sequences: members, runs; empty where there is but one.
     """
 
     seconds: NDArray[np.int64]
     calendar: str
+    beginnings: tuple[int, ...] = (0,)
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.seconds.size)
+
+    @property
+    def sequences(self) -> tuple[range, ...]:
+        """The frames of each."""
+        return tuple(map(range, self.beginnings, (*self.beginnings[1:], len(self))))
+
+    def sequence_of(self, frame: int) -> int:
+        """In which one a frame is, by number."""
+        return bisect_right(self.beginnings, frame) - 1
+
+    @cached_property
+    def steps(self) -> NDArray[np.int64]:
+        """Seconds from each frame to the next of its sequence."""
+        return np.delete(np.diff(self.seconds), np.array(self.beginnings[1:], dtype=np.int64) - 1)
 
     @cached_property
     def hours(self) -> NDArray[np.float64]:
@@ -53,16 +73,23 @@ class TimeAxis:
     @cached_property
     def step_s(self) -> float:
         """From a time to the next, as most have it."""
-        return float(np.median(np.diff(self.seconds))) if len(self) > 1 else 0.0
+        return float(np.median(self.steps)) if self.steps.size else 0.0
 
     @cached_property
     def gaps(self) -> NDArray[np.int64]:
-        """Frames that do not follow the one before them by about the usual step: see `ALIKE`."""
-        return np.flatnonzero(np.abs(np.diff(self.seconds) - self.step_s) > ALIKE * self.step_s) + 1
+        """Frames that do not follow the one before them by about the usual step (see `ALIKE`), or begin a sequence."""
+        unlike = np.abs(np.diff(self.seconds) - self.step_s) > ALIKE * self.step_s
+        unlike[np.array(self.beginnings[1:], dtype=np.int64) - 1] = True
+        return np.flatnonzero(unlike) + 1
+
+    def date(self, frame: int) -> str:
+        """Date and time of a frame."""
+        return str(self._dates(self.seconds[frame : frame + 1])[0])
 
     def label(self, frame: int) -> str:
-        """Date and time of a frame, for people."""
-        return str(self._dates(self.seconds[frame : frame + 1])[0])
+        """Which frame it is, for people: its date, and its sequence where there are several."""
+        of = f" of sequence {self.names[self.sequence_of(frame)]}" if self.names else ""
+        return self.date(frame) + of
 
     def _dates(self, seconds: NDArray[np.int64]) -> NDArray[np.object_]:
         return np.atleast_1d(np.asarray(cftime.num2date(seconds, EPOCH_UNITS, calendar=self.calendar)))
@@ -134,13 +161,23 @@ def check_increasing(axis: TimeAxis, where: str) -> None:
         )
 
 
-def describe_steps(hours: NDArray[np.float64]) -> tuple[float, float]:
-    """Smallest and largest step in hours; (0, 0) for a single time."""
-    steps = np.diff(hours)
+def describe_steps(axis: TimeAxis) -> tuple[float, float]:
+    """Smallest and largest step in hours; (0, 0) for single times."""
+    steps = axis.steps / SECONDS_PER_HOUR
     return (float(steps.min()), float(steps.max())) if steps.size else (0.0, 0.0)
 
 
-def is_regular(hours: NDArray[np.float64]) -> bool:
+def is_regular(axis: TimeAxis) -> bool:
     """Whether all steps are alike, to the second to which times are kept."""
-    smallest, largest = describe_steps(hours)
+    smallest, largest = describe_steps(axis)
     return (largest - smallest) * SECONDS_PER_HOUR <= IRREGULAR_S
+
+
+def in_sequence(parts: Sequence[tuple[str, TimeAxis]]) -> TimeAxis:
+    """One axis of several, each with the name of its sequence; those of one name follow each other."""
+    names = [name for name, _ in parts]
+    new = [place for place, name in enumerate(names) if place == 0 or name != names[place - 1]]
+    ends = np.cumsum([0, *(len(axis) for _, axis in parts)])
+    seconds = np.concatenate([axis.seconds for _, axis in parts])
+    known = tuple(names[place] for place in new) if len(new) > 1 else ()
+    return TimeAxis(seconds, parts[0][1].calendar, tuple(int(ends[place]) for place in new), known)

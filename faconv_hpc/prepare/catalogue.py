@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.layout import Channel, same_units
-from ..data.times import TimeAxis
+from ..data.times import TimeAxis, in_sequence
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span
 from .roles import SourceOptions
 from .segments import Segment, SourceGrid, segments_of
-from .selection import selected
+from .selection import selected, sequences_in
 from .sources import open_sources
 from .values import is_unsound
 
@@ -94,14 +94,17 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     found: dict[str, list[Segment]] = {}
     notes: list[str] = []
     static: dict[str, Segment] = {}
-    of_use: set[str] = set()
+    of_use: set[str | None] = set()
     names: set[str] = set()
     for path in paths:
         for dataset in open_sources(path, options.select):
             names |= set(map(str, dataset.data_vars))
             of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
-            for segment in segments_of(selected(dataset, options.select, path), path, options, notes, static):
-                found.setdefault(segment.channel.name, []).append(segment)
+            of_use |= {options.sequence_dim} & {*map(str, dataset.dims)}
+            wanted = selected(dataset, options.select, path)
+            for sequence, part in sequences_in(wanted, options.sequence_dim, options.sequences, path):
+                for segment in segments_of(part, path, options, notes, static):
+                    found.setdefault(segment.channel.name, []).append(replace(segment, sequence=sequence))
     segments = [one for several in found.values() for one in several] + list(static.values())
     _check_names(options, names | {name for one in segments for name in one.names})
     for name in options.static:
@@ -115,6 +118,8 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
             raise InputError(
                 f"--select {dim}={value}: no source has such a dim, nor a GRIB message with it. Look for its name."
             )
+    if options.sequence_dim not in {None, *of_use}:
+        raise InputError(f"--sequence-dim {options.sequence_dim}: no source has such a dim. Look for its name.")
     if not found:
         left_out = f" {' '.join(notes)}" if notes else ""
         raise InputError(
@@ -123,7 +128,8 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
             f"needs the attribute standard_name (latitude, longitude, time)."
         )
     chosen, constant = _choose(found, options.variables, paths, static)
-    joined = {name: sorted(found[name], key=lambda segment: int(segment.time.seconds[0])) for name in chosen}
+    order = list(dict.fromkeys(one.sequence for several in found.values() for one in several))
+    joined = {name: sorted(found[name], key=lambda one: (order.index(one.sequence), one.begin)) for name in chosen}
     turned = _on_one_grid(joined | {name: [static[name]] for name in constant})
     constant = [name for name in constant if options.variables or _is_whole(turned[name][0], notes)]
     joined = _in_one_calendar({name: turned[name] for name in chosen})
@@ -132,7 +138,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     time = axes[chosen[0]]
     frames = options.period.frames_of(time)
     taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
-    axis = TimeAxis(time.seconds[frames], time.calendar)
+    axis = in_sequence([(one.sequence, one.time) for one in taken[0]])
     return Catalogue(taken, tuple(turned[name][0] for name in constant), axis, tuple(dict.fromkeys(notes)))
 
 
@@ -160,11 +166,12 @@ def _check_names(options: SourceOptions, known: set[str]) -> None:
                 raise unknown_name(f"variable for {option}:", name, sorted(known), "the sources")
 
 
-def _taken(segments: Sequence[Segment], frames: range) -> Iterator[Segment]:
-    """Of each segment the frames that are asked for, by their places among all."""
-    first = 0
-    for segment in segments:
-        stop = first + len(segment.time)
+def _taken(segments: Sequence[Segment], frames_of: Sequence[range]) -> Iterator[Segment]:
+    """Of each segment the frames that are asked for of its sequence, by their places among all."""
+    first, sequence = 0, 0
+    for before, segment in zip([segments[0], *segments], segments, strict=False):
+        sequence += segment.sequence != before.sequence
+        frames, stop = frames_of[sequence], first + len(segment.time)
         low, high = (max(0, -(-(place - frames.start) // frames.step)) for place in (first, stop))
         own = frames[low:high]
         if len(own):
@@ -257,27 +264,34 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
             f"Say which one is right with --calendar."
         )
     for earlier, later in pairwise(segments):
-        if later.time.seconds[0] <= earlier.time.seconds[-1]:
+        if later.sequence == earlier.sequence and later.begin <= earlier.time.seconds[-1]:
+            of = f" of sequence {later.sequence}" if later.sequence else ""
             raise InputError(
-                f"the times of {earlier.channel.name!r} overlap: {earlier.path} ends at {_last(earlier.time)}, "
-                f"{later.path} starts at {later.time.label(0)}. Give each time once."
+                f"the times of {earlier.channel.name!r}{of} overlap: {earlier.path} ends at {_last(earlier.time)}, "
+                f"{later.path} starts at {later.time.label(0)}. Give each time once"
+                + (", or several sequences of it with --sequences." if not later.sequence else ".")
             )
-    return TimeAxis(np.concatenate([segment.time.seconds for segment in segments]), calendars.pop())
+    return in_sequence([(segment.sequence, segment.time) for segment in segments])
 
 
 def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) -> None:
     first_name, first = next(iter(axes.items()))
     for name, axis in axes.items():
-        if axis.calendar == first.calendar and np.array_equal(axis.seconds, first.seconds):
+        same = (axis.calendar, axis.names, axis.beginnings) == (first.calendar, first.names, first.beginnings)
+        if same and np.array_equal(axis.seconds, first.seconds):
             continue
         short = name if len(axis) < len(first) else first_name
         once = f", or take one that does not change with --static {joined[short][0].array.name}"
         raise InputError(
-            f"all variables need the same times, but {first_name!r} in {joined[first_name][0].path} has {len(first)} "
-            f"from {first.label(0)} to {_last(first)} ({first.calendar}), {name!r} in {joined[name][0].path} has "
-            f"{len(axis)} from {axis.label(0)} to {_last(axis)} ({axis.calendar}). Give sources with the same times, "
+            f"all variables need the same times, but {first_name!r} in {joined[first_name][0].path} has "
+            f"{_told(first)}, {name!r} in {joined[name][0].path} has {_told(axis)}. Give sources with the same times, "
             f"or leave one variable out with --variables{once}."
         )
+
+
+def _told(axis: TimeAxis) -> str:
+    sequences = f" in {len(axis.names)} sequences" if axis.names else ""
+    return f"{len(axis)}{sequences} from {axis.label(0)} to {_last(axis)} ({axis.calendar})"
 
 
 def _last(axis: TimeAxis) -> str:

@@ -15,10 +15,8 @@ import xarray as xr
 from ..errors import InputError
 from .selection import Period
 
-NOT_LEVELS = (
-    "forecast_period", "realization", "step", "number", "member", "ensemble", "ensemble_member", "prediction_timedelta",
-    "lead_time", "expver",
-)  # fmt: skip
+MEMBERS = ("realization", "number", "member", "ensemble", "ensemble_member")
+NOT_LEVELS = (*MEMBERS, "forecast_period", "step", "prediction_timedelta", "lead_time", "expver")
 PRESSURE_NAMES = ("pressure_level", "level", "isobaricinhpa", "plev")
 PRESSURE_UNITS = ("Pa", "hPa", "mbar", "mb", "millibar", "millibars")
 LATITUDE_NAMES = ("latitude", "lat", "nav_lat")
@@ -38,6 +36,8 @@ class Taken(TypedDict, total=False):
     drop_repeated_column: bool
     fill_absent_chunks: bool
     select: Mapping[str, str] | None
+    sequence_dim: str | None
+    sequences: bool
     rename: Mapping[str, str] | None
     static: Sequence[str] | None
     missing_values: Sequence[tuple[str, float]] | None
@@ -57,6 +57,8 @@ class SourceOptions:
         drop_repeated_column: leave out the last column where it repeats the first.
         fill_absent_chunks: take chunks that a zarr source leaves out as filled, as zarr itself does.
         select: dims, or keys of GRIB messages, and the one value to take of each.
+        sequence_dim: dim along which sequences lie beside each other, such as members of an ensemble.
+        sequences: every source is a sequence of its own, called as its file is.
         rename: names of variables or channels, and what the store shall call them.
         static: variables to take once, although they have times: the first is taken.
         missing_values: names of variables or channels (empty: all), and what marks missing data there.
@@ -71,6 +73,8 @@ class SourceOptions:
     drop_repeated_column: bool = False
     fill_absent_chunks: bool = False
     select: tuple[tuple[str, str], ...] = ()
+    sequence_dim: str | None = None
+    sequences: bool = False
     rename: tuple[tuple[str, str], ...] = ()
     static: tuple[str, ...] = ()
     missing_values: tuple[tuple[str, float], ...] = ()
@@ -134,7 +138,8 @@ def find_roles(dataset: xr.Dataset, name: Hashable, options: SourceOptions, path
             )
         else:
             value = dataset[one].values[0] if one in dataset.variables else 0
-            remedy = f"Take one of {one!r}, for example with --select {one}={value}."
+            each = f", or each as a sequence with --sequence-dim {one}" if one in MEMBERS else ""
+            remedy = f"Take one of {one!r}, for example with --select {one}={value}{each}."
         raise InputError(
             f"variable {name!r} in {path} has dims {_sizes(array)}: besides time, latitude and longitude there may be "
             f"one of levels, but no members or lead times. {remedy}"

@@ -55,7 +55,7 @@ class SourceGrid:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Some consecutive frames of one channel in one source."""
+    """Some consecutive frames of one channel in one source, and of one sequence."""
 
     path: Path
     channel: Channel
@@ -69,6 +69,12 @@ class Segment:
     frames: range
     chunks: ZarrChunks | None = None
     selected: Mapping[Hashable, int] = field(default_factory=dict)
+    sequence: str = ""
+
+    @property
+    def begin(self) -> int:
+        """The first of its times, in seconds."""
+        return int(self.time.seconds[0])
 
     def read(self, frames: range, rows: Span, beside: Sequence["Segment"]) -> NDArray[np.float32]:
         """fields_TCYX of frames counted from this segment's first; north first, NaN if missing.

@@ -1,7 +1,7 @@
 """What the user takes of a source: some members or levels, some dates; and what is no field to be forecast."""
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import cftime
 import numpy as np
 import xarray as xr
 
+from ..data.layout import SEQUENCE, SEQUENCE_NAME, STORE_FILE
 from ..data.times import EPOCH_UNITS, SECONDS_PER_DAY, TimeAxis
 from ..errors import InputError
 
@@ -37,6 +38,33 @@ def selected(dataset: xr.Dataset, select: tuple[tuple[str, str], ...], path: Pat
         places = {**dataset.attrs.get(SELECTED, {}), dim: found[0]}
         dataset = dataset.isel({dim: found}).assign_attrs({SELECTED: places})
     return dataset
+
+
+def sequences_in(dataset: xr.Dataset, dim: str | None, per_file: bool, path: Path) -> Iterator[tuple[str, xr.Dataset]]:
+    """The sequences that a source holds, by name: a part of it for each. Where nothing tells them apart it has none.
+
+    A file of a store with several tells them apart by itself.
+
+    Args:
+        dim: along which they lie beside each other, such as members.
+        per_file: each source is one, called as its file is.
+    """
+    ours = SEQUENCE in dataset.variables and SEQUENCE_NAME in dataset.variables
+    name = (path.parent if "fingerprint" in dataset.attrs and (path.parent / STORE_FILE).is_file() else path).stem
+    first = [name] if per_file else []
+    if ours:
+        numbers, names = dataset[SEQUENCE].values, dataset[SEQUENCE_NAME].values
+        for number in np.unique(numbers):
+            low, high = np.searchsorted(numbers, [number, number + 1])
+            yield " ".join([*first, str(names[number])]), dataset.isel(time=slice(int(low), int(high)))
+    elif dim in dataset.dims:
+        values = dataset[dim].values if dim in dataset.variables else np.arange(dataset.sizes[dim])
+        for place, value in enumerate(values):
+            places = {**dataset.attrs.get(SELECTED, {}), dim: place}
+            one = dataset.isel({dim: [place]}).assign_attrs({SELECTED: places})
+            yield " ".join([*first, str(value)]), one
+    else:
+        yield " ".join(first), dataset
 
 
 def _is_same(value: object, text: str) -> bool:
@@ -74,24 +102,27 @@ class Period:
     last: str | None = None
     every: int = 1
 
-    def frames_of(self, time: TimeAxis) -> range:
-        """Positions of the frames to take, counted from the period's first on.
+    def frames_of(self, time: TimeAxis) -> tuple[range, ...]:
+        """Positions of the frames to take of each sequence, counted from the period's first on.
 
         Raises:
             InputError: a date that is none, or no frames are left.
         """
         if self.every < 1:
             raise InputError(f"--every takes one frame of so many, got {self.every}. Use 1 or more.")
-        seconds = time.seconds
-        begin = seconds[0] if self.first is None else _span(self.first, time.calendar, "--from")[0]
-        end = seconds[-1] if self.last is None else _span(self.last, time.calendar, "--to")[1]
-        first, stop = (int(np.searchsorted(seconds, begin)), int(np.searchsorted(seconds, end, side="right")))
-        if first >= stop:
+        begin = time.seconds.min() if self.first is None else _span(self.first, time.calendar, "--from")[0]
+        end = time.seconds.max() if self.last is None else _span(self.last, time.calendar, "--to")[1]
+        found = []
+        for own in time.sequences:
+            seconds = time.seconds[own.start : own.stop]
+            first, stop = int(np.searchsorted(seconds, begin)), int(np.searchsorted(seconds, end, side="right"))
+            found.append(range(own.start + first, own.start + max(first, stop), self.every))
+        if not any(found):
             raise InputError(
                 f"no frame is left from {self.first or 'the first'} to {self.last or 'the last'}: the sources run from "
                 f"{time.label(0)} to {time.label(len(time) - 1)}. Give other dates to --from and --to."
             )
-        return range(first, stop, self.every)
+        return tuple(found)
 
 
 def _span(text: str, calendar: str, option: str) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from ..data.layout import (
     DIMS,
     FORMAT,
     FORMAT_VERSION,
+    SEQUENCE,
+    SEQUENCE_NAME,
     STATIC_FILE,
     STORE_FILE,
     FileEntry,
@@ -35,6 +37,12 @@ def write_coordinates(nc: h5netcdf.File, layout: StoreLayout, frames: range) -> 
     time = nc.create_variable("time", ("time",), np.int64)
     time[:] = layout.time.seconds[frames.start : frames.stop]
     time.attrs.update(standard_name="time", axis="T", units=EPOCH_UNITS, calendar=layout.time.calendar)
+    if layout.time.names:
+        nc.dimensions["sequences"] = len(layout.time.names)
+        number = nc.create_variable(SEQUENCE, ("time",), np.int64)
+        number[:] = np.array([layout.time.sequence_of(frame) for frame in frames], dtype=np.int64)
+        number.attrs["long_name"] = f"number of the sequence in {SEQUENCE_NAME}"
+        write_strings(nc, SEQUENCE_NAME, "sequences", layout.time.names)
     write_strings(nc, "channel", "channel", [channel.name for channel in layout.channels])
     _write_grid(nc, layout)
 

@@ -24,6 +24,7 @@ from ..data.layout import (
     file_name,
 )
 from ..data.moments import ChannelMoments, MomentStream
+from ..data.periods import stretches_of
 from ..data.statistics import row_weights
 from ..errors import InputError
 from ..locks import locked_directory
@@ -78,6 +79,8 @@ def fingerprint(layout: StoreLayout, request: str) -> str:
         "compression": layout.compression,
         "request": request,
     }
+    if layout.time.names:
+        rest |= {"beginnings": layout.time.beginnings, "sequences": layout.time.names}
     return digest_of((layout.latitude_deg, layout.longitude_deg, layout.time.seconds), rest)
 
 
@@ -259,7 +262,7 @@ def _create(
 def _write_slabs(
     nc: h5netcdf.File, disk: ForgivingFile, layout: StoreLayout, reader: FieldReader, frames: range, slab_bytes: int
 ) -> list[ChannelMoments]:
-    weights = row_weights(layout.latitude_deg, layout.longitude_deg)
+    weights, gaps = row_weights(layout.latitude_deg, layout.longitude_deg), {*layout.time.gaps.tolist()}
     moments = [ChannelMoments() for _ in layout.channels]
     for channels, rows in _columns_of_work(layout, reader.groups, slab_bytes):
         collected = [MomentStream(weights[slice(*rows)]) for _ in channels]
@@ -267,9 +270,12 @@ def _write_slabs(
             slab_TCYX = _read_slab(layout, reader, block, channels, rows)
             _store_slab(nc, layout, slab_TCYX, block.start - frames.start, channels, rows)
             disk.raise_error()
-            for index, stream in enumerate(collected):
-                stream.add(slab_TCYX[:, index])
-        if frames.stop < len(layout.time):  # the change from this file's last frame to the next file's first
+            for part in stretches_of(layout.time, [block]):
+                for index, stream in enumerate(collected):
+                    if part.start in gaps:
+                        stream.begin_anew()
+                    stream.add(slab_TCYX[part.start - block.start : part.stop - block.start, index])
+        if frames.stop < len(layout.time) and frames.stop not in gaps:  # the change to the next file's first frame
             after = range(frames.stop, frames.stop + 1)
             following_TCYX = _read_slab(layout, reader, after, channels, rows)
             for index, stream in enumerate(collected):

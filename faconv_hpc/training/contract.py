@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ..config import DataConfig, RunConfig
 from ..data.layout import same_units
 from ..data.moments import ChannelMoments
-from ..data.periods import frames_within, stretches_of
+from ..data.periods import frames_within, ranges_of, stretches_of
 from ..data.statistics import Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
@@ -210,7 +210,7 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Co
         lon=Boundary(grid.lon_boundary),
         step_hours=_steps_of(store, [range(store.frames)]),
         calendar=store.calendar,
-        training=tuple(f"{axis.label(span.start)}/{axis.label(span.stop - 1)}" for span in spans),
+        training=ranges_of(axis, spans),
         validation=data.periods.validation,
         test=data.periods.test,
         store=store.digest,

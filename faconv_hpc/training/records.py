@@ -220,13 +220,13 @@ def beginning(
 
     Args:
         contract, windows: what it is trained on, and samples are drawn from.
-        left_out: windows that would lead over a gap.
+        left_out: windows that would lead over a gap, or from a sequence into the next.
         parameters: how many the network has.
         rank_gib: memory that a rank needs at least.
         done: steps that are done already.
     """
     mesh, channels = config.mesh, contract.channels
-    gaps = f" ({left_out} more would lead over a gap in time)" if left_out else ""
+    gaps = f" ({left_out} more would lead over a gap in time or into the next sequence)" if left_out else ""
     shortest, longest = contract.step_hours
     steps = f"steps of time take {shortest:g} to {longest:g} h, " if longest > shortest else ""
     return (

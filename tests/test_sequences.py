@@ -1,0 +1,239 @@
+"""Stores of several sequences, runs of a simulation or members of an ensemble: told apart wherever frames follow."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faconv_hpc.config import PeriodsConfig
+from faconv_hpc.data.inspection import describe_store
+from faconv_hpc.data.periods import frames_within, ranges_of, spans_of, starts_within, stretches_of
+from faconv_hpc.data.statistics import row_weights
+from faconv_hpc.data.store import Store
+from faconv_hpc.data.times import TimeAxis, in_sequence
+from faconv_hpc.data.verification import verify_files
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.skill import evaluate
+from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.prepare.selection import Period
+from faconv_hpc.training.records import CONTRACT_FILE, VALIDATION_FILE, read_records
+from faconv_hpc.training.trainer import train
+from ranks import Layout, run_on_ranks
+from runs import small_config
+from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
+from test_checkpoint import assert_same_state, checkpoints_in
+from test_cli import faconv
+
+NAMES = ("c", "0", "11", "b")
+MEMBER_DIMS = ("time", "member", *DIMS[1:])
+
+
+def axis_of(lengths, names=None, calendar="standard", step_s=3600):
+    parts = [TimeAxis(np.arange(length) * step_s, calendar) for length in lengths]
+    return in_sequence(list(zip(names or map(str, range(len(lengths))), parts, strict=True)))
+
+
+def members(trend=5.0):
+    """(time, member, lat, lon), members far from each other, so that a change from one to the next shows."""
+    shape = (FRAMES, len(NAMES), NLAT, NLON)
+    return values(3, shape) + trend * np.arange(len(NAMES), dtype=np.float32)[None, :, None, None]
+
+
+def ensemble(**more):
+    fields = {"u": (MEMBER_DIMS, members()), "v": (DIMS, values(2))} | more
+    return dataset(fields, member=("member", list(NAMES)))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save(ensemble(), tmp_path_factory.mktemp("source") / "ensemble.nc")
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_window_leaves_its_sequence(data):
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    window, axis = data.draw(st.integers(1, 5)), axis_of(lengths)
+    of = np.repeat(np.arange(len(lengths)), lengths)
+    inside = np.array(data.draw(st.lists(st.booleans(), min_size=len(of), max_size=len(of))))
+    spans = spans_of(inside)
+    want = [
+        start
+        for start in range(len(of) - window)
+        if inside[start : start + window + 1].all() and len({*of[start : start + window + 1]}) == 1
+    ]
+    assert starts_within(stretches_of(axis, spans), window).tolist() == want
+    assert (
+        spans_of(np.isin(np.arange(len(of)), [f for s in frames_within(axis, ranges_of(axis, spans)) for f in s]))
+        == spans
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "frames"),
+    [
+        ("sequence 11", [8, 9, 10, 11, 12]),
+        ("sequences 0 to 11", list(range(3, 13))),
+        ("1970-01-01T02 of sequences c to 0", [2, 5]),
+        ("/1970-01-01T01:00 of sequence 11", [8, 9]),
+        ("1970-01-01T03/", [6, 7, 11, 12]),
+    ],
+)
+def test_periods_are_of_dates_and_sequences(text, frames):
+    axis = axis_of([3, 5, 5], ["c", "0", "11"])
+    assert [frame for span in frames_within(axis, [text]) for frame in span] == frames
+
+
+def test_a_period_of_no_sequence_is_said():
+    axis = axis_of([3, 5, 5], ["c", "0", "11"])
+    with pytest.raises(InputError, match=r"no sequence '1' in the store\. Did you mean '11'\? There are: c, 0, 11"):
+        frames_within(axis, ["sequence 1"])
+    with pytest.raises(InputError, match="'sequences 11 to c' ends before it begins: c stands before 11"):
+        frames_within(axis, ["sequences 11 to c"])
+    with pytest.raises(InputError, match="'sequence 0' names a sequence, but the store has but one, without a name"):
+        frames_within(axis_of([4]), ["sequence 0"])
+    for text in ("sequence", "sequences 1", "1999 of", "1999 sequence 1"):
+        with pytest.raises(ValueError, match=r"of sequences such as .* got '"):
+            PeriodsConfig(train=text)
+
+
+@pytest.mark.parametrize("frames_per_file", [2, 9, 12, 100])
+def test_members_become_sequences_with_statistics_of_their_own_changes(tmp_path, source, frames_per_file):
+    prepare([source], tmp_path / "store", sequence_dim="member", frames_per_file=frames_per_file)
+    fields, _, store = whole(tmp_path / "store", "u", "v")
+    want = np.moveaxis(members(), 1, 0)
+    np.testing.assert_array_equal(fields[:, 0].reshape(len(NAMES), FRAMES, NLAT, NLON), want)
+    np.testing.assert_array_equal(fields[:, 1], np.tile(values(2), (len(NAMES), 1, 1)))
+    axis = store.layout.time
+    assert axis.names == NAMES and axis.beginnings == (0, 9, 18, 27) and axis.gaps.tolist() == [9, 18, 27]
+    assert axis.label(19) == "2001-01-01 06:00:00 of sequence 11"
+    weights = np.broadcast_to(row_weights(store.latitude_deg, store.longitude_deg)[:, None], (NLAT, NLON))
+    changes = np.diff(want.astype(np.float64), axis=1)
+    mean = np.average(changes.mean((0, 1)), weights=weights)
+    variance = np.average(((changes - mean) ** 2).mean((0, 1)), weights=weights)
+    assert store.tendency_std[0] == pytest.approx(np.sqrt(variance), rel=1e-12)
+    assert all(problem is None for _, problem in verify_files(store, range(len(store.files))))
+    described = describe_store(store)["time"]
+    assert described["regular"] and [one["name"] for one in described["sequences"]] == list(NAMES)
+
+
+def test_each_file_is_a_sequence_and_files_of_one_name_are_one(tmp_path):
+    """Variables in files of their own, and one run that is longer."""
+    for number, length in enumerate((9, 5)):
+        part = dataset().isel(time=slice(0, length)) + number
+        for name in ("u", "v"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            part[name].attrs["units"] = "m s-1"
+            save(part[[name]].assign_coords(time=dataset().time[:length], lat=dataset().lat, lon=dataset().lon),
+                 tmp_path / name / f"run_{number}.nc")  # fmt: skip
+    sources = sorted(tmp_path.glob("?/run_*.nc"))
+    prepare(sources, tmp_path / "store", sequences=True, frames_per_file=4)
+    fields, _, store = whole(tmp_path / "store", "u", "v")
+    assert store.layout.time.names == ("run_0", "run_1") and store.layout.time.beginnings == (0, 9)
+    want = np.stack([values(1), values(2)], axis=1)
+    np.testing.assert_array_equal(fields, np.concatenate([want, want[:5] + 1]))
+    with pytest.raises(
+        InputError, match=r"times of 'u' overlap: .*Give each time once, or several sequences of it with"
+    ):
+        prepare(sources, tmp_path / "other")
+
+
+def test_a_store_of_a_store_keeps_its_sequences(tmp_path, source):
+    prepare([source], tmp_path / "first", sequence_dim="member", frames_per_file=7)
+    prepare([tmp_path / "first"], tmp_path / "second", period=Period("2001-01-01T12:00", None, 2), frames_per_file=5)
+    fields, _, store = whole(tmp_path / "second", "u")
+    assert store.layout.time.names == NAMES and store.layout.time.beginnings == (0, 4, 8, 12)
+    want = np.moveaxis(members(), 1, 0)[:, 2::2]
+    np.testing.assert_array_equal(fields[:, 0].reshape(want.shape), want)
+
+
+def test_dates_that_some_sequences_lack_leave_those_out(tmp_path):
+    for number in range(3):
+        times = ("time", np.arange(FRAMES) * 6.0, {"units": f"hours since 200{number}-01-01"})
+        save(dataset(time=times), tmp_path / f"run_{number}.nc")
+    prepare(sorted(tmp_path.glob("*.nc")), tmp_path / "store", sequences=True, period=Period("2001", None))
+    with Store.open(tmp_path / "store") as store:
+        assert store.layout.time.names == ("run_1", "run_2") and store.frames == 2 * FRAMES
+    prepare(sorted(tmp_path.glob("*.nc")), tmp_path / "one", sequences=True, period=Period("2002", None))
+    with Store.open(tmp_path / "one") as store:
+        assert store.layout.time.names == () and store.layout.time.label(0) == "2002-01-01 00:00:00"
+
+
+def test_what_does_not_fit_is_said(tmp_path, source):
+    with pytest.raises(InputError, match="--sequence-dim number: no source has such a dim"):
+        prepare([save(dataset(), tmp_path / "plain.nc")], tmp_path / "store", sequence_dim="number")
+    with pytest.raises(InputError, match=r"--select member=c, or each as a sequence with --sequence-dim member"):
+        prepare([source], tmp_path / "store")
+    alone = save(dataset({"w": (DIMS, values(5))}), tmp_path / "alone.nc")
+    with pytest.raises(InputError, match=r"'u' .* has 36 in 4 sequences from .* of sequence c to .*'w' .* has 9 from"):
+        prepare([source, alone], tmp_path / "store", sequence_dim="member")
+
+
+CASES = {"one rank": Layout(1, 1, 1), "2 x 2 tiles": Layout(1, 2, 2), "replicas": Layout(2, 1, 2)}
+PERIODS = {"train": ["sequences c to 0", "/2001-01-02T00 of sequence b"], "validation": "sequence 11",
+           "test": "2001-01-02T12/ of sequence b"}  # fmt: skip
+
+
+def trained(directory, store, layout, **training):
+    mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
+    training = {"steps": 4, "micro_batch": 2 // layout.replicas, "validate_every": 2, "checkpoint_every": 2} | training
+    data = {"window": 2, "periods": PERIODS}
+    config = small_config(directory, store, mesh=mesh, data=data, training=training)
+    run_on_ranks(layout, lambda mesh: train(config, mesh))
+    rows = [json.loads(line) for line in (config.run_dir / VALIDATION_FILE).read_text().splitlines()]
+    skills = run_on_ranks(layout, lambda mesh: evaluate(config, mesh))[0].skills
+    numbers = [record.loss for record in read_records(config.run_dir)], [row["rmse"] for row in rows]
+    return [*numbers, [skill.rmse for skill in skills]], config
+
+
+def test_a_run_on_sequences_is_the_same_on_every_mesh(tmp_path, source):
+    prepare([source], tmp_path / "store", sequence_dim="member", frames_per_file=10)
+    found = {name: trained(tmp_path / name, tmp_path / "store", layout) for name, layout in CASES.items()}
+    want, config = found.pop("one rank")
+    for numbers, _ in found.values():
+        for got, expected in zip(numbers, want, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+    contract = json.loads((config.run_dir / CONTRACT_FILE).read_text())
+    assert contract["training"] == ["sequences c to 0", "2001-01-01 00:00:00/2001-01-02 00:00:00 of sequence b"]
+    kept = members().astype(np.float64)
+    u = next(one for one in contract["variables"] if one["name"] == "u")
+    with Store.open(tmp_path / "store") as store:
+        weights = np.broadcast_to(row_weights(store.latitude_deg, store.longitude_deg)[:, None], (NLAT, NLON))
+    changes = [np.diff(part, axis=0) for part in (kept[:, 0], kept[:, 1], kept[:5, 3])]
+    changes = np.concatenate(changes)
+    mean = np.average(changes.mean(0), weights=weights)
+    variance = np.average(((changes - mean) ** 2).mean(0), weights=weights)
+    assert u["tendency_std"] == pytest.approx(math.sqrt(variance), rel=1e-11)
+
+
+def test_held_out_sequences_change_nothing_in_training(tmp_path):
+    losses = []
+    for factor in (1, 10):
+        field = members()
+        field[:, 2] *= factor
+        field[5:, 3] *= factor
+        source = save(ensemble(u=(MEMBER_DIMS, field)), tmp_path / f"{factor}.nc")
+        prepare([source], tmp_path / f"store{factor}", sequence_dim="member")
+        numbers, config = trained(tmp_path / str(factor), tmp_path / f"store{factor}", CASES["one rank"])
+        losses.append((numbers[0], config))
+    assert losses[0][0] == losses[1][0]
+    assert_same_state(*(checkpoints_in(config.run_dir)[-1] for _, config in losses))
+
+
+def test_the_verb_takes_and_shows_sequences(tmp_path, source):
+    store = tmp_path / "store"
+    made = faconv("data", "prepare", source, "--output", store, "--sequence-dim", "member")
+    assert made.returncode == 0, made.stderr
+    shown = faconv("data", "inspect", store)
+    assert "36 frames in 4 sequences, 2001-01-01 00:00:00 of sequence c to" in shown.stdout.replace("\n", " ")
+
+
+def test_any_tool_sees_which_frame_is_of_which_sequence(tmp_path, source):
+    prepare([source], tmp_path / "store", sequence_dim="member", frames_per_file=12)
+    with xr.open_dataset(tmp_path / "store" / "fields-00001.nc", engine="h5netcdf") as second:
+        names = second["sequence_name"].values[second["sequence"].values]
+        assert names.tolist() == ["0"] * 6 + ["11"] * 6
