@@ -65,9 +65,9 @@ class MeshConfig(Section):
 class PeriodsConfig(Section):
     """Which dates are for what; no frame is for two things."""
 
-    train: Dates = Field((), description="ranges of dates such as 1979/2015, one or a list; default: all that is left")
-    validation: Dates = Field((), description="ranges of dates that a run looks at while it trains")
-    test: Dates = Field((), description="ranges of dates that `faconv evaluate` forecasts, kept from training")
+    train: Dates = Field((), description="dates such as 1979/2015, or sequences, or a list; default: all that is left")
+    validation: Dates = Field((), description="dates or sequences that a run looks at while it trains")
+    test: Dates = Field((), description="dates or sequences that `faconv evaluate` forecasts, kept from training")
 
 
 class DataConfig(Section):
@@ -150,6 +150,7 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay per step of a mean of the weights, which forecasts; 0: none")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed ZeRO shards over all ranks")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of activations; cell states and sums stay fp32")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights and of the order of samples")

@@ -298,6 +298,7 @@ def config_at(place, directory, store):
         "micro_batch": GLOBAL_BATCH // layout[0],
         "zero_stage": stage,
         "checkpoint_every": BEFORE,
+        "ema": 0.7,
     }
     return small_config(directory, store, mesh=mesh, training=training)
 
@@ -308,10 +309,10 @@ def losses_of(directory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, store):
-    """The losses of one process that nothing stops."""
+    """The losses of one process that nothing stops, and the mean of its weights."""
     directory = tmp_path_factory.mktemp("undisturbed")
     train_until(Layout(1, 1, 1), config_at((1, 1, 1, 0), directory, store), BEFORE + AFTER)
-    return losses_of(directory)
+    return losses_of(directory), checkpoints_in(directory / "run")[-1].weights()
 
 
 @pytest.fixture(scope="module")
@@ -335,8 +336,14 @@ def test_saved_at_one_mesh_and_stage_loaded_at_another(tmp_path, store, undistur
     train_until(Layout(*PLACES[loaded][:3]), config_at(PLACES[loaded], tmp_path, store), BEFORE + AFTER)
     losses = losses_of(tmp_path)
     assert len(losses) == BEFORE + AFTER
-    for got, want in zip(losses[BEFORE:], undisturbed[BEFORE:], strict=True):
+    for got, want in zip(losses[BEFORE:], undisturbed[0][BEFORE:], strict=True):
         assert abs(got / want - 1) <= 1e-6
+    last = checkpoints_in(tmp_path / "run")[-1]
+    difference, size = (
+        torch.cat([value(name).flatten() for name in undisturbed[1]]).norm()
+        for value in (lambda name: last.weights()[name] - undisturbed[1][name], lambda name: undisturbed[1][name])
+    )
+    assert last.step == BEFORE + AFTER and difference <= 1e-5 * size
 
 
 def test_three_resumes_in_a_row_are_bit_identical(tmp_path, store):

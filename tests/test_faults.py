@@ -605,7 +605,7 @@ def test_stop_names_step_variable_and_sample(tmp_path, store, layout):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_that_is_skipped_leaves_no_trace(tmp_path, store, stage, precision):
     """As if its learning rate had been zero, with plain SGD; Adam's count and moments stay as they were."""
-    layout, common = Layout(2, 1, 1), {"zero_stage": stage, "precision": precision, "checkpoint_every": 6}
+    layout, common = Layout(2, 1, 1), {"zero_stage": stage, "precision": precision, "checkpoint_every": 6, "ema": 0.5}
     sgd = common | {"optimizer": "sgd", "learning_rate": 0.1}
     assert with_nan(tmp_path / "skip", store, layout, sgd | {"on_not_finite": "skip"}, {3, 4}) == 0
     assert with_nan(tmp_path / "zero", store, layout, sgd, {}, rate_zero={3, 4}) == 0

@@ -109,7 +109,7 @@ def trained_network(workspace: Workspace, checkpoint: Checkpoint) -> FAConvLSTMN
     """
     network = build_network(workspace.config, workspace.contract.channels)
     check_same_network(network, checkpoint.manifest(), checkpoint.path)
-    network.load_state_dict(checkpoint.parameters())
+    network.load_state_dict(checkpoint.weights())
     return network.to(workspace.domain.mesh.device).eval()
 
 

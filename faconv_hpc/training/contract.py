@@ -39,8 +39,8 @@ class Contract(BaseModel):
         north, south, lon: boundaries, see `LatLonGrid`.
         step_hours: smallest and largest from a frame to the next; what differs more is a gap.
         calendar: of the times.
-        training: ranges of dates of the frames of training.
-        validation, test: ranges of dates that were kept from it.
+        training: dates and sequences of the frames of training, see `periods.frames_within`.
+        validation, test: those that were kept from it.
         store: digest of the store that it was made of.
     """
 

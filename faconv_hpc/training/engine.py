@@ -18,6 +18,7 @@ from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
+from .shards import AVERAGE
 
 Snapshot = list[tuple[Tensor, Tensor, dict[str, Tensor]]]
 """Value, its copy, copies of its optimizer state."""
@@ -79,13 +80,19 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes inside are no part of training; ZeRO 3 remembers in what order a pass of either kind goes."""
+        """Forward passes inside are no part of training, and use the mean of the weights, if there is one. Collective.
+
+        ZeRO 3 remembers in what order a pass of either kind goes.
+        """
+        trained = self._put(self._averages()) if self._training.ema else []
         self._engine.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
             self._engine.train()
+            if trained:
+                self._put(trained)
 
     def backward(self, loss: Loss) -> None:
         """Accumulates the gradient of one micro-batch."""
@@ -99,6 +106,7 @@ class Engine:
         whole_norm = self._whole_gradient_norm() if updates else float("nan")
         self._engine.step()
         if updates:
+            self._average()
             norm = self._engine.get_global_grad_norm()
             self.gradient_norm = whole_norm if norm is None else float(norm)
 
@@ -112,6 +120,37 @@ class Engine:
     def take_communication_s(self) -> float:
         """Seconds in DeepSpeed's own collectives since the last call; on a GPU not measured (0)."""
         return self._timed.taken_s() if self._timed else 0.0
+
+    # The mean of the weights
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Takes in the weights of this update: ``mean += (1 - d) (weights - mean)``.
+
+        ``d`` is ``training.ema``, and (1 + n) / (10 + n) after n updates where that is less: the weights that a run
+        begins with are soon forgotten.
+        """
+        if not self._training.ema:
+            return
+        shards = self._shards()
+        if self._training.optimizer == "sgd":  # which does not count
+            for value in shards:
+                self._torch_optimizer.state[value]["step"] += 1
+        decay = min(self._training.ema, (1 + self.updates) / (10 + self.updates))
+        for value, mean in zip(shards, self._averages(), strict=True):
+            mean.lerp_(value.data, 1 - decay)
+
+    def _averages(self) -> list[Tensor]:
+        """Of each shard."""
+        return [self._torch_optimizer.state[value][AVERAGE] for value in self._shards()]
+
+    def _put(self, values: list[Tensor]) -> list[Tensor]:
+        """Puts values in place of this rank's shards; what they were. Collective."""
+        before = [value.data.clone() for value in self._shards()]
+        for shard, value in zip(self._shards(), values, strict=True):
+            shard.data.copy_(value)
+        self._refresh_low_precision()
+        return before
 
     # A step that turns out to be unsound
 
@@ -135,8 +174,8 @@ class Engine:
 
     @property
     def moment_names(self) -> tuple[str, ...]:
-        """Of the optimizer."""
-        return MOMENTS[self._training.optimizer]
+        """Of what the optimizer keeps beside every parameter, the mean of the weights included."""
+        return (*MOMENTS[self._training.optimizer], *(AVERAGE,) * bool(self._training.ema))
 
     def full_parameters(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 value of every parameter, in the network's order, or of those ``wanted`` here. Collective."""
@@ -232,7 +271,8 @@ class Engine:
         for value in self._shards() if self.moment_names else ():
             state = self._torch_optimizer.state[value]
             for name in self.moment_names:  # in place where there is one: DeepSpeed has views of it
-                state[name] = state[name].zero_() if name in state else torch.zeros_like(value.data)
+                begin = value.data if name == AVERAGE else torch.zeros_like(value.data)
+                state[name] = state[name].copy_(begin) if name in state else begin.clone()
             state["step"] = torch.tensor(float(updates))
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None and self.moment_names:

@@ -50,7 +50,7 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
         raise InputError(
             f"{output} lies in the directory of a checkpoint, which must stay as it is. Give another place."
         )
-    parameters, manifest = checkpoint.parameters(), checkpoint.manifest()
+    parameters, manifest = checkpoint.weights(), checkpoint.manifest()
     try:
         with replacing(output) as beside:
             if output.suffix == ".pt":

@@ -64,7 +64,7 @@ def read_weights(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor
 def _saved(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
     checkpoint = newest_at(path)
     manifest = checkpoint.manifest()
-    return metadata(manifest), manifest.contract, checkpoint.parameters()
+    return metadata(manifest), manifest.contract, checkpoint.weights()
 
 
 def _exported(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:

@@ -15,6 +15,8 @@ from .identity import check_same_network, check_same_run
 from .schedule import Leg
 from .setup import Workspace
 from .shards import (
+    AVERAGE,
+    PARAMETER,
     Checkpoint,
     DamagedCheckpointError,
     Manifest,
@@ -142,7 +144,9 @@ def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
     reader = {file: place % mesh.ranks for place, file in enumerate(manifest.files)}
 
     def value(key: str) -> Tensor:
-        """One tensor, from the rank that has read it."""
+        """One tensor, from the rank that has read it. A mean of weights that is new begins as they are."""
+        if key.startswith(f"{AVERAGE}/") and AVERAGE not in manifest.moments:
+            key = f"{PARAMETER}/{key.removeprefix(f'{AVERAGE}/')}"
         stored = manifest.parameters[key.partition("/")[2]]
         rank = reader[stored.file]
         return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, stored.shape, rank)

@@ -37,6 +37,8 @@ NAME = re.compile(r"step-(\d{8,})")
 BEST_NAME = re.compile(r"best-step-(\d{8,})")
 UNFINISHED = re.compile(r"\.(best-)?step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
 PARAMETER = "parameter"
+AVERAGE = "ema"
+"""The mean of the weights, kept beside them as the optimizer's moments are."""
 
 
 class DamagedCheckpointError(InputError):
@@ -178,6 +180,11 @@ class Checkpoint:
     def parameters(self) -> dict[str, Tensor]:
         """Name and fp32 value of every parameter; raises DamagedCheckpointError."""
         prefix = f"{PARAMETER}/"
+        return {name.removeprefix(prefix): value for name, value in self._content() if name.startswith(prefix)}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a network is used with, by parameter: the mean of its weights, where there is one, or the last."""
+        prefix = f"{AVERAGE if AVERAGE in self.manifest().moments else PARAMETER}/"
         return {name.removeprefix(prefix): value for name, value in self._content() if name.startswith(prefix)}
 
     def moments(self) -> dict[str, Tensor]:

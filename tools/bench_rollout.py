@@ -1,0 +1,109 @@
+"""What training on free runs does for free runs: single steps, and rollout late, at equal time, side by side.
+
+Run: python tools/bench_rollout.py data/shallow_water runs/rollout   (the store: see tools/shallow_water.py)
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, median
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from faconv_hpc.evaluation.skill import evaluate, load_run
+from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.records import read_records
+
+WINDOW, LATE, LEADS = 8, 0.7, 3
+FAR = range(6, 13)
+SPIN_UPS, HOURS = (4, 8, 40), 48
+
+
+def steps_of(kind: str, steps: int) -> tuple[int, dict[int, int]]:
+    """Steps and schedule of the same number of time steps of the network: a step of 3 leads has 10, others 8."""
+    if kind == "single steps":
+        return steps, {}
+    longer = (WINDOW + LEADS - 1) / WINDOW
+    fewer = round(steps / (LATE + (1 - LATE) * longer))
+    return fewer, {round(LATE * fewer): LEADS}
+
+
+def config_of(store: Path, run_dir: Path, kind: str, steps: int, seed: int, rate: float) -> dict:
+    own, rollout = steps_of(kind, steps)
+    periods = {"train": "sequences 000 to 047", "test": "sequences 048 to 055"}
+    return {
+        "run_dir": str(run_dir),
+        "data": {"store": str(store), "window": WINDOW, "periods": periods, "lat_boundary": "pole"},
+        "model": {"hidden_channels": 32, "kernels": "eager", "embedding_channels": 16, "coarse_shape": [4, 8]},
+        "training": {"steps": own, "micro_batch": 2, "learning_rate": rate, "seed": seed, "rollout": rollout},
+    }
+
+
+def train(given: argparse.Namespace, kind: str, seed: int) -> Path:
+    """Runs `faconv train` with one thread; a run that is there already is not done again."""
+    run_dir = given.runs / f"{kind.replace(' ', '-')}-{seed}"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = run_dir / "given.yaml"
+    config.write_text(yaml.safe_dump(config_of(given.store, run_dir, kind, given.steps, seed, given.rate)))
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    return run_dir
+
+
+def ratios(run_dir: Path, mesh: ProcessMesh, leads: int, window: int = WINDOW) -> list[float]:
+    """Error over persistence's at each lead, mean of the variables."""
+    config = load_run(run_dir)
+    data = config.data.model_copy(update={"window": window})
+    skills = evaluate(config.model_copy(update={"data": data}), mesh, leads).skills
+    return [mean(one.ratio for one in skills if one.lead == lead) for lead in range(1, leads + 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--steps", type=int, default=400, help="of the run on single steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
+    parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
+    given = parser.parse_args()
+    kinds = ("single steps", "rollout late")
+    jobs = [(kind, seed) for seed in range(given.seeds) for kind in kinds]
+    with ThreadPoolExecutor(given.at_once) as pool:
+        runs = dict(zip(jobs, pool.map(lambda job: train(given, *job), jobs), strict=True))
+    mesh = ProcessMesh.start(replicas=1, lat=1, lon=1)
+    found = {job: ratios(run_dir, mesh, FAR.stop - 1) for job, run_dir in runs.items()}
+    seconds = {job: sum(record.seconds for record in read_records(run_dir)) for job, run_dir in runs.items()}
+    table = Table("training", "seed", "seconds", *(f"lead {lead}" for lead in range(1, FAR.stop)), "leads 6 to 12")
+    for (kind, seed), row in found.items():
+        far = mean(row[lead - 1] for lead in FAR)
+        table.add_row(kind, str(seed), f"{seconds[kind, seed]:.0f}", *(f"{one:.3f}" for one in row), f"{far:.3f}")
+    console = Console(width=200)
+    console.print(table)
+    changes = {
+        name: [own(found[kinds[1], seed]) / own(found[kinds[0], seed]) - 1 for seed in range(given.seeds)]
+        for name, own in (
+            ("leads 6 to 12", lambda row: mean(row[lead - 1] for lead in FAR)),
+            ("lead 1", lambda r: r[0]),
+        )
+    }
+    for name, one in changes.items():
+        console.print(f"{name}: {', '.join(f'{change:+.1%}' for change in one)}; median {median(one):+.1%}")
+    spun = {spin_up: ratios(runs[kinds[1], 0], mesh, HOURS, spin_up) for spin_up in SPIN_UPS}
+    for spin_up, row in spun.items():
+        console.print(
+            f"{HOURS} hours after {spin_up} of spin-up: {row[0]:.3f} ... {row[-1]:.3f}, at most {max(row):.3f}"
+        )
+    (given.runs / "found.json").write_text(json.dumps({f"{k} {s}": row for (k, s), row in found.items()}, indent=1))
+    mesh.stop()
+
+
+if __name__ == "__main__":
+    main()
