@@ -84,13 +84,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):
-        long = known_seconds().keys()
-        kept, left_out = [], []
-        for item in items:
-            (left_out if item.nodeid in long or "slurm" in getattr(item, "fixturenames", ()) else kept).append(item)
-        items[:] = kept
-        config.hook.pytest_deselected(items=left_out)
+    whole, quick, long = config.getoption("--all"), config.getoption("--quick"), known_seconds().keys()
+    kept, left_out = [], []
+    for item in items:
+        takes_long = item.nodeid in long or "slurm" in getattr(item, "fixturenames", ())
+        out = (quick and takes_long) or (not whole and item.get_closest_marker("whole"))
+        (left_out if out else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 class Stopwatch:

@@ -31,13 +31,16 @@ def test_what_a_crashed_worker_has_done_is_not_dealt_out_again():
     assert units == {"begun": {"b": True, "c": False}}
 
 
-def test_all_tests_run_unless_quick_is_asked_for(monkeypatch):
+def test_all_tests_run_but_for_combinations_and_with_quick_for_long_ones(monkeypatch):
     monkeypatch.setattr("balance.known_seconds", lambda: {"long": 9.0})
-    for quick, left in ((False, ["new", "long", "job"]), (True, ["new"])):
+    fixtures = {"new": ["tmp_path"], "long": [], "job": ["slurm"], "more": []}
+    for option, left in (("", ["new", "long", "job"]), ("--quick", ["new"]), ("--all", list(fixtures))):
         out = []
         hook = SimpleNamespace(pytest_deselected=lambda items, out=out: out.extend(items))
-        config = SimpleNamespace(getoption=lambda name, quick=quick: quick and name == "--quick", hook=hook)
-        fixtures = {"new": ["tmp_path"], "long": [], "job": ["slurm"]}
-        items = [SimpleNamespace(nodeid=name, fixturenames=fixtures[name]) for name in fixtures]
+        config = SimpleNamespace(getoption=lambda name, option=option: name == option, hook=hook)
+        items = [
+            SimpleNamespace(nodeid=name, fixturenames=own, get_closest_marker=lambda _, own=name: own == "more")
+            for name, own in fixtures.items()
+        ]
         pytest_collection_modifyitems(config, items)
-        assert [item.nodeid for item in items] == left and len(items) + len(out) == 3
+        assert [item.nodeid for item in items] == left and len(items) + len(out) == 4

@@ -35,7 +35,7 @@ from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
 from test_training import train_on
 
-FOUR = Layout(1, 2, 2)
+FOUR, TWO = Layout(1, 2, 2), Layout(1, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def store(tmp_path_factory):
 def run(tmp_path_factory, store):
     """Six steps on four ranks, checkpoints of steps 2, 4 and 6; tests copy it."""
     directory = tmp_path_factory.mktemp("whole")
-    train_on(FOUR, directory, store, training={"checkpoint_every": 2})
+    train_on(TWO, directory, store, training={"checkpoint_every": 2})
     return directory / "run"
 
 
@@ -73,12 +73,12 @@ def assert_same_state(one, other):
 def test_each_rank_writes_about_the_same_number_of_bytes_and_every_tensor_once(run):
     manifest = checkpoints_in(run)[-1].manifest()
     sizes = [file.bytes for name, file in sorted(manifest.files.items())]
-    assert len(sizes) == 4 and max(sizes) < 1.5 * min(sizes)
+    assert len(sizes) == TWO.ranks and max(sizes) < 1.5 * min(sizes)
     names = [name for file in manifest.files for name in load_file(checkpoints_in(run)[-1].path / file)]
     assert len(names) == len(set(names)) == 3 * len(manifest.parameters)  # value, two moments
     stored = manifest.parameters["layers.0.expansion_weight"]
     assert stored.shape == (32, 4) and stored.dtype == "float32" and stored.file in manifest.files
-    assert manifest.mesh == "1x2x2" and manifest.step == manifest.updates == 6 and manifest.zero_stage == 1
+    assert manifest.mesh == "1x1x2" and manifest.step == manifest.updates == 6 and manifest.zero_stage == 1
     assert {"torch", "deepspeed", "python"} <= manifest.versions.keys()
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(copied, run, store, ki
     assert [one.step for one in whole_checkpoints(copied)] == [4, 2]
     with pytest.raises(AssertionError, match=r"--strict was given: .*" + told):
         resume_strictly(copied.parent, store)
-    train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+    train_on(TWO, copied.parent, store, training={"checkpoint_every": 2})
     assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
     assert [record.step for record in read_records(copied)] == [1, 2, 3, 4, 5, 6]
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(copied, store)
     with pytest.raises(OtherVersionError, match=told):
         next(whole_checkpoints(copied))
     with pytest.raises(AssertionError, match=told):
-        train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+        train_on(TWO, copied.parent, store, training={"checkpoint_every": 2})
     assert re.search(told, newest.problem()) and newest.path.is_dir()
 
 
@@ -177,7 +177,7 @@ def test_weights_of_a_network_with_other_names_are_not_loaded(copied, store):
     rewritten(newest, parameters=parameters)
     told = r"step-00000006 holds another network .*expansion_weight is missing; layers\.0\.older_name is not in"
     with pytest.raises(AssertionError, match=told):
-        train_on(FOUR, copied.parent, store, "keep", training={"checkpoint_every": 2, "steps": 8})
+        train_on(TWO, copied.parent, store, "keep", training={"checkpoint_every": 2, "steps": 8})
 
 
 def test_a_checkpoint_of_the_format_before_is_named_as_one(copied, store):
@@ -188,19 +188,21 @@ def test_a_checkpoint_of_the_format_before_is_named_as_one(copied, store):
     rewritten(newest, **raw | {"format": "faconv_hpc checkpoint 2"})
     told = r"as 'faconv_hpc checkpoint 2', this is faconv_hpc \S+, which reads 'faconv_hpc checkpoint 4'"
     with pytest.raises(AssertionError, match=told):
-        train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+        train_on(TWO, copied.parent, store, training={"checkpoint_every": 2})
 
 
 def test_equal_runs_have_equal_shards(tmp_path, run, store):
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2})
+    train_on(TWO, tmp_path, store, training={"checkpoint_every": 2})
     for one, other in zip(checkpoints_in(run), checkpoints_in(tmp_path / "run"), strict=True):
         sums = [(each.path / "SHA256SUMS").read_text().splitlines() for each in (one, other)]
-        assert len(sums[0]) == 5 and sum(a == b for a, b in zip(*sums, strict=True)) == 4  # all but the manifest's
+        assert (
+            len(sums[0]) == 1 + TWO.ranks and sum(a == b for a, b in zip(*sums, strict=True)) == TWO.ranks
+        )  # all but the manifest's
 
 
 def resume_strictly(directory, store):
     config = small_config(directory, store, mesh={"lat": 2, "lon": 2}, training={"checkpoint_every": 2})
-    run_on_ranks(FOUR, lambda mesh: train(config, mesh, strict=True))
+    run_on_ranks(TWO, lambda mesh: train(config, mesh, strict=True))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(copied, store):
@@ -208,7 +210,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(copied, store
         os.truncate(shard(one.path), 10)
     lines = (copied / STEPS_FILE).read_text()
     with pytest.raises(AssertionError, match=r"none of the 3 checkpoints in \S+ is whole.*shard-00001.*another run"):
-        train_on(FOUR, copied.parent, store, training={"checkpoint_every": 2})
+        train_on(TWO, copied.parent, store, training={"checkpoint_every": 2})
     assert (copied / STEPS_FILE).read_text() == lines
 
 
@@ -262,7 +264,9 @@ PLACES = [
     (1, 3, 1, 0),
     (2, 2, 1, 2),
 ]
-PAIRS = [(0, 3), (3, 0), (1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (6, 2), (0, 7), (7, 6), (4, 0), (2, 3), (5, 1), (7, 1)]
+CIRCLE = [(0, 3), (3, 4), (4, 7), (7, 6), (6, 2), (2, 1), (1, 5), (5, 0)]  # from every place once, and to every one
+MORE = [(3, 0), (1, 2), (4, 5), (5, 3), (0, 7), (4, 0), (2, 3), (5, 1), (7, 1)]
+PAIRS = [*CIRCLE, *(pytest.param(*pair, marks=pytest.mark.whole) for pair in MORE)]
 GLOBAL_BATCH = 4
 BEFORE, AFTER = 3, 4
 
@@ -329,7 +333,7 @@ def begun(tmp_path_factory, store):
     return at
 
 
-@pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=[f"{PLACES[a]} to {PLACES[b]}" for a, b in PAIRS])
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=[f"{PLACES[a]} to {PLACES[b]}" for a, b in CIRCLE + MORE])
 def test_saved_at_one_mesh_and_stage_loaded_at_another(tmp_path, store, undisturbed, begun, saved, loaded):
     shutil.copytree(begun(saved), tmp_path / "run")
     assert [one.step for one in checkpoints_in(tmp_path / "run")] == [BEFORE]
@@ -363,7 +367,7 @@ def test_three_resumes_in_a_row_are_bit_identical(tmp_path, store):
 
 
 def test_writing_in_the_background_gives_the_same_checkpoints(tmp_path, run, store):
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2, "save_in_background": True})
+    train_on(TWO, tmp_path, store, training={"checkpoint_every": 2, "save_in_background": True})
     found = checkpoints_in(tmp_path / "run")
     assert [one.step for one in found] == [2, 4, 6]
     for one, other in zip(found, checkpoints_in(run), strict=True):
@@ -373,7 +377,7 @@ def test_writing_in_the_background_gives_the_same_checkpoints(tmp_path, run, sto
 
 def test_a_step_that_is_slow_to_write_is_committed_before_the_next_save(tmp_path, run, store):
     """The writer of one rank takes longer than two steps."""
-    config = small_config(tmp_path, store, mesh={"lat": 2, "lon": 2},
+    config = small_config(tmp_path, store, mesh={"lon": 2},
                           training={"checkpoint_every": 2, "save_in_background": True})  # fmt: skip
 
     def check(mesh):
@@ -382,7 +386,7 @@ def test_a_step_that_is_slow_to_write_is_committed_before_the_next_save(tmp_path
         write = CheckpointWriter._write
 
         def slowly(self, directory, share):
-            time.sleep(1.5 if mesh.rank == 3 else 0)
+            time.sleep(1.5 if mesh.rank == 1 else 0)
             return write(self, directory, share)
 
         CheckpointWriter._write = slowly
@@ -391,7 +395,7 @@ def test_a_step_that_is_slow_to_write_is_committed_before_the_next_save(tmp_path
         finally:
             CheckpointWriter._write = write
 
-    run_on_ranks(FOUR, check)
+    run_on_ranks(TWO, check)
     assert [one.step for one in whole_checkpoints(tmp_path / "run")] == [6, 4, 2]
     assert_same_state(checkpoints_in(tmp_path / "run")[-1], checkpoints_in(run)[-1])
 
@@ -408,7 +412,7 @@ def test_only_what_this_run_wrote_is_removed(tmp_path, copied, store):
     (copied / "run-id").write_text("0" * 32 + "\n")  # the three checkpoints are another run's from here on
     for name in ("step-00000001", "step-00000003-best", "notes"):
         (folder / name).mkdir()
-    train_on(FOUR, tmp_path, store, "keep", training={"checkpoint_every": 1, "keep_last": 1, "steps": 9})
+    train_on(TWO, tmp_path, store, "keep", training={"checkpoint_every": 1, "keep_last": 1, "steps": 9})
     names = sorted(path.name for path in folder.iterdir())
     steps = [f"step-{step:08d}" for step in (1, 2, 4, 6, 9)]
     assert names == sorted([*steps, "step-00000003-best", "notes"]) and other != "0" * 32
@@ -416,10 +420,10 @@ def test_only_what_this_run_wrote_is_removed(tmp_path, copied, store):
 
 def test_the_whole_ones_are_kept_beside_a_damaged_newer_one(tmp_path, copied, store):
     (checkpoints_in(copied)[-1].path / "manifest.json").write_text("not ours")
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 2, "steps": 6})
+    train_on(TWO, tmp_path, store, training={"checkpoint_every": 1, "keep_last": 2, "steps": 6})
     assert [one.step for one in whole_checkpoints(copied)] == [6, 5]
     copied.joinpath("checkpoints", "step-00000009").mkdir()
-    train_on(FOUR, tmp_path, store, "keep", training={"checkpoint_every": 1, "keep_last": 2, "steps": 7})
+    train_on(TWO, tmp_path, store, "keep", training={"checkpoint_every": 1, "keep_last": 2, "steps": 7})
     assert [one.step for one in whole_checkpoints(copied)] == [7, 6]
 
 
@@ -429,7 +433,7 @@ def test_a_damaged_one_is_not_counted_among_those_to_keep(tmp_path, copied, stor
     shard.write_bytes(shard.read_bytes()[:-1])
     steps = [one.step for one in checkpoints_in(copied)]
     assert steps == [2, 4, 6]
-    train_on(FOUR, tmp_path, store, "keep", training={"checkpoint_every": 7, "keep_last": 2, "steps": 7})
+    train_on(TWO, tmp_path, store, "keep", training={"checkpoint_every": 7, "keep_last": 2, "steps": 7})
     assert [one.step for one in whole_checkpoints(copied)] == [7, 4]
 
 
@@ -473,7 +477,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path,
 def test_what_a_kill_left_half_written_is_removed_and_never_loaded(tmp_path, copied, store):
     half = copied / "checkpoints" / ".step-00000008.0123abcd.partial"
     shutil.copytree(checkpoints_in(copied)[-1].path, half)
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2})
+    train_on(TWO, tmp_path, store, training={"checkpoint_every": 2})
     assert not half.exists() and [one.step for one in checkpoints_in(copied)] == [2, 4, 6]
 
 
@@ -481,7 +485,7 @@ def test_a_checkpoint_is_never_written_into_a_directory_that_is_there(tmp_path, 
     damaged = checkpoints_in(copied)[-1]
     (damaged.path / "manifest.json").write_text("not ours")
     (damaged.path / "precious").write_text("kept")
-    train_on(FOUR, tmp_path, store, training={"checkpoint_every": 2})
+    train_on(TWO, tmp_path, store, training={"checkpoint_every": 2})
     assert_same_state(checkpoints_in(copied)[-1], checkpoints_in(run)[-1])
     (aside,) = (copied / "checkpoints").glob("step-00000006.replaced-*")
     assert (aside / "precious").read_text() == "kept"

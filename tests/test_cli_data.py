@@ -85,7 +85,7 @@ def test_inspect_in_json_counts_bytes_per_tile(store: Path) -> None:
     assert said["grid"]["nlat"] == 12
     assert said["time"] == {
         "frames": 8, "first": "1979-01-01 00:00:00", "last": "1979-01-01 21:00:00",
-        "calendar": "standard", "step_hours": [3.0, 3.0], "regular": True,
+        "calendar": "standard", "step_hours": [3.0, 3.0], "regular": True, "sequences": [],
     }  # fmt: skip
     (channel,) = said["channels"]
     assert channel["units"] == "K"

@@ -128,9 +128,9 @@ def traced(monkeypatch):
     torch.compiler.reset()
 
 
-def test_a_compiled_layer_takes_any_number_of_shapes(traced, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_a_compiled_layer_takes_any_number_of_shapes(traced):
     """More than the compilations of one function after which torch gives up: eight by default, three here."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     options = {"dilations": (1,), "attention_every": 0}
     layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
     eager.load_state_dict(layer.state_dict())

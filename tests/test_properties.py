@@ -106,7 +106,7 @@ def check_pad(mesh, case):
     return "" if torch.allclose(mixed, reference, rtol=1e-12, atol=1e-9) else f"rank {mesh.rank}: mixing differs"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(cases())
 def test_pad_equals_one_tile_to_the_last_bit(case):
     assert not any(found := run_on_ranks(case.layout, check_pad, case)), found
@@ -184,7 +184,7 @@ def share_of_area(grid: LatLonGrid) -> Tensor:
     return torch.from_numpy(np.repeat((bands / bands.sum() / grid.nlon)[:, None], grid.nlon, axis=1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_every_verb_has_its_adjoint_and_the_value_of_one_tile(case):
     assert not any(found := run_on_ranks(case.layout, check_adjoints, case)), found

@@ -332,6 +332,8 @@ def _except(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str])
     job.send(rank, signal.SIGRTMIN)
     codes = job.wait()
     seconds = time.monotonic() - began
+    if codes[0] == EXIT_OK:
+        return False  # all was done, and the first rank gone
     if any(codes) and (seconds > 10 * job.patience or set(codes) != {EXIT_FAILED}):
         raise BrokenPromiseError(f"exit codes {codes} {seconds:.1f} s after an exception; see {job.log}")
     return any(codes)

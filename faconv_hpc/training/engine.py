@@ -3,10 +3,8 @@
 import contextlib
 import io
 import logging
-import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +17,13 @@ from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .shards import AVERAGE
+from .timed import timed_collectives
 
 Snapshot = list[tuple[Tensor, Tensor, dict[str, Tensor]]]
 """Value, its copy, copies of its optimizer state."""
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 TOGETHER = 2**24  # numbers of the state that are collected at once, 64 MiB
-COLLECTIVES = {
-    "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor",
-    "broadcast", "all_to_all_single", "barrier", "all_reduce_coalesced", "all_gather_coalesced",
-}  # fmt: skip
 
 
 class Engine:
@@ -64,7 +59,7 @@ class Engine:
             )
         self._training, self._device = training, mesh.device
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
-        self._timed = _timed_collectives() if mesh.device.type == "cpu" else None
+        self._timed = timed_collectives() if mesh.device.type == "cpu" else None
         self.gradient_norm = float("nan")
         # Torch makes the moments at the first update, which may be left out; and in bf16 at ZeRO 0 DeepSpeed makes
         # them by a step of its own, which Adam counts.
@@ -298,42 +293,6 @@ class Engine:
         else:
             for used, precise in self._masters().items():
                 used.data.copy_(precise.data)
-
-
-class _Timed:
-    """DeepSpeed's way to torch's collectives, with the time that they take.
-
-    Its own log asks at every call for the signature of the function that is called: a fourth of what a small
-    collective takes, and of what it reports.
-    """
-
-    def __init__(self, backend: Any) -> None:
-        self._backend, self._seconds = backend, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._backend, name)
-        return partial(self._call, found) if name in COLLECTIVES else found
-
-    def _call(self, collective: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return collective(*given, **named)
-        finally:
-            self._seconds += time.perf_counter() - began
-
-    def taken_s(self) -> float:
-        """Seconds since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-def _timed_collectives() -> _Timed:
-    """DeepSpeed has one backend for all engines of a process."""
-    from deepspeed.comm import comm
-
-    if not isinstance(comm.cdb, _Timed):
-        comm.cdb = _Timed(comm.cdb)
-    return comm.cdb
 
 
 def _grouped(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
