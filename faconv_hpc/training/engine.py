@@ -17,7 +17,7 @@ from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .shards import AVERAGE
-from .timed import timed_collectives
+from .timed import Timed
 
 Snapshot = list[tuple[Tensor, Tensor, dict[str, Tensor]]]
 """Value, its copy, copies of its optimizer state."""
@@ -59,7 +59,7 @@ class Engine:
             )
         self._training, self._device = training, mesh.device
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
-        self._timed = timed_collectives() if mesh.device.type == "cpu" else None
+        self._timed = _timed_collectives() if mesh.device.type == "cpu" else None
         self.gradient_norm = float("nan")
         # Torch makes the moments at the first update, which may be left out; and in bf16 at ZeRO 0 DeepSpeed makes
         # them by a step of its own, which Adam counts.
@@ -293,6 +293,15 @@ class Engine:
         else:
             for used, precise in self._masters().items():
                 used.data.copy_(precise.data)
+
+
+def _timed_collectives() -> Timed:
+    """DeepSpeed has one backend for all engines of a process."""
+    from deepspeed.comm import comm
+
+    if not isinstance(comm.cdb, Timed):
+        comm.cdb = Timed(comm.cdb)
+    return comm.cdb
 
 
 def _grouped(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

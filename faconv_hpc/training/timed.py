@@ -1,4 +1,4 @@
-"""What DeepSpeed's own collectives take."""
+"""What somebody else's collectives take."""
 
 import time
 from collections.abc import Callable
@@ -36,12 +36,3 @@ class Timed:
         """Seconds since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
-
-
-def timed_collectives() -> Timed:
-    """Begins to time them: DeepSpeed has one backend for all engines of a process."""
-    from deepspeed.comm import comm
-
-    if not isinstance(comm.cdb, Timed):
-        comm.cdb = Timed(comm.cdb)
-    return comm.cdb
