@@ -14,7 +14,8 @@ from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
 from test_checkpoint import assert_same_state, train_until
-from test_engine import grid, network, sharded_update
+from test_engine import grid, network, samples, sharded_update
+from test_parity import relative_difference
 from test_validation import DATA, DATES, config_of, losses_of, rows_of, trained
 
 DECAY, UPDATES = 0.3, 4
@@ -27,7 +28,8 @@ def store(tmp_path_factory):
 
 
 def averaged(mesh, stage, precision, optimizer):
-    """The weights after each update, the mean that the engine keeps, and the weights while and after it evaluates."""
+    """The weights after each update, the mean that the engine keeps, the weights while and after it evaluates, and how
+    far its forecast is from that of a network with the mean."""
     training = TrainingConfig(steps=100, zero_stage=stage, precision=precision, optimizer=optimizer, ema=DECAY)
     engine, domain, seen = Engine(network(), mesh, training), Domain(grid(), mesh), []
     for _ in range(UPDATES):
@@ -35,9 +37,16 @@ def averaged(mesh, stage, precision, optimizer):
         sharded_update(engine, domain, 2, 1, 1e-2)
     seen.append(dict(engine.full_parameters()))
     mean = {name.removeprefix("ema/"): value for name, value in engine.full_moments() if name.startswith("ema/")}
+    x, season = samples()[0][:2], samples()[2][:2]
     with engine.evaluating():
         used = dict(engine.full_parameters())
-    return seen, mean, used, dict(engine.full_parameters())
+        got = engine.forward(x, season, domain).tendency_BTCYX
+    plain = network()
+    plain.load_state_dict(mean)
+    plain.to(engine.activation_type)
+    with torch.no_grad():
+        want = plain(x.to(engine.activation_type), season, domain=domain).tendency_BTCYX
+    return seen, mean, used, dict(engine.full_parameters()), relative_difference(got, want)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +54,8 @@ def averaged(mesh, stage, precision, optimizer):
     [(stage, precision, "adamw") for stage in range(4) for precision in ("fp32", "bf16")] + [(1, "fp32", "sgd")],
 )
 def test_it_is_the_mean_that_its_definition_says(stage, precision, optimizer):
-    for seen, mean, used, after in run_on_ranks(Layout(2, 1, 1), averaged, stage, precision, optimizer):
+    for seen, mean, used, after, difference in run_on_ranks(Layout(2, 1, 1), averaged, stage, precision, optimizer):
+        assert difference <= 1e-5
         for name, got in mean.items():
             want = seen[0][name].double()
             for number, weights in enumerate(seen[1:], start=1):
