@@ -176,6 +176,7 @@ class TrainingConfig(Section):
     start_from: Path | None = Field(
         None, description="run, checkpoint or exported file whose weights a run begins with; variables may be others"
     )
+    frozen: tuple[str, ...] = Field((), description="parameters to leave as they are, by name or pattern: layers.0.*")
     keep_best: bool = Field(True, description="the checkpoint of the best look stays as checkpoints/best")
     stop_after: int = Field(0, ge=0, description="looks in a row that are no better, after which it ends; 0: never")
     rollout: dict[Annotated[int, Field(ge=0)], Count] = Field(

@@ -61,7 +61,14 @@ def alone(tmp_path_factory, store):
     return config, trained(config)
 
 
-def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_path, store, alone):
+@pytest.fixture(scope="module")
+def looks_of(tmp_path_factory, store, alone):
+    """What one rank sees with so many samples."""
+    three = config_of(tmp_path_factory.mktemp("three"), store, validate_samples=3)
+    return {32: alone[1], 3: trained(three)}
+
+
+def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_path, store, alone, looks_of):
     config, rows = alone
     expected = [(step, lead, name) for step in (2, 4, 6) for lead in (1, 2) for name in ("wave_0", "wave_1")]
     assert [(row["step"], row["lead"], row["variable"]) for row in rows] == expected
@@ -69,17 +76,11 @@ def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_
     data = DATA | {"periods": {"train": ["/2000-01-02T12", "2000-01-03T19/2000-01-03"], "test": DATES}}
     without = config_of(tmp_path, store, data=data, validate_every=0)
     assert trained(without) == [] and losses_of(without) == losses_of(config)
-    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluate(without, mesh, 2))
-    assert evaluation.forecasts == 4
-    for skill, row in zip(evaluation.skills, rows[-4:], strict=True):
-        assert {"step": 6} | skill.as_json() == row
-
-
-@pytest.fixture(scope="module")
-def looks_of(tmp_path_factory, store, alone):
-    """What one rank sees with so many samples."""
-    three = config_of(tmp_path_factory.mktemp("three"), store, validate_samples=3)
-    return {32: alone[1], 3: trained(three)}
+    for samples, forecasts, seen in ((None, 4, rows), (3, 3, looks_of[3])):
+        (evaluation,) = run_on_ranks(ONE, lambda mesh, some=samples: evaluate(without, mesh, 2, samples=some))
+        assert evaluation.forecasts == forecasts
+        for skill, row in zip(evaluation.skills, seen[-4:], strict=True):
+            assert {"step": 6} | skill.as_json() == row
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from faconv_hpc.training.records import read_records
 
 WINDOW, LATE, LEADS = 8, 0.7, 3
 FAR = range(6, 13)
+SAMPLES = 48  # forecasts, spread over the runs of the test
 SPIN_UPS, HOURS = (4, 8, 40), 48
 
 
@@ -61,7 +62,7 @@ def ratios(run_dir: Path, mesh: ProcessMesh, leads: int, window: int = WINDOW) -
     """Error over persistence's at each lead, mean of the variables."""
     config = load_run(run_dir)
     data = config.data.model_copy(update={"window": window})
-    skills = evaluate(config.model_copy(update={"data": data}), mesh, leads).skills
+    skills = evaluate(config.model_copy(update={"data": data}), mesh, leads, samples=SAMPLES).skills
     return [mean(one.ratio for one in skills if one.lead == lead) for lead in range(1, leads + 1)]
 
 

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 
 Leads = Annotated[int, typer.Option(min=1, help="Run freely for so many steps, each on the forecast before it.")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="Forecast so many times, spread over the period. Default: all.")
+]
 
 
-def evaluate_command(model: ModelPath, ranks: Ranks = None, leads: Leads = 1, as_json: AsJson = False) -> None:
+def evaluate_command(
+    model: ModelPath, ranks: Ranks = None, leads: Leads = 1, samples: Samples = None, as_json: AsJson = False
+) -> None:
     """Forecast the test period of a run: RMSE per variable and lead beside persistence, and a figure.
 
     By its newest checkpoint, or that of a directory such as `runs/my_run/checkpoints/best`.
@@ -34,7 +39,9 @@ def evaluate_command(model: ModelPath, ranks: Ranks = None, leads: Leads = 1, as
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
     if starts_ranks(ranks):
         check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
-        raise typer.Exit(run_ranks(["evaluate", str(model), "--leads", str(leads), *["--json"] * as_json], ranks))
+        some = [] if samples is None else ["--samples", str(samples)]
+        given = ["evaluate", str(model), "--leads", str(leads), *some, *["--json"] * as_json]
+        raise typer.Exit(run_ranks(given, ranks))
     from ..evaluation.figures import draw_forecast
     from ..evaluation.skill import evaluate as evaluate_run
     from ..evaluation.skill import save_skill
@@ -42,7 +49,7 @@ def evaluate_command(model: ModelPath, ranks: Ranks = None, leads: Leads = 1, as
     run = run.model_copy(update={"run_dir": run_dir})
 
     with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
-        evaluation = evaluate_run(run, mesh, leads, checkpoint)
+        evaluation = evaluate_run(run, mesh, leads, checkpoint, samples)
         if mesh.rank == 0:
             before, after = evaluation.example.dates
             kind = "held out" if evaluation.held_out else "trained on"

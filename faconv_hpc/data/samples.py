@@ -122,6 +122,11 @@ class Windows:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def spread(self, count: int) -> list[int]:
+        """So many of them, or all there are, evenly over all; of several the first and the last are among them."""
+        places: list[int] = np.linspace(0, len(self) - 1, min(len(self), count)).round().astype(int).tolist()
+        return places
+
     def read(self, indices: Sequence[int], steps: int | None = None) -> Batch:
         """Reads windows; each frame of a window is read once.
 

@@ -114,7 +114,9 @@ def trained_network(workspace: Workspace, checkpoint: Checkpoint) -> FAConvLSTMN
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Path | None = None) -> Evaluation:
+def evaluate(
+    config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Path | None = None, samples: int | None = None
+) -> Evaluation:
     """Forecasts the frames of the test period from those before them (all frames, if there is none). Collective.
 
     The state is spun up over ``data.window`` frames, from where the network runs freely for ``leads`` steps; a forecast
@@ -122,6 +124,7 @@ def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Pa
 
     Args:
         directory: of the checkpoint that forecasts; default: the run's newest whole one.
+        samples: how many forecasts, spread over the period; default: all.
     """
     checkpoint = checkpoint_of(config, mesh, directory)
     workspace = Workspace.of(config, Store.open(config.data.store), mesh, checkpoint.manifest().contract)
@@ -129,7 +132,8 @@ def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Pa
     network = trained_network(workspace, checkpoint)
     sums = SkillSums(leads, len(windows.channels.targets))
     first_step: LeadFields | None = None
-    for index in range(len(windows)):
+    some = windows.spread(samples or len(windows))
+    for index in some:
         with mesh.activity.during(READING):
             batch = windows.read([index]).to(mesh.device)
         for lead, fields in enumerate(forecasts_of(network, batch, config.data.window, workspace.domain), start=1):
@@ -140,11 +144,11 @@ def evaluate(config: RunConfig, mesh: ProcessMesh, leads: int = 1, directory: Pa
     return Evaluation(
         step=checkpoint.step,
         held_out=_held_out(workspace, windows, leads),
-        forecasts=len(windows),
+        forecasts=len(some),
         first_loss=first,
         last_loss=last,
         skills=sums.skills(windows.channels),
-        example=_example(windows, leads, first_step, workspace.domain),
+        example=_example(windows, some[-1], leads, first_step, workspace.domain),
     )
 
 
@@ -174,9 +178,9 @@ def _held_out(workspace: Workspace, windows: Windows, leads: int) -> bool:
     return not any(trained[windows.starts + windows.window - lead].any() for lead in range(leads))
 
 
-def _example(windows: Windows, leads: int, fields: LeadFields, domain: Domain) -> Example:
-    """The first lead of the last window."""
-    last = windows.frames_of(len(windows) - 1)[-leads]
+def _example(windows: Windows, index: int, leads: int, fields: LeadFields, domain: Domain) -> Example:
+    """The first lead of a window."""
+    last = windows.frames_of(index)[-leads]
     true, guessed = (domain.assemble(one).cpu().float().numpy() for one in (fields.truth_CYX, fields.forecast_CYX))
     return Example(
         windows.channels.targets,

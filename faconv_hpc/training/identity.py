@@ -22,7 +22,9 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     same = ("forcings", "roles", "log1p", "loss_weights", "window", "lat_boundary", "lon_boundary")
     kept |= {f"data.{key}": tree["data"][key] for key in same}
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}
-    kept |= {f"training.{key}": tree["training"][key] for key in ("optimizer", "seed", "rollout", "lead_weights")}
+    kept |= {
+        f"training.{key}": tree["training"][key] for key in ("optimizer", "seed", "rollout", "lead_weights", "frozen")
+    }
     stretches = stretches_of(axis, workspace.training_spans)
     dates = [axis.label(frame) for frame in (stretches[0].start, stretches[-1].stop - 1)]
     pieces = f"{sum(map(len, stretches))} in {len(stretches)} stretches" if len(stretches) > 1 else len(stretches[0])

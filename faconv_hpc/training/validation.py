@@ -6,8 +6,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 
-import numpy as np
-
 from ..observe import READING, VALIDATING
 from .engine import Engine
 from .setup import Workspace
@@ -28,8 +26,7 @@ class Validation:
         if training.validate_every:
             own = replace(workspace, store=copy(workspace.store))
             windows = own.forecast_windows(workspace.contract.validation, self._leads)
-            some = np.linspace(0, len(windows) - 1, min(len(windows), training.validate_samples)).round().astype(int)
-            self._windows, self._some = windows, some.tolist()
+            self._windows, self._some = windows, windows.spread(training.validate_samples)
 
     def skills(self, may_go_on: Callable[[float], bool]) -> tuple[Skill, ...] | None:
         """Of all variables and leads; None: it was given up. Collective.
