@@ -1,20 +1,24 @@
 """The mean of the weights (training.ema): what it is, who uses it, and that nothing of it is lost."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from faconv_hpc import Domain, load_network
 from faconv_hpc.config import TrainingConfig
+from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.export import export
 from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.skill import SkillSums
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
 from test_checkpoint import assert_same_state, train_until
-from test_engine import grid, network, samples, sharded_update
+from test_engine import every_parameter_cut, grid, network, samples, sharded_update
 from test_parity import relative_difference
 from test_validation import DATA, DATES, config_of, losses_of, rows_of, trained
 
@@ -83,6 +87,48 @@ def test_validation_evaluation_and_export_use_it_and_training_does_not(tmp_path,
     for place in (averaged.run_dir, newest.path, tmp_path / "weights.safetensors"):
         used = load_network(place).network.state_dict()
         assert all(torch.equal(used[name], value) for name, value in newest.weights().items())
+
+
+def test_looks_by_the_mean_leave_no_trace_where_every_parameter_is_cut(tmp_path, store):
+    """At ZeRO 3 DeepSpeed leaves parameters whole after a forward pass without backward, and would use them again."""
+    layout = Layout(1, 1, 2)
+
+    def losses(ema):
+        config = config_of(tmp_path / str(ema), store, layout, zero_stage=3, ema=ema)
+
+        def check(mesh):
+            with every_parameter_cut():
+                return train(config, mesh)
+
+        run_on_ranks(layout, check)
+        return losses_of(config)
+
+    assert losses(0.9) == losses(0.0)
+
+
+def test_an_error_on_one_rank_in_a_look_ends_all(tmp_path, store):
+    """Putting the weights back takes all ranks, and the others wait elsewhere."""
+    layout = Layout(1, 1, 2)
+    config = config_of(tmp_path, store, layout, ema=0.9)
+
+    def check(mesh):
+        add = SkillSums.add
+
+        def failing(self, *given, **named):
+            if mesh.rank == 1:
+                raise InputError("a damaged chunk")
+            add(self, *given, **named)
+
+        SkillSums.add = failing
+        try:
+            train(config, mesh)
+        finally:
+            SkillSums.add = add
+
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="a damaged chunk"):
+        run_on_ranks(layout, check)
+    assert time.monotonic() - began < 60
 
 
 def test_a_run_that_is_resumed_keeps_it_to_the_last_bit(tmp_path, store):

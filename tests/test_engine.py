@@ -1,5 +1,6 @@
 """DeepSpeed: one update equals one process; the whole state survives; on every stage and mesh."""
 
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -127,26 +128,33 @@ def test_one_update_equals_one_process(layout, stage, precision, share):
             assert of_norm <= TOLERANCES[precision], options
 
 
+@contextmanager
+def every_parameter_cut():
+    """Engines made inside cut all at ZeRO 3."""
+    config = engine_module._deepspeed_config
+
+    def cut_all(training):
+        tree = config(training)
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return tree
+
+    engine_module._deepspeed_config = cut_all
+    try:
+        yield
+    finally:
+        engine_module._deepspeed_config = config
+
+
 @pytest.mark.parametrize("checkpoint_steps", [0, 2])
 def test_zero_3_with_every_parameter_cut(checkpoint_steps):
     """By default DeepSpeed keeps parameters as small as ours whole on every rank."""
 
     def check(mesh):
-        config = engine_module._deepspeed_config
-
-        def cut_all(training):
-            tree = config(training)
-            tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            return tree
-
-        engine_module._deepspeed_config = cut_all
-        try:
-            training = TrainingConfig(
-                steps=100, optimizer="sgd", learning_rate=LEARNING_RATE, zero_stage=3, clip_norm=0, micro_batch=3
-            )
+        training = TrainingConfig(
+            steps=100, optimizer="sgd", learning_rate=LEARNING_RATE, zero_stage=3, clip_norm=0, micro_batch=3
+        )
+        with every_parameter_cut():
             engine = Engine(network(checkpoint_steps), mesh, training)
-        finally:
-            engine_module._deepspeed_config = config
         assert not any(parameter.ds_persist for parameter in engine.network.parameters())
         got, (want, _) = update_of(engine, Domain(grid(), mesh), 3), one_process_update(training)
         return max(relative(got, want, part) for part in PARTS)

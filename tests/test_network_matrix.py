@@ -12,7 +12,12 @@ from ranks import Layout, run_on_ranks
 from test_domain import random_like
 from test_parity import TOLERANCE, randomized, relative_difference
 
-CUTS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (2, 3), (3, 2), (6, 1), (1, 8), (2, 4), (4, 2)]
+CUTS = [  # a column of each kind of cut: see `share`
+    (1, 2), (1, 3), (1, 4),
+    (2, 1), (3, 1), (6, 1),
+    (2, 2), (2, 3), (3, 2),
+    (2, 4), (4, 2), (1, 8), (1, 1),
+]  # fmt: skip
 LAYOUTS = [Layout(1, *cut) for cut in CUTS]
 
 POLES = [("pole", "pole", "periodic"), ("pole", "replicate", "periodic"), ("zero", "pole", "periodic")]

@@ -3,6 +3,7 @@
 import json
 import math
 
+import h5py
 import numpy as np
 import pytest
 import xarray as xr
@@ -57,7 +58,9 @@ def source(tmp_path_factory):
 @settings(max_examples=200, deadline=None)
 def test_no_window_leaves_its_sequence(data):
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
-    window, axis = data.draw(st.integers(1, 5)), axis_of(lengths)
+    names = st.sampled_from(["a", "a to b", "b", "1999", "1999 of sequence a", "sequence b", "r1 i1", "0"])
+    window = data.draw(st.integers(1, 5))
+    axis = axis_of(lengths, data.draw(st.lists(names, min_size=len(lengths), max_size=len(lengths), unique=True)))
     of = np.repeat(np.arange(len(lengths)), lengths)
     inside = np.array(data.draw(st.lists(st.booleans(), min_size=len(of), max_size=len(of))))
     spans = spans_of(inside)
@@ -169,8 +172,78 @@ def test_what_does_not_fit_is_said(tmp_path, source):
     with pytest.raises(InputError, match=r"--select member=c, or each as a sequence with --sequence-dim member"):
         prepare([source], tmp_path / "store")
     alone = save(dataset({"w": (DIMS, values(5))}), tmp_path / "alone.nc")
-    with pytest.raises(InputError, match=r"'u' .* has 36 in 4 sequences from .* of sequence c to .*'w' .* has 9 from"):
+    with pytest.raises(InputError, match=r"alone\.nc does not say which sequence it is of, others do \(c, 0, 11, b\)"):
         prepare([source, alone], tmp_path / "store", sequence_dim="member")
+    later = dataset({"w": (DIMS, values(5))}, time=("time", 1.0 + np.arange(FRAMES), dataset().time.attrs))
+    later = save(later.expand_dims(member=list(NAMES)), tmp_path / "later.nc")
+    with pytest.raises(InputError, match=r"'u' .* has 36 in 4 sequences from .* of sequence c to .*'w' .* has 36 in 4"):
+        prepare([source, later], tmp_path / "store", sequence_dim="member")
+
+
+def test_a_member_that_a_file_holds_alone_has_its_number(tmp_path, source):
+    """The control member beside the perturbed ones, and a file that goes on with one of them."""
+    one = dataset({"u": (DIMS, values(7)), "v": (DIMS, values(2))})
+    control = save(one.assign_coords(member="x"), tmp_path / "control.nc")
+    later = one.assign_coords(member="11", time=("time", 54 + np.arange(FRAMES) * 6.0, one.time.attrs))
+    prepare([control, source, save(later, tmp_path / "later.nc")], tmp_path / "store", sequence_dim="member")
+    with Store.open(tmp_path / "store") as store:
+        assert store.layout.time.names == ("x", *NAMES) and store.layout.time.beginnings == (0, 9, 18, 27, 45)
+    with pytest.raises(InputError, match=r"plain\.nc does not say which sequence it is of, others do \(c, 0, 11, b\)"):
+        prepare([source, save(one, tmp_path / "plain.nc")], tmp_path / "other", sequence_dim="member")
+
+
+def test_members_without_a_name_are_not_joined_to_those_with_one(tmp_path, source):
+    later = (
+        ensemble().drop_vars("member").assign_coords(time=("time", 54 + np.arange(FRAMES) * 6.0, dataset().time.attrs))
+    )
+    with pytest.raises(InputError, match="some sources name the values of the dim 'member' and some do not"):
+        prepare([source, save(later, tmp_path / "later.nc")], tmp_path / "store", sequence_dim="member")
+    with pytest.raises(InputError, match="--select member takes one of what --sequence-dim member takes all"):
+        prepare([source], tmp_path / "store", sequence_dim="member", select={"member": "c"})
+
+
+def test_what_has_no_time_and_differs_between_sequences_is_not_the_first_ones(tmp_path):
+    height = np.arange(4, dtype=np.float32)[:, None, None] + values(4, (NLAT, NLON))
+    fields = {"oro": (("member", *DIMS[1:]), height), "mask": (DIMS[1:], values(5, (NLAT, NLON)))}
+    source = save(ensemble(**fields), tmp_path / "source.nc")
+    summary = prepare([source], tmp_path / "store", sequence_dim="member")
+    assert summary.static == ("mask",)
+    assert any(
+        "'oro' has no time and is not the same in the sequences c and 0, and is left out" in note
+        for note in summary.notes
+    )
+    with pytest.raises(
+        InputError, match=r"'oro' has no time and is not the same in the sequences c and 0; a store has"
+    ):
+        prepare([source], tmp_path / "named", sequence_dim="member", variables=["u", "oro"])
+
+
+def test_stores_are_sequences_by_their_whole_name(tmp_path):
+    for number, name in enumerate(("nu_0.5", "nu_0.75")):
+        times = ("time", 54.0 * number + np.arange(FRAMES) * 6.0, {"units": "hours since 2001-01-01"})
+        prepare([save(dataset(time=times), tmp_path / f"{number}.nc")], tmp_path / name)
+    prepare([tmp_path / "nu_0.5", tmp_path / "nu_0.75"], tmp_path / "store", sequences=True)
+    with Store.open(tmp_path / "store") as store:
+        assert store.layout.time.names == ("nu_0.5", "nu_0.75") and store.layout.time.gaps.tolist() == [FRAMES]
+
+
+def test_one_variable_of_each_of_two_runs_is_no_run(tmp_path):
+    for name in ("u", "v"):
+        save(dataset()[[name]], tmp_path / f"run_{name}.nc")
+    with pytest.raises(InputError, match="need the same sequences, but 'u' has run_u, and 'v' has run_v"):
+        prepare(sorted(tmp_path.glob("*.nc")), tmp_path / "store", sequences=True)
+
+
+def test_names_that_are_bytes_are_read_and_verified(tmp_path, source):
+    bytes_ = ensemble().assign_coords(member=("member", np.array(NAMES, dtype="S2")))
+    prepare([save(bytes_, tmp_path / "bytes.nc")], tmp_path / "store", sequence_dim="member")
+    with Store.open(tmp_path / "store") as store:
+        assert store.layout.time.names == NAMES
+        path = tmp_path / "store" / store.files[0].name
+    with h5py.File(path, "r+", locking=False) as file:
+        file["sequence_name"][1] = "other"
+    with Store.open(tmp_path / "store") as store:
+        assert [problem for _, problem in verify_files(store, [0]) if "its sequence_name is not" in str(problem)]
 
 
 CASES = {"one rank": Layout(1, 1, 1), "2 x 2 tiles": Layout(1, 2, 2), "replicas": Layout(2, 1, 2)}
@@ -198,7 +271,7 @@ def test_a_run_on_sequences_is_the_same_on_every_mesh(tmp_path, source):
         for got, expected in zip(numbers, want, strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-5)
     contract = json.loads((config.run_dir / CONTRACT_FILE).read_text())
-    assert contract["training"] == ["sequences c to 0", "2001-01-01 00:00:00/2001-01-02 00:00:00 of sequence b"]
+    assert contract["training"] == ["sequence c", "sequence 0", "2001-01-01 00:00:00/2001-01-02 00:00:00 of sequence b"]
     kept = members().astype(np.float64)
     u = next(one for one in contract["variables"] if one["name"] == "u")
     with Store.open(tmp_path / "store") as store:
@@ -208,6 +281,16 @@ def test_a_run_on_sequences_is_the_same_on_every_mesh(tmp_path, source):
     mean = np.average(changes.mean(0), weights=weights)
     variance = np.average(((changes - mean) ** 2).mean(0), weights=weights)
     assert u["tendency_std"] == pytest.approx(math.sqrt(variance), rel=1e-11)
+
+
+def test_a_run_is_evaluated_on_a_store_of_other_sequences(tmp_path, source):
+    prepare([source], tmp_path / "store", sequence_dim="member")
+    _, config = trained(tmp_path / "run", tmp_path / "store", CASES["one rank"], steps=3, validate_every=3)
+    other = ensemble().assign_coords(member=("member", ["k", "l", "m", "b"]))
+    prepare([save(other, tmp_path / "other.nc")], tmp_path / "others", sequence_dim="member")
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"store": tmp_path / "others"})})
+    (evaluation,) = run_on_ranks(CASES["one rank"], lambda mesh: evaluate(moved, mesh))
+    assert evaluation.held_out and evaluation.forecasts == 3
 
 
 def test_held_out_sequences_change_nothing_in_training(tmp_path):

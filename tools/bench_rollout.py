@@ -20,38 +20,43 @@ from faconv_hpc.evaluation.skill import evaluate, load_run
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.records import read_records
 
-WINDOW, LATE, LEADS = 8, 0.7, 3
+WINDOW = 8
+SINGLE = "single steps"
 FAR = range(6, 13)
 SAMPLES = 48  # forecasts, spread over the runs of the test
 SPIN_UPS, HOURS = (4, 8, 40), 48
 
 
-def steps_of(kind: str, steps: int) -> tuple[int, dict[int, int]]:
-    """Steps and schedule of the same number of time steps of the network: a step of 3 leads has 10, others 8."""
-    if kind == "single steps":
-        return steps, {}
-    longer = (WINDOW + LEADS - 1) / WINDOW
-    fewer = round(steps / (LATE + (1 - LATE) * longer))
-    return fewer, {round(LATE * fewer): LEADS}
+def steps_of(given: argparse.Namespace, kind: str) -> tuple[int, dict[int, int]]:
+    """Steps and schedule of the same number of time steps of the network: free leads lengthen a window."""
+    if kind == SINGLE:
+        return given.steps, {}
+    longer = (WINDOW + given.leads - 1) / WINDOW
+    fewer = round(given.steps / (given.late + (1 - given.late) * longer))
+    return fewer, {round(given.late * fewer): given.leads}
 
 
-def config_of(store: Path, run_dir: Path, kind: str, steps: int, seed: int, rate: float) -> dict:
-    own, rollout = steps_of(kind, steps)
+def config_of(given: argparse.Namespace, run_dir: Path, kind: str, seed: int) -> dict:
+    """Of a run on the first 48 sequences, tested on the others."""
+    steps, rollout = steps_of(given, kind)
     periods = {"train": "sequences 000 to 047", "test": "sequences 048 to 055"}
     return {
         "run_dir": str(run_dir),
-        "data": {"store": str(store), "window": WINDOW, "periods": periods, "lat_boundary": "pole"},
+        "data": {"store": str(given.store), "window": WINDOW, "periods": periods, "lat_boundary": "pole"},
         "model": {"hidden_channels": 32, "kernels": "eager", "embedding_channels": 16, "coarse_shape": [4, 8]},
-        "training": {"steps": own, "micro_batch": 2, "learning_rate": rate, "seed": seed, "rollout": rollout},
-    }
+        "training": {
+            "steps": steps, "micro_batch": 2, "learning_rate": given.rate, "seed": seed, "rollout": rollout,
+            "lead_weights": [given.weight] if rollout and given.weight != 1 else [],
+        },
+    }  # fmt: skip
 
 
 def train(given: argparse.Namespace, kind: str, seed: int) -> Path:
     """Runs `faconv train` with one thread; a run that is there already is not done again."""
-    run_dir = given.runs / f"{kind.replace(' ', '-')}-{seed}"
+    run_dir = given.runs / f"{kind.replace(',', '').replace(' ', '-')}-{seed}"
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "given.yaml"
-    config.write_text(yaml.safe_dump(config_of(given.store, run_dir, kind, given.steps, seed, given.rate)))
+    config.write_text(yaml.safe_dump(config_of(given, run_dir, kind, seed)))
     command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -72,10 +77,13 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--steps", type=int, default=400, help="of the run on single steps")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--late", type=float, default=0.7, help="share of the steps before free runs")
+    parser.add_argument("--leads", type=int, default=3, help="of the free runs")
+    parser.add_argument("--weight", type=float, default=1.0, help="of the leads after the first in the loss")
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
-    kinds = ("single steps", "rollout late")
+    kinds = (SINGLE, f"{given.leads} leads from {given.late:g}, weight {given.weight:g}")
     jobs = [(kind, seed) for seed in range(given.seeds) for kind in kinds]
     with ThreadPoolExecutor(given.at_once) as pool:
         runs = dict(zip(jobs, pool.map(lambda job: train(given, *job), jobs), strict=True))

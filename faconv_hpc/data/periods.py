@@ -39,22 +39,21 @@ def ranges_of(axis: TimeAxis, spans: Iterable[range]) -> tuple[str, ...]:
     if not axis.names:
         return tuple(f"{axis.date(span.start)}/{axis.date(span.stop - 1)}" for span in spans)
     found: list[str] = []
-    whole: list[int] = []  # sequences that follow each other, of which all frames are there
-
-    def told() -> list[str]:
-        names = [axis.names[one] for one in (whole[:1] + whole[1:][-1:])]
-        return [f"sequences {' to '.join(names)}" if len(names) > 1 else f"sequence {names[0]}"] if names else []
-
     inside = mask_of(spans, len(axis))
-    for number, own in enumerate(axis.sequences):
+    for name, own in zip(axis.names, axis.sequences, strict=True):
         if inside[own.start : own.stop].all():
-            whole.append(number)
+            found.append(f"sequence {name}")
             continue
-        found, whole = found + told(), []
         for part in spans_of(inside[own.start : own.stop]):
             dates = [axis.date(own[frame]) for frame in (part.start, part.stop - 1)]
-            found.append(f"{dates[0]}/{dates[1]} of sequence {axis.names[number]}")
-    return (*found, *told())
+            found.append(f"{dates[0]}/{dates[1]} of sequence {name}")
+    return tuple(found)
+
+
+def is_there(axis: TimeAxis, text: str) -> bool:
+    """Whether the sequences that a range names, if it names some, are there."""
+    match = PERIOD.fullmatch(text)
+    return match is not None and {match["one"], match["first"], match["last"]} <= {None, *axis.names}
 
 
 def spans_of(inside: NDArray[np.bool_]) -> tuple[range, ...]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, TryAgainError
 from ..spatial.grid import Tile
-from .layout import DIMS, SEQUENCE, FileEntry
+from .layout import DIMS, SEQUENCE, SEQUENCE_NAME, FileEntry
 from .store import Store
 
 
@@ -45,7 +45,7 @@ def _read_all(store: Store, file: int) -> None:
         for name, expected in _coordinates(store, entry).items():
             if not np.array_equal(_values(h5[name]), expected):
                 raise OSError(f"its {name} is not that of the store")
-        for name in h5.keys() - {*DIMS, SEQUENCE, "fields", "valid"}:
+        for name in h5.keys() - {*DIMS, SEQUENCE, SEQUENCE_NAME, "fields", "valid"}:
             _values(h5[name])
 
 
@@ -53,8 +53,11 @@ def _coordinates(store: Store, entry: FileEntry) -> dict[str, NDArray[Any]]:
     axis, frames = store.layout.time, range(entry.first_frame, entry.first_frame + entry.frames)
     seconds = axis.seconds[frames.start : frames.stop]
     values = (seconds, np.array(store.channels, dtype=object), store.latitude_deg, store.longitude_deg)
-    numbers = {SEQUENCE: np.array([axis.sequence_of(frame) for frame in frames])} if axis.names else {}
-    return dict(zip(DIMS, values, strict=True)) | numbers
+    found = dict(zip(DIMS, values, strict=True))
+    if axis.names:
+        found[SEQUENCE] = np.array([axis.sequence_of(frame) for frame in frames])
+        found[SEQUENCE_NAME] = np.array(axis.names, dtype=object)
+    return found
 
 
 def _values(dataset: h5py.Dataset) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import Channel, same_units
+from ..data.layout import SEQUENCE, Channel, same_units
 from ..data.times import TimeAxis, in_sequence
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
@@ -93,18 +93,25 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     """
     found: dict[str, list[Segment]] = {}
     notes: list[str] = []
-    static: dict[str, Segment] = {}
+    alike: dict[str, list[Segment]] = {}  # without time
+    named: set[bool] = set()
     of_use: set[str | None] = set()
     names: set[str] = set()
     for path in paths:
         for dataset in open_sources(path, options.select):
             names |= set(map(str, dataset.data_vars))
             of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
-            of_use |= {options.sequence_dim} & {*map(str, dataset.dims)}
+            if options.sequence_dim in dataset.dims or SEQUENCE in dataset.variables:
+                of_use.add(options.sequence_dim)
+                named |= {options.sequence_dim in dataset.variables}
             wanted = selected(dataset, options.select, path)
             for sequence, part in sequences_in(wanted, options.sequence_dim, options.sequences, path):
-                for segment in segments_of(part, path, options, notes, static):
+                once: dict[str, Segment] = {}
+                for segment in segments_of(part, path, options, notes, once):
                     found.setdefault(segment.channel.name, []).append(replace(segment, sequence=sequence))
+                for name, segment in once.items():
+                    alike.setdefault(name, []).append(replace(segment, sequence=sequence))
+    static = {name: several[0] for name, several in alike.items()}
     segments = [one for several in found.values() for one in several] + list(static.values())
     _check_names(options, names | {name for one in segments for name in one.names})
     for name in options.static:
@@ -118,8 +125,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
             raise InputError(
                 f"--select {dim}={value}: no source has such a dim, nor a GRIB message with it. Look for its name."
             )
-    if options.sequence_dim not in {None, *of_use}:
-        raise InputError(f"--sequence-dim {options.sequence_dim}: no source has such a dim. Look for its name.")
+    _check_sequences(options, found, of_use, named)
     if not found:
         left_out = f" {' '.join(notes)}" if notes else ""
         raise InputError(
@@ -131,7 +137,11 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     order = list(dict.fromkeys(one.sequence for several in found.values() for one in several))
     joined = {name: sorted(found[name], key=lambda one: (order.index(one.sequence), one.begin)) for name in chosen}
     turned = _on_one_grid(joined | {name: [static[name]] for name in constant})
-    constant = [name for name in constant if options.variables or _is_whole(turned[name][0], notes)]
+    constant = [
+        name
+        for name in constant
+        if _is_one(alike[name], options, notes) and (options.variables or _is_whole(turned[name][0], notes))
+    ]
     joined = _in_one_calendar({name: turned[name] for name in chosen})
     axes = {name: _join_times(segments) for name, segments in joined.items()}
     _check_times(axes, joined)
@@ -140,6 +150,48 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
     axis = in_sequence([(one.sequence, one.time) for one in taken[0]])
     return Catalogue(taken, tuple(turned[name][0] for name in constant), axis, tuple(dict.fromkeys(notes)))
+
+
+def _check_sequences(
+    options: SourceOptions, found: dict[str, list[Segment]], of_use: set[str | None], named: set[bool]
+) -> None:
+    """Raises InputError where some sources say which sequence they are of, and others do not."""
+    dim = options.sequence_dim
+    if dim not in {None, *of_use}:
+        raise InputError(f"--sequence-dim {dim}: no source has such a dim. Look for its name.")
+    if dim in dict(options.select):
+        raise InputError(f"--select {dim} takes one of what --sequence-dim {dim} takes all. Leave one out.")
+    if len(named) > 1:
+        raise InputError(
+            f"some sources name the values of the dim {dim!r} and some do not, so nobody can tell which belong "
+            f"together. Give it a coordinate everywhere, in xarray: `ds.assign_coords({dim}=[...])`."
+        )
+    several = {one.sequence: one for segments in found.values() for one in segments}
+    if "" in several and len(several) > 1:
+        others = ", ".join(name for name in several if name)
+        raise InputError(
+            f"{several[''].path} does not say which sequence it is of, others do ({others}). Give it the coordinate "
+            f"{dim or 'sequence'!r}, in xarray: `ds.assign_coords({dim or 'sequence'}=...)`, or leave it out."
+        )
+
+
+def _is_one(several: Sequence[Segment], options: SourceOptions, notes: list[str]) -> bool:
+    """Whether a field without time is the same in all sequences; if not, that is noted, or refused if it was named."""
+    first = several[0]
+    field_YX = None
+    for other in several[1:]:
+        if other.sequence == first.sequence:
+            continue
+        field_YX = first.read_once() if field_YX is None else field_YX
+        if np.array_equal(field_YX, other.read_once(), equal_nan=True):
+            continue
+        pair = f"{first.sequence} and {other.sequence}"
+        told = f"{first.channel.name!r} has no time and is not the same in the sequences {pair}"
+        if not {*first.names}.isdisjoint({*(options.variables or ()), *options.static}):
+            raise InputError(f"{told}; a store has one of each. Leave it out, or give it times.")
+        notes.append(f"{told}, and is left out.")
+        return False
+    return True
 
 
 def _is_whole(segment: Segment, notes: list[str]) -> bool:
@@ -276,8 +328,15 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
 
 def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) -> None:
     first_name, first = next(iter(axes.items()))
+    sequences = {name: [*dict.fromkeys(one.sequence for one in segments)] for name, segments in joined.items()}
     for name, axis in axes.items():
-        same = (axis.calendar, axis.names, axis.beginnings) == (first.calendar, first.names, first.beginnings)
+        if sequences[name] != sequences[first_name]:
+            told = (", ".join(sequences[one]) for one in (first_name, name))
+            raise InputError(
+                f"all variables need the same sequences, but {first_name!r} has {next(told)}, and {name!r} has "
+                f"{next(told)}. Give sources with the same ones, or leave one variable out with --variables."
+            )
+        same = (axis.calendar, axis.beginnings) == (first.calendar, first.beginnings)
         if same and np.array_equal(axis.seconds, first.seconds):
             continue
         short = name if len(axis) < len(first) else first_name

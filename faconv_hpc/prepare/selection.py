@@ -50,8 +50,7 @@ def sequences_in(dataset: xr.Dataset, dim: str | None, per_file: bool, path: Pat
         per_file: each source is one, called as its file is.
     """
     ours = SEQUENCE in dataset.variables and SEQUENCE_NAME in dataset.variables
-    name = (path.parent if "fingerprint" in dataset.attrs and (path.parent / STORE_FILE).is_file() else path).stem
-    first = [name] if per_file else []
+    first = [_name_of(dataset, path)] if per_file else []
     if ours:
         numbers, names = dataset[SEQUENCE].values, dataset[SEQUENCE_NAME].values
         for number in np.unique(numbers):
@@ -62,9 +61,22 @@ def sequences_in(dataset: xr.Dataset, dim: str | None, per_file: bool, path: Pat
         for place, value in enumerate(values):
             places = {**dataset.attrs.get(SELECTED, {}), dim: place}
             one = dataset.isel({dim: [place]}).assign_attrs({SELECTED: places})
-            yield " ".join([*first, str(value)]), one
+            yield " ".join([*first, _text(value)]), one
+    elif dim in dataset.variables and not dataset[dim].dims:
+        yield " ".join([*first, _text(dataset[dim].values[()])]), dataset
     else:
         yield " ".join(first), dataset
+
+
+def _name_of(dataset: xr.Dataset, path: Path) -> str:
+    """Of a source: a store's directory, or a file without its ending."""
+    if "fingerprint" in dataset.attrs and (path.parent / STORE_FILE).is_file():
+        return path.resolve().parent.name
+    return path.stem if path.is_file() or path.suffix == ".zarr" else path.name
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _is_same(value: object, text: str) -> bool:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ..config import DataConfig, RunConfig
 from ..data.layout import same_units
 from ..data.moments import ChannelMoments
-from ..data.periods import frames_within, ranges_of, stretches_of
+from ..data.periods import frames_within, is_there, ranges_of, stretches_of
 from ..data.statistics import Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
@@ -83,8 +83,9 @@ class Contract(BaseModel):
         )
 
     def training_spans(self, store: Store) -> tuple[range, ...]:
-        """The frames of a store at the dates of training."""
-        return frames_within(store.layout.time, self.training)
+        """The frames of a store at the dates, and of the sequences, of training; there may be others."""
+        axis = store.layout.time
+        return frames_within(axis, [text for text in self.training if is_there(axis, text)])
 
     def check(self, store: Store) -> None:
         """Holds data to the contract.

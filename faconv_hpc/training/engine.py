@@ -86,10 +86,10 @@ class Engine:
         try:
             with torch.no_grad():
                 yield
+            if trained:  # not after an error, of which the other ranks do not know yet: they would not take part
+                self._put(trained)
         finally:
             self._engine.train()
-            if trained:
-                self._put(trained)
 
     def backward(self, loss: Loss) -> None:
         """Accumulates the gradient of one micro-batch."""
@@ -283,6 +283,7 @@ class Engine:
     def _refresh_low_precision(self) -> None:
         """Copies the fp32 values that were set into what the forward pass uses."""
         if self._training.zero_stage == 3:
+            self._optimizer._partition_all_parameters()  # a forward pass without backward may leave them whole
             flat = (self._optimizer.fp16_partitioned_groups_flat, self._optimizer.fp32_partitioned_groups_flat)
             for used, precise in zip(*flat, strict=True):
                 used.data.copy_(precise.data)

@@ -13,7 +13,7 @@ from .skill import Skill, SkillSums, forecasts_of
 
 
 class Validation:
-    """Forecasts some windows of the validation period, dealt to the replicas, with the weights as they are.
+    """Forecasts some windows of the validation period, dealt to the replicas, by the weights as they are or their mean.
 
     Nothing of the run is changed by it: no number is drawn and no gradient kept. It reads by files of its own, as the
     run reads ahead in a thread.
