@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import SEQUENCE, Channel, same_units
+from ..data.layout import Channel, same_units
 from ..data.times import TimeAxis, in_sequence
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span
+from .found import Found
 from .roles import SourceOptions
-from .segments import Segment, SourceGrid, segments_of
-from .selection import selected, sequences_in
+from .segments import Segment, SourceGrid
 from .sources import open_sources
-from .values import is_unsound
 
 GREGORIAN = ("standard", "proleptic_gregorian")
 GREGORIAN_S = -12219292800  # 1582-10-15, from when on they agree
@@ -91,57 +90,18 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     Raises:
         InputError: nothing to take, or sources that do not fit together.
     """
-    found: dict[str, list[Segment]] = {}
-    notes: list[str] = []
-    alike: dict[str, list[Segment]] = {}  # without time
-    named: set[bool] = set()
-    of_use: set[str | None] = set()
-    names: set[str] = set()
+    found = Found(options)
     for path in paths:
         for dataset in open_sources(path, options.select):
-            names |= set(map(str, dataset.data_vars))
-            of_use |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
-            if options.sequence_dim in dataset.dims or SEQUENCE in dataset.variables:
-                of_use.add(options.sequence_dim)
-                named |= {options.sequence_dim in dataset.variables}
-            wanted = selected(dataset, options.select, path)
-            for sequence, part in sequences_in(wanted, options.sequence_dim, options.sequences, path):
-                once: dict[str, Segment] = {}
-                for segment in segments_of(part, path, options, notes, once):
-                    found.setdefault(segment.channel.name, []).append(replace(segment, sequence=sequence))
-                for name, segment in once.items():
-                    alike.setdefault(name, []).append(replace(segment, sequence=sequence))
-    static = {name: several[0] for name, several in alike.items()}
-    segments = [one for several in found.values() for one in several] + list(static.values())
-    _check_names(options, names | {name for one in segments for name in one.names})
-    for name in options.static:
-        if not any(name in one.names for one in static.values()):
-            raise InputError(
-                f"--static {name}: {name!r} is no field of latitude, longitude and at most times: it has levels or "
-                f"members, or is one level of several. Take one with --select, and call it by its variable's name."
-            )
-    for dim, value in options.select:
-        if dim not in of_use:
-            raise InputError(
-                f"--select {dim}={value}: no source has such a dim, nor a GRIB message with it. Look for its name."
-            )
-    _check_sequences(options, found, of_use, named)
-    if not found:
-        left_out = f" {' '.join(notes)}" if notes else ""
-        raise InputError(
-            f"no field with time, latitude and longitude in {', '.join(map(str, paths))}.{left_out} Look at it with "
-            f"`python -c \"import xarray; print(xarray.open_dataset('{paths[0]}'))\"`; a dim that is not recognised "
-            f"needs the attribute standard_name (latitude, longitude, time)."
-        )
-    chosen, constant = _choose(found, options.variables, paths, static)
-    order = list(dict.fromkeys(one.sequence for several in found.values() for one in several))
-    joined = {name: sorted(found[name], key=lambda one: (order.index(one.sequence), one.begin)) for name in chosen}
-    turned = _on_one_grid(joined | {name: [static[name]] for name in constant})
-    constant = [
-        name
-        for name in constant
-        if _is_one(alike[name], options, notes) and (options.variables or _is_whole(turned[name][0], notes))
-    ]
+            found.add(dataset, path)
+    found.check(paths)
+    chosen, constant = _choose(found.segments, options.variables, paths, found.static)
+    order = found.sequences
+    joined = {
+        name: sorted(found.segments[name], key=lambda one: (order.index(one.sequence), one.begin)) for name in chosen
+    }
+    turned = _on_one_grid(joined | {name: [found.static[name]] for name in constant})
+    constant = [name for name in constant if found.is_sound(name)]
     joined = _in_one_calendar({name: turned[name] for name in chosen})
     axes = {name: _join_times(segments) for name, segments in joined.items()}
     _check_times(axes, joined)
@@ -149,73 +109,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     frames = options.period.frames_of(time)
     taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
     axis = in_sequence([(one.sequence, one.time) for one in taken[0]])
-    return Catalogue(taken, tuple(turned[name][0] for name in constant), axis, tuple(dict.fromkeys(notes)))
-
-
-def _check_sequences(
-    options: SourceOptions, found: dict[str, list[Segment]], of_use: set[str | None], named: set[bool]
-) -> None:
-    """Raises InputError where some sources say which sequence they are of, and others do not."""
-    dim = options.sequence_dim
-    if dim not in {None, *of_use}:
-        raise InputError(f"--sequence-dim {dim}: no source has such a dim. Look for its name.")
-    if dim in dict(options.select):
-        raise InputError(f"--select {dim} takes one of what --sequence-dim {dim} takes all. Leave one out.")
-    if len(named) > 1:
-        raise InputError(
-            f"some sources name the values of the dim {dim!r} and some do not, so nobody can tell which belong "
-            f"together. Give it a coordinate everywhere, in xarray: `ds.assign_coords({dim}=[...])`."
-        )
-    several = {one.sequence: one for segments in found.values() for one in segments}
-    if "" in several and len(several) > 1:
-        others = ", ".join(name for name in several if name)
-        raise InputError(
-            f"{several[''].path} does not say which sequence it is of, others do ({others}). Give it the coordinate "
-            f"{dim or 'sequence'!r}, in xarray: `ds.assign_coords({dim or 'sequence'}=...)`, or leave it out."
-        )
-
-
-def _is_one(several: Sequence[Segment], options: SourceOptions, notes: list[str]) -> bool:
-    """Whether a field without time is the same in all sequences; if not, that is noted, or refused if it was named."""
-    first = several[0]
-    field_YX = None
-    for other in several[1:]:
-        if other.sequence == first.sequence:
-            continue
-        field_YX = first.read_once() if field_YX is None else field_YX
-        if np.array_equal(field_YX, other.read_once(), equal_nan=True):
-            continue
-        pair = f"{first.sequence} and {other.sequence}"
-        told = f"{first.channel.name!r} has no time and is not the same in the sequences {pair}"
-        if not {*first.names}.isdisjoint({*(options.variables or ()), *options.static}):
-            raise InputError(f"{told}; a store has one of each. Leave it out, or give it times.")
-        notes.append(f"{told}, and is left out.")
-        return False
-    return True
-
-
-def _is_whole(segment: Segment, notes: list[str]) -> bool:
-    """Whether a field that nobody named can be taken; if not, that is noted."""
-    whole = not is_unsound(segment.read_once()).any()
-    if not whole:
-        notes.append(
-            f"{segment.path}: {segment.channel.name!r} has no time and has missing cells, and is left out; fill them."
-        )
-    return whole
-
-
-def _check_names(options: SourceOptions, known: set[str]) -> None:
-    """Raises InputError for a name in an option that no source has."""
-    renamed = {new for _, new in options.rename}
-    for option, given in (
-        ("--rename", [old for old, _ in options.rename]),
-        ("--accept", options.accept),
-        ("--static", options.static),
-        ("--missing-value", [name for name, _ in options.missing_values if name]),
-    ):
-        for name in given:
-            if name not in known | (set() if option == "--rename" else renamed):
-                raise unknown_name(f"variable for {option}:", name, sorted(known), "the sources")
+    return Catalogue(taken, tuple(turned[name][0] for name in constant), axis, tuple(dict.fromkeys(found.notes)))
 
 
 def _taken(segments: Sequence[Segment], frames_of: Sequence[range]) -> Iterator[Segment]:
