@@ -1,7 +1,7 @@
 """Runs of shallow water on the rotating sphere, as a source for `faconv data prepare`: a benchmark that is not ours.
 
-The solver is torch-harmonics' (Bonev et al. 2023, arXiv 2306.03838), which compiles for a minute:
-    pip install --no-deps --no-build-isolation torch-harmonics==0.9.3
+The solver is that of torch-harmonics (Bonev et al. 2023, arXiv 2306.03838):
+    pip install --no-deps torch-harmonics==0.9.3
     python tools/shallow_water.py data/training.nc
     python tools/shallow_water.py data/longer.nc --first 48 --runs 8 --states 100
     faconv data prepare data/training.nc data/longer.nc --sequence-dim run --output data/shallow_water
