@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from faconv_hpc.config import PeriodsConfig
 from faconv_hpc.data.inspection import describe_store
 from faconv_hpc.data.periods import frames_within, ranges_of, spans_of, starts_within, stretches_of
-from faconv_hpc.data.statistics import row_weights
+from faconv_hpc.data.statistics import pieces_of, row_weights
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.times import TimeAxis, in_sequence
 from faconv_hpc.data.verification import verify_files
@@ -119,6 +119,8 @@ def test_members_become_sequences_with_statistics_of_their_own_changes(tmp_path,
     mean = np.average(changes.mean((0, 1)), weights=weights)
     variance = np.average(((changes - mean) ** 2).mean((0, 1)), weights=weights)
     assert store.tendency_std[0] == pytest.approx(np.sqrt(variance), rel=1e-12)
+    kept, read = pieces_of(store, stretches_of(axis, [range(store.frames)]), [0, 1], {})
+    assert len(kept) == len(store.files) and not read  # of all frames every file has kept what counts
     assert all(problem is None for _, problem in verify_files(store, range(len(store.files))))
     described = describe_store(store)["time"]
     assert described["regular"] and [one["name"] for one in described["sequences"]] == list(NAMES)
