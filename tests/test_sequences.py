@@ -190,6 +190,9 @@ def test_a_member_that_a_file_holds_alone_has_its_number(tmp_path, source):
     prepare([control, source, save(later, tmp_path / "later.nc")], tmp_path / "store", sequence_dim="member")
     with Store.open(tmp_path / "store") as store:
         assert store.layout.time.names == ("x", *NAMES) and store.layout.time.beginnings == (0, 9, 18, 27, 45)
+    prepare([control, tmp_path / "later.nc"], tmp_path / "alone", sequence_dim="member")
+    with Store.open(tmp_path / "alone") as store:
+        assert store.layout.time.names == ("x", "11") and store.layout.time.gaps.tolist() == [FRAMES]
     with pytest.raises(InputError, match=r"plain\.nc does not say which sequence it is of, others do \(c, 0, 11, b\)"):
         prepare([source, save(one, tmp_path / "plain.nc")], tmp_path / "other", sequence_dim="member")
 

@@ -31,15 +31,16 @@ class Found:
     _once: dict[str, list[Segment]] = field(default_factory=dict)  # without time
     _names: set[str] = field(default_factory=set)
     _selected: set[str] = field(default_factory=set)  # options.select that were of use
-    _named: set[bool] = field(default_factory=set)  # whether a source with the sequences' dim names its values
+    _named: set[bool] = field(default_factory=set)  # whether a source with the sequences' dim names its values or value
 
     def add(self, dataset: xr.Dataset, path: Path) -> None:
         """Takes a source; raises what `segments_of` does."""
         options = self.options
         self._names |= set(map(str, dataset.data_vars))
         self._selected |= {dim for dim, _ in options.select if dim in dataset.dims or "GRIB_edition" in dataset.attrs}
-        if options.sequence_dim in dataset.dims or SEQUENCE in dataset.variables:
-            self._named |= {options.sequence_dim in dataset.variables or SEQUENCE in dataset.variables}
+        names = not {options.sequence_dim, SEQUENCE}.isdisjoint(map(str, dataset.variables))
+        if names or options.sequence_dim in dataset.dims:
+            self._named |= {names}
         wanted = selected(dataset, options.select, path)
         for sequence, part in sequences_in(wanted, options.sequence_dim, options.sequences, path):
             once: dict[str, Segment] = {}
