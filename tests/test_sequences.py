@@ -49,6 +49,14 @@ def ensemble(**more):
     return dataset(fields, member=("member", list(NAMES)))
 
 
+def deviation_of_changes(sequences, store):
+    """By definition, area-weighted in float64, of the changes within each."""
+    weights = np.broadcast_to(row_weights(store.latitude_deg, store.longitude_deg)[:, None], (NLAT, NLON))
+    changes = np.concatenate([np.diff(one.astype(np.float64), axis=0) for one in sequences])
+    mean = np.average(changes.mean(0), weights=weights)
+    return math.sqrt(np.average(((changes - mean) ** 2).mean(0), weights=weights))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return save(ensemble(), tmp_path_factory.mktemp("source") / "ensemble.nc")
@@ -114,11 +122,7 @@ def test_members_become_sequences_with_statistics_of_their_own_changes(tmp_path,
     axis = store.layout.time
     assert axis.names == NAMES and axis.beginnings == (0, 9, 18, 27) and axis.gaps.tolist() == [9, 18, 27]
     assert axis.label(19) == "2001-01-01 06:00:00 of sequence 11"
-    weights = np.broadcast_to(row_weights(store.latitude_deg, store.longitude_deg)[:, None], (NLAT, NLON))
-    changes = np.diff(want.astype(np.float64), axis=1)
-    mean = np.average(changes.mean((0, 1)), weights=weights)
-    variance = np.average(((changes - mean) ** 2).mean((0, 1)), weights=weights)
-    assert store.tendency_std[0] == pytest.approx(np.sqrt(variance), rel=1e-12)
+    assert store.tendency_std[0] == pytest.approx(deviation_of_changes(want, store), rel=1e-12)
     kept, read = pieces_of(store, stretches_of(axis, [range(store.frames)]), [0, 1], {})
     assert len(kept) == len(store.files) and not read  # of all frames every file has kept what counts
     assert all(problem is None for _, problem in verify_files(store, range(len(store.files))))
@@ -277,15 +281,10 @@ def test_a_run_on_sequences_is_the_same_on_every_mesh(tmp_path, source):
             np.testing.assert_allclose(got, expected, rtol=1e-5)
     contract = json.loads((config.run_dir / CONTRACT_FILE).read_text())
     assert contract["training"] == ["sequence c", "sequence 0", "2001-01-01 00:00:00/2001-01-02 00:00:00 of sequence b"]
-    kept = members().astype(np.float64)
     u = next(one for one in contract["variables"] if one["name"] == "u")
     with Store.open(tmp_path / "store") as store:
-        weights = np.broadcast_to(row_weights(store.latitude_deg, store.longitude_deg)[:, None], (NLAT, NLON))
-    changes = [np.diff(part, axis=0) for part in (kept[:, 0], kept[:, 1], kept[:5, 3])]
-    changes = np.concatenate(changes)
-    mean = np.average(changes.mean(0), weights=weights)
-    variance = np.average(((changes - mean) ** 2).mean(0), weights=weights)
-    assert u["tendency_std"] == pytest.approx(math.sqrt(variance), rel=1e-11)
+        want = deviation_of_changes([members()[:, 0], members()[:, 1], members()[:5, 3]], store)
+    assert u["tendency_std"] == pytest.approx(want, rel=1e-11)
 
 
 def test_a_run_is_evaluated_on_a_store_of_other_sequences(tmp_path, source):

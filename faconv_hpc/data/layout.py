@@ -151,7 +151,7 @@ class StoreContent:
                 "has_missing": self.has_missing,
             }
             | ({"static": [asdict(one) for one in self.static], "bytes": self.static_bytes} if self.static else {})
-            | ({"beginnings": layout.time.beginnings, "sequences": layout.time.names} if layout.time.names else {}),
+            | layout.time.said_of_sequences,
         )
 
 

@@ -1,9 +1,9 @@
 """The time axis: seconds since 1970 in the calendar of the source, sequence after sequence, and what follows."""
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import cftime
 import numpy as np
@@ -43,9 +43,15 @@ class TimeAxis:
         """The frames of each."""
         return tuple(map(range, self.beginnings, (*self.beginnings[1:], len(self))))
 
-    def sequence_of(self, frame: int) -> int:
-        """In which one a frame is, by number."""
-        return bisect_right(self.beginnings, frame) - 1
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """(time,) in which sequence a frame is."""
+        return np.repeat(np.arange(len(self.beginnings)), [len(own) for own in self.sequences])
+
+    @property
+    def said_of_sequences(self) -> dict[str, Any]:
+        """What a digest takes in beside the times; nothing where there is but one."""
+        return {"beginnings": self.beginnings, "sequences": self.names} if self.names else {}
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
@@ -88,7 +94,7 @@ class TimeAxis:
 
     def label(self, frame: int) -> str:
         """Which frame it is, for people: its date, and its sequence where there are several."""
-        of = f" of sequence {self.names[self.sequence_of(frame)]}" if self.names else ""
+        of = f" of sequence {self.names[self.numbers[frame]]}" if self.names else ""
         return self.date(frame) + of
 
     def _dates(self, seconds: NDArray[np.int64]) -> NDArray[np.object_]:

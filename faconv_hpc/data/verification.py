@@ -55,7 +55,7 @@ def _coordinates(store: Store, entry: FileEntry) -> dict[str, NDArray[Any]]:
     values = (seconds, np.array(store.channels, dtype=object), store.latitude_deg, store.longitude_deg)
     found = dict(zip(DIMS, values, strict=True))
     if axis.names:
-        found[SEQUENCE] = np.array([axis.sequence_of(frame) for frame in frames])
+        found[SEQUENCE] = axis.numbers[frames.start : frames.stop]
         found[SEQUENCE_NAME] = np.array(axis.names, dtype=object)
     return found
 

@@ -128,7 +128,8 @@ class Found:
         first, *others = self._once[name]
         by_name = not {*first.names}.isdisjoint({*(self.options.variables or ()), *self.options.static})
         others = [one for one in others if one.sequence != first.sequence]
-        field_YX = first.read_once()
+        if others:
+            field_YX = first.read_once()
         for other in others:
             if not np.array_equal(field_YX, other.read_once(), equal_nan=True):
                 pair = f"{first.sequence} and {other.sequence}"
@@ -137,7 +138,7 @@ class Found:
                     raise InputError(f"{told}; a store has one of each. Leave it out, or give it times.")
                 self.notes.append(f"{told}, and is left out.")
                 return False
-        if self.options.variables or not is_unsound(field_YX).any():
+        if self.options.variables or not is_unsound(first.read_once()).any():
             return True
         self.notes.append(f"{first.path}: {name!r} has no time and has missing cells, and is left out; fill them.")
         return False

@@ -4,14 +4,17 @@ import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cftime
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
-from ..data.layout import SEQUENCE, SEQUENCE_NAME, STORE_FILE
+from ..data.layout import SEQUENCE, SEQUENCE_NAME
 from ..data.times import EPOCH_UNITS, SECONDS_PER_DAY, TimeAxis
 from ..errors import InputError
+from .sources import CHANNELS
 
 SELECTED = "faconv_selected"
 """Attribute of a dataset: which place along a dim of the source was taken."""
@@ -28,16 +31,26 @@ def selected(dataset: xr.Dataset, select: tuple[tuple[str, str], ...], path: Pat
     for dim, text in select:
         if dim not in dataset.dims:
             continue
-        known = dataset[dim].values if dim in dataset.variables else np.arange(dataset.sizes[dim])
+        known = _values_of(dataset, dim)
         found = [place for place, value in enumerate(known) if _is_same(value, text)]
         if len(found) != 1:
             shown = ", ".join(map(str, known[:8])) + (", ..." if len(known) > 8 else "")
             raise InputError(
                 f"--select {dim}={text}: the dim {dim!r} of {path} has the values {shown}. Take one of them."
             )
-        places = {**dataset.attrs.get(SELECTED, {}), dim: found[0]}
-        dataset = dataset.isel({dim: found}).assign_attrs({SELECTED: places})
+        dataset = _one_of(dataset, dim, found[0])
     return dataset
+
+
+def _values_of(dataset: xr.Dataset, dim: Hashable) -> NDArray[Any]:
+    """Along a dim; places where it has no coordinate."""
+    return dataset[dim].values if dim in dataset.variables else np.arange(dataset.sizes[dim])
+
+
+def _one_of(dataset: xr.Dataset, dim: Hashable, place: int) -> xr.Dataset:
+    """The part at a place along a dim, which it remembers."""
+    places = {**dataset.attrs.get(SELECTED, {}), dim: place}
+    return dataset.isel({dim: [place]}).assign_attrs({SELECTED: places})
 
 
 def sequences_in(dataset: xr.Dataset, dim: str | None, per_file: bool, path: Path) -> Iterator[tuple[str, xr.Dataset]]:
@@ -49,19 +62,15 @@ def sequences_in(dataset: xr.Dataset, dim: str | None, per_file: bool, path: Pat
         dim: along which they lie beside each other, such as members.
         per_file: each source is one, called as its file is.
     """
-    ours = SEQUENCE in dataset.variables and SEQUENCE_NAME in dataset.variables
     first = [_name_of(dataset, path)] if per_file else []
-    if ours:
+    if SEQUENCE in dataset.variables and SEQUENCE_NAME in dataset.variables:
         numbers, names = dataset[SEQUENCE].values, dataset[SEQUENCE_NAME].values
         for number in np.unique(numbers):
             low, high = np.searchsorted(numbers, [number, number + 1])
             yield " ".join([*first, str(names[number])]), dataset.isel(time=slice(int(low), int(high)))
     elif dim in dataset.dims:
-        values = dataset[dim].values if dim in dataset.variables else np.arange(dataset.sizes[dim])
-        for place, value in enumerate(values):
-            places = {**dataset.attrs.get(SELECTED, {}), dim: place}
-            one = dataset.isel({dim: [place]}).assign_attrs({SELECTED: places})
-            yield " ".join([*first, _text(value)]), one
+        for place, value in enumerate(_values_of(dataset, dim)):
+            yield " ".join([*first, _text(value)]), _one_of(dataset, dim, place)
     elif dim in dataset.variables and not dataset[dim].dims:
         yield " ".join([*first, _text(dataset[dim].values[()])]), dataset
     else:
@@ -70,7 +79,7 @@ def sequences_in(dataset: xr.Dataset, dim: str | None, per_file: bool, path: Pat
 
 def _name_of(dataset: xr.Dataset, path: Path) -> str:
     """Of a source: a store's directory, or a file without its ending."""
-    if "fingerprint" in dataset.attrs and (path.parent / STORE_FILE).is_file():
+    if CHANNELS in dataset.attrs:
         return path.resolve().parent.name
     return path.stem if path.is_file() or path.suffix == ".zarr" else path.name
 

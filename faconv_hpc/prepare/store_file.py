@@ -40,7 +40,7 @@ def write_coordinates(nc: h5netcdf.File, layout: StoreLayout, frames: range) -> 
     if layout.time.names:
         nc.dimensions["sequences"] = len(layout.time.names)
         number = nc.create_variable(SEQUENCE, ("time",), np.int64)
-        number[:] = np.array([layout.time.sequence_of(frame) for frame in frames], dtype=np.int64)
+        number[:] = layout.time.numbers[frames.start : frames.stop]
         number.attrs["long_name"] = f"number of the sequence in {SEQUENCE_NAME}"
         write_strings(nc, SEQUENCE_NAME, "sequences", layout.time.names)
     write_strings(nc, "channel", "channel", [channel.name for channel in layout.channels])

@@ -78,9 +78,8 @@ def fingerprint(layout: StoreLayout, request: str) -> str:
         "frames_per_file": layout.frames_per_file,
         "compression": layout.compression,
         "request": request,
+        **layout.time.said_of_sequences,
     }
-    if layout.time.names:
-        rest |= {"beginnings": layout.time.beginnings, "sequences": layout.time.names}
     return digest_of((layout.latitude_deg, layout.longitude_deg, layout.time.seconds), rest)
 
 

@@ -16,7 +16,7 @@ from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
-from .frozen import freeze, frozen_in
+from .frozen import freeze
 from .shards import AVERAGE
 from .timed import Timed
 
@@ -52,7 +52,6 @@ class Engine:
             # Nor is it asked what could be: every rank would try a C compiler.
             deepspeed.ops.__compatible_ops__ = {}
             self.network = network.to(mesh.device)
-            freeze(network, training.frozen)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,
                 optimizer=_optimizer(self.network, training),
@@ -348,11 +347,7 @@ def _kept(value: Tensor) -> Tensor:
 def _optimizer(network: FAConvLSTMNetwork, training: TrainingConfig) -> torch.optim.Optimizer:
     """Without a learning rate, which every step brings: DeepSpeed may make a step of its own when it starts."""
     kind = torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW
-    frozen, named = frozen_in(network, training.frozen), dict(network.named_parameters())
-    groups: list[dict[str, Any]] = [{"params": [value for name, value in named.items() if name not in frozen]}]
-    if frozen:
-        groups.append({"params": [named[name] for name in named if name in frozen], "weight_decay": 0.0})
-    return kind(groups, lr=0.0, weight_decay=training.weight_decay)
+    return kind(freeze(network, training.frozen), lr=0.0, weight_decay=training.weight_decay)
 
 
 def _deepspeed_config(training: TrainingConfig) -> dict[str, Any]:

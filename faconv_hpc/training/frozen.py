@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +27,15 @@ def frozen_in(network: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     return frozen
 
 
-def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
-    """Their gradients are 0, and so are the updates of SGD and of an Adam that has never seen others, but for weight
-    decay. They stay parameters like others, in the optimizer's shards, too. Raises what `frozen_in` does.
+def freeze(network: nn.Module, patterns: Sequence[str]) -> list[dict[str, Any]]:
+    """The groups of an optimizer that leaves them as they are: their gradients are 0, and there is no weight decay.
+
+    So are the updates of SGD, and of an Adam that has never seen others. They stay parameters like others, in the
+    optimizer's shards, too. Raises what `frozen_in` does.
     """
-    frozen = frozen_in(network, patterns)
-    for name, parameter in network.named_parameters():
-        if name in frozen:
-            parameter.register_hook(torch.zeros_like)
+    frozen, named = frozen_in(network, patterns), dict(network.named_parameters())
+    for name in frozen:
+        named[name].register_hook(torch.zeros_like)
+    live = {"params": [value for name, value in named.items() if name not in frozen]}
+    kept = {"params": [value for name, value in named.items() if name in frozen], "weight_decay": 0.0}
+    return [live, kept] if frozen else [live]

@@ -179,12 +179,14 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, Tensor]:
         """Name and fp32 value of every parameter; raises DamagedCheckpointError."""
-        prefix = f"{PARAMETER}/"
-        return {name.removeprefix(prefix): value for name, value in self._content() if name.startswith(prefix)}
+        return self._of_kind(PARAMETER)
 
     def weights(self) -> dict[str, Tensor]:
         """What a network is used with, by parameter: the mean of its weights, where there is one, or the last."""
-        prefix = f"{AVERAGE if AVERAGE in self.manifest().moments else PARAMETER}/"
+        return self._of_kind(AVERAGE if AVERAGE in self.manifest().moments else PARAMETER)
+
+    def _of_kind(self, kind: str) -> dict[str, Tensor]:
+        prefix = f"{kind}/"
         return {name.removeprefix(prefix): value for name, value in self._content() if name.startswith(prefix)}
 
     def moments(self) -> dict[str, Tensor]:
