@@ -85,13 +85,32 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     whole, quick, long = config.getoption("--all"), config.getoption("--quick"), known_seconds().keys()
-    kept, left_out = [], []
+    left_out = set() if whole else {*_left_out(items)}
+    for item in items if quick else ():
+        if item.nodeid in long or "slurm" in getattr(item, "fixturenames", ()):
+            left_out.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _left_out(items):
+    """What of the tests marked ``every(parts, *names)`` is tried with --all only.
+
+    Without names all but every part-th of a test's combinations. With names of parameters all but those where the
+    numbers of their values add up to a multiple of ``parts``: every value is tried, with a share of every other's.
+    """
+    combinations = defaultdict(list)
     for item in items:
-        takes_long = item.nodeid in long or "slurm" in getattr(item, "fixturenames", ())
-        out = (quick and takes_long) or (not whole and item.get_closest_marker("whole"))
-        (left_out if out else kept).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left_out)
+        if item.get_closest_marker("every"):
+            combinations[item.nodeid.partition("[")[0]].append(item)
+    for those in combinations.values():
+        parts, *names = those[0].get_closest_marker("every").args
+        values = {name: list(dict.fromkeys(repr(item.callspec.params[name]) for item in those)) for name in names}
+        for number, item in enumerate(those):
+            if names:
+                number = sum(values[name].index(repr(item.callspec.params[name])) for name in names)
+            if number % parts:
+                yield item
 
 
 class Stopwatch:

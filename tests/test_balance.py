@@ -31,16 +31,37 @@ def test_what_a_crashed_worker_has_done_is_not_dealt_out_again():
     assert units == {"begun": {"b": True, "c": False}}
 
 
-def test_all_tests_run_but_for_combinations_and_with_quick_for_long_ones(monkeypatch):
+class Item:
+    """What pytest has collected, as far as we look at it."""
+
+    def __init__(self, nodeid, fixtures=(), every=None, **parameters):
+        self.nodeid, self.fixturenames, self.every = nodeid, fixtures, every
+        self.callspec = SimpleNamespace(params=parameters)
+
+    def get_closest_marker(self, _):
+        return self.every and SimpleNamespace(args=self.every)
+
+
+def tried(items, option=""):
+    out, items = [], [*items]
+    hook = SimpleNamespace(pytest_deselected=lambda items: out.extend(items))
+    config = SimpleNamespace(getoption=lambda name: name == option, hook=hook)
+    whole = [*items]
+    pytest_collection_modifyitems(config, items)
+    assert sorted(map(whole.index, items + out)) == [*range(len(whole))]
+    return [item.nodeid for item in items]
+
+
+def test_all_tests_run_but_with_quick_for_long_ones(monkeypatch):
     monkeypatch.setattr("balance.known_seconds", lambda: {"long": 9.0})
-    fixtures = {"new": ["tmp_path"], "long": [], "job": ["slurm"], "more": []}
-    for option, left in (("", ["new", "long", "job"]), ("--quick", ["new"]), ("--all", list(fixtures))):
-        out = []
-        hook = SimpleNamespace(pytest_deselected=lambda items, out=out: out.extend(items))
-        config = SimpleNamespace(getoption=lambda name, option=option: name == option, hook=hook)
-        items = [
-            SimpleNamespace(nodeid=name, fixturenames=own, get_closest_marker=lambda _, own=name: own == "more")
-            for name, own in fixtures.items()
-        ]
-        pytest_collection_modifyitems(config, items)
-        assert [item.nodeid for item in items] == left and len(items) + len(out) == 4
+    items = [Item("new", ["tmp_path"]), Item("long"), Item("job", ["slurm"])]
+    assert tried(items) == tried(items, "--all") == ["new", "long", "job"]
+    assert tried(items, "--quick") == ["new"]
+
+
+def test_of_combinations_a_share_is_tried_that_has_every_value():
+    rows = [Item(f"a::rows[{number}]", every=(3,)) for number in range(7)]
+    assert tried(rows) == ["a::rows[0]", "a::rows[3]", "a::rows[6]"]
+    grid = [Item(f"b::grid[{x}{y}]", every=(2, "x", "y"), x=x, y=[y]) for x in "pqr" for y in range(4)]
+    assert tried([*grid, *rows])[:6] == [f"b::grid[{one}]" for one in ("p0", "p2", "q1", "q3", "r0", "r2")]
+    assert len(tried([*grid, *rows], "--all")) == 19

@@ -137,6 +137,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.every(2)
 def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(copied, run, store, kind, capfd):
     damage, told = DAMAGE[kind]
     damage(checkpoints_in(copied)[-1].path)
@@ -264,9 +265,12 @@ PLACES = [
     (1, 3, 1, 0),
     (2, 2, 1, 2),
 ]
-CIRCLE = [(0, 3), (3, 4), (4, 7), (7, 6), (6, 2), (2, 1), (1, 5), (5, 0)]  # from every place once, and to every one
-MORE = [(3, 0), (1, 2), (4, 5), (5, 3), (0, 7), (4, 0), (2, 3), (5, 1), (7, 1)]
-PAIRS = [*CIRCLE, *(pytest.param(*pair, marks=pytest.mark.whole) for pair in MORE)]
+PAIRS = [  # the first column has every place, the first two lead from every one and to every one
+    (0, 3), (3, 4), (3, 0), (1, 2),
+    (4, 7), (7, 6), (4, 5), (5, 3),
+    (6, 2), (2, 1), (0, 7), (4, 0),
+    (1, 5), (5, 0), (2, 3), (5, 1),
+]  # fmt: skip
 GLOBAL_BATCH = 4
 BEFORE, AFTER = 3, 4
 
@@ -333,7 +337,8 @@ def begun(tmp_path_factory, store):
     return at
 
 
-@pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=[f"{PLACES[a]} to {PLACES[b]}" for a, b in CIRCLE + MORE])
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=[f"{PLACES[a]} to {PLACES[b]}" for a, b in PAIRS])
+@pytest.mark.every(4)
 def test_saved_at_one_mesh_and_stage_loaded_at_another(tmp_path, store, undisturbed, begun, saved, loaded):
     shutil.copytree(begun(saved), tmp_path / "run")
     assert [one.step for one in checkpoints_in(tmp_path / "run")] == [BEFORE]

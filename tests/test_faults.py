@@ -602,7 +602,8 @@ def test_stop_names_step_variable_and_sample(tmp_path, store, layout):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.every(2, "precision", "stage")
 def test_a_step_that_is_skipped_leaves_no_trace(tmp_path, store, stage, precision):
     """As if its learning rate had been zero, with plain SGD; Adam's count and moments stay as they were."""
     layout, common = Layout(2, 1, 1), {"zero_stage": stage, "precision": precision, "checkpoint_every": 6, "ema": 0.5}
@@ -618,7 +619,8 @@ def test_a_step_that_is_skipped_leaves_no_trace(tmp_path, store, stage, precisio
     assert newest.manifest().updates == 5 and all(torch.isfinite(value).all() for value in newest.moments().values())
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (2, "bf16"), (1, "fp32"), (3, "bf16"), (3, "fp32")])
+@pytest.mark.every(2)
 def test_restored_weights_and_moments_are_those_of_the_checkpoint(tmp_path, store, stage, precision):
     """Of several micro-batches the first is bad; what is saved right after is what was loaded."""
     training = {"checkpoint_every": 1, "on_not_finite": "restore", "steps": 5, "keep_last": 9}

@@ -108,6 +108,7 @@ def test_a_look_between_two_checkpoints_saves_if_it_is_the_best(tmp_path, store)
 
 
 @pytest.mark.parametrize("until", [2, 4, 6])
+@pytest.mark.every(2)
 def test_killed_after_a_look_the_best_is_that_of_a_whole_run(tmp_path, store, until):
     scores = SCORES | {10: 0.95}
     whole = config_of(tmp_path / "whole", store)

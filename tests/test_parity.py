@@ -1,7 +1,5 @@
 """The promise: how the grid is cut never changes the result. Layers and attention, values and gradients."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -70,17 +68,10 @@ def compare(domain, run, module, x):
     return max(differences)
 
 
-CASES = list(product(enumerate(LAYOUTS), enumerate(GRIDS), enumerate(LAYERS)))
-
-
-@pytest.mark.parametrize(
-    ("layout", "grid", "layer"),  # every layer at every layout on one of the grids, which take turns
-    [
-        pytest.param(layout, grid, layer, marks=[pytest.mark.whole] * bool((a + b + c) % len(GRIDS)))
-        for (a, layout), (b, grid), (c, layer) in CASES
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.every(len(GRIDS), "layout", "grid", "layer")
 def test_a_layer_on_tiles_equals_one_tile(layout, grid, layer):
     def check(mesh):
         domain = Domain(GRIDS[grid](), mesh)

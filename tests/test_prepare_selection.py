@@ -62,6 +62,7 @@ def test_what_cannot_be_selected_is_told(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("files", [1, 3, 7])
+@pytest.mark.every(2, "period", "files")
 def test_dates_are_taken_over_any_number_of_files(tmp_path: Path, period: Period, frames: range, files: int) -> None:
     data, cuts = values(4, (40, NLAT, NLON)), np.linspace(0, 40, files + 1).astype(int)
     paths = [

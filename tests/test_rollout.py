@@ -163,6 +163,7 @@ def alone(store, tmp_path_factory):
     [(Layout(1, 2, 2), 3, 0), (Layout(2, 1, 1), 1, 2), (Layout(1, 1, 3), 2, 1)],
     ids=str,
 )
+@pytest.mark.every(2)
 def test_a_schedule_of_leads_trains_alike_on_every_mesh(tmp_path, store, alone, layout, stage, checkpoint_steps):
     training = {"zero_stage": stage, "micro_batch": 2 // layout.replicas}
     config = small_config(
@@ -176,7 +177,8 @@ def test_a_schedule_of_leads_trains_alike_on_every_mesh(tmp_path, store, alone, 
     np.testing.assert_allclose([record.loss for record in read_records(config.run_dir)], alone, rtol=2e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [3, 1])
+@pytest.mark.every(2)
 def test_a_run_that_stopped_between_two_lengths_goes_on_bit_for_bit(tmp_path, store, stage):
     layout = Layout(1, 1, 2)
     _, whole = losses_of_run(tmp_path / "whole", store, layout, zero_stage=stage)

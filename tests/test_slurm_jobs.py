@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from slurms import (
 from test_checkpoint import assert_same_state
 from test_cli import faconv, messages
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 LONG = {"steps": 100_000, "final_learning_rate_share": 1.0, "checkpoint_every": 10, "keep_last": 1000}
 INTERVAL = LONG["checkpoint_every"]
 
@@ -68,18 +66,18 @@ def assert_as_undisturbed(directory, store, run_dir, steps, mesh):
     assert_same_state(newest, expected)
 
 
-def test_the_script_trains_on_four_nodes_as_torchrun_does(tmp_path, slurm, store):
+def test_the_script_trains_on_four_nodes_as_one_machine_does(tmp_path, slurm, store):
     config = config_of(tmp_path / "slurm", store)
-    job = sbatch(tmp_path / "slurm", config, "--set", "training.steps=8", preflight="yes")
+    job = sbatch(tmp_path / "slurm", config, "--set", "training.steps=8")
     log = tmp_path / "slurm" / "job.log"
     state = over(job, log)
     assert (state.name, state.restarts) == ("COMPLETED", 0), log.read_text()
     assert "start 1, on n[1-4]" in log.read_text() and "step 8/8" in log.read_text()
-    other = config_of(tmp_path / "torchrun", store)
-    process = faconv("train", other, "--set", "training.steps=8", before=TORCHRUN)
+    other = config_of(tmp_path / "here", store)
+    process = faconv("train", other, "--set", "training.steps=8", "--ranks", 4)
     assert process.returncode == 0, process.stderr
     assert len(losses_of(tmp_path / "slurm" / "run")) == 8
-    assert losses_of(tmp_path / "slurm" / "run") == losses_of(tmp_path / "torchrun" / "run")
+    assert losses_of(tmp_path / "slurm" / "run") == losses_of(tmp_path / "here" / "run")
 
 
 def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm, store):
@@ -89,25 +87,25 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     """
     training = LONG | {"usr_grace_s": 55, "give_up_after": 0}
     slow = slow_steps(tmp_path / "site", 1.0)
-    by_sbatch = config_of(tmp_path / "sbatch", store, training, mesh=TWO_TILES)
+    by_sbatch = config_of(tmp_path / "sbatch", store, training, mesh=ONE_TILE)
     log = tmp_path / "sbatch" / "job.log"
-    limit = ["--time=2", "--signal=USR1@55"]
-    jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=TWO_NODES + limit, **slow): (by_sbatch, TWO_TILES)}
+    limit = ["--nodes=1", "--time=2", "--signal=USR1@55"]
+    jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=limit, **slow): by_sbatch}
     by_submit = config_of(tmp_path / "submit", store, training, {"time_min": 2, "tasks_per_node": 1}, ONE_TILE)
     sent = faconv("submit", by_submit, "--no-preflight", "--json", environment=job_environment(**slow))
     assert sent.returncode == 0, sent.stderr
     (copy,) = (tmp_path / "submit" / "run" / "slurm").glob("config-*.yaml")
-    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy, ONE_TILE
-    for job, (config, _) in jobs.items():
+    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy
+    for job, config in jobs.items():
         often = partial(_requeued, job, 4)
         wait_for(f"job {job} is requeued 4 times", often, 15 * MINUTES_S, log, every_s=5.0)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         shorten(config, step_of(run_dir) + 5)  # a busy machine does not get far in a minute
-    for job, (config, mesh) in jobs.items():
+    for job, config in jobs.items():
         state = over(job, log, 10 * MINUTES_S)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         assert state.name == "COMPLETED" and state.restarts >= 4
-        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), mesh)
+        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), ONE_TILE)
 
 
 def _requeued(job, times):

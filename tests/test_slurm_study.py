@@ -8,11 +8,10 @@ import pytest
 import yaml
 
 import forks
+from faconv_hpc.config import MeshConfig
 from runs import make_store, write_config
 from slurms import MINUTES_S, job_environment, left_behind, wait_for
 from test_cli import faconv
-
-POINTS = [{"mesh": "1x1"}, {"mesh": "1x2"}, {"mesh": "2x2"}]
 
 
 def study_of(directory, scaling, **more):
@@ -34,13 +33,16 @@ def results_of(directory):
 @pytest.mark.parametrize(
     ("scaling", "more"),
     [
-        ("strong", {"points": POINTS}),
-        ("weak", {"points": POINTS[:2], "cells_per_rank": [8, 10], "channels": 2, "frames": 12}),
+        ("strong", {"points": [{"mesh": "1x1"}, {"mesh": "2x2"}]}),
+        (
+            "weak",
+            {"points": [{"mesh": "1x1"}, {"mesh": "1x2"}], "cells_per_rank": [8, 10], "channels": 2, "frames": 12},
+        ),
     ],
     ids=["strong", "weak"],
 )
 def test_over_several_nodes_killed_in_the_middle_and_continued(tmp_path, slurm, scaling, more):
-    nodes, repeats = [1, 2, 4][: len(more["points"])], 5
+    nodes, repeats = [MeshConfig.parse(point["mesh"]).ranks for point in more["points"]], 5
     study = study_of(tmp_path, scaling, **more)
     command = [sys.executable, "-m", "faconv_hpc", "study", str(study), "--cluster", "slurm"]
     log = tmp_path / "first.log"

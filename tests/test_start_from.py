@@ -118,6 +118,7 @@ def test_a_static_field_of_another_grid_keeps_its_statistics_and_the_run_goes_on
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "export"])
+@pytest.mark.every(2)
 def test_it_begins_with_a_run_a_checkpoint_or_an_export_on_any_mesh(tmp_path, before, more, kind):
     newest = checkpoints_in(before.run_dir)[-1]
     export(newest, tmp_path / "weights.safetensors")

@@ -489,10 +489,10 @@ def test_a_job_of_another_cluster_is_not_forgotten(tmp_path):
 
 
 def process_of(study, starts, *count):
-    return subprocess.Popen(
-        [sys.executable, str(STUDIES), "drive", str(study), str(starts), *map(str, count)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    arguments = [str(STUDIES), "drive", str(study), str(starts), *map(str, count)]
+    code = f"import runpy, sys; sys.argv = {arguments!r}; runpy.run_path({str(STUDIES)!r}, run_name='__main__')"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return forks.Popen([sys.executable, "-m", "forks", code], cwd=STUDIES.parent, env=forks.ENVIRONMENT, **pipes)
 
 
 def started(starts):
