@@ -182,6 +182,9 @@ class TrainingConfig(Section):
     rollout: dict[Annotated[int, Field(ge=0)], Count] = Field(
         {}, description="steps done: leads from there on, trained through free runs; before the first, and default: 1"
     )
+    stateful_windows: int = Field(
+        0, ge=0, description="windows in a row that states are carried through, 1 to so many, as drawn; 0: none are"
+    )
     lead_weights: tuple[Weight, ...] = Field(
         (),
         description="of leads 2, 3, ... in the loss, the last for all that follow; default: 1, like a step",
@@ -300,6 +303,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.attention_every={every} is more than the {self.data.window} steps of a window (data.window), "
                 f"so attention would never run. Lower it, or write 0 to leave attention out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_keeps_its_period(self) -> "RunConfig":
+        every, window = self.model.attention_every, self.data.window
+        if self.training.stateful_windows and self.model.cell == "faconvlstm" and every and window % every:
+            raise ValueError(
+                f"training.stateful_windows={self.training.stateful_windows} carries states from window to window, and "
+                f"attention runs every {every} steps (model.attention_every): a window of {window} steps (data.window) "
+                f"would break its period. Choose a window that is a multiple of {every}"
             )
         return self
 

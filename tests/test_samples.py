@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import xarray as xr
 
 from faconv_hpc.data.forcings import FORCINGS, equation_of_time, insolation, solar_declination
 from faconv_hpc.data.periods import starts_within, stretches_of
-from faconv_hpc.data.samples import Batch, ReadAhead, Windows, sample_order
+from faconv_hpc.data.samples import Batch, ReadAhead, Windows
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.variables import Channels, Variable
 from faconv_hpc.errors import InputError
@@ -270,35 +269,6 @@ def test_forcings_are_of_their_frames(store: Store) -> None:
     assert np.allclose(named["sin_latitude"], np.sin(latitude)[None, :, None])
     assert np.allclose(named["cos_longitude"] ** 2 + named["sin_longitude"] ** 2, 1)
     assert np.allclose(np.arctan2(named["sin_longitude"], named["cos_longitude"])[0, 0, :9], longitude[:9])
-
-
-# Order
-
-
-def test_every_epoch_sees_every_window_once() -> None:
-    order = sample_order(3, 0, 5 * 37, 37)
-    epochs = [order[start : start + 37] for start in range(0, len(order), 37)]
-    assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 5
-
-
-@pytest.mark.parametrize(("position", "count"), [(0, 10), (30, 20), (36, 1), (37, 80), (1000, 3)])
-def test_order_is_a_function_of_position(position: int, count: int) -> None:
-    assert sample_order(3, position, count, 37) == sample_order(3, 0, 1100, 37)[position : position + count]
-
-
-def test_seeds_differ_and_order_never_changes_between_versions() -> None:
-    assert sample_order(0, 0, 20, 20) != sample_order(1, 0, 20, 20)
-    assert sample_order(0, 0, 8, 8) == GOLDEN
-    assert sample_order(-1, 0, 8, 8) == sample_order(2**64 - 1, 0, 8, 8)
-
-
-GOLDEN = [0, 2, 1, 5, 4, 3, 6, 7]
-
-
-def test_first_places_are_drawn_evenly() -> None:
-    counts = Counter(sample_order(9, 4 * epoch, 1, 4)[0] for epoch in range(2000))
-    assert all(abs(count - 500) < 100 for count in counts.values())
 
 
 # Reading ahead

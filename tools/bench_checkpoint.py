@@ -16,12 +16,13 @@ from rich.table import Table
 from faconv_hpc import ProcessMesh, RunConfig, load_config
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.data.store import Store
+from faconv_hpc.training.carried import CarriedStates
 from faconv_hpc.training.checkpoint import CheckpointWriter
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.objective import losses_of
 from faconv_hpc.training.resume import Resumed, resume
 from faconv_hpc.training.schedule import legs_of
-from faconv_hpc.training.setup import Workspace, build_network
+from faconv_hpc.training.setup import Workspace, build_network, order_of
 from faconv_hpc.training.shards import checkpoints_in
 
 RUNS = 7
@@ -53,7 +54,8 @@ def measure(config: RunConfig, mesh: ProcessMesh) -> dict[str, list[float]]:
         changed = Workspace(
             config.model_copy(update={"training": training}), workspace.store, workspace.contract, domain
         )
-        return CheckpointWriter(changed, engine, Resumed(), legs_of(changed.config, (), None))
+        carried = CarriedStates(config, domain, order_of(config, windows))
+        return CheckpointWriter(changed, engine, Resumed(), legs_of(changed.config, (), None), carried)
 
     foreground, background = writer(False), writer(True)
     times: dict[str, list[float]] = {"step": [], "saving": [], "saving in the background": [], "loading": []}

@@ -1,4 +1,4 @@
-"""What training on free runs does for free runs: single steps, and rollout late, at equal time, side by side.
+"""What training does for free runs: single steps, rollout late, and with states carried on, at equal time.
 
 Run: python tools/bench_rollout.py data/shallow_water runs/rollout   (the store: see tools/shallow_water.py)
 """
@@ -21,7 +21,7 @@ from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.records import read_records
 
 WINDOW = 8
-SINGLE = "single steps"
+SINGLE, STATEFUL = "single steps", "states through {} windows"
 FAR = range(6, 13)
 SAMPLES = 48  # forecasts, spread over the runs of the test
 SPIN_UPS, HOURS = (4, 8, 40), 48
@@ -47,6 +47,7 @@ def config_of(given: argparse.Namespace, run_dir: Path, kind: str, seed: int) ->
         "training": {
             "steps": steps, "micro_batch": 2, "learning_rate": given.rate, "seed": seed, "rollout": rollout,
             "lead_weights": [given.weight] if rollout and given.weight != 1 else [],
+            "stateful_windows": given.stateful if STATEFUL.format(given.stateful) in kind else 0,
         },
     }  # fmt: skip
 
@@ -80,10 +81,12 @@ def main() -> None:
     parser.add_argument("--late", type=float, default=0.7, help="share of the steps before free runs")
     parser.add_argument("--leads", type=int, default=3, help="of the free runs")
     parser.add_argument("--weight", type=float, default=1.0, help="of the leads after the first in the loss")
+    parser.add_argument("--stateful", type=int, default=0, help="windows in a row; also with states carried on")
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
-    kinds = (SINGLE, f"{given.leads} leads from {given.late:g}, weight {given.weight:g}")
+    kinds = [SINGLE, f"{given.leads} leads from {given.late:g}, weight {given.weight:g}"]
+    kinds += [f"{kinds[1]}, {STATEFUL.format(given.stateful)}"] * bool(given.stateful)
     jobs = [(kind, seed) for seed in range(given.seeds) for kind in kinds]
     with ThreadPoolExecutor(given.at_once) as pool:
         runs = dict(zip(jobs, pool.map(lambda job: train(given, *job), jobs), strict=True))
@@ -96,20 +99,19 @@ def main() -> None:
         table.add_row(kind, str(seed), f"{seconds[kind, seed]:.0f}", *(f"{one:.3f}" for one in row), f"{far:.3f}")
     console = Console(width=200)
     console.print(table)
-    changes = {
-        name: [own(found[kinds[1], seed]) / own(found[kinds[0], seed]) - 1 for seed in range(given.seeds)]
-        for name, own in (
-            ("leads 6 to 12", lambda row: mean(row[lead - 1] for lead in FAR)),
-            ("lead 1", lambda r: r[0]),
-        )
-    }
-    for name, one in changes.items():
-        console.print(f"{name}: {', '.join(f'{change:+.1%}' for change in one)}; median {median(one):+.1%}")
-    spun = {spin_up: ratios(runs[kinds[1], 0], mesh, HOURS, spin_up) for spin_up in SPIN_UPS}
-    for spin_up, row in spun.items():
-        console.print(
-            f"{HOURS} hours after {spin_up} of spin-up: {row[0]:.3f} ... {row[-1]:.3f}, at most {max(row):.3f}"
-        )
+    for kind in kinds[1:]:
+        for name, leads in (("leads 6 to 12", FAR), ("lead 1", range(1, 2))):
+            pairs = [(found[kind, seed], found[SINGLE, seed]) for seed in range(given.seeds)]
+            changes = [
+                mean(new[lead - 1] for lead in leads) / mean(old[lead - 1] for lead in leads) - 1 for new, old in pairs
+            ]
+            told = f"{', '.join(f'{change:+.1%}' for change in changes)}; median {median(changes):+.1%}"
+            console.print(f"{kind}, {name}: {told}")
+    for kind in kinds:
+        for spin_up in SPIN_UPS:
+            row = ratios(runs[kind, 0], mesh, HOURS, spin_up)
+            told = f"{row[0]:.3f} ... {row[-1]:.3f}, at most {max(row):.3f}"
+            console.print(f"{kind}, {HOURS} hours after {spin_up} of spin-up: {told}")
     (given.runs / "found.json").write_text(json.dumps({f"{k} {s}": row for (k, s), row in found.items()}, indent=1))
     mesh.stop()
 

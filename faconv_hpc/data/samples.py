@@ -1,10 +1,9 @@
-"""Samples of one tile: windows of consecutive frames, their order, and reading them ahead."""
+"""Samples of one tile: windows of consecutive frames, and reading them ahead. Their order: order.py."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -207,26 +206,6 @@ class Windows:
 def _column(numbers: Sequence[float]) -> NDArray[np.float32]:
     """(C, 1, 1) one for each channel."""
     return np.array(numbers, dtype=np.float64).astype(np.float32)[:, None, None]
-
-
-def sample_order(seed: int, position: int, count: int, windows: int) -> list[int]:
-    """Which windows stand at ``position`` to ``position + count`` of an endless sequence.
-
-    A pure function, so that there is no state to save and no dependence on the layout. Position
-    ``p`` belongs to epoch ``p // windows``; every epoch is a permutation of all windows, drawn by
-    the Philox generator with the key (seed, epoch). Only its raw bits are used, which NumPy keeps
-    the same in all versions, other than what it makes of them.
-    """
-    assert windows > 0, f"no windows to order, {windows}"
-    places = [divmod(place, windows) for place in range(position, position + count)]
-    return [_permutation(seed, epoch, windows)[offset] for epoch, offset in places]
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, windows: int) -> list[int]:
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    order: list[int] = np.argsort(np.random.Philox(key=key).random_raw(windows), kind="stable").tolist()
-    return order
 
 
 class ReadAhead(Generic[T], Iterator[Batch]):

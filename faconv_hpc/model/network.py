@@ -34,6 +34,7 @@ class NetworkOutput:
         embedding_BTE: z, one per step.
         coarse_BTCRS: the field of each step as the embedding knows it, R x S regions.
         state: per layer (h, c) after the last step.
+        window_state: the same after the window, what a window that follows it goes on from.
         valid_BT: the steps that count in the losses; None: all.
     """
 
@@ -43,6 +44,7 @@ class NetworkOutput:
     embedding_BTE: Tensor
     coarse_BTCRS: Tensor
     state: tuple[State, ...]
+    window_state: tuple[State, ...]
     valid_BT: Tensor | None = None
 
     @property
@@ -147,6 +149,7 @@ class FAConvLSTMNetwork(nn.Module):
             forecast, mean, states = self._maybe_checkpointed(segment, x_BTCYX[:, span], states, domain=domain)
             forecasts.append(forecast)
             means.append(mean)
+        window_states = states
         if feedback is not None:
             change = self._change(forecasts[-1][:, -1])
             for span in self._segments(window, x_BTCYX.shape[1]):
@@ -156,9 +159,9 @@ class FAConvLSTMNetwork(nn.Module):
                 forecasts.append(forecast)
                 means.append(mean)
         embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
-        final = tuple(one for one in states if one is not None)
+        final, at_window = (tuple(one for one in ones if one is not None) for ones in (states, window_states))
         forecast = torch.cat(forecasts, dim=1)
-        return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, valid_BT)
+        return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, at_window, valid_BT)
 
     def _segments(self, start: int, stop: int) -> Iterator[slice]:
         length = self.checkpoint_steps or max(stop - start, 1)

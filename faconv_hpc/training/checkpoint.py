@@ -18,22 +18,20 @@ from ..errors import RunError, TryAgainError, is_out_of_reach
 from ..files import make_durably, write_durably
 from ..observe import SAVING
 from ..versions import versions
+from .carried import CarriedStates
 from .engine import Engine
 from .identity import identity
+from .manifest import FORMAT, Manifest, ShardFile, StatePiece, StoredTensor
 from .resume import Resumed
 from .schedule import Leg
 from .setup import Workspace
 from .shards import (
     BEST,
     FOLDER,
-    FORMAT,
     PARAMETER,
     Checkpoint,
     DamagedCheckpointError,
-    Manifest,
     OtherVersionError,
-    ShardFile,
-    StoredTensor,
     UnreadableCheckpointError,
     checkpoints_in,
     commit,
@@ -62,6 +60,7 @@ class _Report:
 
     files: dict[str, ShardFile] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    states: dict[str, StatePiece] = field(default_factory=dict)
     seconds: float = 0.0
     problem: "_Problem | None" = None
 
@@ -105,6 +104,7 @@ class CheckpointWriter:
         engine: whose state is saved.
         resumed: what the run goes on from.
         legs: of the learning rate; they stand in every checkpoint.
+        carried: states that go from one step to the next.
         before_commit: called by rank 0 before a checkpoint gets its name; what it raises ends the run.
         on_commit: called by rank 0 whenever a checkpoint is in place; an OSError is told.
 
@@ -120,11 +120,12 @@ class CheckpointWriter:
         engine: Engine,
         resumed: Resumed,
         legs: tuple[Leg, ...],
+        carried: CarriedStates,
         *,
         before_commit: Callable[[], None] = lambda: None,
         on_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._workspace, self._engine, self._legs = workspace, engine, legs
+        self._workspace, self._engine, self._legs, self._carried = workspace, engine, legs, carried
         self._before_commit, self._on_commit = before_commit, on_commit
         self._mesh, self._config = workspace.domain.mesh, workspace.config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -146,7 +147,7 @@ class CheckpointWriter:
         share = self._share(step)
         copying_s = time.perf_counter() - began
         directory = self._new_directory(step)
-        writing = self._thread.submit(self._write, directory, share)
+        writing = self._thread.submit(self._write, directory, share, self._carried.piece)
         self._pending = _Pending(step, self._engine.updates, directory, copying_s, writing)
         self._engine.take_communication_s()  # a save's collectives are no step's
         if not self._config.training.save_in_background:
@@ -228,7 +229,8 @@ class CheckpointWriter:
                 f"the parameter {everywhere[0]} ({len(everywhere)} in all) is not finite after step {step}, so it is "
                 f"not saved. Lower training.learning_rate and go on from the checkpoint before."
             )
-        return share | dict(self._engine.full_moments(mine))
+        moments = dict(self._engine.full_moments(mine))
+        return share | moments | {name: value.to("cpu", copy=True) for name, value in self._carried.tensors()}
 
     def _new_directory(self, step: int) -> Path:
         directory = partial_directory(self._config.run_dir, step, self._mesh.from_first(secrets.token_hex(4)))
@@ -238,7 +240,7 @@ class CheckpointWriter:
             self._raise(step, problem)
         return directory
 
-    def _write(self, directory: Path, share: Mapping[str, Tensor]) -> _Report:
+    def _write(self, directory: Path, share: Mapping[str, Tensor], piece: StatePiece | None) -> _Report:
         """In the thread: this rank's shard."""
         began = time.perf_counter()
         try:
@@ -247,7 +249,7 @@ class CheckpointWriter:
             return _Report(problem=_Problem.of(error))
         kinds = ((*name.partition("/"), value) for name, value in share.items())
         shapes = {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER}
-        return _Report(files, shapes, time.perf_counter() - began)
+        return _Report(files, shapes, {file: piece for file in files if piece}, time.perf_counter() - began)
 
     def _manifest(self, pending: _Pending, reports: list[_Report]) -> Manifest:
         config, mesh = self._config, self._mesh
@@ -272,6 +274,7 @@ class CheckpointWriter:
                 for file in report.files
                 for name, shape in report.shapes.items()
             },
+            states={file: piece for report in reports for file, piece in report.states.items()},
             files={file: stored for report in reports for file, stored in report.files.items()},
         )
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import replacing
+from .manifest import Manifest
 from .setup import network_options
-from .shards import NAME, Checkpoint, DamagedCheckpointError, Manifest, OtherVersionError, UnreadableCheckpointError
+from .shards import NAME, Checkpoint, DamagedCheckpointError, OtherVersionError, UnreadableCheckpointError
 
 SUFFIXES = (".safetensors", ".pt")
 

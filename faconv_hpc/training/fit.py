@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..config import DataConfig, ModelConfig, RunConfig
 from ..data.forcings import check_forcings
+from ..data.order import apart, stretches_of_windows
 from ..data.periods import frames_within, mask_of, spans_of, starts_before, starts_within, stretches_of
 from ..data.store import Store
 from ..data.times import ALIKE, SECONDS_PER_HOUR
@@ -171,7 +172,7 @@ def check_store(config: RunConfig, store: Store) -> None:
     _check_variables(data, store)
     check_forcings(data.forcings)
     training = config.training
-    training_starts(store, parts_of(data, store).train, data.window, training.most_leads)
+    _check_chains(config, training_starts(store, parts_of(data, store).train, data.window, training.most_leads))
     if training.validate_every and not data.periods.validation:
         raise InputError(
             f"training.validate_every={training.validate_every}, but data.periods.validation names no dates. "
@@ -179,6 +180,17 @@ def check_store(config: RunConfig, store: Store) -> None:
         )
     if training.validate_every:
         forecast_starts(store, data.periods.validation, data.window, training.validate_leads)
+
+
+def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
+    """Raises InputError where states are to be carried on and no place of the batch would see two windows in a row."""
+    there, batch = apart(stretches_of_windows(starts), config.data.window), config.global_batch
+    if config.training.stateful_windows and there < 2 * batch:
+        raise InputError(
+            f"training.stateful_windows={config.training.stateful_windows} needs at least two windows in a row for "
+            f"each of the {batch} samples of a step, and {config.data.store} has {there} for training that share no "
+            f"input (data.window={config.data.window}). Use a smaller batch or window, or leave it out."
+        )
 
 
 def check_network(model: ModelConfig) -> None:
@@ -203,7 +215,8 @@ def least_bytes(config: RunConfig, cuts: Cuts) -> int:
     hidden, narrow = model.hidden_channels, model.bottleneck_channels or max(model.hidden_channels // 2, 1)
     weights = 5 * hidden * narrow if model.cell == "faconvlstm" else 4 * hidden * hidden * model.kernel_size**2
     rows, columns = cuts.tile(0).shape
-    states = 2 * hidden * rows * columns * config.training.micro_batch
+    carried = config.training.accumulation * bool(config.training.stateful_windows)
+    states = 2 * hidden * rows * columns * config.training.micro_batch * (1 + carried)
     return FLOAT_BYTES * model.layers * (2 * weights + states)
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..data.periods import stretches_of
 from ..errors import InputError
+from .manifest import Manifest
 from .setup import Workspace
-from .shards import Manifest
 
 
 def identity(workspace: Workspace) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     kept |= {f"data.{key}": tree["data"][key] for key in same}
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}
     kept |= {
-        f"training.{key}": tree["training"][key] for key in ("optimizer", "seed", "rollout", "lead_weights", "frozen")
+        f"training.{key}": tree["training"][key]
+        for key in ("optimizer", "seed", "rollout", "stateful_windows", "lead_weights", "frozen")
     }
     stretches = stretches_of(axis, workspace.training_spans)
     dates = [axis.label(frame) for frame in (stretches[0].start, stretches[-1].stop - 1)]

@@ -1,7 +1,8 @@
 """Loading the newest whole checkpoint of a run, by all ranks together; see shards.py for what is on disk."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..spatial.mesh import ProcessMesh
 from .contract import Contract, check_same_data
 from .engine import Engine
 from .identity import check_same_network, check_same_run
+from .manifest import Manifest, StatePiece
 from .schedule import Leg
 from .setup import Workspace
 from .shards import (
@@ -19,7 +21,6 @@ from .shards import (
     PARAMETER,
     Checkpoint,
     DamagedCheckpointError,
-    Manifest,
     UnreadableCheckpointError,
     candidates_in,
     checkpoints_in,
@@ -36,12 +37,16 @@ class Resumed:
         save_s: what it took to save.
         passed_over: names of the damaged checkpoints that are newer.
         legs: of the learning rate until now.
+        directory: of the checkpoint.
+        states: what each of its files has of states.
     """
 
     step: int = 0
     save_s: float = 0.0
     passed_over: frozenset[str] = frozenset()
     legs: tuple[Leg, ...] = ()
+    directory: Path = Path()
+    states: Mapping[str, StatePiece] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def resume(workspace: Workspace, engine: Engine, *, strict: bool = False, up_to:
         held = _held_together(workspace, candidate)
         if isinstance(held, _Held):
             _load(workspace, engine, held)
-            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over), held.manifest.legs)
+            found_in = candidate.path, held.manifest.states
+            return Resumed(candidate.step, held.manifest.save_s, frozenset(passed_over), held.manifest.legs, *found_in)
         problem = f"{candidate.path}: {held}"
         passed_over.add(candidate.path.name)
         if strict:

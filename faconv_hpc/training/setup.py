@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..config import ModelConfig, RunConfig
+from ..data.order import Chained, Order, Shuffled
 from ..data.samples import Windows
 from ..data.store import Store
 from ..data.variables import Channels
@@ -113,13 +114,20 @@ def network_options(model: ModelConfig, channels: Channels) -> dict[str, Any]:
     return sizes | model.model_dump(include=kept)
 
 
-def sample_positions(config: RunConfig, step: int, micro: int, replica: int) -> tuple[int, int]:
-    """(first position, count) of one micro-batch in the run's order of samples.
+def order_of(config: RunConfig, windows: Windows) -> Order:
+    """Which of the windows each sample of each step is."""
+    training, batch = config.training, config.global_batch
+    if not training.stateful_windows:
+        return Shuffled(training.seed, len(windows), batch)
+    return Chained(training.seed, windows.starts, config.data.window, batch, training.stateful_windows)
 
-    A step takes the next ``global_batch`` positions. They are dealt to micro-batches, then replicas, then
-    samples, so that a step sees the same samples on every mesh with the same global batch.
+
+def places_of(config: RunConfig, micro: int, replica: int) -> range:
+    """Which samples of a step one micro-batch of a replica has.
+
+    The ``global_batch`` places are dealt to micro-batches, then replicas, then samples, so that a step sees the same
+    samples on every mesh with the same global batch.
     """
     training = config.training
-    per_micro = config.mesh.replicas * training.micro_batch
-    first = step * config.global_batch + micro * per_micro + replica * training.micro_batch
-    return first, training.micro_batch
+    first = (micro * config.mesh.replicas + replica) * training.micro_batch
+    return range(first, first + training.micro_batch)

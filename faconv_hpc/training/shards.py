@@ -2,7 +2,7 @@
 
 A checkpoint is a directory ``step-00000040`` that holds::
 
-    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME
+    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME; state/LAYER/h and c of a tile
     manifest.json                 step, seed, mesh, ZeRO stage, versions, config; what lies in which file
     SHA256SUMS                    of all the others; `sha256sum --check SHA256SUMS` reads it too
 
@@ -17,9 +17,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -27,12 +26,10 @@ from torch import Tensor
 from ..errors import InputError, TryAgainError
 from ..files import flush_entries, write_flushed
 from ..versions import __version__
-from .contract import Contract
-from .schedule import Leg
+from .manifest import FORMAT, READ, Manifest, ShardFile
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
 BEST = "best"  # a link to best-step-00000040, which holds the same files as step-00000040, or did
-FORMAT = "faconv_hpc checkpoint 4"  # 1 had no legs, 2 no contract, and 3 no roles
 NAME = re.compile(r"step-(\d{8,})")
 BEST_NAME = re.compile(r"best-step-(\d{8,})")
 UNFINISHED = re.compile(r"\.(best-)?step-\d{8,}\.[0-9a-f]{8}\.(partial|removed)")
@@ -51,57 +48,6 @@ class OtherVersionError(InputError):
 
 class UnreadableCheckpointError(TryAgainError):
     """A checkpoint that cannot be read here and now: this says nothing about what it holds."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ShardFile(_Section):
-    """One file of a checkpoint."""
-
-    bytes: int
-    sha256: str
-
-
-class StoredTensor(_Section):
-    """Where a parameter lies, its value in full precision; its moments, of the same shape and type, stand beside it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: Literal["float32"] = "float32"
-
-
-class Manifest(_Section):
-    """What a checkpoint holds and where it comes from.
-
-    Attributes:
-        run: which run wrote it; only that run removes it.
-        updates: that the optimizer has made; fewer than steps where some were left out.
-        mesh: REPLICASxLATxLON that it was written on; any other can read it.
-        save_s: what copying and writing took the slowest rank.
-        moments: of the optimizer, stored beside every parameter.
-        identity: what a run must keep to go on as it began.
-        contract: what the network was trained on.
-        legs: of the learning rate.
-    """
-
-    format: Literal["faconv_hpc checkpoint 4"]
-    run: str
-    step: int
-    updates: int
-    seed: int
-    mesh: str
-    zero_stage: int
-    versions: dict[str, str]
-    save_s: float = 0.0
-    config: dict[str, Any]
-    identity: dict[str, Any]
-    contract: Contract
-    moments: tuple[str, ...]
-    legs: tuple[Leg, ...]
-    parameters: dict[str, StoredTensor]
-    files: dict[str, ShardFile]
 
 
 @dataclass(frozen=True)
@@ -142,7 +88,7 @@ class Checkpoint:
             found, wrote = said["format"], said["versions"]["faconv_hpc"]
         except (ValueError, KeyError, TypeError):
             return
-        if found != FORMAT:
+        if found not in READ:
             raise OtherVersionError(
                 f"{self.path} was written by faconv_hpc {wrote} as {found!r}, this is faconv_hpc {__version__}, which "
                 f"reads {FORMAT!r}. Install the version that wrote it, or start anew with another run_dir."

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from ..config import RunConfig
-from ..data.samples import Batch, ReadAhead, Windows, sample_order
+from ..data.order import Order
+from ..data.samples import Batch, ReadAhead, Windows
 from ..data.store import Store
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
+from ..model.recurrence import State
 from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
+from .carried import CarriedStates
 from .checkpoint import CheckpointWriter, SaveFailedError
 from .engine import Engine
 from .faults.claim import Claim, claimed
@@ -33,7 +36,7 @@ from .objective import losses_of
 from .records import Recorder, StepRecord, beginning, ending, look_is_missing, recording
 from .resume import contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
-from .setup import Workspace, build_network, sample_positions
+from .setup import Workspace, build_network, order_of, places_of
 from .start_from import Beginning
 from .validation import Validation
 
@@ -77,6 +80,9 @@ def train(
         workspace, engine = _made(config, store, mesh)
         windows = workspace.training_windows()
         resumed = resume(workspace, engine, strict=strict)
+        order = order_of(config, windows)
+        carried = CarriedStates(config, workspace.domain, order)
+        carried.load(resumed.directory, resumed.states, engine.activation_type)
         legs = legs_of(config, resumed.legs, extend)
         done = resumed.step
         progress = partial(made_progress, config.run_dir)
@@ -89,15 +95,16 @@ def train(
                     file=sys.stderr,
                 )
             return EXIT_OK
-        writer = CheckpointWriter(workspace, engine, resumed, legs, before_commit=claim.check, on_commit=progress)
+        given = workspace, engine, resumed, legs, carried
+        writer = CheckpointWriter(*given, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))
         recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=_machines(mesh)))
-        requests = _requests(config, windows, mesh.replica, done)
+        requests = _requests(config, order, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
         if here and not looks:
             _announce(workspace, engine, windows, done)
-        code = Trainer(workspace, engine, batches, recorder, writer, stop, claim, legs).run(done)
+        code = Trainer(workspace, engine, batches, carried, recorder, writer, stop, claim, legs).run(done)
         if code == EXIT_OK and here:
             progress()  # also where all was done already but a look
         return code
@@ -132,14 +139,13 @@ def _machines(mesh: ProcessMesh) -> dict[str, Any]:
     return {"hosts": list(dict.fromkeys(hosts)), "device": device}
 
 
-def _requests(config: RunConfig, windows: Windows, replica: int, done: int) -> Iterator[tuple[list[int], int]]:
+def _requests(config: RunConfig, order: Order, replica: int, done: int) -> Iterator[tuple[list[int], int]]:
     """Which windows each micro-batch of this replica reads, and how much of them, from the first step not done."""
     training = config.training
     for step in range(done, training.steps):
         steps = config.data.window + training.leads_after(step) - 1
         for micro in range(training.accumulation):
-            position, count = sample_positions(config, step, micro, replica)
-            yield sample_order(training.seed, position, count, len(windows)), steps
+            yield [order.window(step, place) for place in places_of(config, micro, replica)], steps
 
 
 def _read(windows: Windows, device: torch.device, request: tuple[Sequence[int], int]) -> Batch:
@@ -156,6 +162,7 @@ class Trainer:
         workspace: Workspace,
         engine: Engine,
         batches: Iterator[Batch],
+        carried: CarriedStates,
         recorder: Recorder | None,
         writer: CheckpointWriter,
         stop: StopRequest,
@@ -164,7 +171,7 @@ class Trainer:
     ) -> None:
         self._workspace, self._config, self._domain = workspace, workspace.config, workspace.domain
         self._mesh, self._activity = workspace.domain.mesh, workspace.domain.mesh.activity
-        self._engine, self._batches, self._recorder = engine, iter(batches), recorder
+        self._engine, self._batches, self._carried, self._recorder = engine, iter(batches), carried, recorder
         self._writer, self._stop, self._claim, self._legs = writer, stop, claim, legs
         self._unsaved = 0  # saves in a row that failed
         self._step_s: float | None = None  # what the last step took the slowest rank; 0 for the first of a start
@@ -309,12 +316,13 @@ class Trainer:
                     if end.comes_too_late:
                         return None, end
                 self._engine.step(rate)  # ends the micro-batch before; DeepSpeed updates after the last one only
-            micros.append(self._backward(self._next_batch()))
+            micros.append(self._backward(self._next_batch(), self._carried.before(step - 1, micro)))
         loss, forecast = torch.stack([micro.losses for micro in micros]).mean(0).tolist()
         with self._activity.during("optimizer step"):
             doubt = self._not_finite.before_update(step, loss, micros)
             self._engine.step(rate)
             update = self._not_finite.after_update(doubt)
+            self._carried.end_step(applied=update == "applied")
         record, end = self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
         self._step_s = 0.0 if self._step_s is None else end.step_s  # the first is no measure of the next
         return record, end
@@ -324,12 +332,14 @@ class Trainer:
             batch = next(self._batches)
         return batch.to(self._mesh.device, non_blocking=True)
 
-    def _backward(self, batch: Batch) -> MicroBatch:
+    def _backward(self, batch: Batch, state: tuple[State, ...] | None) -> MicroBatch:
         """Forward and backward of one micro-batch; nothing waits for the device."""
         network, domain = self._engine.network, self._domain
         with self._activity.during("forward"):
             feedback = feedback_for(batch, self._config.data.window)
-            output = self._engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain, feedback=feedback)
+            given = batch.inputs_BTCYX, batch.year_fraction_BT, domain
+            output = self._engine.forward(*given, state=state, feedback=feedback)
+            self._carried.after(output.window_state)
             losses = losses_of(network, output, batch, domain, self._config.training.lead_weights)
         with self._activity.during("backward"):
             self._engine.backward(losses.total)

@@ -1,0 +1,130 @@
+"""Which window each sample of each step is: a pure function of seed and step.
+
+So there is no state of it to save, and it does not depend on how the samples of a step are dealt to ranks: they have
+places in the step's batch. What is drawn is drawn by the Philox generator with the key (seed, epoch), and only of its
+raw bits, which NumPy keeps the same in all versions, other than what it makes of them.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Order(Protocol):
+    """Of the samples of a run. Steps and places are counted from 0."""
+
+    def window(self, step: int, place: int) -> int:
+        """Which window is at a place of the batch of a step."""
+
+    def follows(self, step: int, place: int) -> bool:
+        """Whether that window begins where the one ends that was at this place in the step before."""
+
+
+class Shuffled:
+    """Every epoch is a permutation of all windows; a step takes the next ones, whichever epoch they are of.
+
+    Args:
+        seed: of the order.
+        windows: how many there are.
+        batch: samples of a step.
+    """
+
+    def __init__(self, seed: int, windows: int, batch: int) -> None:
+        assert windows > 0, f"no windows to order, {windows}"
+        self._seed, self._windows, self._batch = seed, windows, batch
+        self._permutation = lru_cache(maxsize=2)(self._drawn)
+
+    def window(self, step: int, place: int) -> int:
+        epoch, number = divmod(step * self._batch + place, self._windows)
+        return self._permutation(epoch)[number]
+
+    def follows(self, step: int, place: int) -> bool:
+        return False
+
+    def _drawn(self, epoch: int) -> list[int]:
+        return _permutation(_generator(self._seed, epoch), self._windows)
+
+
+class Chain(NamedTuple):
+    """Windows each of which begins where the one before it ends, and is at its place in the next step."""
+
+    first: int
+    windows: int
+
+
+class Chained:
+    """In every epoch each place sees chains of windows, of random length.
+
+    The windows of a stretch are cut, from one of its first that is drawn, into those that share no input. These are
+    cut into chains of 1 to ``longest`` windows, as drawn; the chains of all stretches are permuted, put one after the
+    other, and dealt to the places in equal parts. A part may begin or end within a chain. Of what is left over, fewer
+    windows than there are places, nothing is seen in that epoch.
+
+    Args:
+        seed: of the order.
+        starts: (windows,) first frames of the windows, ascending.
+        length: inputs of one, by which a window begins later than the one that it follows.
+        batch: samples of a step.
+        longest: windows of a chain at most.
+    """
+
+    def __init__(self, seed: int, starts: NDArray[np.int64], length: int, batch: int, longest: int) -> None:
+        self._seed, self._length, self._longest = seed, length, longest
+        self._stretches = stretches_of_windows(starts)
+        self._windows = apart(self._stretches, length)
+        self._steps = max(self._windows // batch, 1)
+        self._epoch = lru_cache(maxsize=2)(self._drawn)
+
+    def window(self, step: int, place: int) -> int:
+        epoch, number = divmod(step, self._steps)
+        windows, _ = self._epoch(epoch)
+        return windows[(place * self._steps + number) % self._windows]
+
+    def follows(self, step: int, place: int) -> bool:
+        epoch, number = divmod(step, self._steps)
+        _, is_first = self._epoch(epoch)
+        return number > 0 and not is_first[(place * self._steps + number) % self._windows]
+
+    def _drawn(self, epoch: int) -> tuple[list[int], list[bool]]:
+        """The windows in their order, and which of them are the first of a chain."""
+        generator = _generator(self._seed, epoch)
+        chains: list[Chain] = []
+        for stretch in self._stretches:
+            count = apart([stretch], self._length)
+            spare = len(stretch) - (count - 1) * self._length
+            first = stretch.start + int(generator.random_raw()) % spare
+            while count:
+                chain = Chain(first, min(1 + int(generator.random_raw()) % self._longest, count))
+                chains.append(chain)
+                first, count = first + chain.windows * self._length, count - chain.windows
+        windows: list[int] = []
+        is_first: list[bool] = []
+        for number in _permutation(generator, len(chains)):
+            chain = chains[number]
+            windows += range(chain.first, chain.first + chain.windows * self._length, self._length)
+            is_first += [True] + [False] * (chain.windows - 1)
+        return windows, is_first
+
+
+def stretches_of_windows(starts: NDArray[np.int64]) -> list[range]:
+    """Windows, by number, of which each begins one frame after the one before."""
+    edges = [0, *(np.flatnonzero(np.diff(starts) != 1) + 1).tolist(), len(starts)]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+def apart(stretches: Iterable[range], length: int) -> int:
+    """How many windows of a length have no input in common: in each stretch as many as fit, and one at least."""
+    return sum(max(len(stretch) // length, 1) for stretch in stretches)
+
+
+def _generator(seed: int, epoch: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
+
+
+def _permutation(generator: np.random.Philox, count: int) -> list[int]:
+    order: list[int] = np.argsort(np.asarray(generator.random_raw(count)), kind="stable").tolist()
+    return order
