@@ -56,7 +56,7 @@ def trained_and_told(config, layout=TWO, scores=SCORES, until=None, strict=False
             if until is not None and step > until:
                 raise KeyboardInterrupt
             look(self, may_go_on)
-            return (Skill("wave_0", 1, "", scores[step], 1.0),)
+            return (Skill("wave_0", 1, "", scores[step], 1.0, 1.0),)
 
         Validation.skills = skills
         try:

@@ -255,7 +255,7 @@ def test_the_mesh_does_not_change_what_roles_make(made, run, tmp_path, layout, s
     ]
     rows = [(step, name, lead) for step in (2, 4) for lead in (1, 2) for name in ("heat", "wind", "rain")]
     assert [(row["step"], row["variable"], row["lead"]) for row in looks[0]] == rows
-    for key in ("rmse", "persistence_rmse"):
+    for key in ("rmse", "persistence_rmse", "climatology_rmse"):
         np.testing.assert_allclose(*([row[key] for row in one] for one in looks), rtol=2e-5)
 
 
@@ -265,8 +265,14 @@ def test_verify_holds_for_all_roles(made, tmp_path):
         assert rows and all(row.passed for row in rows)
 
 
-def test_skill_is_in_physical_units_beside_persistence(made, run, tmp_path):
-    """The forecast's error by its figure, persistence's by the files: of rain, too, whose logarithm is forecast."""
+def climatology(field, at):
+    """Of the nine frames of training, at one time: by hours. The year's third twelfth begins on 2 March at 20:00."""
+    late = {0: [8], 1: [], 2: [], 3: []}[at % 4]
+    return np.mean([field[one] for one in late or range(at % 4, 8, 4)], axis=0)
+
+
+def test_skill_is_in_physical_units_beside_persistence_and_climatology(made, run, tmp_path):
+    """The forecast's error by its figure, the others' by the files: of rain, too, whose logarithm is forecast."""
     store, dataset = made
     (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluate(run, mesh, 2))
     first, last = 12, FRAMES  # frames of the test period
@@ -276,6 +282,9 @@ def test_skill_is_in_physical_units_beside_persistence(made, run, tmp_path):
         field = dataset[skill.variable].values.astype(np.float64)
         squares = [np.average((field[at + skill.lead] - field[at]) ** 2, weights=weights_of()) for at in starts]
         assert skill.persistence_rmse == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-5), skill
+        targets = [at + skill.lead for at in starts]
+        squares = [np.average((field[at] - climatology(field, at)) ** 2, weights=weights_of()) for at in targets]
+        assert skill.climatology_rmse == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-5), skill
         assert 0.3 < skill.ratio < 1.1
     names = [one.name for one in evaluation.example.variables]
     assert names == ["heat", "wind", "rain"] and [skill.units for skill in evaluation.skills[:3]] == [
@@ -301,11 +310,14 @@ def test_forecast_and_persistence_are_judged_on_the_same_cells(tmp_path):
     network = randomized(FAConvLSTMNetwork(2, 1, 8, 1, diagnostic_channels=1, **options))
     domain = Domain(LatLonGrid(NLAT, NLON))
     with torch.no_grad():
-        found = list(forecasts_of(network, batch, 2, domain))
+        mean_LCYX = random_like((2, 2, NLAT, NLON), 4).where(random_like((2, 2, NLAT, NLON), 5) > -0.3, torch.nan)
+        found = list(forecasts_of(network, batch, 2, domain, mean_LCYX))
     for lead, fields in enumerate(found):
         known = valid[0, 0, 1] & valid[0, 1 + lead, 1]
         assert torch.equal(~fields.truth_CYX[1].isnan(), known)
         assert torch.equal(~(fields.persistence_CYX[1] - fields.truth_CYX[1]).isnan(), known)
+        changes = mean_LCYX[lead, 0] - x[0, 1, 0], mean_LCYX[lead, 1]
+        torch.testing.assert_close(fields.climatology_CYX, torch.stack(changes), equal_nan=True)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_
 def test_on_every_mesh_it_is_the_same(tmp_path, store, looks_of, layout, zero_stage, samples):
     """Four windows; with three samples two replicas have one that counts for neither."""
     rows = trained(config_of(tmp_path, store, layout, zero_stage=zero_stage, validate_samples=samples), layout)
-    for name in ("rmse", "persistence_rmse"):
+    for name in ("rmse", "persistence_rmse", "climatology_rmse"):
         want = [row[name] for row in looks_of[samples]]
         np.testing.assert_allclose([row[name] for row in rows], want, rtol=1e-6)
 

@@ -1,5 +1,6 @@
 """``faconv evaluate``: how good a run's forecasts are."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 
 if TYPE_CHECKING:
     from ..evaluation.skill import Evaluation
+    from ..training.skill import Skill
 
 
 Leads = Annotated[int, typer.Option(min=1, help="Run freely for so many steps, each on the forecast before it.")]
@@ -24,7 +26,8 @@ Samples = Annotated[
 def evaluate_command(
     model: ModelPath, ranks: Ranks = None, leads: Leads = 1, samples: Samples = None, as_json: AsJson = False
 ) -> None:
-    """Forecast the test period of a run: RMSE per variable and lead beside persistence, and a figure.
+    """Forecast the test period of a run: RMSE per variable and lead, and a figure. Persistence (no change) and
+    climatology (the mean of the training period at that time of year and day) stand beside it.
 
     By its newest checkpoint, or that of a directory such as `runs/my_run/checkpoints/best`.
 
@@ -66,10 +69,10 @@ def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
     steps = f"{leads} steps" if leads > 1 else "1 step"
     title = f"{evaluation.forecasts} forecasts of {steps}, {what}, by the checkpoint of step {evaluation.step}"
     table = Table(title=f"{title}, area-weighted RMSE")
-    for column in ("variable", "units", "lead", "forecast", "persistence", "ratio"):
+    for column in ("variable", "units", "lead", "forecast", "persistence", "ratio", "climatology"):
         table.add_column(column, justify="left" if column in ("variable", "units") else "right")
     for skill in sorted(evaluation.skills, key=lambda one: (names.index(one.variable), one.lead)):
-        numbers = (f"{skill.rmse:.4g}", f"{skill.persistence_rmse:.4g}", f"{skill.ratio:.3f}")
+        numbers = (f"{skill.rmse:.4g}", f"{skill.persistence_rmse:.4g}", f"{skill.ratio:.3f}", _known(skill))
         table.add_row(skill.variable, skill.units, str(skill.lead), *numbers)
     console = Console()
     console.print(table)
@@ -77,3 +80,7 @@ def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
         f"loss of the run: {evaluation.first_loss:.4f} at its start, {evaluation.last_loss:.4f} at its end "
         f"({evaluation.last_loss / evaluation.first_loss:.2f} of it)\nfigure: {figure}"
     )
+
+
+def _known(skill: "Skill") -> str:
+    return "-" if math.isnan(skill.climatology_rmse) else f"{skill.climatology_rmse:.4g}"

@@ -54,6 +54,10 @@ class Variable(BaseModel):
         """What a target is divided by: the change to the next frame, or a diagnostic's departure from its mean."""
         return (self.tendency_std or 1.0) if self.role == "prognostic" else self.scale
 
+    def value(self, z: "Tensor") -> "Tensor":
+        """x in its units."""
+        return z if self.log1p is None else self.log1p * z.expm1()
+
     def change(self, z: "Tensor", dz: "Tensor") -> "Tensor":
         """By how much x changes, in its units, where z changes by dz; exact also where the change is small."""
         return dz if self.log1p is None else self.log1p * z.exp() * dz.expm1()

@@ -1,4 +1,4 @@
-"""How good the forecasts are: area-weighted RMSE per variable and lead, beside persistence."""
+"""How good the forecasts are: area-weighted RMSE per variable and lead, beside persistence and climatology."""
 
 import json
 import math
@@ -131,13 +131,15 @@ def evaluate(
     windows = workspace.forecast_windows(workspace.contract.test, leads)
     network = trained_network(workspace, checkpoint)
     sums = SkillSums(leads, len(windows.channels.targets))
+    climatology, window, domain = workspace.climatology(), config.data.window, workspace.domain
     first_step: LeadFields | None = None
     some = windows.spread(samples or len(windows))
     for index in some:
         with mesh.activity.during(READING):
             batch = windows.read([index]).to(mesh.device)
-        for lead, fields in enumerate(forecasts_of(network, batch, config.data.window, workspace.domain), start=1):
-            sums.add(lead, fields, workspace.domain)
+        mean_LCYX = climatology.at(windows.frames_of(index)[window:]).to(mesh.device)
+        for lead, fields in enumerate(forecasts_of(network, batch, window, domain, mean_LCYX), start=1):
+            sums.add(lead, fields, domain)
             first_step = fields if lead == 1 else first_step
     assert first_step is not None, "a Windows has at least one window"
     first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])

@@ -76,11 +76,12 @@ class ConvLSTM2d(nn.Module):
         """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         gates_BTCYX = self._input_gates(x_BTCYX, domain)
+        of_steps = gates_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them
         inner = domain if self.padding == "same" else Domain.plane(*gates_BTCYX.shape[-2:])
         start = state if state is not None else zero_state(gates_BTCYX, self.hidden_channels)
 
         def step(number: int, before: State) -> State:
-            return self._step(gates_BTCYX[:, number], before, inner)
+            return self._step(of_steps[number], before, inner)
 
         return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
 

@@ -130,10 +130,10 @@ class FAConvLSTM2d(nn.Module):
         """
         _check_input(x_BTCYX, self.in_channels)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        padded_BTCYX, mean_BTC = self._input_bottleneck(x_BTCYX, domain)
+        of_steps = self._input_bottleneck(x_BTCYX, domain)
 
         def step(number: int, before: State) -> State:
-            h, c = self._step(padded_BTCYX[:, number], mean_BTC[:, number], before, domain)
+            h, c = self._step(*of_steps[number], before, domain)
             if self.attention is not None and (first_step + number + 1) % self.attention_every == 0:
                 h = h + self.attention(h, domain)
             return h, c
@@ -141,12 +141,15 @@ class FAConvLSTM2d(nn.Module):
         start = state if state is not None else zero_state(x_BTCYX, self.hidden_channels)
         return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
 
-    def _input_bottleneck(self, x_BTCYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
-        """W_x x + b of all steps at once, with its halo and mean: one product, one exchange."""
+    def _input_bottleneck(self, x_BTCYX: Tensor, domain: Domain) -> list[tuple[Tensor, Tensor]]:
+        """W_x x + b of each step, with its halo and mean; of all at once: one product, one exchange.
+
+        They are unbound and not indexed, which in backward would fill a gradient of all steps for each of them.
+        """
         batch = x_BTCYX.shape[:2]
         u = pointwise(self.input_weight, x_BTCYX.flatten(0, 1), self.bottleneck_bias)
         padded, mean = domain.pad_and_mean(u, self.taps.reach)
-        return padded.unflatten(0, batch), mean.unflatten(0, batch)
+        return list(zip(padded.unflatten(0, batch).unbind(1), mean.unflatten(0, batch).unbind(1), strict=True))
 
     def _step(self, padded_BCYX: Tensor, mean_BC: Tensor, state: State, domain: Domain) -> State:
         h, c = state

@@ -9,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..config import ModelConfig, RunConfig
+from ..data.climatology import Climatology
 from ..data.order import Chained, Order, Shuffled
 from ..data.samples import Windows
 from ..data.store import Store
 from ..data.variables import Channels
 from ..model.network import FAConvLSTMNetwork
+from ..observe import READING
 from ..spatial.domain import Domain
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
@@ -75,6 +77,12 @@ class Workspace:
         """
         length = self.config.data.window
         return self.windows(forecast_starts(self.store, dates, length, leads), length + leads - 1)
+
+    def climatology(self) -> Climatology:
+        """Of what is forecast, at the dates of training, on this rank's tile; reads."""
+        with self.domain.mesh.activity.during(READING):
+            names = [one.name for one in self.contract.channels.targets]
+            return Climatology.of(self.store, self.training_spans, names, self.domain.tile)
 
     def windows(self, starts: NDArray[np.int64], length: int, tile: Tile | None = None) -> Windows:
         """Samples of this rank's tile, or of another."""

@@ -18,13 +18,15 @@ from .free_run import free_run
 
 @dataclass(frozen=True)
 class Skill:
-    """Errors of one variable's forecasts over some steps (``lead``), in its units."""
+    """Errors of one variable's forecasts over some steps (``lead``), in its units, beside those of forecasting no
+    change, and of forecasting the `Climatology`. NaN: not known."""
 
     variable: str
     lead: int
     units: str
     rmse: float
     persistence_rmse: float
+    climatology_rmse: float
 
     @property
     def ratio(self) -> float:
@@ -45,18 +47,20 @@ class LeadFields:
     Attributes:
         truth_CYX, forecast_CYX: what came, and what was forecast.
         persistence_CYX: what no change would have been; of diagnostics unknown after a window of one step.
+        climatology_CYX: what would have led to the climatology.
     """
 
     truth_CYX: Tensor
     forecast_CYX: Tensor
     persistence_CYX: Tensor
+    climatology_CYX: Tensor
 
 
 class SkillSums:
-    """Squared errors of forecasts and of persistence, summed up over the grid and over forecasts."""
+    """Squared errors of forecasts, persistence and climatology, summed up over the grid and over forecasts."""
 
     def __init__(self, leads: int, targets: int) -> None:
-        self._squares, self._weights = (torch.zeros(leads, 2, targets, dtype=torch.float64) for _ in range(2))
+        self._squares, self._weights = (torch.zeros(leads, 3, targets, dtype=torch.float64) for _ in range(2))
 
     def add(self, lead: int, fields: LeadFields, domain: Domain, *, counts: bool = True) -> None:
         """One forecast of this tile. Collective over the tiles.
@@ -64,10 +68,10 @@ class SkillSums:
         Args:
             counts: whether it does; one that does not keeps other ranks company.
         """
-        truth_CYX, persistence_CYX = fields.truth_CYX, fields.persistence_CYX
-        known_CYX = ~truth_CYX.isnan()  # a forecast that is no number is wrong, not unknown
-        valid_RCYX = torch.stack([known_CYX, known_CYX & ~persistence_CYX.isnan()])
-        errors_RCYX = torch.stack([fields.forecast_CYX, persistence_CYX]) - truth_CYX
+        known_CYX = ~fields.truth_CYX.isnan()  # a forecast that is no number is wrong, not unknown
+        others_RCYX = torch.stack([fields.persistence_CYX, fields.climatology_CYX])
+        valid_RCYX = torch.cat([known_CYX[None], known_CYX & ~others_RCYX.isnan()])
+        errors_RCYX = torch.cat([fields.forecast_CYX[None], others_RCYX]) - fields.truth_CYX
         squares, weights = _area_squares(errors_RCYX, valid_RCYX, domain)
         if counts:
             self._squares[lead - 1] += squares
@@ -84,16 +88,16 @@ class SkillSums:
         """Of all targets, lead by lead."""
         rmse = (self._squares / self._weights).sqrt()
         return tuple(
-            Skill(variable.name, lead, variable.units, float(own), float(persistence))
+            Skill(variable.name, lead, variable.units, *of_variable.tolist())
             for lead, errors in enumerate(rmse, start=1)
-            for variable, own, persistence in zip(channels.targets, *errors, strict=True)
+            for variable, of_variable in zip(channels.targets, errors.T, strict=True)
         )
 
 
 def forecasts_of(
-    network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain
+    network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain, climatology_LCYX: Tensor
 ) -> Iterator[LeadFields]:
-    """Of the first sample of a batch, lead by lead.
+    """Of the first sample of a batch, lead by lead, beside the climatology of their times.
 
     A change is known where the field was known in every frame from the first to the last, a diagnostic where it is
     and was at the last input.
@@ -107,6 +111,8 @@ def forecasts_of(
     before_CYX = torch.full_like(diagnostics_TCYX[0], float("nan")) if window == 1 else diagnostics_TCYX[window - 2]
     start_CYX = batch.inputs_BTCYX[0, window - 1]
     persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), start_CYX, channels)
+    z_CYX = _reference(start_CYX, channels)
+    reference_CYX = torch.stack([one.value(z) for one, z in zip(channels.targets, z_CYX, strict=True)])
     for lead, forecast in enumerate(free_run(network, batch, window, domain)):
         came_CYX = diagnostics_TCYX[window - 1 + lead]
         if window > 1:  # where it was known, as a change is: both errors are of the same cells
@@ -114,17 +120,22 @@ def forecasts_of(
         truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
         came, said = (_in_units(fields, start_CYX, channels) for fields in (truth_CYX, forecast_CYX))
-        yield LeadFields(came, said, persistence_CYX)
+        yield LeadFields(came, said, persistence_CYX, climatology_LCYX[lead] - reference_CYX)
 
 
 def _in_units(fields_CYX: Tensor, start_CYX: Tensor, channels: Channels) -> Tensor:
     """(C, Y, X) float64 of the targets' changes, or of diagnostics' departures from their mean."""
+    z_CYX = _reference(start_CYX, channels)
+    changes = zip(channels.targets, z_CYX, fields_CYX.double(), strict=True)
+    return torch.stack([variable.change(z, dz * variable.target_scale) for variable, z, dz in changes])
+
+
+def _reference(start_CYX: Tensor, channels: Channels) -> Tensor:
+    """(C, Y, X) float64 what the changes of the targets are from: the last input, or the mean of diagnostics."""
     parts = []
     for place, variable in enumerate(channels.targets):
-        dz = fields_CYX[place].double() * variable.target_scale
-        mean = torch.full_like(dz, variable.mean)
-        z = start_CYX[place] * variable.scale + mean if variable.role == "prognostic" else mean
-        parts.append(variable.change(z, dz))
+        mean = torch.full(start_CYX.shape[-2:], variable.mean, dtype=torch.float64, device=start_CYX.device)
+        parts.append(start_CYX[place] * variable.scale + mean if variable.role == "prognostic" else mean)
     return torch.stack(parts)
 
 

@@ -27,6 +27,7 @@ class Validation:
             own = replace(workspace, store=copy(workspace.store))
             windows = own.forecast_windows(workspace.contract.validation, self._leads)
             self._windows, self._some = windows, windows.spread(training.validate_samples)
+            self._climatology = own.climatology()
 
     def skills(self, may_go_on: Callable[[float], bool]) -> tuple[Skill, ...] | None:
         """Of all variables and leads; None: it was given up. Collective.
@@ -37,7 +38,7 @@ class Validation:
             may_go_on: asked before another window, which takes so many seconds. Collective.
         """
         workspace, engine = self._workspace, self._engine
-        domain, mesh = workspace.domain, workspace.domain.mesh
+        domain, mesh, window = workspace.domain, workspace.domain.mesh, workspace.config.data.window
         sums = SkillSums(self._leads, len(workspace.contract.channels.targets))
         turn_s = 0.0
         with mesh.activity.during(VALIDATING), engine.evaluating():
@@ -46,9 +47,11 @@ class Validation:
                     return None
                 began = time.perf_counter()
                 place = turn * mesh.replicas + mesh.replica
+                index = self._some[min(place, len(self._some) - 1)]
                 with mesh.activity.during(READING):
-                    batch = self._windows.read([self._some[min(place, len(self._some) - 1)]]).to(mesh.device)
-                found = forecasts_of(engine.forward, batch, workspace.config.data.window, domain)
+                    batch = self._windows.read([index]).to(mesh.device)
+                mean_LCYX = self._climatology.at(self._windows.frames_of(index)[window:]).to(mesh.device)
+                found = forecasts_of(engine.forward, batch, window, domain, mean_LCYX)
                 for lead, fields in enumerate(found, start=1):
                     sums.add(lead, fields, domain, counts=place < len(self._some))
                 turn_s = time.perf_counter() - began
