@@ -204,6 +204,13 @@ class TrainingConfig(Section):
         """For how many leads the step is trained that follows so many."""
         return self.rollout.get(max((step for step in self.rollout if step <= done), default=-1), 1)
 
+    @field_validator("stateful_windows")
+    @classmethod
+    def _one_follows_none(cls, windows: int) -> int:
+        if windows == 1:
+            raise ValueError("0, or 2 and more: a window that is alone follows none, and no state is carried on")
+        return windows
+
     @model_validator(mode="after")
     def _who_stops_looks(self) -> "TrainingConfig":
         if self.stop_after and not self.validate_every:

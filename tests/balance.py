@@ -98,6 +98,7 @@ def _left_out(items):
 
     Without names all but every part-th of a test's combinations. With names of parameters all but those where the
     numbers of their values add up to a multiple of ``parts``: every value is tried, with a share of every other's.
+    Where one would not be, all combinations are tried.
     """
     combinations = defaultdict(list)
     for item in items:
@@ -106,11 +107,15 @@ def _left_out(items):
     for those in combinations.values():
         parts, *names = those[0].get_closest_marker("every").args
         values = {name: list(dict.fromkeys(repr(item.callspec.params[name]) for item in those)) for name in names}
+        out = []
         for number, item in enumerate(those):
             if names:
                 number = sum(values[name].index(repr(item.callspec.params[name])) for name in names)
-            if number % parts:
-                yield item
+            out += [item] * bool(number % parts)
+        kept = [item for item in those if item not in out]
+        seen = [{repr(item.callspec.params[name]) for item in kept} for name in names]
+        if seen == [{*values[name]} for name in names]:  # not where only some were asked for
+            yield from out
 
 
 class Stopwatch:

@@ -65,3 +65,5 @@ def test_of_combinations_a_share_is_tried_that_has_every_value():
     grid = [Item(f"b::grid[{x}{y}]", every=(2, "x", "y"), x=x, y=[y]) for x in "pqr" for y in range(4)]
     assert tried([*grid, *rows])[:6] == [f"b::grid[{one}]" for one in ("p0", "p2", "q1", "q3", "r0", "r2")]
     assert len(tried([*grid, *rows], "--all")) == 19
+    few = [Item(f"c::few[{x}{y}]", every=(3, "x", "y"), x=x, y=y) for x in "pq" for y in "pq"]
+    assert len(tried(few)) == 4  # a third of them would be without q

@@ -163,13 +163,13 @@ def test_a_step_of_many_micro_batches_is_given_up_if_its_end_would_come_too_late
         def check(mesh):
             backward, seen = Trainer._backward, []
 
-            def slow(self, batch):
+            def slow(self, *given):
                 seen.append(self._activity.step)
                 if at_step and self._activity.step >= at_step - 1:
                     time.sleep(0.8)
                     if seen.count(at_step) == 2 and mesh.rank == 1:
                         os.kill(os.getpid(), signal.SIGTERM)
-                return backward(self, batch)
+                return backward(self, *given)
 
             Trainer._backward = slow
             told = io.StringIO()
@@ -571,11 +571,11 @@ def with_nan(directory, store, layout, training, bad_steps, channel=1, rate_zero
         backward, rate = Trainer._backward, trainer_module.learning_rate
         spoilt = set()
 
-        def spoiled(self, batch):
+        def spoiled(self, batch, *rest):
             if (step := self._activity.step) in set(bad_steps) - spoilt and mesh.replica == 0:
                 spoilt.add(step)
                 batch.target_BTCYX[0, 1, channel, 0, 0] = torch.nan
-            return backward(self, batch)
+            return backward(self, batch, *rest)
 
         def sometimes_zero(training, legs, step):
             return 0.0 if step + 1 in rate_zero else rate(training, legs, step)

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from faconv_hpc.data.store import Store
-from faconv_hpc.errors import InputError
+from faconv_hpc.errors import EXIT_STOPPED, InputError
+from faconv_hpc.evaluation.skill import evaluate
+from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.carried import CarriedStates
 from faconv_hpc.training.fit import check_store
 from faconv_hpc.training.free_run import feedback_for
@@ -17,14 +21,21 @@ from faconv_hpc.training.objective import losses_of
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.schedule import learning_rate, legs_of
 from faconv_hpc.training.setup import Workspace, build_network, order_of
-from faconv_hpc.training.shards import MANIFEST, SUMS, UnreadableCheckpointError, checkpoints_in
-from faconv_hpc.training.trainer import train
+from faconv_hpc.training.shards import (
+    MANIFEST,
+    SUMS,
+    DamagedCheckpointError,
+    UnreadableCheckpointError,
+    checkpoints_in,
+)
+from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
 
 ONE = Layout(1, 1, 1)
 WINDOW, SAMPLES = 4, 4
 USUAL = {"steps": 10, "stateful_windows": 3, "checkpoint_every": 5, "learning_rate": 0.02}
+SOME_FOLLOW = 3
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +47,13 @@ def config_of(directory, store, layout=ONE, **training):
     """Each of the four samples of a step sees four windows in an epoch."""
     accumulation = training.pop("accumulation", 1)
     samples = {"micro_batch": SAMPLES // accumulation // layout.replicas, "accumulation": accumulation}
+    periods = training.pop("periods", {"test": "2000-01-20/"})
     return small_config(
         directory,
         store,
         mesh=dict(zip(("replicas", "lat", "lon"), layout, strict=True)),
-        data={"window": WINDOW, "periods": {"test": "2000-01-20/"}},
-        training={"steps": 10, "stateful_windows": 3, "checkpoint_every": 5, "learning_rate": 0.02}
-        | samples
-        | training,
+        data={"window": WINDOW, "periods": periods},
+        training=USUAL | samples | training,
     )
 
 
@@ -139,57 +149,147 @@ def test_it_goes_on_at_another_mesh_from_the_same_states(tmp_path, store, alone,
     np.testing.assert_allclose(losses_of_run(config_of(tmp_path, store, layout)), alone, rtol=2e-5)
 
 
-def states_of(config, mesh):
-    """(places, C_h, Y, X) h of the last layer on the whole grid, as this mesh reads them from the newest checkpoint."""
+def carried_of(config, mesh):
     workspace = Workspace.of(config, Store.open(config.data.store), mesh)
-    carried = CarriedStates(config, workspace.domain, order_of(config, workspace.training_windows()))
+    order = order_of(config, workspace.training_windows())
+    return CarriedStates(config, workspace.domain, order), workspace, order
+
+
+def states_of(config, mesh):
+    """Places that follow, and h of their last layer on the whole grid, as this mesh reads them from a checkpoint."""
+    carried, workspace, _ = carried_of(config, mesh)
     newest = checkpoints_in(config.run_dir)[-1]
     carried.load(newest.path, newest.manifest().states, torch.float32)
-    return carried.piece.places, workspace.domain.assemble(dict(carried.tensors())["state/1/h"])
+    found = carried.saved(newest.step)
+    return ((), None) if found is None else (found[0].places, workspace.domain.assemble(found[1]["1/h"]))
+
+
+def following(config):
+    """Which of the four places go on after `SOME_FOLLOW` steps: some, not all."""
+    (follows,) = run_on_ranks(
+        ONE, lambda mesh: [carried_of(config, mesh)[2].follows(SOME_FOLLOW, place) for place in range(SAMPLES)]
+    )
+    assert 0 < sum(follows) < SAMPLES
+    return follows
 
 
 def test_every_mesh_reads_the_same_states_to_the_last_bit(tmp_path, store):
-    losses_of_run(config_of(tmp_path, store, Layout(2, 1, 2), accumulation=2))
-    ((_, want),) = run_on_ranks(ONE, lambda mesh: states_of(config_of(tmp_path, store), mesh))
-    assert want.shape == (SAMPLES, 8, 11, 14) and all(want.flatten(1).std(1) > 1e-3)
-    for layout, accumulation in ((Layout(1, 2, 2), 2), (Layout(2, 3, 1), 1), (Layout(4, 1, 1), 1)):
-        config = config_of(tmp_path, store, layout, accumulation=accumulation)
-        for places, got in run_on_ranks(layout, lambda mesh, config=config: states_of(config, mesh)):
-            assert torch.equal(got, want[list(places)])
+    """Of the places whose next window follows, and no more is saved."""
+    losses_of_run(config_of(tmp_path, store, Layout(2, 1, 2), accumulation=2, steps=SOME_FOLLOW))
+    alone = config_of(tmp_path, store)
+    ((places, want),) = run_on_ranks(ONE, lambda mesh: states_of(alone, mesh))
+    assert places == tuple(place for place, does in enumerate(following(alone)) if does)
+    assert want.shape == (len(places), 8, 11, 14) and all(want.flatten(1).std(1) > 1e-3)
+    for layout, accumulation in ((Layout(1, 2, 2), 2), (Layout(1, 3, 1), 1), (Layout(2, 1, 1), 2)):
+        config, seen = config_of(tmp_path, store, layout, accumulation=accumulation), set()
+        for own, got in run_on_ranks(layout, lambda mesh, config=config: states_of(config, mesh)):
+            assert all(torch.equal(got[number], want[places.index(place)]) for number, place in enumerate(own))
+            seen |= {*own}
+        assert seen == {*places}
 
 
-def test_what_is_forecast_from_looks_is_what_it_is_without_states(tmp_path, store):
-    """A look begins with a state of zero, and leaves those of the run alone."""
-    looks = {"validate_every": 2, "validate_samples": 3}
-    config = config_of(tmp_path / "looks", store, **looks)
-    tree = config.model_dump(mode="json")
-    tree["data"]["periods"]["validation"] = ["2000-01-18/2000-01-19"]
-    looking = type(config)(**tree)
-    tree["training"]["validate_every"] = 0
-    plain = type(config)(**{**tree, "run_dir": tmp_path / "plain"})
+def test_weights_are_read_without_states(tmp_path, store):
+    config = config_of(tmp_path, store, steps=SOME_FOLLOW)
+    losses_of_run(config)
+    newest = checkpoints_in(config.run_dir)[-1]
+    (file,) = newest.manifest().states
+    want = newest.weights()
+    (newest.path / file).write_bytes(b"damaged")
+    assert all(torch.equal(value, want[name]) for name, value in newest.weights().items())
+    with pytest.raises(DamagedCheckpointError, match=rf"{file} is damaged"):
+        newest.check()
+
+
+def test_looks_begin_with_a_state_of_zero_and_leave_those_of_the_run_alone(tmp_path, store):
+    dates, rest = "2000-01-18/2000-01-19", "2000-01-20/"
+    periods = {"train": ["/2000-01-17"], "validation": dates, "test": rest}
+    plain = config_of(tmp_path / "plain", store, periods=periods)
+    looking = config_of(tmp_path / "looks", store, periods=periods, validate_every=10, validate_samples=3)
     assert losses_of_run(looking) == losses_of_run(plain)
+    tested = config_of(tmp_path / "tested", store, periods={"train": ["/2000-01-17"], "test": dates})
+    losses_of_run(tested)
+    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluate(tested, mesh, samples=3))
+    rows = [json.loads(line) for line in (looking.run_dir / "validation.jsonl").read_text().splitlines()]
+    assert [row["rmse"] for row in rows] == pytest.approx([skill.rmse for skill in evaluation.skills], rel=1e-6)
 
 
-def test_states_of_a_step_that_is_left_out_are_forgotten(tmp_path, store):
-    """They may be what was not finite; the windows after it begin with zero."""
+def test_a_state_is_of_the_step_before_once_that_has_ended(tmp_path, store):
+    def check(mesh):
+        carried, _, order = carried_of(config_of(tmp_path, store), mesh)
+        state = [(torch.rand(SAMPLES, 8, 11, 14), torch.rand(SAMPLES, 8, 11, 14))]
+        carried.after(state)
+        assert carried.before(SOME_FOLLOW, 0) is None and carried.saved(SOME_FOLLOW) is None
+        carried.end_step(applied=True)
+        follows = torch.tensor([order.follows(SOME_FOLLOW, place) for place in range(SAMPLES)])
+        for got, given in zip(carried.before(SOME_FOLLOW, 0)[0], state[0], strict=True):
+            assert torch.equal(got, given.where(follows[:, None, None, None], 0))
+        carried.after(state)
+        carried.end_step(applied=False)
+        return carried.before(SOME_FOLLOW, 0), carried.saved(SOME_FOLLOW)
+
+    following(config_of(tmp_path, store))
+    assert run_on_ranks(ONE, check) == [(None, None)]
+
+
+def test_where_a_step_is_left_out_windows_begin_with_zero_and_so_do_those_of_a_resumed_run(tmp_path, store):
+    config = config_of(tmp_path, store, on_not_finite="skip", checkpoint_every=1, keep_last=20)
+    following(config)
+
+    def trained():
+        def check(mesh):
+            backward, before, zero = Trainer._backward, CarriedStates.before, set()
+
+            def spoiled(self, batch, state):
+                if self._activity.step == SOME_FOLLOW:
+                    batch.target_BTCYX[0, 1, 0, 0, 0] = torch.nan
+                return backward(self, batch, state)
+
+            def seen(self, step, micro):
+                states = before(self, step, micro)
+                zero.update({step} if states is None else ())
+                return states
+
+            Trainer._backward, CarriedStates.before = spoiled, seen
+            try:
+                train(config, mesh)
+                return zero
+            finally:
+                Trainer._backward, CarriedStates.before = backward, before
+
+        (zero,) = run_on_ranks(ONE, check)
+        return zero, [record.loss for record in read_records(config.run_dir)]
+
+    zero, whole = trained()
+    updates = [record.update for record in read_records(config.run_dir)]
+    assert updates == ["skipped" if step == SOME_FOLLOW else "applied" for step in range(1, 11)]
+    assert SOME_FOLLOW in zero  # the step after it, counted from 0
+    for one in checkpoints_in(config.run_dir)[SOME_FOLLOW:]:
+        shutil.rmtree(one.path)
+    assert trained()[1][SOME_FOLLOW:] == whole[SOME_FOLLOW:]
+
+
+def test_a_step_that_is_given_up_leaves_the_states_of_the_one_before(tmp_path, store):
+    training = {"accumulation": 2, "checkpoint_every": 0, "steps": SOME_FOLLOW + 3}
+    whole = losses_of_run(config_of(tmp_path / "whole", store, **training))
+    config = config_of(tmp_path / "cut", store, **training)
+    following(config)
 
     def check(mesh):
-        config = config_of(tmp_path, store)
-        workspace = Workspace.of(config, Store.open(store), mesh)
-        carried = CarriedStates(config, workspace.domain, order_of(config, workspace.training_windows()))
-        bad = [(torch.full((SAMPLES, 8, 11, 14), torch.nan),) * 2]
-        carried.after(bad)
-        assert carried.before(1, 0) is None and carried.piece is None  # the step has not ended
-        carried.end_step(applied=True)
-        kept = carried.before(1, 0)
-        follows = [order_of(config, workspace.training_windows()).follows(1, place) for place in range(SAMPLES)]
-        assert kept[0][0].isnan().flatten(1).all(1).tolist() == follows and 0 < sum(follows) < SAMPLES
-        assert not kept[0][0][[not one for one in follows]].any()
-        carried.after(bad)
-        carried.end_step(applied=False)
-        return carried.before(1, 0), carried.piece, list(carried.tensors())
+        agreed, asked = Trainer._agreed, trainer_module.ASKED_S
 
-    assert run_on_ranks(ONE, check) == [(None, None, [])]
+        def too_late(self, rest_s):
+            end = agreed(self, rest_s)
+            return replace(end, job_left_s=0.0) if self._activity.step == SOME_FOLLOW + 1 else end
+
+        Trainer._agreed, trainer_module.ASKED_S = too_late, 0.0
+        try:
+            return train(config, mesh)
+        finally:
+            Trainer._agreed, trainer_module.ASKED_S = agreed, asked
+
+    assert run_on_ranks(ONE, check) == [EXIT_STOPPED]
+    assert [one.step for one in checkpoints_in(config.run_dir)] == [SOME_FOLLOW]
+    assert losses_of_run(config) == whole
 
 
 def test_a_checkpoint_of_before_there_were_states_can_be_gone_on_from(tmp_path, store):
@@ -198,6 +298,13 @@ def test_a_checkpoint_of_before_there_were_states_can_be_gone_on_from(tmp_path, 
     without_its_end(config, tmp_path / "away")
     rewrite_as_format_4(checkpoints_in(config.run_dir)[-1].path)
     assert losses_of_run(config) == whole
+
+
+def test_a_run_of_before_there_were_states_goes_on_without(tmp_path, store):
+    losses_of_run(config_of(tmp_path, store, stateful_windows=0))
+    rewrite_as_format_4(checkpoints_in(tmp_path / "run")[-1].path)
+    with pytest.raises(AssertionError, match=r"holds a run with training\.stateful_windows=0, this config says 3"):
+        losses_of_run(config_of(tmp_path, store))
 
 
 def rewrite_as_format_4(directory):
@@ -213,7 +320,7 @@ def rewrite_as_format_4(directory):
 
 
 def test_states_that_can_no_longer_be_read_are_said(tmp_path, store):
-    losses_of_run(config_of(tmp_path, store))
+    losses_of_run(config_of(tmp_path, store, steps=SOME_FOLLOW))
     newest = checkpoints_in(tmp_path / "run")[-1]
     (file,) = newest.manifest().states
     (newest.path / file).unlink()
@@ -233,11 +340,27 @@ def test_a_period_of_attention_that_windows_break_is_refused(tmp_path, store):
         )
 
 
-def test_too_few_windows_to_follow_each_other_are_told_before_it_starts(tmp_path, store):
-    config = config_of(tmp_path, store, micro_batch=10)
-    told = r"stateful_windows=3 needs at least two windows in a row for each of the 10 samples.* has 18 for training"
+@pytest.mark.parametrize(
+    ("data", "training", "told"),
+    [
+        ({}, {"micro_batch": 10}, r"needs two windows for each of the 10 samples.* has 18 for training.*smaller batch"),
+        (
+            {"window": 40},
+            {"micro_batch": 1},
+            r"the longest stretch .* is of 36 windows .* of 40 inputs each .* must be 80\. Use data\.window=25 or less",
+        ),
+    ],
+)
+def test_where_hardly_a_window_follows_another_it_is_told_before_it_starts(tmp_path, store, data, training, told):
+    config = config_of(tmp_path, store, **training)
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     with Store.open(store) as opened, pytest.raises(InputError, match=told):
         check_store(config, opened)
+
+
+def test_a_chain_of_one_window_is_refused(tmp_path, store):
+    with pytest.raises(InputError, match=r"stateful_windows: .*a window that is alone follows none"):
+        config_of(tmp_path, store, stateful_windows=1)
 
 
 def test_another_length_of_chains_is_another_run(tmp_path, store):

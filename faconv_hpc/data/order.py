@@ -5,7 +5,7 @@ places in the step's batch. What is drawn is drawn by the Philox generator with 
 raw bits, which NumPy keeps the same in all versions, other than what it makes of them.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_right
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -73,34 +73,56 @@ class Chained:
     """
 
     def __init__(self, seed: int, starts: NDArray[np.int64], length: int, batch: int, longest: int) -> None:
-        self._seed, self._length, self._longest = seed, length, longest
+        self._seed, self._length, self._batch, self._longest = seed, length, batch, longest
         self._stretches = stretches_of_windows(starts)
-        self._windows = apart(self._stretches, length)
-        self._steps = max(self._windows // batch, 1)
+        self._sizes = np.array([len(one) for one in self._stretches], dtype=np.int64)
+        self._ends = [0]  # steps until the end of each epoch; how many windows one has depends on where it is cut
         self._epoch = lru_cache(maxsize=2)(self._drawn)
 
     def window(self, step: int, place: int) -> int:
-        epoch, number = divmod(step, self._steps)
-        windows, _ = self._epoch(epoch)
-        return windows[(place * self._steps + number) % self._windows]
+        windows, _, number = self._at(step, place)
+        return windows[number]
 
     def follows(self, step: int, place: int) -> bool:
-        epoch, number = divmod(step, self._steps)
-        _, is_first = self._epoch(epoch)
-        return number > 0 and not is_first[(place * self._steps + number) % self._windows]
+        _, is_first, number = self._at(step, place)
+        return not is_first[number]
+
+    def _at(self, step: int, place: int) -> tuple[list[int], list[bool], int]:
+        """The windows of the epoch of a step, which of them follow none, and the number of the one at a place."""
+        while self._ends[-1] <= step:
+            count = int(self._counts(self._phases(len(self._ends) - 1)).sum())
+            self._ends.append(self._ends[-1] + max(count // self._batch, 1))
+        epoch = bisect_right(self._ends, step) - 1
+        windows, is_first = self._epoch(epoch)
+        steps, number = self._ends[epoch + 1] - self._ends[epoch], step - self._ends[epoch]
+        at = (place * steps + number) % len(windows)
+        return windows, is_first if number else [True] * len(windows), at
+
+    def _phases(self, epoch: int) -> NDArray[np.int64]:
+        """(stretches,) the first window of each, by number: every window is seen as often as any other."""
+        raw = np.asarray(_generator(self._seed, epoch).random_raw(len(self._sizes)))
+        phases = raw % np.minimum(self._sizes, self._length).astype(np.uint64)
+        return phases.astype(np.int64)
+
+    def _counts(self, phases: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(stretches,) how many windows that share no input there are from there on."""
+        counts: NDArray[np.int64] = -((phases - self._sizes) // self._length)
+        return counts
 
     def _drawn(self, epoch: int) -> tuple[list[int], list[bool]]:
         """The windows in their order, and which of them are the first of a chain."""
-        generator = _generator(self._seed, epoch)
+        phases = self._phases(epoch)
+        counts = self._counts(phases)
+        generator = _generator(self._seed, epoch, stream=1)
+        raw = np.asarray(generator.random_raw(int(counts.sum())))
+        lengths = iter((1 + raw % np.uint64(self._longest)).tolist())
         chains: list[Chain] = []
-        for stretch in self._stretches:
-            count = apart([stretch], self._length)
-            spare = len(stretch) - (count - 1) * self._length
-            first = stretch.start + int(generator.random_raw()) % spare
-            while count:
-                chain = Chain(first, min(1 + int(generator.random_raw()) % self._longest, count))
+        for stretch, phase, count in zip(self._stretches, phases.tolist(), counts.tolist(), strict=True):
+            first, left = stretch.start + phase, count
+            while left:
+                chain = Chain(first, min(next(lengths), left))
                 chains.append(chain)
-                first, count = first + chain.windows * self._length, count - chain.windows
+                first, left = first + chain.windows * self._length, left - chain.windows
         windows: list[int] = []
         is_first: list[bool] = []
         for number in _permutation(generator, len(chains)):
@@ -116,13 +138,9 @@ def stretches_of_windows(starts: NDArray[np.int64]) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges)]
 
 
-def apart(stretches: Iterable[range], length: int) -> int:
-    """How many windows of a length have no input in common: in each stretch as many as fit, and one at least."""
-    return sum(max(len(stretch) // length, 1) for stretch in stretches)
-
-
-def _generator(seed: int, epoch: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
+def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Philox:
+    """Streams of one epoch are far from each other."""
+    return np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64)).jumped(stream)
 
 
 def _permutation(generator: np.random.Philox, count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """States that are carried on: a sample whose window follows another begins with what the network knew at its end."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,20 +10,22 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data.order import Order
 from ..model.recurrence import State
+from ..observe import LOADING
 from ..spatial.domain import Domain
-from ..spatial.grid import Span
+from ..spatial.grid import Span, Tile
 from .manifest import StatePiece
+from .resume import Resumed
 from .setup import places_of
 from .shards import UnreadableCheckpointError
 
-STATE, PARTS = "state", ("h", "c")
+PARTS = ("h", "c")
 
 
 class CarriedStates:
     """Of the samples of this replica, on this rank's tile, from one step to the next.
 
     They are detached: gradients end where a window begins. What a step makes of them counts from its end on; where one
-    is given up they are what they were.
+    is given up they are what they were, and where its numbers are not sound all begin with zero again.
 
     Args:
         config: of the run.
@@ -35,19 +37,25 @@ class CarriedStates:
         self._domain, self._order, self._carries = domain, order, bool(config.training.stateful_windows)
         replica, micros = domain.mesh.replica, range(config.training.accumulation)
         self._places = [places_of(config, micro, replica) for micro in micros]
-        self._kept: list[tuple[State, ...]] = []  # of each micro-batch; none at the beginning, when all are zero
+        self._kept: list[tuple[State, ...]] = []  # of each micro-batch; none where all are zero
         self._coming: list[tuple[State, ...]] = []
+
+    @classmethod
+    def resumed(
+        cls, config: RunConfig, domain: Domain, order: Order, resumed: Resumed, activation_type: torch.dtype
+    ) -> "CarriedStates":
+        """Those that a run goes on with; see `load`."""
+        carried = cls(config, domain, order)
+        carried.load(resumed.directory, resumed.states, activation_type)
+        return carried
 
     def before(self, step: int, micro: int) -> tuple[State, ...] | None:
         """What the samples of a micro-batch begin with, per layer; zero where none is carried on. None: all are."""
-        follows = [self._order.follows(step, place) for place in self._places[micro]]
+        follows = self._follows(step, micro)
         if not self._kept or not any(follows):
             return None
         states = self._kept[micro]
-        if all(follows):
-            return states
-        kept = torch.tensor(follows, device=states[0][0].device)[:, None, None, None]
-        return tuple((h.where(kept, 0), c.where(kept, 0)) for h, c in states)
+        return states if all(follows) else tuple((_where(follows, h), _where(follows, c)) for h, c in states)
 
     def after(self, states: Sequence[State]) -> None:
         """Takes what the samples of the next micro-batch of this step have come to."""
@@ -55,60 +63,85 @@ class CarriedStates:
             self._coming.append(tuple((h.detach(), c.detach()) for h, c in states))
 
     def end_step(self, *, applied: bool) -> None:
-        """What the step has made of the states is kept, or, where its numbers are not sound, forgotten: zero."""
+        """What the step has made of the states is kept; or, where its numbers are not sound, none is."""
         self._kept, self._coming = self._coming if applied else [], []
+
+    def _follows(self, step: int, micro: int) -> list[bool]:
+        return [self._order.follows(step, place) for place in self._places[micro]]
 
     # In a checkpoint
 
-    @property
-    def piece(self) -> StatePiece | None:
-        """What this rank has of all states; None: nothing, all are zero."""
-        if not self._kept:
-            return None
-        tile = self._domain.tile
-        return StatePiece(places=tuple(self._all_places), rows=tile.rows, columns=tile.columns)
+    def saved(self, step: int) -> tuple[StatePiece, dict[str, Tensor]] | None:
+        """What a run needs of this rank's to go on after so many steps, in host memory; None: nothing.
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """``state/LAYER/PART`` and its value, (places, C_h, Y, X)."""
-        for layer, states in enumerate(zip(*self._kept, strict=True)):
-            for part, values in zip(PARTS, zip(*states, strict=True), strict=True):
-                yield f"{STATE}/{layer}/{part}", torch.cat(values)
+        ``LAYER/h`` and ``LAYER/c``, (places, C_h, Y, X), of the places whose next window follows.
+        """
+        parts = [(micro, [n for n, one in enumerate(self._follows(step, micro)) if one]) for micro in self._micros]
+        places = [self._places[micro][number] for micro, numbers in parts for number in numbers]
+        if not (self._kept and places):
+            return None
+        tensors = {
+            f"{layer}/{part}": torch.cat([self._kept[micro][layer][at][numbers].cpu() for micro, numbers in parts])
+            for layer in range(len(self._kept[0]))
+            for at, part in enumerate(PARTS)
+        }
+        tile = self._domain.tile
+        return StatePiece(places=tuple(places), rows=tile.rows, columns=tile.columns), tensors
 
     def load(self, checkpoint: Path, pieces: Mapping[str, StatePiece], activation_type: torch.dtype) -> None:
-        """Reads what this rank needs of them, whichever ranks and tiles wrote it.
+        """Reads what this rank needs of them, whichever ranks and tiles wrote it; other places begin with zero.
 
         Args:
             checkpoint: its directory, whose files have been found whole.
-            pieces: what each of them has.
+            pieces: what each of its files of states has.
             activation_type: of h; c is float32.
 
         Raises:
             UnreadableCheckpointError: a file can no longer be read.
         """
-        whole: dict[str, Tensor] = {}
-        for file, piece in pieces.items() if self._carries else ():
-            try:
-                self._fill(whole, checkpoint / file, piece)
-            except (OSError, SafetensorError) as error:
-                raise UnreadableCheckpointError(
-                    f"{checkpoint / file} cannot be read: {error}. Look at its file system and permissions, and start "
-                    f"the same command again."
-                ) from None
-        if not whole:
+        if not (pieces and self._carries):
             return
-        kept = {key: value.to(self._domain.mesh.device) for key, value in whole.items()}
-        layers = range(len(kept) // len(PARTS))
-        states = [(kept[f"{STATE}/{layer}/h"].to(activation_type), kept[f"{STATE}/{layer}/c"]) for layer in layers]
-        sizes = [len(places) for places in self._places]
-        parts = [(h.split(sizes), c.split(sizes)) for h, c in states]
-        self._kept = [tuple((h[micro], c[micro]) for h, c in parts) for micro in range(len(sizes))]
+        places = [place for own in self._places for place in own]
+        reader = _Reader({place: number for number, place in enumerate(places)}, self._domain.tile)
+        with self._domain.mesh.activity.during(LOADING):
+            for file, piece in pieces.items():
+                try:
+                    reader.read(checkpoint / file, piece)
+                except (OSError, SafetensorError) as error:
+                    raise UnreadableCheckpointError(
+                        f"{checkpoint / file} cannot be read: {error}. Look at its file system and permissions, and "
+                        f"start the same command again."
+                    ) from None
+        if not reader.whole:
+            return
+        device, sizes = self._domain.mesh.device, [len(own) for own in self._places]
+        h, c = ([reader.whole[f"{layer}/{part}"].to(device) for layer in reader.layers] for part in PARTS)
+        split = [(a.to(activation_type).split(sizes), b.split(sizes)) for a, b in zip(h, c, strict=True)]
+        self._kept = [tuple((a[micro], b[micro]) for a, b in split) for micro in self._micros]
 
-    def _fill(self, whole: dict[str, Tensor], path: Path, piece: StatePiece) -> None:
+    @property
+    def _micros(self) -> range:
+        return range(len(self._places))
+
+
+class _Reader:
+    """Puts together what one rank has of the files of all that wrote."""
+
+    def __init__(self, places: Mapping[int, int], tile: Tile) -> None:
+        self._places, self._tile = places, tile
+        self.whole: dict[str, Tensor] = {}
+
+    @property
+    def layers(self) -> range:
+        """Of the network."""
+        return range(len(self.whole) // len(PARTS))
+
+    def read(self, path: Path, piece: StatePiece) -> None:
         """Takes over the cells and places of a file that are this rank's, too."""
-        tile, own = self._domain.tile, {place: number for number, place in enumerate(self._all_places)}
-        places = [(own[place], number) for number, place in enumerate(piece.places) if place in own]
+        tile, common = self._tile, [(own, number) for number, place in enumerate(piece.places)
+                                    if (own := self._places.get(place)) is not None]  # fmt: skip
         rows, columns = _common(piece.rows, tile.rows), _common(piece.columns, tile.columns)
-        if not (places and rows and columns):
+        if not (common and rows and columns):
             return
         there, here = (
             (slice(rows.start - first, rows.stop - first), slice(columns.start - left, columns.stop - left))
@@ -116,15 +149,18 @@ class CarriedStates:
         )
         with safe_open(path, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118
-                if key.startswith(f"{STATE}/"):
-                    values = stored.get_slice(key)[:, :, *there]
-                    filled = whole.setdefault(key, values.new_zeros(len(own), values.shape[1], *tile.shape))
-                    for mine, number in places:
-                        filled[mine, :, *here] = values[number]
+                part = stored.get_slice(key)
+                for own, number in common:
+                    values = part[number : number + 1, :, *there]
+                    if key not in self.whole:
+                        self.whole[key] = values.new_zeros(len(self._places), values.shape[1], *tile.shape)
+                    self.whole[key][own, :, *here] = values[0]
 
-    @property
-    def _all_places(self) -> list[int]:
-        return [place for places in self._places for place in places]
+
+def _where(follows: Sequence[bool], values: Tensor) -> Tensor:
+    """Zero for samples that follow none; without a mask, for whose copy the processor would wait for the device."""
+    parts = zip(follows, values.split(1), strict=True)
+    return torch.cat([part if one else torch.zeros_like(part) for one, part in parts])
 
 
 def _common(one: Span, other: Span) -> range:

@@ -144,10 +144,10 @@ class CheckpointWriter:
         """
         self.finish()
         began = time.perf_counter()
-        share = self._share(step)
+        share, states = self._share(step), self._carried.saved(step)
         copying_s = time.perf_counter() - began
         directory = self._new_directory(step)
-        writing = self._thread.submit(self._write, directory, share, self._carried.piece)
+        writing = self._thread.submit(self._write, directory, share, states)
         self._pending = _Pending(step, self._engine.updates, directory, copying_s, writing)
         self._engine.take_communication_s()  # a save's collectives are no step's
         if not self._config.training.save_in_background:
@@ -229,8 +229,7 @@ class CheckpointWriter:
                 f"the parameter {everywhere[0]} ({len(everywhere)} in all) is not finite after step {step}, so it is "
                 f"not saved. Lower training.learning_rate and go on from the checkpoint before."
             )
-        moments = dict(self._engine.full_moments(mine))
-        return share | moments | {name: value.to("cpu", copy=True) for name, value in self._carried.tensors()}
+        return share | dict(self._engine.full_moments(mine))
 
     def _new_directory(self, step: int) -> Path:
         directory = partial_directory(self._config.run_dir, step, self._mesh.from_first(secrets.token_hex(4)))
@@ -240,16 +239,22 @@ class CheckpointWriter:
             self._raise(step, problem)
         return directory
 
-    def _write(self, directory: Path, share: Mapping[str, Tensor], piece: StatePiece | None) -> _Report:
-        """In the thread: this rank's shard."""
-        began = time.perf_counter()
+    def _write(
+        self, directory: Path, share: Mapping[str, Tensor], states: tuple[StatePiece, dict[str, Tensor]] | None
+    ) -> _Report:
+        """In the thread: this rank's shard, and its file of states."""
+        began, pieces = time.perf_counter(), {}
         try:
-            files = write_shard(directory, self._mesh.rank, share)
+            files = write_shard(directory, "shard", self._mesh.rank, share)
+            if states is not None:
+                piece, tensors = states
+                of_states = write_shard(directory, "state", self._mesh.rank, tensors)
+                files, pieces = files | of_states, dict.fromkeys(of_states, piece)
         except OSError as error:
             return _Report(problem=_Problem.of(error))
         kinds = ((*name.partition("/"), value) for name, value in share.items())
         shapes = {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER}
-        return _Report(files, shapes, {file: piece for file in files if piece}, time.perf_counter() - began)
+        return _Report(files, shapes, pieces, time.perf_counter() - began)
 
     def _manifest(self, pending: _Pending, reports: list[_Report]) -> Manifest:
         config, mesh = self._config, self._mesh
@@ -271,7 +276,7 @@ class CheckpointWriter:
             parameters={
                 name: StoredTensor(file=file, shape=shape)
                 for report in reports
-                for file in report.files
+                for file in report.files.keys() - report.states.keys()
                 for name, shape in report.shapes.items()
             },
             states={file: piece for report in reports for file, piece in report.states.items()},

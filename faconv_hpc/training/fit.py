@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..config import DataConfig, ModelConfig, RunConfig
 from ..data.forcings import check_forcings
-from ..data.order import apart, stretches_of_windows
+from ..data.order import stretches_of_windows
 from ..data.periods import frames_within, mask_of, spans_of, starts_before, starts_within, stretches_of
 from ..data.store import Store
 from ..data.times import ALIKE, SECONDS_PER_HOUR
@@ -183,13 +183,22 @@ def check_store(config: RunConfig, store: Store) -> None:
 
 
 def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
-    """Raises InputError where states are to be carried on and no place of the batch would see two windows in a row."""
-    there, batch = apart(stretches_of_windows(starts), config.data.window), config.global_batch
-    if config.training.stateful_windows and there < 2 * batch:
+    """Raises InputError where states are to be carried on and hardly a window would follow another."""
+    wanted, window, batch = config.training.stateful_windows, config.data.window, config.global_batch
+    sizes = [len(one) for one in stretches_of_windows(starts)]
+    if wanted and max(sizes) < 2 * window:
         raise InputError(
-            f"training.stateful_windows={config.training.stateful_windows} needs at least two windows in a row for "
-            f"each of the {batch} samples of a step, and {config.data.store} has {there} for training that share no "
-            f"input (data.window={config.data.window}). Use a smaller batch or window, or leave it out."
+            f"training.stateful_windows={wanted} needs windows that follow each other, and the longest stretch of "
+            f"{config.data.store} without a gap is of {max(sizes)} windows that begin one frame after the other: of "
+            f"{window} inputs each (data.window) it must be {2 * window}. Use data.window="
+            f"{(max(sizes) + window) // 3} or less, or leave it out."
+        )
+    there = sum(max(size // window, 1) for size in sizes)
+    if wanted and there < 2 * batch:
+        raise InputError(
+            f"training.stateful_windows={wanted} needs two windows for each of the {batch} samples of a step, and "
+            f"{config.data.store} has {there} for training that share no input (data.window={window}). Use a smaller "
+            f"batch or window, or leave it out."
         )
 
 
@@ -210,13 +219,14 @@ def reach_of(model: ModelConfig) -> int:
 
 
 def least_bytes(config: RunConfig, cuts: Cuts) -> int:
-    """What a rank needs in any case: parameters and gradients, and one state of the largest tile. A lower bound."""
+    """What a rank needs in any case: parameters and gradients, and the states of the largest tile. A lower bound."""
     model = config.model
     hidden, narrow = model.hidden_channels, model.bottleneck_channels or max(model.hidden_channels // 2, 1)
     weights = 5 * hidden * narrow if model.cell == "faconvlstm" else 4 * hidden * hidden * model.kernel_size**2
     rows, columns = cuts.tile(0).shape
-    carried = config.training.accumulation * bool(config.training.stateful_windows)
-    states = 2 * hidden * rows * columns * config.training.micro_batch * (1 + carried)
+    training = config.training
+    held = 2 * training.accumulation if training.stateful_windows else 1  # those before a step, and those after it
+    states = 2 * hidden * rows * columns * training.micro_batch * held
     return FLOAT_BYTES * model.layers * (2 * weights + states)
 
 
@@ -225,8 +235,9 @@ def _check_memory(config: RunConfig, cuts: Cuts) -> None:
     if needed > there:
         rows, columns = cuts.tile(0).shape
         raise InputError(
-            f"a rank needs at least {needed / 2**30:,.0f} GiB for its parameters and one state of a tile of {rows} x "
+            f"a rank needs at least {needed / 2**30:,.0f} GiB for its parameters and the states of a tile of {rows} x "
             f"{columns} cells, this machine has {there / 2**30:,.0f} GiB in all (model.hidden_channels="
             f"{config.model.hidden_channels}, model.layers={config.model.layers}, training.micro_batch="
-            f"{config.training.micro_batch}). Lower one of them, or cut the globe into more tiles."
+            f"{config.training.micro_batch}, and with training.stateful_windows training.accumulation="
+            f"{config.training.accumulation}). Lower one of them, or cut the globe into more tiles."
         )

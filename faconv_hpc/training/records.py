@@ -229,6 +229,8 @@ def beginning(
     gaps = f" ({left_out} more would lead over a gap in time or into the next sequence)" if left_out else ""
     shortest, longest = contract.step_hours
     steps = f"steps of time take {shortest:g} to {longest:g} h, " if longest > shortest else ""
+    chain = config.training.stateful_windows
+    steps += f"states go through up to {chain} windows in a row, " if chain else ""
     return (
         f"{config.run_dir}: steps {done + 1} to {config.training.steps} on a mesh of {mesh.replicas} x {mesh.lat} x "
         f"{mesh.lon} (replicas x lat x lon), {config.global_batch} of {len(windows)} windows in each{gaps}\n"

@@ -122,7 +122,10 @@ def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
     try:
         with mesh.activity.during(LOADING):
             for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
-                tensors |= candidate.tensors(name, expected)
+                if name in manifest.states:  # read by those who need them
+                    candidate.checked_bytes(name, expected)
+                else:
+                    tensors |= candidate.tensors(name, expected)
     except DamagedCheckpointError as error:
         damaged = str(error)
     except UnreadableCheckpointError as error:

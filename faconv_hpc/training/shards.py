@@ -2,7 +2,8 @@
 
 A checkpoint is a directory ``step-00000040`` that holds::
 
-    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME; state/LAYER/h and c of a tile
+    shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME
+    state-00000.safetensors ...   where states are carried on, those of a tile: LAYER/h, LAYER/c
     manifest.json                 step, seed, mesh, ZeRO stage, versions, config; what lies in which file
     SHA256SUMS                    of all the others; `sha256sum --check SHA256SUMS` reads it too
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from ..errors import InputError, TryAgainError
 from ..files import flush_entries, write_flushed
 from ..versions import __version__
-from .manifest import FORMAT, READ, Manifest, ShardFile
+from .manifest import READ, Manifest, ShardFile
 
 FOLDER, MANIFEST, SUMS = "checkpoints", "manifest.json", "SHA256SUMS"
 BEST = "best"  # a link to best-step-00000040, which holds the same files as step-00000040, or did
@@ -91,7 +92,8 @@ class Checkpoint:
         if found not in READ:
             raise OtherVersionError(
                 f"{self.path} was written by faconv_hpc {wrote} as {found!r}, this is faconv_hpc {__version__}, which "
-                f"reads {FORMAT!r}. Install the version that wrote it, or start anew with another run_dir."
+                f"reads {' and '.join(map(repr, READ))}. Install the version that wrote it, or start anew with another "
+                f"run_dir."
             )
 
     def checked_bytes(self, name: str, expected: ShardFile) -> bytes:
@@ -141,8 +143,9 @@ class Checkpoint:
         return {name: value for name, value in self._content() if name.partition("/")[0] in kinds}
 
     def _content(self) -> Iterator[tuple[str, Tensor]]:
-        for file, expected in self.manifest().files.items():
-            yield from self.tensors(file, expected).items()
+        manifest = self.manifest()
+        for file in dict.fromkeys(one.file for one in manifest.parameters.values()):
+            yield from self.tensors(file, manifest.files[file]).items()
 
     def _read(self, name: str) -> bytes:
         try:
@@ -249,12 +252,12 @@ def partial_directory(run_dir: Path, step: int, token: str) -> Path:
     return run_dir / FOLDER / f".{directory_name(step)}.{token}.partial"
 
 
-def write_shard(directory: Path, number: int, tensors: Mapping[str, Tensor]) -> dict[str, ShardFile]:
-    """Writes one shard and flushes it to disk; nothing, if there are no tensors."""
+def write_shard(directory: Path, kind: str, number: int, tensors: Mapping[str, Tensor]) -> dict[str, ShardFile]:
+    """Writes one shard, or a file of states, and flushes it to disk; nothing, if there are no tensors."""
     if not tensors:
         return {}
     raw = save({name: value.contiguous() for name, value in tensors.items()})
-    name = f"shard-{number:05d}.safetensors"
+    name = f"{kind}-{number:05d}.safetensors"
     write_flushed(directory / name, raw)
     return {name: ShardFile(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())}
 

@@ -80,9 +80,6 @@ def train(
         workspace, engine = _made(config, store, mesh)
         windows = workspace.training_windows()
         resumed = resume(workspace, engine, strict=strict)
-        order = order_of(config, windows)
-        carried = CarriedStates(config, workspace.domain, order)
-        carried.load(resumed.directory, resumed.states, engine.activation_type)
         legs = legs_of(config, resumed.legs, extend)
         done = resumed.step
         progress = partial(made_progress, config.run_dir)
@@ -90,13 +87,12 @@ def train(
         if done >= config.training.steps and not looks:
             if here:
                 progress()
-                print(
-                    f"{config.run_dir} is already at step {done}; raise training.steps, with --extend, to train on",
-                    file=sys.stderr,
-                )
+                _say_that_all_is_done(config, done)
             return EXIT_OK
-        given = workspace, engine, resumed, legs, carried
-        writer = CheckpointWriter(*given, before_commit=claim.check, on_commit=progress)
+        order = order_of(config, windows)
+        carried = CarriedStates.resumed(config, workspace.domain, order, resumed, engine.activation_type)
+        kept = resumed, legs, carried
+        writer = CheckpointWriter(workspace, engine, *kept, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))
         recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=_machines(mesh)))
         requests = _requests(config, order, mesh.replica, done)
@@ -121,6 +117,11 @@ def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace
         if mesh.rank == 0:
             print(f"{config.run_dir}: {told}", file=sys.stderr)
     return workspace, Engine(network, mesh, config.training)
+
+
+def _say_that_all_is_done(config: RunConfig, done: int) -> None:
+    told = f"{config.run_dir} is already at step {done}; raise training.steps, with --extend, to train on"
+    print(told, file=sys.stderr)
 
 
 def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:
