@@ -15,10 +15,11 @@ def main() -> None:
         signal.signal(signal.SIGINT, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # held back by who starts ranks
     from .cli.app import main as command_line
+    from .interrupts import note
 
     try:
         if not ignored:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, note)
         command_line()
     except KeyboardInterrupt:  # before any verb has begun, each of which has its own answer
         raise SystemExit(INTERRUPTED) from None

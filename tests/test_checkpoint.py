@@ -550,10 +550,10 @@ def saved_but(config, failing, number=errno.ENOSPC, layout=FOUR):
 
         write = checkpoint.write_shard
 
-        def full(directory, rank, share):
+        def full(directory, kind, rank, share):
             if rank == mesh.ranks - 1 and int(directory.name.split(".")[1].partition("-")[2]) in failing:
                 raise OSError(number, os.strerror(number))
-            return write(directory, rank, share)
+            return write(directory, kind, rank, share)
 
         checkpoint.write_shard, told = full, io.StringIO()
         try:

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
@@ -119,6 +118,8 @@ def test_compiled_kernels_equal_eager_ones():
 @pytest.fixture
 def traced(monkeypatch):
     """Kernels that are traced as compiled ones are, without C++, which takes seconds for every shape; counts traces."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # two seconds, of every worker
+
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
@@ -128,9 +129,9 @@ def traced(monkeypatch):
     torch.compiler.reset()
 
 
-@torch._dynamo.config.patch(recompile_limit=3)
-def test_a_compiled_layer_takes_any_number_of_shapes(traced):
+def test_a_compiled_layer_takes_any_number_of_shapes(traced, monkeypatch):
     """More than the compilations of one function after which torch gives up: eight by default, three here."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     options = {"dilations": (1,), "attention_every": 0}
     layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
     eager.load_state_dict(layer.state_dict())

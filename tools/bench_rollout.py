@@ -31,9 +31,10 @@ def steps_of(given: argparse.Namespace, kind: str) -> tuple[int, dict[int, int]]
     """Steps and schedule of the same number of time steps of the network: free leads lengthen a window."""
     if kind == SINGLE:
         return given.steps, {}
-    longer = (WINDOW + given.leads - 1) / WINDOW
-    fewer = round(given.steps / (given.late + (1 - given.late) * longer))
-    return fewer, {round(given.late * fewer): given.leads}
+    shares, leads = [0.0, *given.schedule, 1.0], [1, *given.schedule.values()]
+    cost = sum((WINDOW + n - 1) / WINDOW * (b - a) for a, b, n in zip(shares[:-1], shares[1:], leads, strict=True))
+    fewer = round(given.steps / cost)
+    return fewer, {round(share * fewer): leads for share, leads in given.schedule.items()}
 
 
 def config_of(given: argparse.Namespace, run_dir: Path, kind: str, seed: int) -> dict:
@@ -72,20 +73,26 @@ def ratios(run_dir: Path, mesh: ProcessMesh, leads: int, window: int = WINDOW) -
     return [mean(one.ratio for one in skills if one.lead == lead) for lead in range(1, leads + 1)]
 
 
+def _schedule(text: str) -> dict[float, int]:
+    return {float(share): int(leads) for share, leads in (part.split(":") for part in text.split(","))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--steps", type=int, default=400, help="of the run on single steps")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--late", type=float, default=0.7, help="share of the steps before free runs")
-    parser.add_argument("--leads", type=int, default=3, help="of the free runs")
+    parser.add_argument(
+        "--schedule", type=_schedule, default={0.7: 3}, help="0.7:3,0.9:8 is 3 leads from 70 %% on, ..."
+    )
     parser.add_argument("--weight", type=float, default=1.0, help="of the leads after the first in the loss")
     parser.add_argument("--stateful", type=int, default=0, help="windows in a row; also with states carried on")
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
-    kinds = [SINGLE, f"{given.leads} leads from {given.late:g}, weight {given.weight:g}"]
+    told = " then ".join(f"{leads} leads from {share:g}" for share, leads in given.schedule.items())
+    kinds = [SINGLE, f"{told}, weight {given.weight:g}"]
     kinds += [f"{kinds[1]}, {STATEFUL.format(given.stateful)}"] * bool(given.stateful)
     jobs = [(kind, seed) for seed in range(given.seeds) for kind in kinds]
     with ThreadPoolExecutor(given.at_once) as pool:

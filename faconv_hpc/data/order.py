@@ -50,7 +50,7 @@ class Shuffled:
 
 
 class Chain(NamedTuple):
-    """Windows each of which begins where the one before it ends, and is at its place in the next step."""
+    """Windows each of which begins where the one before it ends, and is seen a step later at the same place."""
 
     first: int
     windows: int
@@ -80,15 +80,13 @@ class Chained:
         self._epoch = lru_cache(maxsize=2)(self._drawn)
 
     def window(self, step: int, place: int) -> int:
-        windows, _, number = self._at(step, place)
-        return windows[number]
+        return self._at(step, place)[0]
 
     def follows(self, step: int, place: int) -> bool:
-        _, is_first, number = self._at(step, place)
-        return not is_first[number]
+        return self._at(step, place)[1]
 
-    def _at(self, step: int, place: int) -> tuple[list[int], list[bool], int]:
-        """The windows of the epoch of a step, which of them follow none, and the number of the one at a place."""
+    def _at(self, step: int, place: int) -> tuple[int, bool]:
+        """The window, and whether it follows."""
         while self._ends[-1] <= step:
             count = int(self._counts(self._phases(len(self._ends) - 1)).sum())
             self._ends.append(self._ends[-1] + max(count // self._batch, 1))
@@ -96,7 +94,7 @@ class Chained:
         windows, is_first = self._epoch(epoch)
         steps, number = self._ends[epoch + 1] - self._ends[epoch], step - self._ends[epoch]
         at = (place * steps + number) % len(windows)
-        return windows, is_first if number else [True] * len(windows), at
+        return windows[at], number > 0 and not is_first[at]
 
     def _phases(self, epoch: int) -> NDArray[np.int64]:
         """(stretches,) the first window of each, by number: every window is seen as often as any other."""

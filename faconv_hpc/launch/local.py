@@ -13,6 +13,7 @@ from types import FrameType
 from typing import IO
 
 from ..errors import EXIT_OK, EXIT_STOPPED
+from ..interrupts import follow
 from ..spatial.environment import RankEnvironment, free_port
 from ..training.faults.signals import hold_signals, release_signals, restore_signals
 
@@ -42,6 +43,7 @@ def run_local_ranks(arguments: Sequence[str], ranks: int, stdout: IO[bytes] | No
     before = {number: signal.signal(number, told.all_of) for number in PASSED_ON}
     waited = release_signals(signal.SIGINT)
     try:
+        follow()
         port = free_port()
         for rank in range(ranks):
             hold_signals(signal.SIGINT)  # a rank inherits this; none may be lost between its birth and its first line

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 
 from ...config import TrainingConfig
 from ...errors import EXIT_INTERRUPTED, InputError
+from ...interrupts import follow
 from ...spatial.environment import RankEnvironment
 
 MARGIN_S = 5.0  # of a time limit, for the ranks to leave
@@ -94,6 +95,7 @@ class StopRequest:
         Raises:
             KeyboardInterrupt: one came before, in a moment in which Python loses it: while a module is imported.
         """
+        follow()
         if self._came_early:
             raise KeyboardInterrupt
         self.kept_step, self._speaks = kept_step, speaks
