@@ -129,16 +129,16 @@ def traced(monkeypatch):
     torch.compiler.reset()
 
 
-def test_a_compiled_layer_takes_any_number_of_shapes(traced, monkeypatch):
+def test_a_compiled_layer_takes_any_number_of_shapes(traced):
     """More than the compilations of one function after which torch gives up: eight by default, three here."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     options = {"dilations": (1,), "attention_every": 0}
-    layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
-    eager.load_state_dict(layer.state_dict())
-    for batch, rows, columns in [(1, 9, 10), (2, 6, 7), (1, 1, 10), (2, 8, 1)]:
-        x = torch.randn(batch, 2, 3, rows, columns)
-        grads = [torch.autograd.grad(one(x)[0].square().sum(), one.mixing_weight)[0] for one in (layer, eager)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        layer, eager = FAConvLSTM2d(3, 8, kernels="compiled", **options), FAConvLSTM2d(3, 8, **options)
+        eager.load_state_dict(layer.state_dict())
+        for batch, rows, columns in [(1, 9, 10), (2, 6, 7), (1, 1, 10), (2, 8, 1)]:
+            x = torch.randn(batch, 2, 3, rows, columns)
+            grads = [torch.autograd.grad(one(x)[0].square().sum(), one.mixing_weight)[0] for one in (layer, eager)]
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     assert traced.frame_count > 4 * 3
 
 

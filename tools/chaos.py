@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -98,7 +98,8 @@ class Job:
         pid = self.ranks[rank].pid
         assert pid is not None, f"rank {rank} was not started"
         self.signalled = True
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
 
     @property
     def told(self) -> str:
@@ -294,8 +295,8 @@ def _kill(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -
 def _kill_at_start(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
     """Before the ranks have met, or while they load: those who wait for it are ended by their launcher."""
     time.sleep(chaos.random.uniform(0, 4))
-    if _signature(run_dir) != job.records:
-        return False  # it trains already, and all ranks must leave
+    if job.over or _signature(run_dir) != job.records:
+        return False  # there was nothing left to do, or it trains already, and all ranks must leave
     job.send(rank, signal.SIGKILL)
     job.stopped += range(chaos.ranks)
     return True
