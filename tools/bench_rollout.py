@@ -67,7 +67,7 @@ def train(given: argparse.Namespace, kind: str, seed: int) -> Path:
 
 def ratios(run_dir: Path, mesh: ProcessMesh, leads: int, window: int = WINDOW) -> list[float]:
     """Error over persistence's at each lead, mean of the variables."""
-    config = load_run(run_dir)
+    config = load_run(run_dir).model_copy(update={"run_dir": run_dir})
     data = config.data.model_copy(update={"window": window})
     skills = evaluate(config.model_copy(update={"data": data}), mesh, leads, samples=SAMPLES).skills
     return [mean(one.ratio for one in skills if one.lead == lead) for lead in range(1, leads + 1)]
