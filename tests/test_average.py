@@ -55,19 +55,9 @@ def averaged(mesh, stage, precision, optimizer):
 
 @pytest.mark.parametrize(
     ("stage", "precision", "optimizer"),
-    [
-        (0, "fp32", "adamw"),
-        (0, "bf16", "adamw"),
-        (1, "bf16", "adamw"),
-        (1, "fp32", "adamw"),
-        (2, "fp32", "adamw"),
-        (2, "bf16", "adamw"),
-        (3, "bf16", "adamw"),
-        (3, "fp32", "adamw"),
-        (1, "fp32", "sgd"),
-    ],
+    [(stage, precision, "adamw") for stage in range(4) for precision in ("fp32", "bf16")] + [(1, "fp32", "sgd")],
 )
-@pytest.mark.every(2)
+@pytest.mark.every(2, "stage", "precision", "optimizer")
 def test_it_is_the_mean_that_its_definition_says(stage, precision, optimizer):
     for seen, mean, used, after, difference in run_on_ranks(Layout(2, 1, 1), averaged, stage, precision, optimizer):
         assert difference <= 1e-5

@@ -270,6 +270,7 @@ PAIRS = [  # the first column has every place, the first two lead from every one
     (4, 7), (7, 6), (4, 5), (5, 3),
     (6, 2), (2, 1), (0, 7), (4, 0),
     (1, 5), (5, 0), (2, 3), (5, 1),
+    (7, 1),
 ]  # fmt: skip
 GLOBAL_BATCH = 4
 BEFORE, AFTER = 3, 4

@@ -15,10 +15,10 @@ from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation import skill
 from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
 from faconv_hpc.spatial.exchange import HaloExchange
+from faconv_hpc.training import skill
 from faconv_hpc.training.contract import check_same_data
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.faults.claim import claimed

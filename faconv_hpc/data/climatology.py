@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..spatial.grid import Tile
+from .periods import evenly, mask_of
 from .store import Store
 
 PARTS_OF_YEAR, PARTS_OF_DAY = 12, 8
@@ -41,15 +42,12 @@ class Climatology:
         """
         kind_F, kinds = kinds_of(store)
         channels = store.channel_indices(names)
-        counted = np.zeros(store.frames, dtype=bool)
-        for span in spans:
-            counted[span.start : span.stop] = True
+        counted = mask_of(spans, store.frames)
         mean_KCYX = np.full((kinds, len(names), *tile.shape), np.nan, dtype=np.float32)
         for kind in range(kinds):
             frames = np.flatnonzero(counted & (kind_F == kind))
-            some = frames[np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int))]
-            if len(some):
-                mean_KCYX[kind] = _mean_of(store, some.tolist(), channels, tile)
+            if len(frames):
+                mean_KCYX[kind] = _mean_of(store, frames[evenly(len(frames), FRAMES)].tolist(), channels, tile)
         _fill(mean_KCYX.reshape(PARTS_OF_YEAR, -1, *mean_KCYX.shape[1:]))
         return cls(kind_F, mean_KCYX)
 

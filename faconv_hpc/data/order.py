@@ -7,11 +7,12 @@ raw bits, which NumPy keeps the same in all versions, other than what it makes o
 
 from bisect import bisect_right
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .periods import runs_of
 
 
 class Order(Protocol):
@@ -132,8 +133,7 @@ class Chained:
 
 def stretches_of_windows(starts: NDArray[np.int64]) -> list[range]:
     """Windows, by number, of which each begins one frame after the one before."""
-    edges = [0, *(np.flatnonzero(np.diff(starts) != 1) + 1).tolist(), len(starts)]
-    return [range(first, last) for first, last in pairwise(edges)]
+    return [range(first, first + count) for first, _, count in runs_of(starts)]
 
 
 def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Philox:

@@ -1,7 +1,7 @@
 """Periods: ranges of dates and sequences, which frames lie in them, and which windows of frames they allow."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import cftime
@@ -12,6 +12,9 @@ from ..errors import InputError
 from .dates import PERIOD, RANGE
 from .times import EPOCH_UNITS, TimeAxis
 from .unknown_names import index_of
+
+Run = tuple[int, int, int]
+"""Consecutive indices: position of the first one among all, first index, how many."""
 
 UNITS = ("year", "month", "day", "hour", "minute", "second")
 FIRST = (1, 1, 0, 0, 0)  # month, day, hour, minute, second
@@ -60,6 +63,20 @@ def spans_of(inside: NDArray[np.bool_]) -> tuple[range, ...]:
     """Where a mask of frames is true."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], inside, [False])).astype(np.int8)))
     return tuple(range(int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
+
+
+def runs_of(indices: Sequence[int] | NDArray[np.integer]) -> Iterator[Run]:
+    """Cuts indices into runs that count upwards by one."""
+    starts = np.flatnonzero(np.diff(indices) != 1) + 1
+    for at, end in pairwise([0, *starts.tolist(), len(indices)]):
+        if at < end:  # there are none of nothing
+            yield at, int(indices[at]), end - at
+
+
+def evenly(among: int, count: int) -> list[int]:
+    """So many places of a sequence, or all that there are, spread over it; of several the first and the last."""
+    places: list[int] = np.linspace(0, among - 1, min(among, count)).round().astype(int).tolist()
+    return places
 
 
 def mask_of(spans: Iterable[range], frames: int) -> NDArray[np.bool_]:

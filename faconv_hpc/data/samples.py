@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..spatial.grid import LatLonGrid, Tile
 from .forcings import Instants, check_forcings, compute_forcings
+from .periods import evenly
 from .store import Store
 from .variables import Channels, logarithm
 
@@ -123,8 +124,7 @@ class Windows:
 
     def spread(self, count: int) -> list[int]:
         """So many of them, or all there are, evenly over all; of several the first and the last are among them."""
-        places: list[int] = np.linspace(0, len(self) - 1, min(len(self), count)).round().astype(int).tolist()
-        return places
+        return evenly(len(self), count)
 
     def read(self, indices: Sequence[int], steps: int | None = None) -> Batch:
         """Reads windows; each frame of a window is read once.

@@ -17,14 +17,12 @@ from ..files import check_in_reach
 from ..spatial.grid import Boundary, LatLonGrid, Tile
 from . import chunks
 from .layout import STATIC_FILE, STORE_FILE, FileEntry, StoreContent, read_store_file
+from .periods import Run, runs_of
 from .unknown_names import index_of
 
 OPEN_FILES = 16  # kept open per process; a window reads one or two
 
 FILTER_FAILED = "filter returned failure"  # what HDF5 says of a checksum that is wrong
-
-Run = tuple[int, int, int]
-"""Consecutive indices: position of the first one in the request, first index, how many."""
 
 
 class Store:
@@ -178,7 +176,7 @@ class Store:
         fields_TCYX = np.empty(shape, dtype=np.float32)
         valid_TCYX = np.ones(shape, dtype=bool) if self.has_missing else None
         for file, (at, first, count) in self._runs_by_file(frames):
-            for channel_at, channel, channel_count in _runs(channels):
+            for channel_at, channel, channel_count in runs_of(channels):
                 source = np.s_[first : first + count, channel : channel + channel_count, *tile.slices]
                 target = np.s_[at : at + count, channel_at : channel_at + channel_count]
                 self._read_slab(file, source, target, fields_TCYX, valid_TCYX)
@@ -232,7 +230,7 @@ class Store:
             )
 
     def _runs_by_file(self, frames: range | Sequence[int]) -> Iterator[tuple[int, Run]]:
-        for at, first, count in _runs(frames):
+        for at, first, count in runs_of(frames):
             while count:
                 file = int(np.searchsorted(self._first_frames, first, side="right")) - 1
                 entry = self.files[file]
@@ -318,15 +316,6 @@ class Store:
             f"{self.latitude_deg[tile.rows[0] + y]:g}, longitude {self.longitude_deg[tile.columns[0] + x]:g} in "
             f"{self.path / self.file_of(frame).name}. The file was changed or damaged: run `faconv data prepare` again."
         )
-
-
-def _runs(indices: range | Sequence[int]) -> Iterator[Run]:
-    """Cuts indices into runs that count upwards by one."""
-    start = 0
-    for position in range(1, len(indices) + 1):
-        if position == len(indices) or indices[position] != indices[position - 1] + 1:
-            yield start, indices[start], position - start
-            start = position
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -19,14 +19,13 @@ from ..data.variables import Variable
 from ..errors import InputError
 from ..files import write_durably
 from ..model.network import FAConvLSTMNetwork
-from ..observe import READING
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.setup import Workspace, build_network
 from ..training.shards import FOLDER, Checkpoint, newest_at, whole_checkpoints
-from ..training.skill import LeadFields, Skill, SkillSums, forecasts_of
+from ..training.skill import LeadFields, Skill, SkillSums, forecasts_from
 
 SKILL_FILE = "evaluation.json"
 
@@ -135,10 +134,7 @@ def evaluate(
     first_step: LeadFields | None = None
     some = windows.spread(samples or len(windows))
     for index in some:
-        with mesh.activity.during(READING):
-            batch = windows.read([index]).to(mesh.device)
-        mean_LCYX = climatology.at(windows.frames_of(index)[window:]).to(mesh.device)
-        for lead, fields in enumerate(forecasts_of(network, batch, window, domain, mean_LCYX), start=1):
+        for lead, fields in enumerate(forecasts_from(network, windows, index, window, domain, climatology), start=1):
             sums.add(lead, fields, domain)
             first_step = fields if lead == 1 else first_step
     assert first_step is not None, "a Windows has at least one window"
@@ -150,7 +146,7 @@ def evaluate(
         first_loss=first,
         last_loss=last,
         skills=sums.skills(windows.channels),
-        example=_example(windows, some[-1], leads, first_step, workspace.domain),
+        example=_example(windows, some[-1], leads, first_step, domain),
     )
 
 

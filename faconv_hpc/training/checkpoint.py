@@ -59,7 +59,7 @@ class _Report:
     """What one rank has written, or why it could not."""
 
     files: dict[str, ShardFile] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: dict[str, StoredTensor] = field(default_factory=dict)
     states: dict[str, StatePiece] = field(default_factory=dict)
     seconds: float = 0.0
     problem: "_Problem | None" = None
@@ -245,16 +245,20 @@ class CheckpointWriter:
         """In the thread: this rank's shard, and its file of states."""
         began, pieces = time.perf_counter(), {}
         try:
-            files = write_shard(directory, "shard", self._mesh.rank, share)
+            files = shard = write_shard(directory, "shard", self._mesh.rank, share)
             if states is not None:
                 piece, tensors = states
                 of_states = write_shard(directory, "state", self._mesh.rank, tensors)
-                files, pieces = files | of_states, dict.fromkeys(of_states, piece)
+                files, pieces = shard | of_states, dict.fromkeys(of_states, piece)
         except OSError as error:
             return _Report(problem=_Problem.of(error))
-        kinds = ((*name.partition("/"), value) for name, value in share.items())
-        shapes = {name: tuple(value.shape) for kind, _, name, value in kinds if kind == PARAMETER}
-        return _Report(files, shapes, pieces, time.perf_counter() - began)
+        parameters = {
+            name.partition("/")[2]: StoredTensor(file=file, shape=tuple(value.shape))
+            for file in shard
+            for name, value in share.items()
+            if name.startswith(f"{PARAMETER}/")
+        }
+        return _Report(files, parameters, pieces, time.perf_counter() - began)
 
     def _manifest(self, pending: _Pending, reports: list[_Report]) -> Manifest:
         config, mesh = self._config, self._mesh
@@ -273,12 +277,7 @@ class CheckpointWriter:
             contract=self._workspace.contract,
             moments=self._engine.moment_names,
             legs=self._legs,
-            parameters={
-                name: StoredTensor(file=file, shape=shape)
-                for report in reports
-                for file in report.files.keys() - report.states.keys()
-                for name, shape in report.shapes.items()
-            },
+            parameters={name: stored for report in reports for name, stored in report.parameters.items()},
             states={file: piece for report in reports for file, piece in report.states.items()},
             files={file: stored for report in reports for file, stored in report.files.items()},
         )

@@ -172,7 +172,9 @@ def check_store(config: RunConfig, store: Store) -> None:
     _check_variables(data, store)
     check_forcings(data.forcings)
     training = config.training
-    _check_chains(config, training_starts(store, parts_of(data, store).train, data.window, training.most_leads))
+    starts = training_starts(store, parts_of(data, store).train, data.window, training.most_leads)
+    if training.stateful_windows:
+        _check_chains(config, starts)
     if training.validate_every and not data.periods.validation:
         raise InputError(
             f"training.validate_every={training.validate_every}, but data.periods.validation names no dates. "
@@ -183,10 +185,10 @@ def check_store(config: RunConfig, store: Store) -> None:
 
 
 def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
-    """Raises InputError where states are to be carried on and hardly a window would follow another."""
+    """Raises InputError where hardly a window would follow another, and states are to be carried on."""
     wanted, window, batch = config.training.stateful_windows, config.data.window, config.global_batch
     sizes = [len(one) for one in stretches_of_windows(starts)]
-    if wanted and max(sizes) < 2 * window:
+    if max(sizes) < 2 * window:
         raise InputError(
             f"training.stateful_windows={wanted} needs windows that follow each other, and the longest stretch of "
             f"{config.data.store} without a gap is of {max(sizes)} windows that begin one frame after the other: of "
@@ -194,7 +196,7 @@ def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
             f"{(max(sizes) + window) // 3} or less, or leave it out."
         )
     there = sum(max(size // window, 1) for size in sizes)
-    if wanted and there < 2 * batch:
+    if there < 2 * batch:
         raise InputError(
             f"training.stateful_windows={wanted} needs two windows for each of the {batch} samples of a step, and "
             f"{config.data.store} has {there} for training that share no input (data.window={window}). Use a smaller "

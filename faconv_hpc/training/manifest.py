@@ -1,6 +1,6 @@
 """What a checkpoint says of itself."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -8,8 +8,10 @@ from ..spatial.grid import Span
 from .contract import Contract
 from .schedule import Leg
 
-FORMAT = "faconv_hpc checkpoint 5"  # 1 had no legs, 2 no contract, 3 no roles, and 4 no states
-READ = ("faconv_hpc checkpoint 4", FORMAT)
+# 1 had no legs, 2 no contract, 3 no roles, and 4 no states; the last two can be read.
+Format = Literal["faconv_hpc checkpoint 4", "faconv_hpc checkpoint 5"]
+READ: tuple[str, ...] = get_args(Format)
+FORMAT = "faconv_hpc checkpoint 5"
 
 
 class _Section(BaseModel):
@@ -54,7 +56,7 @@ class Manifest(_Section):
         states: of the files that have some.
     """
 
-    format: Literal["faconv_hpc checkpoint 4", "faconv_hpc checkpoint 5"]
+    format: Format
     run: str
     step: int
     updates: int

@@ -1,4 +1,4 @@
-"""Errors of forecasts beside persistence's: area-weighted RMSE per variable and lead."""
+"""Errors of forecasts beside persistence's and climatology's: area-weighted RMSE per variable and lead."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.samples import Batch
+from ..data.climatology import Climatology
+from ..data.samples import Batch, Windows
 from ..data.variables import Channels
 from ..model.network import NetworkOutput
+from ..observe import READING
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .free_run import free_run
@@ -94,6 +96,22 @@ class SkillSums:
         )
 
 
+def forecasts_from(
+    network: Callable[..., NetworkOutput],
+    windows: Windows,
+    index: int,
+    window: int,
+    domain: Domain,
+    climatology: Climatology,
+) -> Iterator[LeadFields]:
+    """Reads one of the windows, each of ``window`` inputs and those of the leads, and forecasts it: `forecasts_of`."""
+    mesh = domain.mesh
+    with mesh.activity.during(READING):
+        batch = windows.read([index]).to(mesh.device)
+    mean_LCYX = climatology.at(windows.frames_of(index)[window:]).to(mesh.device)
+    return forecasts_of(network, batch, window, domain, mean_LCYX)
+
+
 def forecasts_of(
     network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain, climatology_LCYX: Tensor
 ) -> Iterator[LeadFields]:
@@ -110,8 +128,8 @@ def forecasts_of(
     diagnostics_TCYX = targets_TCYX[:, changing:]
     before_CYX = torch.full_like(diagnostics_TCYX[0], float("nan")) if window == 1 else diagnostics_TCYX[window - 2]
     start_CYX = batch.inputs_BTCYX[0, window - 1]
-    persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), start_CYX, channels)
     z_CYX = _reference(start_CYX, channels)
+    persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), z_CYX, channels)
     reference_CYX = torch.stack([one.value(z) for one, z in zip(channels.targets, z_CYX, strict=True)])
     for lead, forecast in enumerate(free_run(network, batch, window, domain)):
         came_CYX = diagnostics_TCYX[window - 1 + lead]
@@ -119,13 +137,12 @@ def forecasts_of(
             came_CYX = came_CYX.where(~before_CYX.isnan(), float("nan"))
         truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
-        came, said = (_in_units(fields, start_CYX, channels) for fields in (truth_CYX, forecast_CYX))
+        came, said = (_in_units(fields, z_CYX, channels) for fields in (truth_CYX, forecast_CYX))
         yield LeadFields(came, said, persistence_CYX, climatology_LCYX[lead] - reference_CYX)
 
 
-def _in_units(fields_CYX: Tensor, start_CYX: Tensor, channels: Channels) -> Tensor:
-    """(C, Y, X) float64 of the targets' changes, or of diagnostics' departures from their mean."""
-    z_CYX = _reference(start_CYX, channels)
+def _in_units(fields_CYX: Tensor, z_CYX: Tensor, channels: Channels) -> Tensor:
+    """(C, Y, X) float64 of the targets' changes from a `_reference`, or of diagnostics' departures from their mean."""
     changes = zip(channels.targets, z_CYX, fields_CYX.double(), strict=True)
     return torch.stack([variable.change(z, dz * variable.target_scale) for variable, z, dz in changes])
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 
-from ..observe import READING, VALIDATING
+from ..observe import VALIDATING
 from .engine import Engine
 from .setup import Workspace
-from .skill import Skill, SkillSums, forecasts_of
+from .skill import Skill, SkillSums, forecasts_from
 
 
 class Validation:
@@ -48,10 +48,7 @@ class Validation:
                 began = time.perf_counter()
                 place = turn * mesh.replicas + mesh.replica
                 index = self._some[min(place, len(self._some) - 1)]
-                with mesh.activity.during(READING):
-                    batch = self._windows.read([index]).to(mesh.device)
-                mean_LCYX = self._climatology.at(self._windows.frames_of(index)[window:]).to(mesh.device)
-                found = forecasts_of(engine.forward, batch, window, domain, mean_LCYX)
+                found = forecasts_from(engine.forward, self._windows, index, window, domain, self._climatology)
                 for lead, fields in enumerate(found, start=1):
                     sums.add(lead, fields, domain, counts=place < len(self._some))
                 turn_s = time.perf_counter() - began
