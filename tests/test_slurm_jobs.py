@@ -87,25 +87,25 @@ def test_time_limits_are_survived_more_often_than_submitit_would(tmp_path, slurm
     """
     training = LONG | {"usr_grace_s": 55, "give_up_after": 0}
     slow = slow_steps(tmp_path / "site", 1.0)
-    by_sbatch = config_of(tmp_path / "sbatch", store, training, mesh=ONE_TILE)
+    by_sbatch = config_of(tmp_path / "sbatch", store, training, mesh=TWO_TILES)
     log = tmp_path / "sbatch" / "job.log"
-    limit = ["--nodes=1", "--time=2", "--signal=USR1@55"]
-    jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=limit, **slow): by_sbatch}
+    limit = ["--time=2", "--signal=USR1@55"]
+    jobs = {sbatch(tmp_path / "sbatch", by_sbatch, options=TWO_NODES + limit, **slow): (by_sbatch, TWO_TILES)}
     by_submit = config_of(tmp_path / "submit", store, training, {"time_min": 2, "tasks_per_node": 1}, ONE_TILE)
     sent = faconv("submit", by_submit, "--no-preflight", "--json", environment=job_environment(**slow))
     assert sent.returncode == 0, sent.stderr
     (copy,) = (tmp_path / "submit" / "run" / "slurm").glob("config-*.yaml")
-    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy
-    for job, config in jobs.items():
+    jobs[re.search(r'"job": "(\d+)"', sent.stdout)[1]] = copy, ONE_TILE
+    for job, (config, _) in jobs.items():
         often = partial(_requeued, job, 4)
         wait_for(f"job {job} is requeued 4 times", often, 15 * MINUTES_S, log, every_s=5.0)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         shorten(config, step_of(run_dir) + 5)  # a busy machine does not get far in a minute
-    for job, config in jobs.items():
+    for job, (config, mesh) in jobs.items():
         state = over(job, log, 10 * MINUTES_S)
         run_dir = Path(config.parent.parent if config is copy else config.parent / "run")
         assert state.name == "COMPLETED" and state.restarts >= 4
-        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), ONE_TILE)
+        assert_as_undisturbed(tmp_path / f"undisturbed-{job}", store, run_dir, step_of(run_dir), mesh)
 
 
 def _requeued(job, times):
