@@ -147,8 +147,10 @@ def test_a_compiled_layer_is_the_eager_one(traced):
     layers = [FAConvLSTM2d(3, 8, kernels=mode, **options) for mode in ("eager", "compiled")]
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(1, 3, 3, 9, 10)
-    outs = [layer(x)[0] for layer in layers]
-    grads = [torch.autograd.grad(out.square().sum(), list(one.parameters())) for out, one in zip(outs, layers, strict=True)]
+    outs, grads = [], []
+    for layer in layers:
+        outs.append(layer(x)[0])
+        grads.append(torch.autograd.grad(outs[-1].square().sum(), list(layer.parameters())))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     assert traced.frame_count >= 5  # four passes, and mixing once more for its gradient
