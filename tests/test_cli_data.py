@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,16 @@ def test_sample_takes_a_wheel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["prepare", "inspect", "synth", "sample"])
 def test_every_help_has_an_example(verb: str) -> None:
     assert f"faconv data {verb}" in faconv(verb, "--help")
+
+
+def test_a_store_is_extended_and_keeps_how_it_was_made(tmp_path: Path, source: Path, store: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    times = ("--time-coordinate", "step", "--time-units", "hours since 1979-01-01")
+    more = ("prepare", source, "--output", tmp_path / "store", "--variables", "u", *times, "--extend")
+    with pytest.raises(InputError, match=r"--extend adds files like those .*Leave out --mesh, --frames-per-file"):
+        faconv(*more, "--mesh", "2x3")
+    said = faconv(*more)
+    assert "note: added at all times: u" in said and "8 frames of 2 channels on 12 x 18 cells" in said
+    shown = json.loads(faconv("inspect", tmp_path / "store", "--json"))
+    assert [channel["name"] for channel in shown["channels"]] == ["sst", "u"] and shown["files"] == 6
+    assert shown["provenance"]["extended"][0]["sources"] == [str(source)]

@@ -183,13 +183,18 @@ def site(tmp_path_factory):
     """A user's directory in which the README has been followed."""
     directory = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "configs", directory / "configs")
-    for number in range(2):
-        times = ("time", 6.0 * (np.arange(8) + 8 * number), {"units": "hours since 2001-01-01"})
-        field = np.random.default_rng(number).normal(size=(8, 11, 14)).astype(np.float32)
-        coordinates = {"time": times, "latitude": np.linspace(90, -90, 11), "longitude": np.arange(14) * 360 / 14}
-        named = {name: (name, values, {"standard_name": name}) for name, values in list(coordinates.items())[1:]}
-        fields = {"t2m": (("time", "latitude", "longitude"), 280 + field, {"units": "K"})}
-        save(xr.Dataset(fields, {"time": times, **named}), directory / f"era5_{number}.nc")
+    axes = {"latitude": np.linspace(90, -90, 11), "longitude": np.arange(14) * 360 / 14}
+    named = {name: (name, values, {"standard_name": name}) for name, values in axes.items()}
+    (directory / "later").mkdir()
+    for number, path in enumerate(["era5_0.nc", "era5_1.nc", "later/era5_2.nc", "sst.nc", "orography.nc"]):
+        first, frames = (0, 24) if path == "sst.nc" else (8 * number, 8)
+        hours = ("time", 6.0 * (np.arange(frames) + first), {"units": "hours since 2001-01-01"})
+        values = 280 + np.random.default_rng(number).normal(size=(frames, 11, 14)).astype(np.float32)
+        field = (("time", *axes), values, {"units": "K"})
+        if path == "orography.nc":
+            save(xr.Dataset({"orography": (tuple(axes), values[0], {"units": "m"})}, named), directory / path)
+        else:
+            save(xr.Dataset({"sst" if frames > 8 else "t2m": field}, {"time": hours, **named}), directory / path)
     follow("README.md", directory)
     (directory / "study.yaml").write_text(yaml.safe_dump(STUDY))
     return directory

@@ -81,7 +81,7 @@ def test_a_preparation_that_is_killed_goes_on_to_the_same_store(tmp_path, slurm,
     output = tmp_path / "store"
     srun = [*SRUN[:1], "--mpi=pmi2", *SRUN[1:]]
     command = [*srun, "-m", "faconv_hpc", "data", "prepare", *sources, "--output", str(output), *PREPARE]
-    slow = slowed(tmp_path / "site", "prepare.writer", "_write_file", 1.0)
+    slow = slowed(tmp_path / "site", "prepare.writer", "write_fields_file", 1.0)
     job = subprocess.Popen(command, env=job_environment(**slow), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for("some files", lambda: len(list(output.glob("fields-*.nc"))) >= 3, 2 * MINUTES_S)
     rank = next(pid for pid in _children_named(b"data\0prepare") if pid != job.pid)

@@ -339,8 +339,7 @@ def test_every_flipped_bit_of_fields_is_found_or_changes_nothing(copy: Path, sou
 
 
 def test_every_flipped_bit_of_store_nc_is_found_or_changes_nothing(copy: Path) -> None:
-    with Store.open(copy) as store:
-        digest = read_store_file(copy / STORE_FILE).digest
+    digest = read_store_file(copy / STORE_FILE).digest
     found = 0
     for position in _flips(copy / STORE_FILE, 300, seed=8):
         try:
@@ -348,7 +347,7 @@ def test_every_flipped_bit_of_store_nc_is_found_or_changes_nothing(copy: Path) -
         except InputError as error:
             assert re.search(r"store\.nc (is damaged|is an HDF5 file of another program|has store format)", str(error))
             found += 1
-    assert found > 50 and store.fingerprint
+    assert found > 50
 
 
 def test_forty_bytes_flipped_in_the_middle_are_named_when_trained_on(copy: Path) -> None:
@@ -430,7 +429,7 @@ def test_a_damaged_store_file_is_named(copy: Path) -> None:
 def test_another_format_or_version_is_refused(copy: Path) -> None:
     with h5py.File(copy / STORE_FILE, "a") as file:
         file.attrs["format_version"] = 7
-    with pytest.raises(InputError, match=r"has store format 7, this faconv_hpc reads format 3"):
+    with pytest.raises(InputError, match=r"has store format 7, this faconv_hpc reads 3 and 4"):
         Store.open(copy)
     with h5py.File(copy / STORE_FILE, "a") as file:
         file.attrs["format"] = "something"

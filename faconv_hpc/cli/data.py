@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +60,13 @@ Static = Annotated[
 ]
 From = Annotated[str | None, typer.Option("--from", metavar="DATE", help="First date, such as 1990 or 1990-03-01.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished store.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Add to a finished store: later times, or variables at its times.")
+]
+KEPT = (
+    "--extend adds files like those that the store has. Leave out --mesh, --frames-per-file, --compression and "
+    "--overwrite; or prepare all of it anew, with the store as a source."
+)
 
 
 @data_app.command("prepare", cls=Verb)
@@ -84,6 +93,7 @@ def prepare_command(
     to: Annotated[str | None, typer.Option(metavar="DATE", help="Last date, itself included.")] = None,
     every: Annotated[int, typer.Option(help="Take one frame of so many.")] = 1,
     overwrite: Overwrite = False,
+    extend: Extend = False,
     as_json: AsJson = False,
 ) -> None:
     """Turns any source that xarray reads into a store; goes on where it was killed.
@@ -91,35 +101,32 @@ def prepare_command(
     Example: mpiexec -n 8 faconv data prepare era5/*.nc --output era5-store --variables t2m,z500 --mesh 2x4
     """
     from ..prepare.comm import mpi_comm
-    from ..prepare.preparation import prepare
+    from ..prepare.extension import extend as extend_store
+    from ..prepare.preparation import PrepareSummary, prepare
     from ..prepare.selection import Period
 
+    files: dict[str, Any] = {"frames_per_file": frames_per_file, "compression": compression, "overwrite": overwrite}
+    if extend and (any(files.values()) or mesh != "1x1"):
+        raise InputError(KEPT)
     comm = mpi_comm()
-    summary = prepare(
-        list(sources),
-        output,
-        variables=[name.strip() for name in variables.split(",")] if variables else None,
-        mesh=parse_mesh(mesh),
-        frames_per_file=frames_per_file,
-        compression=compression,
-        time_coordinate=time_coordinate,
-        time_units=time_units,
-        calendar=calendar,
-        drop_repeated_column=drop_repeated_column,
-        fill_absent_chunks=fill_absent_chunks,
-        select=_pairs(select, "--select number=0"),
-        sequence_dim=sequence_dim,
-        sequences=sequences,
-        rename=_pairs(rename, "--rename t=temperature"),
-        static=static,
-        missing_values=[_mark(text) for text in missing_value or ()],
-        accept=accept,
-        period=Period(from_, to, every),
-        overwrite=overwrite,
-        comm=comm,
-        progress=_progress(comm),
-        command=" ".join(sys.argv),
-    )
+    taken: dict[str, Any] = {
+        "variables": [name.strip() for name in variables.split(",")] if variables else None,
+        "time_coordinate": time_coordinate,
+        "time_units": time_units,
+        "calendar": calendar,
+        "drop_repeated_column": drop_repeated_column,
+        "fill_absent_chunks": fill_absent_chunks,
+        "select": _pairs(select, "--select number=0"),
+        "sequence_dim": sequence_dim,
+        "sequences": sequences,
+        "rename": _pairs(rename, "--rename t=temperature"),
+        "static": static,
+        "missing_values": [_mark(text) for text in missing_value or ()],
+        "accept": accept,
+        "period": Period(from_, to, every),
+    } | {"comm": comm, "progress": _progress(comm), "command": " ".join(sys.argv)}
+    make: Callable[..., PrepareSummary] = partial(prepare, mesh=parse_mesh(mesh), **files)
+    summary = (extend_store if extend else make)(list(sources), output, **taken)
     _report(summary, comm, as_json)
 
 
@@ -216,7 +223,6 @@ def verify_command(
 
     Example: mpiexec -n 4 faconv data verify era5-store
     """
-    from ..data.layout import STATIC_FILE
     from ..data.store import Store
     from ..data.verification import verify_files, verify_static
     from ..prepare.comm import guarded, mpi_comm
@@ -225,8 +231,8 @@ def verify_command(
     with guarded(comm), Store.open(store) as opened:
         mine = range(comm.rank, len(opened.files), comm.size)
         here = [(entry.name, problem) for entry, problem in verify_files(opened, mine)]
-        if opened.static and comm.rank == 0:
-            here.append((STATIC_FILE, verify_static(opened)))
+        if opened.static_file is not None and comm.rank == 0:
+            here.append((opened.static_file.name, verify_static(opened)))
         found = sorted(one for part in comm.allgather(here) for one in part)
     damaged = [problem for _, problem in found if problem]
     if comm.rank == 0 and as_json:

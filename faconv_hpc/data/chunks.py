@@ -62,7 +62,7 @@ def chunk_shape(grid_shape: tuple[int, int], lat: int, lon: int, channels: int) 
         if rows * columns * VALUE_BYTES <= MAX_CHUNK_BYTES
     }
     rows, columns = min(costs, key=lambda shape: costs[shape])
-    return ChunkShape(_channels_per_chunk(channels, rows * columns * VALUE_BYTES), rows, columns)
+    return ChunkShape(channels_per_chunk(channels, rows * columns * VALUE_BYTES), rows, columns)
 
 
 def _touched(edges: Sequence[int]) -> dict[int, int]:
@@ -78,7 +78,8 @@ def _equal_parts(size: int) -> set[int]:
     return {-(-size // part) for part in range(1, size + 1)} if size > 1 else {1}
 
 
-def _channels_per_chunk(channels: int, plane_bytes: int) -> int:
+def channels_per_chunk(channels: int, plane_bytes: int) -> int:
+    """How many channels a chunk takes in, of which each has so many bytes in it; see `chunk_shape`."""
     divisors = [count for count in range(1, channels + 1) if channels % count == 0]
     allowed = [count for count in divisors if count == 1 or count * plane_bytes <= MAX_CHUNK_BYTES]
     return next((count for count in allowed if count * plane_bytes >= MIN_CHUNK_BYTES), allowed[-1])

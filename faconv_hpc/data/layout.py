@@ -4,6 +4,9 @@ A store is a directory. ``fields-00000.nc``, ``fields-00001.nc``, ... hold the s
 the rest); ``static.nc`` has the fields without time, where there are any; ``store.nc`` holds everything else and is
 written last, so a directory without it is not finished. All are NetCDF4: any tool opens them.
 
+A store that was extended has more of both: files that go on in time, files of the channels that came later (a `block`
+of their own), another file of fields without time. store.nc says which.
+
 Every byte that a run depends on is checked: HDF5 keeps a checksum of every chunk (Fletcher-32) and of its own
 structures (`LIBVER`), store.nc a digest of all it says, and every file of fields the store's fingerprint and its place.
 """
@@ -11,7 +14,7 @@ structures (`LIBVER`), store.nc a digest of all it says, and every file of field
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,11 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import check_in_reach
-from .chunks import ChunkShape
+from .chunks import VALUE_BYTES, ChunkShape, channels_per_chunk
 from .times import TimeAxis
 
 FORMAT = "faconv_hpc store"
-FORMAT_VERSION = 3
+FORMAT_VERSION, EXTENDED_VERSION = 3, 4  # what was never extended is as before, and read by what came before
 LIBVER = ("v110", "v110")
 """HDF5's file format with checksums of its structures, read by every HDF5 since 1.10 (2016)."""
 STORE_FILE = "store.nc"
@@ -56,12 +59,28 @@ class Static:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of fields: where its frames stand among all, and its size when it was finished."""
+    """One file of fields: where its frames stand among all, and its size when it was finished.
+
+    Attributes:
+        fingerprint: of the request that it was made by.
+        block: which channels it has, see `StoreLayout.blocks`.
+    """
 
     name: str
     first_frame: int
     frames: int
     size_bytes: int
+    fingerprint: str
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class StaticFile:
+    """The file of fields without time."""
+
+    name: str
+    size_bytes: int
+    fingerprint: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +93,8 @@ class StoreLayout:
         static: fields without time.
         compression: gzip level 1 to 9, or None.
         provenance: JSON-like: sources, command, versions.
+        chunk: of the first block; those of others differ in their channels.
+        blocks: first channels of the blocks. Those of one block are in the same files.
     """
 
     latitude_deg: NDArray[np.float64]
@@ -86,21 +107,25 @@ class StoreLayout:
     static: tuple[Channel, ...] = ()
     compression: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    blocks: tuple[int, ...] = (0,)
 
     @property
     def grid_shape(self) -> tuple[int, int]:
         """(nlat, nlon)."""
         return self.latitude_deg.size, self.longitude_deg.size
 
-    @property
-    def files(self) -> int:
-        """Number of files of fields."""
-        return -(-len(self.time) // self.frames_per_file)
+    def channels_of(self, block: int) -> range:
+        """Positions of the channels of a block."""
+        return range(self.blocks[block], (*self.blocks, len(self.channels))[block + 1])
 
-    def frames_of(self, file: int) -> range:
-        """The frames that a file holds."""
-        first = file * self.frames_per_file
-        return range(first, min(first + self.frames_per_file, len(self.time)))
+    def of_block(self, block: int) -> "StoreLayout":
+        """As if there were no other channels: what its files look like."""
+        own = self.channels_of(block)
+        depth = self.chunk.channels
+        if block:
+            depth = channels_per_chunk(len(own), self.chunk.rows * self.chunk.columns * VALUE_BYTES)
+        chunk = replace(self.chunk, channels=depth)
+        return replace(self, channels=self.channels[own.start : own.stop], chunk=chunk, blocks=(0,))
 
 
 def same_units(one: str, other: str) -> bool:
@@ -116,7 +141,12 @@ def file_name(file: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoreContent:
-    """What store.nc says: the layout, the statistics per channel, the table of files, whose fingerprint they bear."""
+    """What store.nc says: the layout, the statistics per channel, the table of files.
+
+    Attributes:
+        files: block by block, in the order of time.
+        fingerprint: of the request that the store was first made by.
+    """
 
     layout: StoreLayout
     files: tuple[FileEntry, ...]
@@ -129,11 +159,25 @@ class StoreContent:
     utc_hour: NDArray[np.float64]
     has_missing: bool
     static: tuple[Static, ...] = ()
-    static_bytes: int = 0
+    static_file: StaticFile | None = None
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether something was added since the store was made."""
+        static = () if self.static_file is None else (self.static_file.fingerprint,)
+        marks = {*static, *(entry.fingerprint for entry in self.files)}
+        return marks != {self.fingerprint}
 
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""
+        sizes = ("name", "first_frame", "frames", "size_bytes")
+        rest: dict[str, Any] = {}
+        if self.static_file is not None:
+            rest |= {"static": [asdict(one) for one in self.static], "bytes": self.static_file.size_bytes}
+        if self.is_extended:
+            rest |= {"blocks": self.layout.blocks, "made": [(one.block, one.fingerprint) for one in self.files]}
+            rest |= {"static_file": self.static_file and asdict(self.static_file)}
         layout = self.layout
         statistics = (self.mean, self.std, self.tendency_std, self.valid_share, self.year_fraction, self.utc_hour)
         return digest_of(
@@ -146,11 +190,11 @@ class StoreContent:
                 "frames_per_file": layout.frames_per_file,
                 "compression": layout.compression,
                 "provenance": layout.provenance,
-                "files": [asdict(entry) for entry in self.files],
+                "files": [{key: getattr(entry, key) for key in sizes} for entry in self.files],
                 "fingerprint": self.fingerprint,
                 "has_missing": self.has_missing,
             }
-            | ({"static": [asdict(one) for one in self.static], "bytes": self.static_bytes} if self.static else {})
+            | rest
             | layout.time.said_of_sequences,
         )
 
@@ -195,9 +239,9 @@ def _check_format(path: Path, attributes: h5py.AttributeManager) -> None:
             f"{attributes.get('format')!r}, not {FORMAT!r}. Make a store with `faconv data prepare`."
         )
     version = _number(attributes["format_version"])
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, EXTENDED_VERSION):
         raise InputError(
-            f"{path} has store format {version}, this faconv_hpc reads format {FORMAT_VERSION}. "
+            f"{path} has store format {version}, this faconv_hpc reads {FORMAT_VERSION} and {EXTENDED_VERSION}. "
             f"Install the version that wrote it, or run `faconv data prepare` again."
         )
 
@@ -208,7 +252,7 @@ def _content(h5: h5py.File) -> StoreContent:
     numbers = {name: h5[name][:] for name in (*statistics, "year_fraction", "utc_hour")}
     chunk = [int(size) for size in h5.attrs["chunk_shape"]]
     mesh = [int(size) for size in h5.attrs["intended_mesh"]]
-    static = _static(h5)
+    static, first = _static(h5), str(h5.attrs["fingerprint"])
     layout = StoreLayout(
         latitude_deg=h5["latitude"][:],
         longitude_deg=h5["longitude"][:],
@@ -220,18 +264,25 @@ def _content(h5: h5py.File) -> StoreContent:
         static=tuple(one.channel for one in static),
         compression=_number(h5.attrs["compression"]) or None,
         provenance=json.loads(h5.attrs["provenance"]),
+        blocks=tuple(h5.attrs["blocks"].tolist()) if "blocks" in h5.attrs else (0,),
     )
-    table = zip(*(h5[name][:].tolist() for name in ("first_frame", "frames", "size_bytes")), strict=True)
-    files = tuple(FileEntry(name, *row) for name, row in zip(texts["file"], table, strict=True))
+    table = [h5[name][:].tolist() for name in ("first_frame", "frames", "size_bytes")]
+    marks = h5["file_fingerprint"].asstr()[:].tolist() if "file_fingerprint" in h5 else [first] * len(texts["file"])
+    blocks = h5["file_block"][:].tolist() if "file_block" in h5 else [0] * len(texts["file"])
     return StoreContent(
         layout,
-        files,
-        str(h5.attrs["fingerprint"]),
+        tuple(map(FileEntry, texts["file"], *table, marks, blocks)),
+        first,
         has_missing=bool(_number(h5.attrs["has_missing"])),
         static=static,
-        static_bytes=_number(h5.attrs["static_bytes"]) if static else 0,
+        static_file=_static_file(h5, first) if static else None,
         **numbers,
     )
+
+
+def _static_file(h5: h5py.File, first: str) -> StaticFile:
+    name, mark = h5.attrs.get("static_file", STATIC_FILE), h5.attrs.get("static_made", first)
+    return StaticFile(str(name), _number(h5.attrs["static_bytes"]), str(mark))
 
 
 def _sequences(h5: h5py.File) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -68,10 +68,11 @@ def pieces_of(
     kept: list[Piece] = []
     read: list[Piece] = []
     for file, entry in enumerate(store.files):
-        if _own(entry, frames):
-            known = [one for one in channels if one not in log1p] if _is_whole(store, entry, frames) else []
+        own = [one for one in channels if one in store.channels_in(entry)]
+        if own and _own(entry, frames):
+            known = [one for one in own if one not in log1p] if _is_whole(store, entry, frames) else []
             kept += [Piece(file, tuple(known))] * bool(known)
-            read += [Piece(file, (channel,)) for channel in channels if channel not in known]
+            read += [Piece(file, (channel,)) for channel in own if channel not in known]
     return kept, read
 
 
@@ -85,7 +86,8 @@ def moments_of(store: Store, piece: Piece, frames: Stretches, log1p: Log1p) -> d
     if _is_whole(store, entry, frames) and log1p.keys().isdisjoint(piece.channels):
         with store.reading(piece.file) as h5:
             rows = h5[MOMENTS][:]
-        return {channel: ChannelMoments.from_row(rows[channel]) for channel in piece.channels}
+        first = store.channels_in(entry).start
+        return {channel: ChannelMoments.from_row(rows[channel - first]) for channel in piece.channels}
     return {channel: _read(store, _own(entry, frames), channel, log1p) for channel in piece.channels}
 
 

@@ -1,6 +1,7 @@
 """A store of fields, read tile by tile."""
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ..errors import InputError
 from ..files import check_in_reach
 from ..spatial.grid import Boundary, LatLonGrid, Tile
 from . import chunks
-from .layout import STATIC_FILE, STORE_FILE, FileEntry, StoreContent, read_store_file
+from .layout import STORE_FILE, FileEntry, StoreContent, read_store_file
 from .periods import Run, runs_of
 from .unknown_names import index_of
 
@@ -34,8 +35,9 @@ class Store:
 
     Attributes:
         path: the directory.
+        content: what ``store.nc`` says.
         layout: grid, channels, times and chunks.
-        fingerprint: of the request it was made by; all its files bear it.
+        files: of fields, block by block.
         digest: of all that ``store.nc`` says.
         latitude_deg: (latitude,) float64, north first.
         longitude_deg: (longitude,) float64, increasing, from any start.
@@ -55,9 +57,9 @@ class Store:
 
     def __init__(self, path: Path, content: StoreContent) -> None:
         layout = content.layout
-        self.path = path
+        self.path, self.content = path, content
         self.layout = layout
-        self.files, self.fingerprint, self.digest = content.files, content.fingerprint, content.digest
+        self.files, self.digest = content.files, content.digest
         self.latitude_deg, self.longitude_deg = layout.latitude_deg, layout.longitude_deg
         self.channels = tuple(channel.name for channel in layout.channels)
         self.units = tuple(channel.units for channel in layout.channels)
@@ -68,8 +70,11 @@ class Store:
         self.frames = len(layout.time)
         self.size_bytes = sum(entry.size_bytes for entry in content.files)
         self.has_missing = content.has_missing
-        self.static, self._static_bytes = content.static, content.static_bytes
-        self._first_frames = np.array([entry.first_frame for entry in content.files])
+        self.static, self.static_file = content.static, content.static_file
+        self._blocks = [
+            [number for number, entry in enumerate(content.files) if entry.block == block]
+            for block in range(len(layout.blocks))
+        ]
         self._open: OrderedDict[int, h5py.File] = OrderedDict()
         self._process = os.getpid()
         self._open_limit = OPEN_FILES
@@ -151,7 +156,13 @@ class Store:
 
     def bytes_read(self, tile: Tile, channels: Sequence[int]) -> int:
         """Bytes of the chunks that must be read for one frame of a tile, before any compression."""
-        return chunks.bytes_read(tile, channels, self.layout.chunk, has_missing=self.has_missing)
+        read = 0
+        for block in range(len(self.layout.blocks)):
+            every = self.layout.channels_of(block)
+            own = [channel - every.start for channel in channels if channel in every]
+            chunk = self.layout.of_block(block).chunk
+            read += chunks.bytes_read(tile, own, chunk, has_missing=self.has_missing)
+        return read
 
     def read(
         self, frames: range | Sequence[int], tile: Tile, channels: Sequence[int]
@@ -175,8 +186,8 @@ class Store:
         shape = (len(frames), len(channels), *tile.shape)
         fields_TCYX = np.empty(shape, dtype=np.float32)
         valid_TCYX = np.ones(shape, dtype=bool) if self.has_missing else None
-        for file, (at, first, count) in self._runs_by_file(frames):
-            for channel_at, channel, channel_count in runs_of(channels):
+        for block, (channel_at, channel, channel_count) in self._runs_by_block(channels):
+            for file, (at, first, count) in self._runs_by_file(frames, block):
                 source = np.s_[first : first + count, channel : channel + channel_count, *tile.slices]
                 target = np.s_[at : at + count, channel_at : channel_at + channel_count]
                 self._read_slab(file, source, target, fields_TCYX, valid_TCYX)
@@ -192,22 +203,26 @@ class Store:
         for name in names:
             index_of("static variable", name, self.static_names, f"store {self.path}")
         fields_SYX = np.empty((len(names), *tile.shape), dtype=np.float32)
-        if not names:
+        if not names or self.static_file is None:
             return fields_SYX
-        path = self.path / STATIC_FILE
+        path = self.path / self.static_file.name
         try:
-            self._check_size(STATIC_FILE, self._static_bytes)
+            self._check_size(self.static_file.name, self.static_file.size_bytes)
             with h5py.File(path, "r", locking=False) as h5:
-                self._check_fingerprint(h5)
+                _check_fingerprint(h5, self.static_file.fingerprint)
                 for place, name in enumerate(names):
                     fields_SYX[place] = h5[name][tile.slices]
         except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:  # as HDF5 has it
             raise _unreadable(path, error) from None
         return fields_SYX
 
-    def file_of(self, frame: int) -> FileEntry:
-        """The file that holds a frame."""
-        return self.files[int(np.searchsorted(self._first_frames, frame, side="right")) - 1]
+    def channels_in(self, entry: FileEntry) -> range:
+        """Positions of the channels that a file has."""
+        return self.layout.channels_of(entry.block)
+
+    def _file_of(self, frame: int, block: int) -> int:
+        own = self._blocks[block]
+        return own[bisect_right(own, frame, key=lambda file: self.files[file].first_frame) - 1]
 
     def check_files(self) -> None:
         """Looks for every file and compares its size with the table, reading none.
@@ -217,8 +232,8 @@ class Store:
         """
         for entry in self.files:
             self._check_size(entry.name, entry.size_bytes)
-        if self.static:
-            self._check_size(STATIC_FILE, self._static_bytes)
+        if self.static_file is not None:
+            self._check_size(self.static_file.name, self.static_file.size_bytes)
 
     def _check_request(self, frames: range | Sequence[int], tile: Tile) -> None:
         nlat, nlon = self.layout.grid_shape
@@ -229,10 +244,20 @@ class Store:
                 f"{nlat} x {nlon} cells. Ask for cells and times that are there."
             )
 
-    def _runs_by_file(self, frames: range | Sequence[int]) -> Iterator[tuple[int, Run]]:
+    def _runs_by_block(self, channels: Sequence[int]) -> Iterator[tuple[int, Run]]:
+        """Channels by their places within their block."""
+        for at, first, count in runs_of(channels):
+            while count:
+                block = bisect_right(self.layout.blocks, first) - 1
+                own = self.layout.channels_of(block)
+                inside = min(count, own.stop - first)
+                yield block, (at, first - own.start, inside)
+                at, first, count = at + inside, first + inside, count - inside
+
+    def _runs_by_file(self, frames: range | Sequence[int], block: int) -> Iterator[tuple[int, Run]]:
         for at, first, count in runs_of(frames):
             while count:
-                file = int(np.searchsorted(self._first_frames, first, side="right")) - 1
+                file = self._file_of(first, block)
                 entry = self.files[file]
                 inside = min(count, entry.first_frame + entry.frames - first)
                 yield file, (at, first - entry.first_frame, inside)
@@ -273,17 +298,13 @@ class Store:
         self._check_size(entry.name, entry.size_bytes)
         h5 = h5py.File(self.path / entry.name, "r", locking=False)
         try:
-            self._check_fingerprint(h5)
+            _check_fingerprint(h5, entry.fingerprint)
             if (first := int(np.ravel(h5.attrs["first_frame"])[0])) != entry.first_frame:
                 raise OSError(f"it is another file of this store, with frames from {first} on, not {entry.first_frame}")
         except BaseException:
             h5.close()
             raise
         return h5
-
-    def _check_fingerprint(self, h5: h5py.File) -> None:
-        if h5.attrs["fingerprint"] != self.fingerprint:
-            raise OSError("it is a file of another store")
 
     def _check_size(self, name: str, size_bytes: int) -> None:
         path = self.path / name
@@ -314,8 +335,17 @@ class Store:
             f"{fields_TCYX[t, c, y, x]} in a cell that is not marked as missing: variable "
             f"{self.channels[channels[c]]!r} at {self.layout.time.label(frame)} (frame {frame}), latitude "
             f"{self.latitude_deg[tile.rows[0] + y]:g}, longitude {self.longitude_deg[tile.columns[0] + x]:g} in "
-            f"{self.path / self.file_of(frame).name}. The file was changed or damaged: run `faconv data prepare` again."
+            f"{self.path / self._name_of(frame, channels[c])}. The file was changed or damaged: run `faconv data "
+            f"prepare` again."
         )
+
+    def _name_of(self, frame: int, channel: int) -> str:
+        return self.files[self._file_of(frame, bisect_right(self.layout.blocks, channel) - 1)].name
+
+
+def _check_fingerprint(h5: h5py.File, expected: str) -> None:
+    if h5.attrs["fingerprint"] != expected:
+        raise OSError("it is a file of another store")
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -88,6 +88,12 @@ class TimeAxis:
         unlike[np.array(self.beginnings[1:], dtype=np.int64) - 1] = True
         return np.flatnonzero(unlike) + 1
 
+    @property
+    def described(self) -> str:
+        """How many, from when to when; for messages."""
+        sequences = f" in {len(self.names)} sequences" if self.names else ""
+        return f"{len(self)}{sequences} from {self.label(0)} to {self.label(len(self) - 1)} ({self.calendar})"
+
     def date(self, frame: int) -> str:
         """Date and time of a frame."""
         return str(self._dates(self.seconds[frame : frame + 1])[0])

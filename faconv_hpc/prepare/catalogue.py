@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span
 from .found import Found
 from .roles import SourceOptions
-from .segments import Segment, SourceGrid
+from .segments import ALWAYS, Segment, SourceGrid
 from .sources import open_sources
 
 GREGORIAN = ("standard", "proleptic_gregorian")
@@ -44,7 +44,7 @@ class Catalogue:
     @property
     def grid(self) -> SourceGrid:
         """The common grid."""
-        return self.segments[0][0].grid
+        return (self.segments[0] if self.segments else self.static)[0].grid
 
     def static_fields(self) -> Iterator[NDArray[np.float32]]:
         """(Y, X) of each field without time, read when it is asked for."""
@@ -84,8 +84,13 @@ class Catalogue:
         return len(mine) == len(others) and all(a.is_beside(b) for a, b in zip(mine, others, strict=True))
 
 
-def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
+def build_catalogue(
+    paths: Sequence[Path], options: SourceOptions, longitude_deg: NDArray[np.float64] | None = None
+) -> Catalogue:
     """Opens all sources and joins them.
+
+    Args:
+        longitude_deg: of the store that they are added to; it may lack fields without time only.
 
     Raises:
         InputError: nothing to take, or sources that do not fit together.
@@ -94,14 +99,18 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     for path in paths:
         for dataset in open_sources(path, options.select):
             found.add(dataset, path)
-    found.check(paths)
-    chosen, constant = _choose(found.segments, options.variables, paths, found.static)
+    alone = longitude_deg is None
+    found.check(paths, alone=alone)
+    chosen, constant = _choose(found.segments, options.variables, paths, found.static, alone=alone)
     order = found.sequences
     joined = {
         name: sorted(found.segments[name], key=lambda one: (order.index(one.sequence), one.begin)) for name in chosen
     }
-    turned = _on_one_grid(joined | {name: [found.static[name]] for name in constant})
+    turned = _on_one_grid(joined | {name: [found.static[name]] for name in constant}, longitude_deg)
     constant = [name for name in constant if found.is_sound(name)]
+    static = tuple(turned[name][0] for name in constant)
+    if not chosen:
+        return Catalogue((), static, ALWAYS, tuple(dict.fromkeys(found.notes)))
     joined = _in_one_calendar({name: turned[name] for name in chosen})
     axes = {name: _join_times(segments) for name, segments in joined.items()}
     _check_times(axes, joined)
@@ -109,7 +118,7 @@ def build_catalogue(paths: Sequence[Path], options: SourceOptions) -> Catalogue:
     frames = options.period.frames_of(time)
     taken = tuple(tuple(_taken(segments, frames)) for segments in joined.values())
     axis = in_sequence([(one.sequence, one.time) for one in taken[0]])
-    return Catalogue(taken, tuple(turned[name][0] for name in constant), axis, tuple(dict.fromkeys(found.notes)))
+    return Catalogue(taken, static, axis, tuple(dict.fromkeys(found.notes)))
 
 
 def _taken(segments: Sequence[Segment], frames_of: Sequence[range]) -> Iterator[Segment]:
@@ -129,7 +138,8 @@ def _taken(segments: Sequence[Segment], frames_of: Sequence[range]) -> Iterator[
 def _in_one_calendar(joined: dict[str, list[Segment]]) -> dict[str, list[Segment]]:
     """From 1582-10-15 on ``standard`` and ``proleptic_gregorian`` are the same; where sources say both, the first."""
     times = [segment.time for segments in joined.values() for segment in segments]
-    if {time.calendar for time in times} != set(GREGORIAN) or min(time.seconds[0] for time in times) < GREGORIAN_S:
+    calendars = {time.calendar for time in times}
+    if len(calendars) == 1 or not all(same_calendar(times[0], time) for time in times):
         return joined
     return {
         name: [replace(one, time=TimeAxis(one.time.seconds, GREGORIAN[0])) for one in segments]
@@ -137,8 +147,19 @@ def _in_one_calendar(joined: dict[str, list[Segment]]) -> dict[str, list[Segment
     }
 
 
+def same_calendar(one: TimeAxis, other: TimeAxis) -> bool:
+    """Whether the seconds of two axes are of one calendar, or cannot tell two apart."""
+    calendars, first = {one.calendar, other.calendar}, min(one.seconds.min(), other.seconds.min())
+    return len(calendars) == 1 or (calendars == set(GREGORIAN) and bool(first >= GREGORIAN_S))
+
+
 def _choose(
-    found: dict[str, list[Segment]], wanted: Sequence[str] | None, paths: Sequence[Path], static: dict[str, Segment]
+    found: dict[str, list[Segment]],
+    wanted: Sequence[str] | None,
+    paths: Sequence[Path],
+    static: dict[str, Segment],
+    *,
+    alone: bool,
 ) -> tuple[list[str], list[str]]:
     """Names of the channels to take, a variable's name stands for all its levels; and of the fields without time."""
     if wanted is None:
@@ -154,16 +175,19 @@ def _choose(
             raise unknown_name("variable", name, [*found, *static], f"the sources {', '.join(map(str, paths[:3]))}")
         chosen += names
         constant += timeless
-    if not chosen:
+    if not chosen and alone:
         raise InputError(
             f"--variables {','.join(wanted)} names only fields without time. Name one that is to be forecast, too."
         )
     return list(dict.fromkeys(chosen)), list(dict.fromkeys(constant))
 
 
-def _on_one_grid(joined: dict[str, list[Segment]]) -> dict[str, list[Segment]]:
+def _on_one_grid(
+    joined: dict[str, list[Segment]], longitude_deg: NDArray[np.float64] | None
+) -> dict[str, list[Segment]]:
     """Sources that begin at another meridian, or call it 180 degrees east or west, are turned to the first one's."""
-    longitude_deg = next(iter(joined.values()))[0].grid.longitude_deg
+    if longitude_deg is None:
+        longitude_deg = next(iter(joined.values()))[0].grid.longitude_deg
     turned = {
         name: [replace(one, grid=one.grid.beginning_at(longitude_deg)) for one in segments]
         for name, segments in joined.items()
@@ -237,14 +261,10 @@ def _check_times(axes: dict[str, TimeAxis], joined: dict[str, list[Segment]]) ->
         once = f", or take one that does not change with --static {joined[short][0].array.name}"
         raise InputError(
             f"all variables need the same times, but {first_name!r} in {joined[first_name][0].path} has "
-            f"{_told(first)}, {name!r} in {joined[name][0].path} has {_told(axis)}. Give sources with the same times, "
+            f"{first.described}, {name!r} in {joined[name][0].path} has {axis.described}. Give sources with the same "
+            f"times, "
             f"or leave one variable out with --variables{once}."
         )
-
-
-def _told(axis: TimeAxis) -> str:
-    sequences = f" in {len(axis.names)} sequences" if axis.names else ""
-    return f"{len(axis)}{sequences} from {axis.label(0)} to {_last(axis)} ({axis.calendar})"
 
 
 def _last(axis: TimeAxis) -> str:

@@ -59,8 +59,12 @@ class Found:
         """Names, in their order."""
         return list(dict.fromkeys(one.sequence for several in self.segments.values() for one in several))
 
-    def check(self, paths: Sequence[Path]) -> None:
-        """Raises InputError for an option that is of no use, and where there is nothing to take."""
+    def check(self, paths: Sequence[Path], *, alone: bool) -> None:
+        """Raises InputError for an option that is of no use, and where there is nothing to take.
+
+        Args:
+            alone: fields without time are not enough.
+        """
         options, static = self.options, self.static
         segments = [one for several in self.segments.values() for one in several] + list(static.values())
         self._check_names(self._names | {name for one in segments for name in one.names})
@@ -76,7 +80,7 @@ class Found:
                     f"--select {dim}={value}: no source has such a dim, nor a GRIB message with it. Look for its name."
                 )
         self._check_sequences()
-        if not self.segments:
+        if not self.segments and (alone or not static):
             left_out = f" {' '.join(self.notes)}" if self.notes else ""
             raise InputError(
                 f"no field with time, latitude and longitude in {', '.join(map(str, paths))}.{left_out} Look at it "

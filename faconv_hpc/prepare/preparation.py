@@ -80,15 +80,17 @@ def prepare(
     options = SourceOptions.of(**taken)
     with guarded(comm):
         paths, catalogue, layout = _plan_together(sources, options, mesh, frames_per_file, compression, command, comm)
-        _refuse_own_source(Path(output), paths)
-        request = "\n".join([repr(options), *map(_identity, paths)])
+        refuse_own_source(Path(output), paths)
+        request = "\n".join([repr(options), *map(identity, paths)])
         with started_directory(Path(output), comm, overwrite=overwrite):
             written = write_store(
                 Path(output), layout, catalogue, request, comm=comm, static=catalogue.static_fields(), progress=progress
             )
     notes = catalogue.notes
-    if layout.files < comm.size:
-        notes += (f"{layout.files} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",)
+    if len(written.files) < comm.size:
+        notes += (
+            f"{len(written.files)} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",
+        )
     return summarise(Path(output), layout, written, time.monotonic() - started, notes)
 
 
@@ -148,13 +150,18 @@ def _layout(
         frames_per_file=frames_per_file or default_frames_per_file(shape, len(channels)),
         static=tuple(one.channel for one in catalogue.static),
         compression=compression,
-        provenance={
-            "command": command,
-            "sources": [str(path.resolve()) for path in paths],
-            "versions": versions(),
-            "notes": list(catalogue.notes),
-        },
+        provenance=provenance_of(command, paths, catalogue),
     )
+
+
+def provenance_of(command: str, paths: Sequence[Path], catalogue: Catalogue) -> dict[str, Any]:
+    """What a store says of where its fields come from."""
+    return {
+        "command": command,
+        "sources": [str(path.resolve()) for path in paths],
+        "versions": versions(),
+        "notes": list(catalogue.notes),
+    }
 
 
 def default_frames_per_file(grid_shape: tuple[int, int], channels: int) -> int:
@@ -162,13 +169,14 @@ def default_frames_per_file(grid_shape: tuple[int, int], channels: int) -> int:
     return max(LEAST_FRAMES, FILE_BYTES // (grid_shape[0] * grid_shape[1] * channels * VALUE_BYTES))
 
 
-def _refuse_own_source(output: Path, paths: Sequence[Path]) -> None:
+def refuse_own_source(output: Path, paths: Sequence[Path]) -> None:
+    """Raises InputError for a source that lies in the store that is to be made."""
     inside = [path for path in paths if output.resolve() in (path.resolve(), *path.resolve().parents)]
     if inside:
         raise InputError(f"output {output} holds the source {inside[0]} and would destroy it. Give another --output.")
 
 
-def _identity(path: Path) -> str:
+def identity(path: Path) -> str:
     """Where a source is, how large, and when it last changed; of a directory, its metadata files."""
     files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
     files += sorted(path.glob("*/zarr.json")) + sorted(path.glob("*/.zarray"))

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import xarray as xr
 
-from ..data.layout import DIMS, STATIC_FILE, STORE_FILE, Channel, read_store_file
+from ..data.layout import DIMS, STORE_FILE, Channel, read_store_file
 from ..errors import InputError
 from .grib import open_grib
 
@@ -27,8 +27,13 @@ def expand(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"source {path} does not exist. Give paths of NetCDF, HDF5, zarr or GRIB data.")
-        ours = (path / STORE_FILE).is_file()
-        expanded += [*sorted(path.glob("fields-*.nc")), *path.glob(STATIC_FILE)] if ours else [path]
+        if not (path / STORE_FILE).is_file():
+            expanded.append(path)
+            continue
+        content = read_store_file(path / STORE_FILE)
+        expanded += [path / entry.name for entry in content.files]
+        if content.static_file is not None:
+            expanded.append(path / content.static_file.name)
     return expanded
 
 

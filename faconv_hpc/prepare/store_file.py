@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from ..data.layout import (
     DIMS,
+    EXTENDED_VERSION,
     FORMAT,
     FORMAT_VERSION,
     SEQUENCE,
     SEQUENCE_NAME,
-    STATIC_FILE,
     STORE_FILE,
     FileEntry,
     Static,
+    StaticFile,
     StoreContent,
     StoreLayout,
 )
@@ -63,11 +64,11 @@ def write_strings(nc: h5netcdf.File, name: str, dim: str, texts: Sequence[str]) 
 
 
 def write_static_file(
-    directory: Path, layout: StoreLayout, fields: Iterable[NDArray[np.float32]], mark: str
+    path: Path, layout: StoreLayout, fields: Iterable[NDArray[np.float32]], mark: str
 ) -> tuple[Static, ...]:
-    """Writes static.nc, a variable for each field (Y, X); it appears whole or not at all."""
+    """Writes the fields without time, a variable for each (Y, X); the file appears whole or not at all."""
     found, weights = [], row_weights(layout.latitude_deg, layout.longitude_deg)
-    with new_netcdf(directory / STATIC_FILE) as (nc, disk):
+    with new_netcdf(path) as (nc, disk):
         nc.dimensions = dict(zip(DIMS[2:], layout.grid_shape, strict=True))
         _write_grid(nc, layout)
         for channel, field_YX in zip(layout.static, fields, strict=True):
@@ -89,12 +90,13 @@ def write_store_file(
     moments: Sequence[ChannelMoments],
     mark: str,
     static: tuple[Static, ...] = (),
+    static_file: StaticFile | None = None,
 ) -> None:
     """Writes store.nc: it appears whole or not at all.
 
     Args:
-        mark: the fingerprint that all files of fields bear.
-        static: what `write_static_file` has written.
+        mark: the fingerprint of the request that the store was first made by.
+        static: what `write_static_file` has written, and where.
     """
     statistics = Statistics.of(moments)
     content = StoreContent(
@@ -109,7 +111,7 @@ def write_store_file(
         utc_hour=layout.time.utc_hour,
         has_missing=any(moment.valid_cells < moment.cells for moment in moments),
         static=static,
-        static_bytes=(directory / STATIC_FILE).stat().st_size if static else 0,
+        static_file=static_file,
     )
     with new_netcdf(directory / STORE_FILE) as (nc, _):
         write_coordinates(nc, layout, range(len(layout.time)))
@@ -117,8 +119,10 @@ def write_store_file(
         for name in ("year_fraction", "utc_hour"):
             nc.create_variable(name, ("time",), np.float64)[:] = getattr(content, name)
         _write_file_table(nc, files)
-        if static:
-            _write_static_table(nc, content)
+        if static_file is not None:
+            _write_static_table(nc, content, static_file)
+        if content.is_extended:
+            _write_additions(nc, content)
         _write_attributes(nc, content)
 
 
@@ -144,21 +148,30 @@ def _write_file_table(nc: h5netcdf.File, files: Sequence[FileEntry]) -> None:
         nc.create_variable(name, ("file",), np.int64)[:] = np.array([getattr(entry, name) for entry in files])
 
 
-def _write_static_table(nc: h5netcdf.File, content: StoreContent) -> None:
+def _write_static_table(nc: h5netcdf.File, content: StoreContent, file: StaticFile) -> None:
     nc.dimensions["static"] = len(content.static)
     for name, key in (("static", "name"), ("static_units", "units"), ("static_long_name", "long_name")):
         write_strings(nc, name, "static", [getattr(one.channel, key) for one in content.static])
     for name in ("mean", "std"):
         numbers = [getattr(one, name) for one in content.static]
         nc.create_variable(f"static_{name}", ("static",), np.float64)[:] = np.array(numbers)
-    nc.attrs["static_bytes"] = np.int64(content.static_bytes)
+    nc.attrs["static_bytes"] = np.int64(file.size_bytes)
+
+
+def _write_additions(nc: h5netcdf.File, content: StoreContent) -> None:
+    """Which file was made by which request, and holds which channels."""
+    write_strings(nc, "file_fingerprint", "file", [entry.fingerprint for entry in content.files])
+    nc.create_variable("file_block", ("file",), np.int64)[:] = np.array([entry.block for entry in content.files])
+    nc.attrs["blocks"] = np.array(content.layout.blocks, dtype=np.int64)
+    if content.static_file is not None:
+        nc.attrs["static_file"], nc.attrs["static_made"] = content.static_file.name, content.static_file.fingerprint
 
 
 def _write_attributes(nc: h5netcdf.File, content: StoreContent) -> None:
     layout = content.layout
     nc.attrs["Conventions"] = CONVENTIONS
     nc.attrs["format"] = FORMAT
-    nc.attrs["format_version"] = np.int64(FORMAT_VERSION)
+    nc.attrs["format_version"] = np.int64(EXTENDED_VERSION if content.is_extended else FORMAT_VERSION)
     nc.attrs["chunk_shape"] = np.array(layout.chunk.dims, dtype=np.int64)
     nc.attrs["intended_mesh"] = np.array(layout.mesh, dtype=np.int64)
     nc.attrs["frames_per_file"] = np.int64(layout.frames_per_file)

@@ -1,57 +1,81 @@
 """Writing a store: files of fields shared out over ranks, each in slabs of bounded size."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
-import h5netcdf
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from ..data.layout import (
-    DIMS,
     FORMAT_VERSION,
     MOMENTS,
     STATIC_FILE,
     STORE_FILE,
     FileEntry,
     Static,
+    StaticFile,
+    StoreContent,
     StoreLayout,
     digest_of,
     file_name,
 )
-from ..data.moments import ChannelMoments, MomentStream
-from ..data.periods import stretches_of
-from ..data.statistics import row_weights
+from ..data.moments import ChannelMoments
 from ..errors import InputError
 from ..locks import locked_directory
-from ..spatial.grid import Span
 from .comm import Comm
-from .hdf5_file import ForgivingFile, new_netcdf
-from .store_file import CONVENTIONS, write_coordinates, write_static_file, write_store_file
+from .fields_file import SLAB_BYTES, FieldReader, SomeChannels, write_fields_file
+from .store_file import write_static_file, write_store_file
 from .values import is_unsound
 
-SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
 LOCK_FILE = ".lock"
 Progress = Callable[[int, int], None]
 """Called with (files this rank has finished, files it has to write)."""
 
 
-class FieldReader(Protocol):
-    """Where the fields of a new store come from."""
+@dataclass(frozen=True)
+class Part:
+    """A file of fields that is to be written: which frames of which block of channels."""
 
-    @property
-    def groups(self) -> Sequence[range]:
-        """All channels in order, in parts that are best read together, such as the levels of one variable."""
+    name: str
+    frames: range
+    block: int = 0
 
-    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
-        """fields_TCYX of consecutive frames and channels, some rows (north first), all columns.
 
-        NaN where data are missing.
-        """
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The files that a store will have, and which of them are to be written.
+
+    Args:
+        parts: the files of fields to write.
+        static_name: the file of fields without time to write, if there is any.
+        kept: files of fields of the store that is extended, which stay as they are.
+        before: that store.
+    """
+
+    parts: tuple[Part, ...]
+    static_name: str | None
+    kept: tuple[FileEntry, ...] = ()
+    before: StoreContent | None = None
+
+    @classmethod
+    def of(cls, layout: StoreLayout) -> "Plan":
+        """Of a store that is made anew."""
+        return cls(parts_from(layout, 0), STATIC_FILE if layout.static else None)
+
+
+def parts_from(layout: StoreLayout, first: int, block: int = 0, number: int = 0) -> tuple[Part, ...]:
+    """Files for the frames from some one on.
+
+    Args:
+        number: of the first of these files, by which it is named.
+    """
+    size = layout.frames_per_file
+    starts = range(first, len(layout.time), size)
+    spans = [range(start, min(start + size, len(layout.time))) for start in starts]
+    return tuple(Part(file_name(number + place), frames, block) for place, frames in enumerate(spans))
 
 
 @dataclass(frozen=True)
@@ -114,13 +138,32 @@ def _claimed(output: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def held_directory(output: Path, comm: Comm) -> Iterator[None]:
+    """Collective. Keeps others from a finished store, whose content stays.
+
+    Raises:
+        InputError: somebody writes there.
+    """
+    with ExitStack() as stack:
+        if comm.rank == 0:
+            stack.enter_context(_claimed(output))
+            for path in output.glob(".*.part"):
+                path.unlink(missing_ok=True)
+        comm.barrier()
+        yield
+
+
 def _clear(output: Path, *, overwrite: bool) -> None:
     finished = (output / STORE_FILE).exists()
     if finished and not overwrite:
-        raise InputError(f"{output} is a finished store and is not overwritten. Give another --output, or --overwrite.")
+        raise InputError(
+            f"{output} is a finished store and is not overwritten. Give another --output, or "
+            f"--overwrite; --extend adds to it."
+        )
     fields = output.glob("fields-*.nc") if finished else ()  # of one that was cut short they may serve again
-    old = (output / STORE_FILE, output / STATIC_FILE)  # store.nc first: from then on unfinished
-    for path in [*old, *fields, *output.glob(".*.part")]:
+    static = output.glob("static*.nc")
+    for path in [output / STORE_FILE, *static, *fields, *output.glob(".*.part")]:  # store.nc first: unfinished then
         path.unlink(missing_ok=True)
 
 
@@ -134,30 +177,38 @@ def write_store(
     static: Iterable[NDArray[np.float32]] = (),
     progress: Progress | None = None,
     slab_bytes: int = SLAB_BYTES,
+    plan: Plan | None = None,
 ) -> Written:
-    """Collective. Writes ``static.nc``, the files of fields in turn over the ranks, then ``store.nc``.
+    """Collective. Writes the fields without time, the files of fields in turn over the ranks, then ``store.nc``.
 
     A file of this very request that is there already is kept. The statistics of each file are
     those of its own frames, merged in the order of files, so they do not depend on the ranks.
+
+    Args:
+        plan: what is to be written; default: all of a new store.
     """
+    plan = plan or Plan.of(layout)
     mark = fingerprint(layout, request)
     if len(set(comm.allgather(mark))) > 1:
         raise InputError(
             f"the {comm.size} ranks see different sources for {output}: a source changes while it is read, or the "
             f"nodes do not share one file system. Wait until it is complete, and put it where all nodes see it."
         )
-    statics: tuple[Static, ...] = ()
-    if comm.rank == 0 and layout.static:
+    statics, static_file = (plan.before.static, plan.before.static_file) if plan.before else ((), None)
+    if comm.rank == 0 and plan.static_name is not None:
+        path = output / plan.static_name
         with _writing(output):
-            statics = write_static_file(output, layout, _sound(layout, static), mark)
-    mine = range(comm.rank, layout.files, comm.size)
+            statics = write_static_file(path, layout, _sound(layout, static), mark)
+            static_file = StaticFile(path.name, path.stat().st_size, mark)
+    mine = plan.parts[comm.rank :: comm.size]
     kept = 0
-    for done, file in enumerate(mine):
-        if _is_finished(output / file_name(file), mark):
+    for done, part in enumerate(mine):
+        if _is_finished(output / part.name, mark):
             kept += 1
         else:
             with _writing(output):
-                _write_file(output, layout, reader, file, mark, slab_bytes)
+                own, some = layout.of_block(part.block), SomeChannels(reader, layout.channels_of(part.block))
+                write_fields_file(output / part.name, own, some, part.frames, mark, slab_bytes)
         if progress is not None:
             progress(done + 1, len(mine))
     comm.barrier()
@@ -165,7 +216,7 @@ def write_store(
     finished = None
     if comm.rank == 0:
         with _writing(output):
-            finished = _finish(output, layout, kept_files, mark, statics)
+            finished = _finish(output, layout, plan, kept_files, mark, statics, static_file)
     written = comm.allgather(finished)[0]
     assert written is not None, "rank 0 finishes the store and tells the others"
     return written
@@ -187,13 +238,23 @@ def _cannot_write(output: Path, error: OSError) -> InputError:
     )
 
 
-def _finish(output: Path, layout: StoreLayout, kept_files: int, mark: str, static: tuple[Static, ...]) -> Written:
+def _finish(
+    output: Path,
+    layout: StoreLayout,
+    plan: Plan,
+    kept_files: int,
+    mark: str,
+    static: tuple[Static, ...],
+    static_file: StaticFile | None,
+) -> Written:
     """Merges the statistics of all files and writes store.nc."""
-    entries, moments = _survey(output, layout, mark)
+    entries, moments = _survey(output, layout, plan, mark)
     _check_statistics(layout, moments)
-    for path in set(output.glob("fields-*.nc")) - {output / entry.name for entry in entries}:
-        path.unlink()  # of an earlier, unfinished run with more files
-    write_store_file(output, layout, entries, moments, mark, static)
+    first = plan.before.fingerprint if plan.before else mark
+    write_store_file(output, layout, entries, moments, first, static, static_file)
+    listed = {output / entry.name for entry in entries} | {output / static_file.name if static_file else output}
+    for path in {*output.glob("fields-*.nc"), *output.glob("static*.nc")} - listed:
+        path.unlink()  # what this store has no more, or what an earlier, unfinished run left
     return Written(entries, kept_files, any(moment.valid_cells < moment.cells for moment in moments))
 
 
@@ -206,21 +267,27 @@ def _is_finished(path: Path, mark: str) -> bool:
         return False
 
 
-def _survey(output: Path, layout: StoreLayout, mark: str) -> tuple[tuple[FileEntry, ...], list[ChannelMoments]]:
+def _survey(
+    output: Path, layout: StoreLayout, plan: Plan, mark: str
+) -> tuple[tuple[FileEntry, ...], list[ChannelMoments]]:
     """The table of files, and the moments of all their frames."""
-    entries = []
+    new = [
+        FileEntry(one.name, one.frames.start, len(one.frames), (output / one.name).stat().st_size, mark, one.block)
+        for one in plan.parts
+    ]
+    entries = sorted([*plan.kept, *new], key=lambda entry: (entry.block, entry.first_frame))
     moments = [ChannelMoments() for _ in layout.channels]
-    for file in range(layout.files):
-        path, frames = output / file_name(file), layout.frames_of(file)
+    for entry in entries:
+        path, own = output / entry.name, layout.channels_of(entry.block)
         with h5py.File(path, "r", locking=False) as h5:
-            if h5.attrs.get("fingerprint") != mark:
+            if h5.attrs.get("fingerprint") != entry.fingerprint:
                 raise InputError(
                     f"{path} is of another request, although it was written by this one: another preparation writes to "
                     f"{output}. End one of them, and run this command again."
                 )
             rows = h5[MOMENTS][:]
-        moments = [moment.merged(ChannelMoments.from_row(row)) for moment, row in zip(moments, rows, strict=True)]
-        entries.append(FileEntry(path.name, frames.start, len(frames), path.stat().st_size))
+        for channel, row in zip(own, rows, strict=True):
+            moments[channel] = moments[channel].merged(ChannelMoments.from_row(row))
     return tuple(entries), moments
 
 
@@ -231,99 +298,6 @@ def _check_statistics(layout: StoreLayout, moments: list[ChannelMoments]) -> Non
                 f"variable {channel.name!r} has no valid cell in any of {len(layout.time)} frames, so there is nothing "
                 f"to learn from it. Leave it out: name the others with --variables."
             )
-
-
-def _write_file(output: Path, layout: StoreLayout, reader: FieldReader, file: int, mark: str, slab_bytes: int) -> None:
-    """Writes one file of fields; it appears whole or not at all."""
-    frames = layout.frames_of(file)
-    with new_netcdf(output / file_name(file)) as (nc, disk):
-        write_coordinates(nc, layout, frames)
-        fields = _create(nc, layout, "fields", np.float32, np.float32(np.nan), layout.compression)
-        fields.attrs["long_name"] = "one field per channel, units as in store.nc"
-        moments = _write_slabs(nc, disk, layout, reader, frames, slab_bytes)
-        nc.attrs["Conventions"] = CONVENTIONS
-        rows = np.array([moment.as_row() for moment in moments])
-        nc.dimensions["moment"] = rows.shape[1]
-        checked = nc.create_variable(MOMENTS, ("channel", "moment"), np.float64, chunks=rows.shape, fletcher32=True)
-        checked[:] = rows  # serve when a killed run goes on
-        nc.attrs["first_frame"] = np.int64(frames.start)
-        nc.attrs["fingerprint"] = mark
-
-
-def _create(
-    nc: h5netcdf.File, layout: StoreLayout, name: str, dtype: type, fill: np.generic, compression: int | None
-) -> h5netcdf.Variable:
-    # A channel count or grid smaller than the chunk cannot be: chunks come from the grid itself.
-    filters = {"compression": "gzip", "compression_opts": compression, "shuffle": True} if compression else {}
-    return nc.create_variable(name, DIMS, dtype, chunks=layout.chunk.dims, fillvalue=fill, fletcher32=True, **filters)
-
-
-def _write_slabs(
-    nc: h5netcdf.File, disk: ForgivingFile, layout: StoreLayout, reader: FieldReader, frames: range, slab_bytes: int
-) -> list[ChannelMoments]:
-    weights, gaps = row_weights(layout.latitude_deg, layout.longitude_deg), {*layout.time.gaps.tolist()}
-    moments = [ChannelMoments() for _ in layout.channels]
-    for channels, rows in _columns_of_work(layout, reader.groups, slab_bytes):
-        collected = [MomentStream(weights[slice(*rows)]) for _ in channels]
-        for block in _blocks(frames, layout, channels, rows, slab_bytes):
-            slab_TCYX = _read_slab(layout, reader, block, channels, rows)
-            _store_slab(nc, layout, slab_TCYX, block.start - frames.start, channels, rows)
-            disk.raise_error()
-            for part in stretches_of(layout.time, [block]):
-                for index, stream in enumerate(collected):
-                    if part.start in gaps:
-                        stream.begin_anew()
-                    stream.add(slab_TCYX[part.start - block.start : part.stop - block.start, index])
-        if frames.stop < len(layout.time) and frames.stop not in gaps:  # the change to the next file's first frame
-            after = range(frames.stop, frames.stop + 1)
-            following_TCYX = _read_slab(layout, reader, after, channels, rows)
-            for index, stream in enumerate(collected):
-                stream.add_following(following_TCYX[0, index])
-        for channel, stream in zip(channels, collected, strict=True):
-            moments[channel] = moments[channel].merged(stream.moments)
-    return moments
-
-
-def _columns_of_work(layout: StoreLayout, groups: Sequence[range], slab_bytes: int) -> Iterator[tuple[range, Span]]:
-    """Channels and rows that are written together: whole chunks, at least one frame within a slab."""
-    nlat, nlon = layout.grid_shape
-    step, count = layout.chunk.channels, len(layout.channels)
-    parts = groups if step == 1 else [range(first, first + step) for first in range(0, count, step)]
-    for channels in parts:
-        row_bytes = nlon * 4 * len(channels)
-        height = max(1, slab_bytes // (row_bytes * layout.chunk.rows)) * layout.chunk.rows
-        for row in range(0, nlat, height):
-            yield channels, (row, min(row + height, nlat))
-
-
-def _blocks(frames: range, layout: StoreLayout, channels: range, rows: Span, slab_bytes: int) -> Iterator[range]:
-    frame_bytes = (rows[1] - rows[0]) * layout.grid_shape[1] * 4 * len(channels)
-    count = max(1, slab_bytes // frame_bytes)
-    for start in range(frames.start, frames.stop, count):
-        yield range(start, min(start + count, frames.stop))
-
-
-def _read_slab(
-    layout: StoreLayout, reader: FieldReader, frames: range, channels: range, rows: Span
-) -> NDArray[np.float32]:
-    """fields_TCYX of a slab, checked."""
-    slab_TCYX = reader.read(frames, channels, rows)
-    _check_values(layout, slab_TCYX, frames, channels, rows)
-    return slab_TCYX
-
-
-def _check_values(
-    layout: StoreLayout, slab_TCYX: NDArray[np.float32], frames: range, channels: range, rows: Span
-) -> None:
-    bad = is_unsound(slab_TCYX) & ~np.isnan(slab_TCYX)
-    if bad.any():
-        t, c, y, x = (int(index[0]) for index in np.nonzero(bad))
-        raise InputError(
-            f"variable {layout.channels[channels[c]].name!r} is {slab_TCYX[t, c, y, x]} at "
-            f"{layout.time.label(frames[t])} (frame {frames[t]}), latitude {layout.latitude_deg[rows[0] + y]:g}, "
-            f"longitude {layout.longitude_deg[x]:g}: no field is that large. If it marks missing data, say so "
-            f"with --missing-value, or set the variable's attribute _FillValue in the source."
-        )
 
 
 def _sound(layout: StoreLayout, static: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
@@ -338,18 +312,3 @@ def _sound(layout: StoreLayout, static: Iterable[NDArray[np.float32]]) -> Iterat
                 f"the source, or name the variables to take with --variables."
             )
         yield field_YX
-
-
-def _store_slab(
-    nc: h5netcdf.File, layout: StoreLayout, slab_TCYX: NDArray[np.float32], frame: int, channels: range, rows: Span
-) -> None:
-    target = np.s_[frame : frame + len(slab_TCYX), channels.start : channels.stop, slice(*rows)]
-    nc["fields"][target] = slab_TCYX
-    missing = np.isnan(slab_TCYX)
-    if missing.any():
-        if "valid" not in nc.variables:
-            # What is not written reads as the fill value 1, valid; as an attribute it would mean missing.
-            valid = _create(nc, layout, "valid", np.uint8, np.uint8(1), 1)
-            del valid.attrs["_FillValue"]
-            valid.attrs.update(long_name="1 where the field is valid, 0 where it is missing")
-        nc["valid"][target] = ~missing

@@ -1,0 +1,283 @@
+"""Adding to a finished store: later times, or other variables at its times. What it has is not written again."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.layout import FileEntry, StoreLayout, same_units
+from ..data.store import Store
+from ..data.times import TimeAxis, in_sequence
+from ..errors import InputError
+from ..spatial.grid import SAME_DEG, Span, Tile
+from .catalogue import Catalogue, build_catalogue, same_calendar
+from .comm import Comm, SerialComm, agree, guarded
+from .fields_file import FieldReader
+from .preparation import PrepareSummary, identity, provenance_of, refuse_own_source, summarise
+from .roles import SourceOptions, Taken
+from .sources import expand
+from .writer import Part, Plan, Progress, held_directory, parts_from, write_store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Extension:
+    """What a store will be, and how it becomes so.
+
+    Attributes:
+        layout: of the store as it will be.
+        plan: which files are to be written.
+        reader: of all channels and frames that these hold.
+        static: fields without time of the store, and then the new ones, if there are any.
+        notes: what is added, and what was assumed or left out.
+        request: what beside the layout determines the files' content.
+    """
+
+    layout: StoreLayout
+    plan: Plan
+    reader: FieldReader
+    static: Iterator[NDArray[np.float32]]
+    notes: tuple[str, ...]
+    request: str
+
+
+def extend(
+    sources: Sequence[str | Path],
+    store: str | Path,
+    *,
+    comm: Comm | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+    **taken: Unpack[Taken],
+) -> PrepareSummary:
+    """Collective. Adds to a store: all its variables at later times, or other variables at all its times, or fields
+    without time.
+
+    The store is what it was until all is written; from then on it reads as if it had been made at once. Only its last
+    files are written anew where times go on, as the change to the first new frame counts in their statistics. A killed
+    run goes on when it is called again.
+
+    Args:
+        sources: as those of `prepare`.
+        store: a finished one, which nobody reads while it changes.
+        comm, progress, command, taken: as those of `prepare`.
+
+    Raises:
+        InputError: the sources do not fit to the store, or there is nothing to add; or what `prepare` raises.
+    """
+    started = time.monotonic()
+    comm, path = comm or SerialComm(), Path(store)
+    options = SourceOptions.of(**taken)
+    with guarded(comm):
+        _alike(comm, lambda: Store.open(path).close())
+        with held_directory(path, comm), Store.open(path) as before:
+            extension = _alike(comm, lambda: _planned(before, sources, options, command))
+            written = write_store(
+                path,
+                extension.layout,
+                extension.reader,
+                extension.request,
+                comm=comm,
+                static=extension.static,
+                progress=progress,
+                plan=extension.plan,
+            )
+    return summarise(path, extension.layout, written, time.monotonic() - started, extension.notes)
+
+
+def _alike(comm: Comm, work: Callable[[], T]) -> T:
+    """What every rank does alike; if one finds something wrong, all hear of it."""
+    done: list[T] = []
+    wrong = None
+    try:
+        done.append(work())
+    except InputError as error:
+        wrong = error
+    agree(comm, wrong)
+    return done[0]
+
+
+def _planned(store: Store, sources: Sequence[str | Path], options: SourceOptions, command: str) -> Extension:
+    paths = expand([Path(source) for source in sources])
+    refuse_own_source(store.path, paths)
+    catalogue = build_catalogue(paths, options, store.longitude_deg)
+    _check_grid(store, catalogue)
+    number = 1 + max(int(re.sub(r"\D", "", entry.name)) for entry in store.files)
+    names = [channel.name for channel in catalogue.channels]
+    reader: FieldReader = catalogue
+    if not names:
+        layout, plan, added = store.layout, Plan((), None, store.files, store.content), []
+    elif set(names).isdisjoint(store.channels):
+        layout, plan = _with_variables(store, catalogue, number)
+        reader, added = _Beside(catalogue, len(store.channels)), [f"added at all times: {', '.join(names)}"]
+    else:
+        catalogue = _in_order(store, catalogue, options)
+        layout, plan = _with_times(store, catalogue, number)
+        reader, count = _Later(store, catalogue), len(catalogue.time)
+        added = [f"added {count} frames, from {catalogue.time.label(0)} to {catalogue.time.label(count - 1)}"]
+    new = [one for one in catalogue.static if one.channel.name not in store.static_names]
+    if new:
+        added.append(f"added without time: {', '.join(one.channel.name for one in new)}")
+        layout = replace(layout, static=(*layout.static, *(one.channel for one in new)))
+        plan = replace(plan, static_name=f"static-{number:05d}.nc")
+    if not added:
+        raise InputError(f"the sources have nothing that {store.path} has not. {' '.join(catalogue.notes)}")
+    earlier = store.layout.provenance
+    of_now = provenance_of(command, paths, catalogue)
+    return Extension(
+        replace(layout, provenance={**earlier, "extended": [*earlier.get("extended", []), of_now]}),
+        plan,
+        reader,
+        (field_YX for part in (_static_of(store), (one.read_once() for one in new)) for field_YX in part),
+        (*catalogue.notes, *added),
+        "\n".join([store.digest, repr(options), *map(identity, paths)]),
+    )
+
+
+def _static_of(store: Store) -> Iterator[NDArray[np.float32]]:
+    nlat, nlon = store.layout.grid_shape
+    return iter(store.read_static(store.static_names, Tile((0, nlat), (0, nlon))))
+
+
+def _check_grid(store: Store, catalogue: Catalogue) -> None:
+    for name in ("latitude_deg", "longitude_deg"):
+        mine, others = getattr(store, name), getattr(catalogue.grid, name)
+        if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
+            told = (f"{one.size} values from {one[0]:g} to {one[-1]:g}" for one in (mine, others))
+            raise InputError(
+                f"a store has one grid, but the {name} of {store.path} are {next(told)}, those of the sources "
+                f"{next(told)}. Regrid them."
+            )
+
+
+def _with_variables(store: Store, catalogue: Catalogue, number: int) -> tuple[StoreLayout, Plan]:
+    """A block more, in files of its own."""
+    mine, others = store.layout.time, catalogue.time
+    same = same_calendar(mine, others) and (mine.beginnings, mine.names) == (others.beginnings, others.names)
+    if not same or not np.array_equal(mine.seconds, others.seconds):
+        first = catalogue.channels[0].name
+        raise InputError(
+            f"all variables need the same times, but {store.path} has {mine.described}, and {first!r}, which is new, "
+            f"{others.described}. Give sources with the same times, some of them with --from and --to, or take one "
+            f"that does not change with --static {first}."
+        )
+    before = store.layout
+    blocks = (*before.blocks, len(before.channels))
+    layout = replace(before, channels=(*before.channels, *catalogue.channels), blocks=blocks)
+    return layout, Plan(parts_from(layout, 0, len(blocks) - 1, number), None, store.files, store.content)
+
+
+def _in_order(store: Store, catalogue: Catalogue, options: SourceOptions) -> Catalogue:
+    """Of the sources all that the store has, as it has it."""
+    segments = {channel.name: one for channel, one in zip(catalogue.channels, catalogue.segments, strict=True)}
+    lacking = [name for name in store.channels if name not in segments]
+    if lacking:
+        raise InputError(
+            f"the sources have {', '.join(name for name in segments if name in store.channels)} of {store.path}, but "
+            f"not {', '.join(lacking)}: a store has all variables at all times. Add the sources of those, or leave out "
+            f"what it has already with --variables."
+        )
+    more = [name for name in segments if name not in store.channels]
+    if more:
+        raise InputError(
+            f"the sources have {', '.join(more)}, which {store.path} has not. Leave it out with --variables "
+            f"{','.join(store.channels)}; or add it first, at the times that the store has."
+        )
+    for channel, units in zip(store.layout.channels, store.units, strict=True):
+        (first, *_) = segments[channel.name]
+        if not same_units(units, first.channel.units) and not first.is_accepted:
+            raise InputError(
+                f"{channel.name!r} is in {units or 'no units'} in {store.path}, but in "
+                f"{first.channel.units or 'no units'} in {first.path}. Convert it, or take it as it is: --accept "
+                f"{channel.name}."
+            )
+    return replace(catalogue, segments=tuple(segments[name] for name in store.channels))
+
+
+def _with_times(store: Store, catalogue: Catalogue, number: int) -> tuple[StoreLayout, Plan]:
+    """Files more for every block; the last of each is made anew, unless a gap follows it."""
+    layout = replace(store.layout, time=_continued(store, catalogue))
+    goes_on = store.frames not in layout.time.gaps
+    parts: list[Part] = []
+    kept: list[FileEntry] = []
+    for block in range(len(layout.blocks)):
+        *own, last = (entry for entry in store.files if entry.block == block)
+        kept += [*own, *([] if goes_on else [last])]
+        first = last.first_frame if goes_on else store.frames
+        parts += parts_from(layout, first, block, number + len(parts))
+    return layout, Plan(tuple(parts), None, tuple(kept), store.content)
+
+
+def _continued(store: Store, catalogue: Catalogue) -> TimeAxis:
+    """The store's times, then those of the sources: later ones of its last sequence, or other sequences."""
+    mine, others = store.layout.time, catalogue.time
+    if not same_calendar(mine, others):
+        raise InputError(
+            f"{store.path} has the calendar {mine.calendar}, the sources {others.calendar}. Say which with --calendar."
+        )
+    of_store = [
+        (name, TimeAxis(mine.seconds[own.start : own.stop], mine.calendar))
+        for name, own in zip(mine.names or ("",), mine.sequences, strict=True)
+    ]
+    segments = catalogue.segments[0]
+    again = {one.sequence for one in segments} & {name for name, _ in of_store[:-1]}
+    named = {one.sequence != "" for one in segments} | {bool(mine.names)}
+    if again or len(named) > 1:
+        raise InputError(
+            f"{store.path} has {mine.described}, the sources go on with {others.described}"
+            + (f", of {', '.join(sorted(again))}" if again else "")
+            + ". Add later times of the last sequence, or other sequences, named as --sequence-dim and --sequences do."
+        )
+    if segments[0].sequence == of_store[-1][0] and segments[0].begin <= mine.seconds[-1]:
+        raise InputError(
+            f"{store.path} ends at {mine.label(len(mine) - 1)}, the sources begin at {others.label(0)}. Only later "
+            f"times can be added: take them with --from. Other variables can be, at all times that the store has."
+        )
+    joined = in_sequence([*of_store, *((one.sequence, one.time) for one in segments)])
+    if not np.array_equal(joined.gaps[joined.gaps < len(mine)], mine.gaps):
+        raise InputError(
+            f"the times of {store.path} are {mine.step_s / 3600:g} h apart, with those of the sources "
+            f"{joined.step_s / 3600:g} h: what was no gap would be one. Prepare all anew, with --every for one step."
+        )
+    return joined
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A reader whose channels come after those that are there; see `FieldReader`."""
+
+    own: Catalogue
+    first: int
+
+    @property
+    def groups(self) -> Sequence[range]:
+        return [range(one.start + self.first, one.stop + self.first) for one in self.own.groups]
+
+    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
+        return self.own.read(frames, range(channels.start - self.first, channels.stop - self.first), rows)
+
+
+@dataclass(frozen=True)
+class _Later:
+    """A store and, after its frames, those of sources; see `FieldReader`."""
+
+    store: Store
+    own: Catalogue
+
+    @property
+    def groups(self) -> Sequence[range]:
+        return self.own.groups
+
+    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
+        there = self.store.frames
+        old, new = range(frames.start, min(frames.stop, there)), range(max(frames.start, there), frames.stop)
+        tile = Tile(rows, (0, self.store.layout.grid_shape[1]))
+        parts = [self.store.read(old, tile, channels)[0]] if old else []
+        parts += [self.own.read(range(new.start - there, new.stop - there), channels, rows)] if new else []
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
