@@ -8,15 +8,25 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from faconv_hpc.data.chunks import ChunkShape
 from faconv_hpc.data.inspection import describe_reading
-from faconv_hpc.data.layout import EXTENDED_VERSION, FORMAT_VERSION, STORE_FILE, read_store_file
+from faconv_hpc.data.layout import (
+    EXTENDED_VERSION,
+    FORMAT_VERSION,
+    STORE_FILE,
+    Channel,
+    StoreLayout,
+    read_store_file,
+)
 from faconv_hpc.data.statistics import Statistics, merged, moments_of, pieces_of
 from faconv_hpc.data.store import Store
+from faconv_hpc.data.times import TimeAxis
 from faconv_hpc.data.verification import verify_files, verify_static
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.extension import extend
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.prepare.selection import Period
+from faconv_hpc.prepare.writer import parts_from
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import checkpoints_in
@@ -62,10 +72,12 @@ def is_as_if_made_at_once(path, *sources, **options):
         for stretches in ([range(2, one.frames - 1)], [range(5), range(7, one.frames)]):
             rows = [statistics_of(store, stretches) for store in (one, other)]
             np.testing.assert_allclose(*rows, rtol=1e-13)
-        assert [one.channels[index] for index in order] == [other.channels[index] for index in order]
         assert all(problem is None for _, problem in verify_files(one, range(len(one.files))))
         one.check_files()
-        assert {entry.name for entry in one.files} == {path.name for path in path.glob("fields-*.nc")}
+        assert {entry.name for entry in one.files} <= {path.name for path in path.glob("fields-*.nc")}
+        assert [static.channel for static in one.static] == [static.channel for static in other.static]
+        numbers = [[(static.mean, static.std) for static in store.static] for store in (one, other)]
+        np.testing.assert_array_equal(*numbers)
         np.testing.assert_array_equal(*(store.read_static(store.static_names, globe) for store in (one, other)))
 
 
@@ -93,7 +105,9 @@ def test_later_times_are_as_if_they_had_been_there(tmp_path, frames_per_file, fi
     is_as_if_made_at_once(tmp_path / "store", early, late, frames_per_file=frames_per_file, mesh=(2, 3))
     assert f"added {FRAMES - first} frames, from 2001-01-" in summary.notes[-1]
     after = marks(tmp_path / "store")
-    assert before.items() - after.items() == {(max(before), before[max(before)])}  # all but the last are as they were
+    assert before.items() <= after.items()
+    with Store.open(tmp_path / "store") as store:
+        assert before.keys() - {entry.name for entry in store.files} == {max(before)}  # all but the last serve again
 
 
 def test_month_after_month(tmp_path):
@@ -173,11 +187,13 @@ def test_sequences_are_added_and_the_last_goes_on(tmp_path):
     more, first = source(again / "run_2.nc", hours=HOURS[7:9]), source(again / "run_0.nc", hours=HOURS[9:])
     prepare(paths[:2], tmp_path / "store", sequences=True, frames_per_file=4)
     extend(paths[2:], tmp_path / "store", sequences=True)
-    extend([more], tmp_path / "store", sequences=True)
-    is_as_if_made_at_once(tmp_path / "store", *paths, more, sequences=True, frames_per_file=4)
-    with pytest.raises(InputError, match=r"of run_0\. Add later times of the last sequence, or other sequences"):
+    fresh = source(tmp_path / "run_10.nc", hours=HOURS[2:6])
+    extend([fresh, more], tmp_path / "store", sequences=True)
+    paths.append(more), paths.append(fresh)
+    is_as_if_made_at_once(tmp_path / "store", *paths, sequences=True, frames_per_file=4)
+    with pytest.raises(InputError, match=r"of run_0\. Add later times of its last sequence; or, where a store has"):
         extend([first], tmp_path / "store", sequences=True)
-    with pytest.raises(InputError, match=r"in 3 sequences from .*, the sources go on with 4 from"):
+    with pytest.raises(InputError, match=r"in 4 sequences from .*, the sources go on with 4 from"):
         extend([first], tmp_path / "store")
 
 
@@ -193,10 +209,10 @@ def test_fields_without_time_alone_are_enough(tmp_path):
     is_as_if_made_at_once(tmp_path / "store", uv, orography, mask)
     with Store.open(tmp_path / "store") as store:
         assert verify_static(store) is None
-        (name,) = (path.name for path in (tmp_path / "store").glob("static*.nc"))
-        assert store.static_file.name == name
+        assert sorted(path.name for path in (tmp_path / "store").glob("static*.nc"))[-1] == store.static_file.name
+    assert "all of it is there" in extend([mask], tmp_path / "store").notes[0]
     with pytest.raises(InputError, match=r"the sources have nothing that .*store has not"):
-        extend([mask], tmp_path / "store")
+        extend([orography], tmp_path / "store")
 
 
 def test_longitudes_that_begin_elsewhere_are_turned(tmp_path):
@@ -216,33 +232,57 @@ def test_a_store_that_was_never_extended_is_of_the_format_before(tmp_path):
         assert xr.open_dataset(path / STORE_FILE, engine="h5netcdf").attrs["format_version"] == version
 
 
-@pytest.mark.parametrize("names, hours", [("uv", HOURS[7:]), ("w", HOURS[:7])])
-def test_until_all_is_written_the_store_is_what_it_was(tmp_path, monkeypatch, names, hours):
+MORE = {"later": ("uv", HOURS[7:]), "beside": ("w", HOURS[:7]), "static": (), "beside and static": ("w", HOURS[:7])}
+
+
+def added(tmp_path, kind):
+    paths = [source(tmp_path / "b.nc", *MORE[kind])] if MORE[kind] else []
+    if "static" in kind:
+        mask = dataset({"m": (("lat", "lon"), values(6, (NLAT, NLON)))}).drop_vars("time")
+        paths.append(save(mask, tmp_path / "m.nc"))
+    return paths
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_until_all_is_written_the_store_is_what_it_was(tmp_path, monkeypatch, kind):
     """A run that is killed goes on, and one that never comes again leaves no trace for those who read."""
-    early, more = source(tmp_path / "a.nc", hours=HOURS[:7]), source(tmp_path / "b.nc", names, hours)
+    early, more = source(tmp_path / "a.nc", hours=HOURS[:7]), added(tmp_path, kind)
+    orography = save(dataset({"z": (("lat", "lon"), values(5, (NLAT, NLON)))}).drop_vars("time"), tmp_path / "z.nc")
     prepare([early], tmp_path / "store", frames_per_file=2)
+    extend([orography], tmp_path / "store")
     fields, _, _ = whole(tmp_path / "store")
 
-    def killed(done, total):
-        if done == total - 1:
-            raise KeyboardInterrupt
+    def is_what_it_was(path):
+        with Store.open(path) as store:
+            assert (store.frames, store.channels, store.static_names) == (7, ("u", "v"), ("z",))
+            assert all(problem is None for _, problem in verify_files(store, range(len(store.files))))
+            assert verify_static(store) is None
+        np.testing.assert_array_equal(whole(path)[0], fields)
 
-    with pytest.raises(KeyboardInterrupt):
-        extend([more], tmp_path / "store", progress=killed)
-    with Store.open(tmp_path / "store") as store:
-        assert store.frames == 7 and store.channels == ("u", "v")
-        assert all(problem is None for _, problem in verify_files(store, range(len(store.files))))
-    np.testing.assert_array_equal(whole(tmp_path / "store")[0], fields)
+    def killed(*rest):
+        raise KeyboardInterrupt
+
+    writer = "faconv_hpc.prepare.writer"
+    stages = ["write_static_file"] * ("static" in kind) + ["write_fields_file"] * (kind != "static")
+    for name in (*stages, "_survey", "write_store_file"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"{writer}.{name}", killed)
+            extend(more, tmp_path / "store")
+        is_what_it_was(tmp_path / "store")
     prepare([tmp_path / "store"], tmp_path / "copy")  # what an unfinished extension left is no source
-    np.testing.assert_array_equal(whole(tmp_path / "copy")[0], fields)
-
-    monkeypatch.setattr("faconv_hpc.prepare.writer.write_store_file", lambda *rest: _full())
-    with pytest.raises(InputError, match="cannot write to"):
-        extend([more], tmp_path / "store")
-    np.testing.assert_array_equal(whole(tmp_path / "store")[0], fields)
-    monkeypatch.undo()
-    assert extend([more], tmp_path / "store").kept_files == 4
-    is_as_if_made_at_once(tmp_path / "store", early, more, frames_per_file=2)
+    is_what_it_was(tmp_path / "copy")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot write to"):
+        patch.setattr(f"{writer}.write_store_file", lambda *rest: _full())
+        extend(more, tmp_path / "store")
+    is_what_it_was(tmp_path / "store")
+    with Store.open(tmp_path / "store") as reader:  # as a run that trains has it
+        summary = extend(more, tmp_path / "store")
+        assert summary.kept_files == (0 if kind == "static" else 4)
+        np.testing.assert_array_equal(reader.read(range(7), Tile((0, NLAT), (0, NLON)), [0, 1])[0], fields)
+    is_as_if_made_at_once(tmp_path / "store", early, orography, *more, frames_per_file=2)
+    there = marks(tmp_path / "store")
+    assert extend(more, tmp_path / "store").notes == ("this was added before, and all of it is there",)
+    assert marks(tmp_path / "store") == there
 
 
 def _full():
@@ -287,6 +327,69 @@ def test_what_does_not_fit_is_refused(tmp_path, change, said):
     with pytest.raises(InputError, match=said):
         extend([change(tmp_path / "more.nc")], tmp_path / "store")
     assert marks(tmp_path / "store") == before
+
+
+def test_what_is_new_may_not_bear_a_name_that_is_taken(tmp_path):
+    z = save(dataset({"z": (("lat", "lon"), values(5, (NLAT, NLON)))}).drop_vars("time"), tmp_path / "z.nc")
+    prepare([source(tmp_path / "u.nc", "u"), z], tmp_path / "store")
+    with pytest.raises(InputError, match=r"has z without time, the sources have it with times\. .*--rename z=NAME"):
+        extend([source(tmp_path / "zt.nc", "z")], tmp_path / "store")
+    mask = dataset({"u": (("lat", "lon"), values(6, (NLAT, NLON)))}).drop_vars("time")
+    with pytest.raises(InputError, match=r"nothing that .*'u' has no time, and in .*store it has; it is left out"):
+        extend([save(mask, tmp_path / "mask.nc")], tmp_path / "store")
+    other = dataset({"z": (("lat", "lon"), values(7, (NLAT, NLON)))}).drop_vars("time")
+    with pytest.raises(InputError, match=r"nothing that .*'z' is not what .*store has, which stays"):
+        extend([save(other, tmp_path / "other.nc")], tmp_path / "store")
+
+
+def test_fields_of_another_description_are_noted(tmp_path):
+    prepare([source(tmp_path / "a.nc", "u", HOURS[:9])], tmp_path / "store")
+    with xr.open_dataset(source(tmp_path / "late.nc", "u", HOURS[9:]), decode_times=False) as data:
+        data.u.attrs["long_name"] = "u of another model"
+        save(data, tmp_path / "named.nc")
+    notes = extend([tmp_path / "named.nc"], tmp_path / "store").notes
+    assert re.search(r"'u' is '.*' in .*store, and 'u of another model' in .*named\.nc; they are taken", notes[0])
+
+
+def test_every_goes_on_with_the_steps_of_the_store(tmp_path):
+    path = source(tmp_path / "all.nc", hours=np.arange(40) * 6.0)
+    prepare([path], tmp_path / "store", period=Period(None, "2001-01-03", 4))
+    with pytest.raises(InputError, match=r"--every 4 begins anew with 2001-01-04 06:00:00, 30 h after .*24 h apart"):
+        extend([path], tmp_path / "store", period=Period("2001-01-04T06:00", None, 4))
+    extend([path], tmp_path / "store", period=Period("2001-01-04", None, 4))
+    is_as_if_made_at_once(tmp_path / "store", path, period=Period(None, None, 4))
+
+
+def test_files_of_two_blocks_that_were_swapped_are_named(tmp_path):
+    u, v = ([source(tmp_path / f"{n}{k}.nc", n, h) for k, h in enumerate((HOURS[:7], HOURS[7:]))] for n in "uv")
+    prepare(u[:1], tmp_path / "store", frames_per_file=3)
+    extend(v[:1], tmp_path / "store")
+    extend([u[1], v[1]], tmp_path / "store")
+    with Store.open(tmp_path / "store") as store:
+        one, other = (next(e.name for e in store.files if e.block == b and e.first_frame == 6) for b in (0, 1))
+    one, other, aside = (tmp_path / "store" / name for name in (one, other, "aside"))
+    one.rename(aside), other.rename(one), aside.rename(other)
+    told = r"damaged: it is a file of another store\. Copy the store again, or prepare all of it anew, from its first"
+    with Store.open(tmp_path / "store") as store, pytest.raises(InputError, match=told):
+        store.read([6], Tile((0, 1), (0, 1)), [0])
+
+
+def test_many_channels_come_into_files_of_fewer_frames(monkeypatch):
+    monkeypatch.setattr("faconv_hpc.prepare.fields_file.FILE_BYTES", 64 * NLAT * NLON * 4)
+    layout = read_layout(channels=1, more=2, frames=100, frames_per_file=64)
+    assert [len(part.frames) for part in parts_from(layout, 0, 0)] == [64, 36]
+    assert [len(part.frames) for part in parts_from(layout, 0, 1)] == [32, 32, 32, 4]
+
+
+def read_layout(channels, more, frames, frames_per_file):
+    """Of two blocks, on the grid of the sources."""
+    names = tuple(Channel(f"c{number}") for number in range(channels + more))
+    axis = TimeAxis(np.arange(frames) * 21600, "standard")
+    grid = dataset()
+    chunk = ChunkShape(1, NLAT, NLON)
+    return StoreLayout(
+        grid.lat.values, grid.lon.values, names, axis, chunk, (1, 1), frames_per_file, blocks=(0, channels)
+    )
 
 
 def test_units_and_calendars_must_be_those_of_the_store(tmp_path):
@@ -339,6 +442,7 @@ def test_three_ranks_add_what_one_does_and_all_hear_of_an_error(tmp_path):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     is_as_if_made_at_once(tmp_path / "store", early, late, frames_per_file=2)
+    command[-2] = str(early)
     again = run(*command)
     assert again.returncode == 2 and len(re.findall("Only later times can be added", again.stderr)) == 1
 

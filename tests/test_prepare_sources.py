@@ -13,8 +13,9 @@ from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.locks import DirectoryLock
 from faconv_hpc.prepare import catalogue, writer
+from faconv_hpc.prepare.fields_file import default_frames_per_file
 from faconv_hpc.prepare.hdf5_file import new_netcdf
-from faconv_hpc.prepare.preparation import default_frames_per_file, prepare
+from faconv_hpc.prepare.preparation import prepare
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values
 
 LEVELS = (1000.0, 850.0, 500.0, 250.0)

@@ -1,6 +1,7 @@
 """Times and grids of sources: calendars, units, what does not fit together."""
 
 import os
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,25 @@ def test_different_calendars_are_refused(tmp_path: Path) -> None:
     later["time"].attrs["calendar"] = "noleap"
     with pytest.raises(InputError, match=r"different calendars: noleap, standard\. .*--calendar"):
         prepare([one, save(later, tmp_path / "2.nc")], tmp_path / "o")
+
+
+def test_dates_before_1582_are_not_taken_for_those_of_another_calendar(tmp_path: Path) -> None:
+    """In whatever order the sources come: of two calendars, one of which begins before they agree."""
+    paths = []
+    for name, calendar, year in (("a", "proleptic_gregorian", 1900), ("b", "proleptic_gregorian", 1500)):
+        paths.append(dated(tmp_path / f"{name}.nc", calendar, year))
+    paths.append(dated(tmp_path / "c.nc", "standard", 1950))
+    for order in permutations(paths):
+        with pytest.raises(InputError, match="calendars"):
+            prepare(order, tmp_path / "o", sequences=True)
+    prepare([paths[0], paths[2]], tmp_path / "o", sequences=True)
+    assert Store.open(tmp_path / "o").calendar == "standard"
+
+
+def dated(path: Path, calendar: str, year: int) -> Path:
+    data = dataset()
+    data["time"].attrs.update(units=f"hours since {year}-01-01", calendar=calendar)
+    return save(data, path)
 
 
 def test_unknown_variables_name_the_nearest(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """What a store looks like on disk: names, the description of its content, and store.nc.
 
-A store is a directory. ``fields-00000.nc``, ``fields-00001.nc``, ... hold the same number of frames each (the last one
-the rest); ``static.nc`` has the fields without time, where there are any; ``store.nc`` holds everything else and is
-written last, so a directory without it is not finished. All are NetCDF4: any tool opens them.
+A store is a directory. ``fields-00000.nc``, ``fields-00001.nc``, ... hold some frames each; ``static.nc`` has the
+fields without time, where there are any; ``store.nc`` holds everything else and is written last, so a directory without
+it is not finished. All are NetCDF4: any tool opens them.
 
 A store that was extended has more of both: files that go on in time, files of the channels that came later (a `block`
 of their own), another file of fields without time. store.nc says which.

@@ -213,7 +213,7 @@ class Store:
                 for place, name in enumerate(names):
                     fields_SYX[place] = h5[name][tile.slices]
         except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:  # as HDF5 has it
-            raise _unreadable(path, error) from None
+            raise self._unreadable(path, error) from None
         return fields_SYX
 
     def channels_in(self, entry: FileEntry) -> range:
@@ -282,7 +282,7 @@ class Store:
         try:
             yield self._file(file)
         except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:  # as HDF5 has it
-            raise _unreadable(self.path / self.files[file].name, error) from None
+            raise self._unreadable(self.path / self.files[file].name, error) from None
 
     def _file(self, file: int) -> h5py.File:
         if self._process != os.getpid():  # after a fork the handles are the parent's
@@ -311,9 +311,25 @@ class Store:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise self._unreadable(path, error) from None
         if size != size_bytes:
-            raise _damaged(path, f"it has {size} bytes, {STORE_FILE} says {size_bytes}")
+            raise self._damaged(path, f"it has {size} bytes, {STORE_FILE} says {size_bytes}")
+
+    def _unreadable(self, path: Path, error: Exception) -> InputError:
+        """For what is damaged for good; raises TryAgainError for what is out of reach for now."""
+        if isinstance(error, FileNotFoundError):
+            return self._damaged(path, "it does not exist")
+        check_in_reach(path, error)
+        if FILTER_FAILED in str(error):
+            return self._damaged(path, f"a block of it is not what was written, its checksum is another ({error})")
+        return self._damaged(path, str(error))
+
+    def _damaged(self, path: Path, reason: str) -> InputError:
+        again = f"delete this file and {STORE_FILE} and run the `faconv data prepare` that made it: it writes again"
+        again += " what is not there"
+        if self.content.is_extended:
+            again = "prepare all of it anew, from its first sources and those that were added: provenance names them"
+        return InputError(f"{path} is missing or damaged: {reason}. Copy the store again, or {again}.")
 
     def _check_finite(
         self,
@@ -346,20 +362,3 @@ class Store:
 def _check_fingerprint(h5: h5py.File, expected: str) -> None:
     if h5.attrs["fingerprint"] != expected:
         raise OSError("it is a file of another store")
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    """For what is damaged for good; raises TryAgainError for what is out of reach for now."""
-    if isinstance(error, FileNotFoundError):
-        return _damaged(path, "it does not exist")
-    check_in_reach(path, error)
-    if FILTER_FAILED in str(error):
-        return _damaged(path, f"a block of it is not what was written, its checksum is another ({error})")
-    return _damaged(path, str(error))
-
-
-def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{path} is missing or damaged: {reason}. Copy the store again, or delete this file and {STORE_FILE} and run "
-        f"the `faconv data prepare` that made it: it writes again what is not there."
-    )

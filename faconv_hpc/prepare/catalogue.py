@@ -137,9 +137,9 @@ def _taken(segments: Sequence[Segment], frames_of: Sequence[range]) -> Iterator[
 
 def _in_one_calendar(joined: dict[str, list[Segment]]) -> dict[str, list[Segment]]:
     """From 1582-10-15 on ``standard`` and ``proleptic_gregorian`` are the same; where sources say both, the first."""
-    times = [segment.time for segments in joined.values() for segment in segments]
-    calendars = {time.calendar for time in times}
-    if len(calendars) == 1 or not all(same_calendar(times[0], time) for time in times):
+    if not same_calendar(*(segment.time for segments in joined.values() for segment in segments)):
+        return joined
+    if all(segment.time.calendar != GREGORIAN[0] for segments in joined.values() for segment in segments):
         return joined
     return {
         name: [replace(one, time=TimeAxis(one.time.seconds, GREGORIAN[0])) for one in segments]
@@ -147,9 +147,9 @@ def _in_one_calendar(joined: dict[str, list[Segment]]) -> dict[str, list[Segment
     }
 
 
-def same_calendar(one: TimeAxis, other: TimeAxis) -> bool:
-    """Whether the seconds of two axes are of one calendar, or cannot tell two apart."""
-    calendars, first = {one.calendar, other.calendar}, min(one.seconds.min(), other.seconds.min())
+def same_calendar(*axes: TimeAxis) -> bool:
+    """Whether the seconds of some axes are of one calendar, or of two that they cannot tell apart."""
+    calendars, first = {one.calendar for one in axes}, min(one.seconds.min() for one in axes)
     return len(calendars) == 1 or (calendars == set(GREGORIAN) and bool(first >= GREGORIAN_S))
 
 

@@ -10,18 +10,19 @@ from typing import TypeVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import FileEntry, StoreLayout, same_units
+from ..data.layout import FileEntry, StoreLayout, digest_of, same_units
 from ..data.store import Store
-from ..data.times import TimeAxis, in_sequence
+from ..data.times import TimeAxis, in_sequence, is_regular
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span, Tile
 from .catalogue import Catalogue, build_catalogue, same_calendar
 from .comm import Comm, SerialComm, agree, guarded
 from .fields_file import FieldReader
-from .preparation import PrepareSummary, identity, provenance_of, refuse_own_source, summarise
+from .preparation import PrepareSummary, identity, idle, provenance_of, refuse_own_source, summarise
 from .roles import SourceOptions, Taken
+from .segments import Segment
 from .sources import expand
-from .writer import Part, Plan, Progress, held_directory, parts_from, write_store
+from .writer import Part, Plan, Progress, Written, held_directory, parts_from, write_store
 
 T = TypeVar("T")
 
@@ -60,12 +61,13 @@ def extend(
     without time.
 
     The store is what it was until all is written; from then on it reads as if it had been made at once. Only its last
-    files are written anew where times go on, as the change to the first new frame counts in their statistics. A killed
-    run goes on when it is called again.
+    files are made anew where times go on, as the change to the first new frame counts in their statistics; the old
+    ones stay until the next extension, for those who have opened the store. A killed run goes on when it is called
+    again; one that has ended does nothing.
 
     Args:
         sources: as those of `prepare`.
-        store: a finished one, which nobody reads while it changes.
+        store: a finished one.
         comm, progress, command, taken: as those of `prepare`.
 
     Raises:
@@ -78,6 +80,10 @@ def extend(
         _alike(comm, lambda: Store.open(path).close())
         with held_directory(path, comm), Store.open(path) as before:
             extension = _alike(comm, lambda: _planned(before, sources, options, command))
+            if extension is None:
+                written = Written(before.files, 0, before.has_missing)
+                said = ("this was added before, and all of it is there",)
+                return summarise(path, before.layout, written, time.monotonic() - started, said)
             written = write_store(
                 path,
                 extension.layout,
@@ -88,7 +94,10 @@ def extend(
                 progress=progress,
                 plan=extension.plan,
             )
-    return summarise(path, extension.layout, written, time.monotonic() - started, extension.notes)
+    notes = [*extension.notes, *idle(len(extension.plan.parts) or comm.size, comm)]
+    if written.has_missing and not before.has_missing:
+        notes.append("cells are missing now: runs that were trained on this store before refuse it from now on.")
+    return summarise(path, extension.layout, written, time.monotonic() - started, tuple(notes))
 
 
 def _alike(comm: Comm, work: Callable[[], T]) -> T:
@@ -103,46 +112,74 @@ def _alike(comm: Comm, work: Callable[[], T]) -> T:
     return done[0]
 
 
-def _planned(store: Store, sources: Sequence[str | Path], options: SourceOptions, command: str) -> Extension:
+def _planned(store: Store, sources: Sequence[str | Path], options: SourceOptions, command: str) -> Extension | None:
+    """None where this very request was the last to extend the store."""
     paths = expand([Path(source) for source in sources])
     refuse_own_source(store.path, paths)
+    asked = "\n".join([repr(options), *map(identity, paths)])
+    done = {"request": digest_of((), {"request": asked})}
+    earlier = store.layout.provenance
+    if earlier.get("extended", [{}])[-1].get("request") == done["request"]:
+        return None
     catalogue = build_catalogue(paths, options, store.longitude_deg)
     _check_grid(store, catalogue)
-    number = 1 + max(int(re.sub(r"\D", "", entry.name)) for entry in store.files)
+    number = _next_number(store)
     names = [channel.name for channel in catalogue.channels]
+    notes = list(catalogue.notes)
     reader: FieldReader = catalogue
     if not names:
-        layout, plan, added = store.layout, Plan((), None, store.files, store.content), []
+        layout, plan = store.layout, Plan((), None, store.files, store.content)
     elif set(names).isdisjoint(store.channels):
         layout, plan = _with_variables(store, catalogue, number)
-        reader, added = _Beside(catalogue, len(store.channels)), [f"added at all times: {', '.join(names)}"]
+        reader = _Beside(catalogue, len(store.channels))
+        notes.append(f"added at all times: {', '.join(names)}")
     else:
-        catalogue = _in_order(store, catalogue, options)
-        layout, plan = _with_times(store, catalogue, number)
-        reader, count = _Later(store, catalogue), len(catalogue.time)
-        added = [f"added {count} frames, from {catalogue.time.label(0)} to {catalogue.time.label(count - 1)}"]
-    new = [one for one in catalogue.static if one.channel.name not in store.static_names]
-    if new:
-        added.append(f"added without time: {', '.join(one.channel.name for one in new)}")
-        layout = replace(layout, static=(*layout.static, *(one.channel for one in new)))
+        catalogue = _as_in_store(store, catalogue, notes)
+        layout, plan = _with_times(store, catalogue, options, number)
+        reader, new = _Later(store, catalogue), range(store.frames, len(layout.time))
+        notes.append(f"added {len(new)} frames, from {layout.time.label(new[0])} to {layout.time.label(new[-1])}")
+    static = _new_static(store, catalogue, notes)
+    if static:
+        notes.append(f"added without time: {', '.join(one.channel.name for one in static)}")
+        layout = replace(layout, static=(*layout.static, *(one.channel for one in static)))
         plan = replace(plan, static_name=f"static-{number:05d}.nc")
-    if not added:
-        raise InputError(f"the sources have nothing that {store.path} has not. {' '.join(catalogue.notes)}")
-    earlier = store.layout.provenance
-    of_now = provenance_of(command, paths, catalogue)
+    if not names and not static:
+        raise InputError(f"the sources have nothing that {store.path} has not. {' '.join(notes)}")
+    of_now = provenance_of(command, paths, catalogue) | done
     return Extension(
         replace(layout, provenance={**earlier, "extended": [*earlier.get("extended", []), of_now]}),
         plan,
         reader,
-        (field_YX for part in (_static_of(store), (one.read_once() for one in new)) for field_YX in part),
-        (*catalogue.notes, *added),
-        "\n".join([store.digest, repr(options), *map(identity, paths)]),
+        (field_YX for part in (_static_of(store), (one.read_once() for one in static)) for field_YX in part),
+        tuple(notes),
+        f"{store.digest}\n{asked}",
     )
 
 
-def _static_of(store: Store) -> Iterator[NDArray[np.float32]]:
+def _next_number(store: Store) -> int:
+    """By which no file of the store is named."""
+    names = [entry.name for entry in store.files] + ([store.static_file.name] if store.static_file else [])
+    return 1 + max(int(re.sub(r"\D", "", name) or 0) for name in names)
+
+
+def _new_static(store: Store, catalogue: Catalogue, notes: list[str]) -> list[Segment]:
+    """Those that the store has not; one of its own that is another is noted."""
+    new: list[Segment] = []
+    for segment in catalogue.static:
+        name = segment.channel.name
+        if name in store.channels:
+            notes.append(f"{segment.path}: {name!r} has no time, and in {store.path} it has; it is left out.")
+        elif name not in store.static_names:
+            new.append(segment)
+        elif not np.array_equal(segment.read_once(), next(_static_of(store, name))):
+            notes.append(f"{segment.path}: {name!r} is not what {store.path} has, which stays.")
+    return new
+
+
+def _static_of(store: Store, *names: str) -> Iterator[NDArray[np.float32]]:
+    """Fields without time, by default all that there are."""
     nlat, nlon = store.layout.grid_shape
-    return iter(store.read_static(store.static_names, Tile((0, nlat), (0, nlon))))
+    return iter(store.read_static(names or store.static_names, Tile((0, nlat), (0, nlon))))
 
 
 def _check_grid(store: Store, catalogue: Catalogue) -> None:
@@ -167,14 +204,20 @@ def _with_variables(store: Store, catalogue: Catalogue, number: int) -> tuple[St
             f"{others.described}. Give sources with the same times, some of them with --from and --to, or take one "
             f"that does not change with --static {first}."
         )
+    twice = [channel.name for channel in catalogue.channels if channel.name in store.static_names]
+    if twice:
+        raise InputError(
+            f"{store.path} has {', '.join(twice)} without time, the sources have it with times. Give it another name "
+            f"with --rename {twice[0]}=NAME, or leave it out with --variables."
+        )
     before = store.layout
     blocks = (*before.blocks, len(before.channels))
     layout = replace(before, channels=(*before.channels, *catalogue.channels), blocks=blocks)
     return layout, Plan(parts_from(layout, 0, len(blocks) - 1, number), None, store.files, store.content)
 
 
-def _in_order(store: Store, catalogue: Catalogue, options: SourceOptions) -> Catalogue:
-    """Of the sources all that the store has, as it has it."""
+def _as_in_store(store: Store, catalogue: Catalogue, notes: list[str]) -> Catalogue:
+    """Of the sources all that the store has, in its order; its last sequence first, as they go on with it."""
     segments = {channel.name: one for channel, one in zip(catalogue.channels, catalogue.segments, strict=True)}
     lacking = [name for name in store.channels if name not in segments]
     if lacking:
@@ -197,12 +240,19 @@ def _in_order(store: Store, catalogue: Catalogue, options: SourceOptions) -> Cat
                 f"{first.channel.units or 'no units'} in {first.path}. Convert it, or take it as it is: --accept "
                 f"{channel.name}."
             )
-    return replace(catalogue, segments=tuple(segments[name] for name in store.channels))
+        if channel.long_name != first.channel.long_name:
+            notes.append(
+                f"{channel.name!r} is {channel.long_name!r} in {store.path}, and {first.channel.long_name!r} in "
+                f"{first.path}; they are taken for one."
+            )
+    last = store.layout.time.names[-1] if store.layout.time.names else ""
+    ordered = (sorted(segments[name], key=lambda one: one.sequence != last) for name in store.channels)
+    return replace(catalogue, segments=tuple(map(tuple, ordered)))
 
 
-def _with_times(store: Store, catalogue: Catalogue, number: int) -> tuple[StoreLayout, Plan]:
+def _with_times(store: Store, catalogue: Catalogue, options: SourceOptions, number: int) -> tuple[StoreLayout, Plan]:
     """Files more for every block; the last of each is made anew, unless a gap follows it."""
-    layout = replace(store.layout, time=_continued(store, catalogue))
+    layout = replace(store.layout, time=_continued(store, catalogue, options))
     goes_on = store.frames not in layout.time.gaps
     parts: list[Part] = []
     kept: list[FileEntry] = []
@@ -214,7 +264,7 @@ def _with_times(store: Store, catalogue: Catalogue, number: int) -> tuple[StoreL
     return layout, Plan(tuple(parts), None, tuple(kept), store.content)
 
 
-def _continued(store: Store, catalogue: Catalogue) -> TimeAxis:
+def _continued(store: Store, catalogue: Catalogue, options: SourceOptions) -> TimeAxis:
     """The store's times, then those of the sources: later ones of its last sequence, or other sequences."""
     mine, others = store.layout.time, catalogue.time
     if not same_calendar(mine, others):
@@ -232,13 +282,12 @@ def _continued(store: Store, catalogue: Catalogue) -> TimeAxis:
         raise InputError(
             f"{store.path} has {mine.described}, the sources go on with {others.described}"
             + (f", of {', '.join(sorted(again))}" if again else "")
-            + ". Add later times of the last sequence, or other sequences, named as --sequence-dim and --sequences do."
+            + ". Add later times of its last sequence; or, where a store has several and so a name for each, other "
+            "sequences, named by --sequence-dim or --sequences. Else prepare all anew."
         )
-    if segments[0].sequence == of_store[-1][0] and segments[0].begin <= mine.seconds[-1]:
-        raise InputError(
-            f"{store.path} ends at {mine.label(len(mine) - 1)}, the sources begin at {others.label(0)}. Only later "
-            f"times can be added: take them with --from. Other variables can be, at all times that the store has."
-        )
+    first = segments[0]
+    if first.sequence == of_store[-1][0]:
+        _check_later(store, first, options.period.every)
     joined = in_sequence([*of_store, *((one.sequence, one.time) for one in segments)])
     if not np.array_equal(joined.gaps[joined.gaps < len(mine)], mine.gaps):
         raise InputError(
@@ -246,6 +295,21 @@ def _continued(store: Store, catalogue: Catalogue) -> TimeAxis:
             f"{joined.step_s / 3600:g} h: what was no gap would be one. Prepare all anew, with --every for one step."
         )
     return joined
+
+
+def _check_later(store: Store, first: Segment, every: int) -> None:
+    mine = store.layout.time
+    if first.begin <= mine.seconds[-1]:
+        raise InputError(
+            f"{store.path} ends at {mine.label(len(mine) - 1)}, the sources begin at {first.time.label(0)}. Only later "
+            f"times can be added: take them with --from. Other variables can be, at all times that the store has."
+        )
+    since_s = first.begin - mine.seconds[-1]
+    if every > 1 and is_regular(mine) and mine.step_s and since_s % mine.step_s:
+        raise InputError(
+            f"--every {every} begins anew with {first.time.label(0)}, {since_s / 3600:g} h after the last time of "
+            f"{store.path}, whose times are {mine.step_s / 3600:g} h apart. Begin --from such a time."
+        )
 
 
 @dataclass(frozen=True)

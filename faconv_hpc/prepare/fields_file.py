@@ -9,6 +9,7 @@ import h5netcdf
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.chunks import VALUE_BYTES
 from ..data.layout import DIMS, MOMENTS, StoreLayout
 from ..data.moments import ChannelMoments, MomentStream
 from ..data.periods import stretches_of
@@ -20,6 +21,13 @@ from .store_file import CONVENTIONS, write_coordinates
 from .values import is_unsound
 
 SLAB_BYTES = 64 * 1024 * 1024  # float32 values of one slab; float64 copies for statistics come on top
+FILE_BYTES = 256 * 1024 * 1024  # of fields in one file, unless the user says how many frames
+LEAST_FRAMES = 16  # in one file of large frames: a store of years has thousands of files then, not a hundred thousand
+
+
+def default_frames_per_file(grid_shape: tuple[int, int], channels: int) -> int:
+    """As many frames as fit ``FILE_BYTES``, or ``LEAST_FRAMES``; it depends on nothing but the fields' size."""
+    return max(LEAST_FRAMES, FILE_BYTES // (grid_shape[0] * grid_shape[1] * channels * VALUE_BYTES))
 
 
 class FieldReader(Protocol):

@@ -7,17 +7,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Unpack
 
-from ..data.chunks import VALUE_BYTES, chunk_shape
+from ..data.chunks import chunk_shape
 from ..data.layout import StoreLayout
 from ..errors import InputError
 from .catalogue import Catalogue, build_catalogue
 from .comm import Comm, SerialComm, agree, guarded
+from .fields_file import default_frames_per_file
 from .roles import SourceOptions, Taken
 from .sources import expand
 from .writer import Progress, Written, started_directory, write_store
-
-FILE_BYTES = 256 * 1024 * 1024  # of fields in one file, unless the user says how many frames
-LEAST_FRAMES = 16  # in one file of large frames: a store of years has thousands of files then, not a hundred thousand
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,15 @@ def prepare(
             written = write_store(
                 Path(output), layout, catalogue, request, comm=comm, static=catalogue.static_fields(), progress=progress
             )
-    notes = catalogue.notes
-    if len(written.files) < comm.size:
-        notes += (
-            f"{len(written.files)} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",
-        )
+    notes = (*catalogue.notes, *idle(len(written.files), comm))
     return summarise(Path(output), layout, written, time.monotonic() - started, notes)
+
+
+def idle(files: int, comm: Comm) -> tuple[str, ...]:
+    """What is said where there were more ranks than files to write."""
+    if files >= comm.size:
+        return ()
+    return (f"{files} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",)
 
 
 def _plan_together(
@@ -162,11 +163,6 @@ def provenance_of(command: str, paths: Sequence[Path], catalogue: Catalogue) -> 
         "versions": versions(),
         "notes": list(catalogue.notes),
     }
-
-
-def default_frames_per_file(grid_shape: tuple[int, int], channels: int) -> int:
-    """As many frames as fit ``FILE_BYTES``, or ``LEAST_FRAMES``; it depends on nothing but the fields' size."""
-    return max(LEAST_FRAMES, FILE_BYTES // (grid_shape[0] * grid_shape[1] * channels * VALUE_BYTES))
 
 
 def refuse_own_source(output: Path, paths: Sequence[Path]) -> None:

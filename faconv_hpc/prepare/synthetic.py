@@ -14,7 +14,8 @@ from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
 from ..spatial.grid import Span
 from .comm import Comm, SerialComm, agree, guarded
-from .preparation import PrepareSummary, check_request, default_frames_per_file, summarise, versions
+from .fields_file import default_frames_per_file
+from .preparation import PrepareSummary, check_request, summarise, versions
 from .writer import Progress, started_directory, write_store
 
 WAVENUMBERS = (1, 2, 3, 4, 5, 6)

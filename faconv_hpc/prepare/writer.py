@@ -26,7 +26,7 @@ from ..data.moments import ChannelMoments
 from ..errors import InputError
 from ..locks import locked_directory
 from .comm import Comm
-from .fields_file import SLAB_BYTES, FieldReader, SomeChannels, write_fields_file
+from .fields_file import SLAB_BYTES, FieldReader, SomeChannels, default_frames_per_file, write_fields_file
 from .store_file import write_static_file, write_store_file
 from .values import is_unsound
 
@@ -42,6 +42,10 @@ class Part:
     name: str
     frames: range
     block: int = 0
+
+    def mark(self, request: str) -> str:
+        """The fingerprint that it bears, of a request and its block: files of two blocks cannot be swapped unseen."""
+        return f"{request}.{self.block}" if self.block else request
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +71,14 @@ class Plan:
 
 
 def parts_from(layout: StoreLayout, first: int, block: int = 0, number: int = 0) -> tuple[Part, ...]:
-    """Files for the frames from some one on.
+    """Files for the frames from some one on; those of a later block have as many frames as suit its channels.
 
     Args:
         number: of the first of these files, by which it is named.
     """
     size = layout.frames_per_file
+    if block:
+        size = min(size, default_frames_per_file(layout.grid_shape, len(layout.channels_of(block))))
     starts = range(first, len(layout.time), size)
     spans = [range(start, min(start + size, len(layout.time))) for start in starts]
     return tuple(Part(file_name(number + place), frames, block) for place, frames in enumerate(spans))
@@ -189,6 +195,7 @@ def write_store(
     """
     plan = plan or Plan.of(layout)
     mark = fingerprint(layout, request)
+    _check_names(plan)
     if len(set(comm.allgather(mark))) > 1:
         raise InputError(
             f"the {comm.size} ranks see different sources for {output}: a source changes while it is read, or the "
@@ -200,15 +207,18 @@ def write_store(
         with _writing(output):
             statics = write_static_file(path, layout, _sound(layout, static), mark)
             static_file = StaticFile(path.name, path.stat().st_size, mark)
+    if comm.rank == 0 and plan.before is not None:
+        _clear_replaced(output, plan)
+    comm.barrier()
     mine = plan.parts[comm.rank :: comm.size]
     kept = 0
     for done, part in enumerate(mine):
-        if _is_finished(output / part.name, mark):
+        if _is_finished(output / part.name, part.mark(mark)):
             kept += 1
         else:
             with _writing(output):
                 own, some = layout.of_block(part.block), SomeChannels(reader, layout.channels_of(part.block))
-                write_fields_file(output / part.name, own, some, part.frames, mark, slab_bytes)
+                write_fields_file(output / part.name, own, some, part.frames, part.mark(mark), slab_bytes)
         if progress is not None:
             progress(done + 1, len(mine))
     comm.barrier()
@@ -220,6 +230,23 @@ def write_store(
     written = comm.allgather(finished)[0]
     assert written is not None, "rank 0 finishes the store and tells the others"
     return written
+
+
+def _check_names(plan: Plan) -> None:
+    there = {entry.name for entry in plan.before.files} if plan.before else set()
+    there |= {plan.before.static_file.name} if plan.before and plan.before.static_file else set()
+    assert there.isdisjoint({plan.static_name, *(part.name for part in plan.parts)}), "the store would be destroyed"
+
+
+def _clear_replaced(output: Path, plan: Plan) -> None:
+    """Takes away what an earlier extension has replaced: it was left to those who read the store by then."""
+    assert plan.before is not None, "a new store replaces nothing"
+    static = plan.before.static_file
+    wanted = {entry.name for entry in plan.before.files} | {plan.static_name, *(part.name for part in plan.parts)}
+    wanted |= {static.name} if static else set()
+    for path in (*output.glob("fields-*.nc"), *output.glob("static*.nc")):
+        if path.name not in wanted:
+            path.unlink()
 
 
 @contextmanager
@@ -251,10 +278,10 @@ def _finish(
     entries, moments = _survey(output, layout, plan, mark)
     _check_statistics(layout, moments)
     first = plan.before.fingerprint if plan.before else mark
+    if plan.before is None:
+        for path in set(output.glob("fields-*.nc")) - {output / entry.name for entry in entries}:
+            path.unlink()  # of an earlier, unfinished run with more files
     write_store_file(output, layout, entries, moments, first, static, static_file)
-    listed = {output / entry.name for entry in entries} | {output / static_file.name if static_file else output}
-    for path in {*output.glob("fields-*.nc"), *output.glob("static*.nc")} - listed:
-        path.unlink()  # what this store has no more, or what an earlier, unfinished run left
     return Written(entries, kept_files, any(moment.valid_cells < moment.cells for moment in moments))
 
 
@@ -272,7 +299,9 @@ def _survey(
 ) -> tuple[tuple[FileEntry, ...], list[ChannelMoments]]:
     """The table of files, and the moments of all their frames."""
     new = [
-        FileEntry(one.name, one.frames.start, len(one.frames), (output / one.name).stat().st_size, mark, one.block)
+        FileEntry(
+            one.name, one.frames.start, len(one.frames), (output / one.name).stat().st_size, one.mark(mark), one.block
+        )
         for one in plan.parts
     ]
     entries = sorted([*plan.kept, *new], key=lambda entry: (entry.block, entry.first_frame))
