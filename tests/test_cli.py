@@ -325,7 +325,7 @@ def test_a_second_interrupt_ends_at_once_and_says_what_is_lost(tmp_path, store, 
         time.sleep(0.05)
     time.sleep(1.0)  # for all ranks to know of it, and to be in the step that does not end
     os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(1.0)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=30)

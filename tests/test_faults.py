@@ -253,6 +253,20 @@ def test_an_interrupt_that_python_loses_while_it_starts_is_followed():
         stop.hold_interrupts(0, speaks=False)  # none came
 
 
+def test_what_follows_a_ctrl_c_at_once_is_its_echo():
+    """`timeout` passes on what the terminal has sent to all: the step was ended without a checkpoint."""
+    with StopRequest({signal.SIGTERM: 5.0}) as stop:
+        stop.hold_interrupts(3, speaks=False)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.0)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt, match=r"came twice; what was done since the checkpoint of step 3"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
 def test_the_grace_that_ends_first_counts():
     with StopRequest({signal.SIGUSR1: 100.0, signal.SIGTERM: 5.0}) as stop:
         assert stop.number == 0 and stop.left_s == float("inf")

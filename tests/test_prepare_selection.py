@@ -11,7 +11,7 @@ import xarray as xr
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.prepare.selection import Period
-from faconv_hpc.prepare.values import suspect
+from faconv_hpc.prepare.values import refuse_suspect, suspect
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 
 MEMBERS = ("number", *DIMS)
@@ -280,3 +280,14 @@ def test_another_order_of_dims_is_the_same_store(tmp_path: Path) -> None:
     for name, data in (("plain", plain), ("turned", turned)):
         prepare([save(data, tmp_path / f"{name}.nc")], tmp_path / name)
     np.testing.assert_array_equal(whole(tmp_path / "plain")[0], whole(tmp_path / "turned")[0])
+
+
+@pytest.mark.parametrize(("lone", "mark"), [(-9999.0, -999.0), (-9999.0, 9999.0), (1e6, -999.0), (9.0e5, 9999.0)])
+def test_a_mark_is_found_behind_a_value_that_stands_there_once(lone: float, mark: float) -> None:
+    field = 280 + np.random.default_rng(0).normal(size=(5, 9, 12)).astype(np.float32)
+    field[:, 2:4, 3:5] = mark
+    field[2, 7, 7] = lone
+    with pytest.raises(InputError, match=rf"here is {mark:g} in 20 cells, far {'below' if mark < 0 else 'above'} all"):
+        refuse_suspect(field, "here", "t")
+    field[field == np.float32(mark)] = 280
+    refuse_suspect(field, "here", "t")  # of one value nobody can tell

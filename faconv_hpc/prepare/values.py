@@ -27,12 +27,17 @@ def refuse_suspect(values_TYX: NDArray[np.float32], where: str, name: str) -> No
 
     Raises:
         InputError: the lowest value stands there again and again, far below all others, or the highest is a usual
-            mark far above them: it marks missing data, and nobody said so.
+            mark far above them: it marks missing data, and nobody said so. A value that stands there once does not
+            hide the one after it.
     """
     mark = suspect(values_TYX)
+    for extreme in (np.fmin, np.fmax) if mark is None else ():
+        limit = extreme.reduce(values_TYX, axis=None)
+        if np.isfinite(limit) and np.count_nonzero(values_TYX == limit) == 1:
+            mark = mark if mark is not None else suspect(np.where(values_TYX == limit, np.float32(np.nan), values_TYX))
     if mark is not None:
         count = int(np.count_nonzero(values_TYX == np.float32(mark)))
-        side = "below" if mark == np.nanmin(values_TYX) else "above"
+        side = "below" if mark < np.nanmedian(values_TYX) else "above"
         raise InputError(
             f"{where} is {mark:.9g} in {count} cells, far {side} all others. If it marks missing data, say so with "
             f"--missing-value {name}={mark:.9g}; if it is real, with --accept {name}."

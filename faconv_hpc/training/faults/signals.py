@@ -15,6 +15,7 @@ from ...interrupts import follow
 from ...spatial.environment import RankEnvironment
 
 MARGIN_S = 5.0  # of a time limit, for the ranks to leave
+ECHO_S = 0.5  # of one Ctrl-C, which reaches a process from its terminal and from who started it, such as `timeout`
 STUCK_S = 5.0  # after a second Ctrl-C, for a process that waits outside Python and does not hear of it
 FIRST_INTERRUPT = "faconv: Ctrl-C: ends after the step under way, with a checkpoint; once more ends at once, without"
 HELD = (signal.SIGUSR1, signal.SIGUSR2)
@@ -43,7 +44,7 @@ class StopRequest:
     The interpreter's wake-up pipe is written at once, and a thread reads the time from there.
 
     SIGINT (Ctrl-C) ends a process as usual until `hold_interrupts`; from then on the first is one of these signals,
-    and the second ends the process at once, and says what is lost.
+    and the second ends the process at once, and says what is lost; what follows the first at once is its echo.
 
     Args:
         grace_s: for each signal, seconds until the sender kills. Of several signals the earliest end counts.
@@ -62,7 +63,8 @@ class StopRequest:
         self._pipe = (-1, -1)
         self._descriptor_before = -1
         self._speaks = False
-        self._held, self._handled, self._interrupts = False, 0, 0  # of SIGINT: once handled may stand for twice come
+        self._held, self._first_s = False, float("inf")  # of SIGINT
+        self._handled, self._heard, self._interrupts = 0, 0, 0  # once handled may stand for twice come
         self._came_early = False
         self._last_resort = threading.Timer(STUCK_S, self._end_at_once)
         self._last_resort.daemon = True
@@ -113,7 +115,8 @@ class StopRequest:
         self._note(number)
         if number == signal.SIGINT and self._held:
             self._handled += 1
-            if max(self._handled, self._interrupts) > 1:
+            comes_now = self._handled > self._heard and time.monotonic() > self._first_s + ECHO_S
+            if self._interrupts > 1 or comes_now:
                 raise KeyboardInterrupt(self._lost())
 
     def _listen(self) -> None:
@@ -122,7 +125,12 @@ class StopRequest:
             self._note(number)
             self._came_early |= number == signal.SIGINT and not self._held
             if number == signal.SIGINT and self._held:
-                self._interrupts += 1
+                self._heard += 1
+                echoes = self._first_s < time.monotonic() < self._first_s + ECHO_S
+                self._first_s = min(self._first_s, time.monotonic())
+                self._interrupts += not echoes
+                if echoes:
+                    continue
                 if self._interrupts == 1 and self._speaks:
                     print(FIRST_INTERRUPT, file=sys.stderr, flush=True)
                 if self._interrupts == 2:
