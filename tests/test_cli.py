@@ -19,8 +19,9 @@ from faconv_hpc import load_config
 from faconv_hpc.errors import EXIT_STOPPED
 from faconv_hpc.launch import local
 from faconv_hpc.prepare.preparation import prepare
-from faconv_hpc.spatial.environment import free_port
+from faconv_hpc.spatial.environment import RankEnvironment, free_port
 from faconv_hpc.training.records import read_records
+from faconv_hpc.training.shards import checkpoints_in
 from runs import make_store, write_config
 from sources import dataset, save
 
@@ -407,10 +408,26 @@ def test_two_jobs_do_not_share_a_run_directory(tmp_path, store):
 def test_ranks_end_with_the_process_that_started_them(tmp_path, store):
     config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 100000})
     process = start("train", config, "--ranks", 2)
-    wait_for_steps(tmp_path / "run", process)
+    they_end_with(process, tmp_path / "run")
+
+
+def test_a_rank_of_torchrun_ends_when_that_is_killed(tmp_path, store):
+    config = write_config(tmp_path, store, training={"steps": 100000})
+    variables = RankEnvironment(0, 1, 0, port=free_port()).variables() | {"TORCHELASTIC_RUN_ID": "none"}
+    arguments = ["train", str(config)]
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-m', 'faconv_hpc', *{arguments}])"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    options = {"env": environment, "cwd": Path(__file__).parent, "text": True, "stderr": subprocess.PIPE}
+    they_end_with(forks.Popen([sys.executable, "-m", "forks", code], **options), tmp_path / "run")
+    assert checkpoints_in(tmp_path / "run")
+
+
+def they_end_with(process, run_dir):
+    """The ranks finish their step, save it and leave."""
+    wait_for_steps(run_dir, process)
     ranks = ranks_of(process)
     process.kill()
-    deadline = time.monotonic() + 60  # they finish their step and save it
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "ranks train on without the process that started them"
         time.sleep(0.1)

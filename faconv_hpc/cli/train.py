@@ -36,9 +36,11 @@ def train_command(
         check_fits(run)
         more = [*["--strict"] * strict, *extend_option(extend)]
         raise typer.Exit(run_ranks(["train", str(config), *set_options(set_), *more], ranks))
+    from ..launch.local import end_with_torchrun
     from ..training.faults.signals import StopRequest, grace_s
     from ..training.faults.starts import take_back
 
+    end_with_torchrun()
     with StopRequest(grace_s(run.training)) as stop:  # before all that takes time
         counted = _counted_on_slurm(run)
         try:

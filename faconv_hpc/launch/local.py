@@ -92,6 +92,15 @@ def end_with(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def end_with_torchrun() -> None:
+    """In a rank that torchrun has started: as if that were told to end, when torchrun is killed.
+
+    Else its ranks would train on, seen by nobody, and hold their GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and STARTED_BY_US not in os.environ:
+        end_with(os.getppid())
+
+
 class _Told:
     """Passes signals on to ranks, each one to every rank once: those that are born after it as well."""
 
