@@ -12,7 +12,7 @@ from functools import partial
 from types import FrameType
 from typing import IO
 
-from ..errors import EXIT_OK, EXIT_STOPPED
+from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from ..interrupts import follow
 from ..spatial.environment import RankEnvironment, free_port
 from ..training.faults.signals import hold_signals, release_signals, restore_signals
@@ -149,4 +149,4 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
         if worker.returncode is not None and worker.returncode < 0:
             name = signal.Signals(-worker.returncode).name
             print(f"faconv: failed: rank {rank} was ended by {name}", file=sys.stderr)
-    return code if code > 0 else EXIT_STOPPED
+    return {-signal.SIGINT: EXIT_INTERRUPTED}.get(code, code if code > 0 else EXIT_STOPPED)
