@@ -162,6 +162,11 @@ class StoreContent:
     static_file: StaticFile | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of all files beside store.nc."""
+        return (*(entry.name for entry in self.files), *([self.static_file.name] if self.static_file else []))
+
+    @property
     def is_extended(self) -> bool:
         """Whether something was added since the store was made."""
         static = () if self.static_file is None else (self.static_file.fingerprint,)

@@ -8,7 +8,7 @@ code path.
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
@@ -156,6 +156,18 @@ def guarded(comm: Comm) -> Iterator[None]:
 
 class Agreed(SystemExit):
     """Every rank knows of the error and one of them has printed it: leave quietly."""
+
+
+def alike(comm: Comm, work: Callable[[], T]) -> T:
+    """Collective. What every rank does alike; if one finds something wrong, all hear of it: see `agree`."""
+    done: list[T] = []
+    wrong = None
+    try:
+        done.append(work())
+    except InputError as error:
+        wrong = error
+    agree(comm, wrong)
+    return done[0]
 
 
 def agree(comm: Comm, error: InputError | None) -> None:

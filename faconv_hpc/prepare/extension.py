@@ -2,10 +2,10 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,13 @@ from ..data.times import TimeAxis, in_sequence, is_regular
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span, Tile
 from .catalogue import Catalogue, build_catalogue, same_calendar
-from .comm import Comm, SerialComm, agree, guarded
-from .fields_file import FieldReader
-from .preparation import PrepareSummary, identity, idle, provenance_of, refuse_own_source, summarise
+from .comm import Comm, SerialComm, alike, guarded
+from .fields_file import FieldReader, SomeChannels
+from .preparation import PrepareSummary, idle, provenance_of, refuse_own_source, request_of, summarise
 from .roles import SourceOptions, Taken
 from .segments import Segment
 from .sources import expand
 from .writer import Part, Plan, Progress, Written, held_directory, parts_from, write_store
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +75,9 @@ def extend(
     comm, path = comm or SerialComm(), Path(store)
     options = SourceOptions.of(**taken)
     with guarded(comm):
-        _alike(comm, lambda: Store.open(path).close())
+        alike(comm, lambda: Store.open(path).close())
         with held_directory(path, comm), Store.open(path) as before:
-            extension = _alike(comm, lambda: _planned(before, sources, options, command))
+            extension = alike(comm, lambda: _planned(before, sources, options, command))
             if extension is None:
                 written = Written(before.files, 0, before.has_missing)
                 said = ("this was added before, and all of it is there",)
@@ -100,23 +98,11 @@ def extend(
     return summarise(path, extension.layout, written, time.monotonic() - started, tuple(notes))
 
 
-def _alike(comm: Comm, work: Callable[[], T]) -> T:
-    """What every rank does alike; if one finds something wrong, all hear of it."""
-    done: list[T] = []
-    wrong = None
-    try:
-        done.append(work())
-    except InputError as error:
-        wrong = error
-    agree(comm, wrong)
-    return done[0]
-
-
 def _planned(store: Store, sources: Sequence[str | Path], options: SourceOptions, command: str) -> Extension | None:
     """None where this very request was the last to extend the store."""
     paths = expand([Path(source) for source in sources])
     refuse_own_source(store.path, paths)
-    asked = "\n".join([repr(options), *map(identity, paths)])
+    asked = request_of(options, paths)
     done = {"request": digest_of((), {"request": asked})}
     earlier = store.layout.provenance
     if earlier.get("extended", [{}])[-1].get("request") == done["request"]:
@@ -131,7 +117,7 @@ def _planned(store: Store, sources: Sequence[str | Path], options: SourceOptions
         layout, plan = store.layout, Plan((), None, store.files, store.content)
     elif set(names).isdisjoint(store.channels):
         layout, plan = _with_variables(store, catalogue, number)
-        reader = _Beside(catalogue, len(store.channels))
+        reader = SomeChannels(catalogue, range(-len(store.channels), len(names)))  # after the store's, not asked for
         notes.append(f"added at all times: {', '.join(names)}")
     else:
         catalogue = _as_in_store(store, catalogue, notes)
@@ -158,8 +144,7 @@ def _planned(store: Store, sources: Sequence[str | Path], options: SourceOptions
 
 def _next_number(store: Store) -> int:
     """By which no file of the store is named."""
-    names = [entry.name for entry in store.files] + ([store.static_file.name] if store.static_file else [])
-    return 1 + max(int(re.sub(r"\D", "", name) or 0) for name in names)
+    return 1 + max(int(re.sub(r"\D", "", name) or 0) for name in store.content.names)
 
 
 def _new_static(store: Store, catalogue: Catalogue, notes: list[str]) -> list[Segment]:
@@ -310,21 +295,6 @@ def _check_later(store: Store, first: Segment, every: int) -> None:
             f"--every {every} begins anew with {first.time.label(0)}, {since_s / 3600:g} h after the last time of "
             f"{store.path}, whose times are {mine.step_s / 3600:g} h apart. Begin --from such a time."
         )
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """A reader whose channels come after those that are there; see `FieldReader`."""
-
-    own: Catalogue
-    first: int
-
-    @property
-    def groups(self) -> Sequence[range]:
-        return [range(one.start + self.first, one.stop + self.first) for one in self.own.groups]
-
-    def read(self, frames: range, channels: range, rows: Span) -> NDArray[np.float32]:
-        return self.own.read(frames, range(channels.start - self.first, channels.stop - self.first), rows)
 
 
 @dataclass(frozen=True)

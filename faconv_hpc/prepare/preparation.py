@@ -11,7 +11,7 @@ from ..data.chunks import chunk_shape
 from ..data.layout import StoreLayout
 from ..errors import InputError
 from .catalogue import Catalogue, build_catalogue
-from .comm import Comm, SerialComm, agree, guarded
+from .comm import Comm, SerialComm, alike, guarded
 from .fields_file import default_frames_per_file
 from .roles import SourceOptions, Taken
 from .sources import expand
@@ -77,9 +77,11 @@ def prepare(
     comm = comm or SerialComm()
     options = SourceOptions.of(**taken)
     with guarded(comm):
-        paths, catalogue, layout = _plan_together(sources, options, mesh, frames_per_file, compression, command, comm)
+        paths, catalogue, layout = alike(
+            comm, lambda: _planned(sources, options, mesh, frames_per_file, compression, command)
+        )
         refuse_own_source(Path(output), paths)
-        request = "\n".join([repr(options), *map(identity, paths)])
+        request = request_of(options, paths)
         with started_directory(Path(output), comm, overwrite=overwrite):
             written = write_store(
                 Path(output), layout, catalogue, request, comm=comm, static=catalogue.static_fields(), progress=progress
@@ -95,27 +97,19 @@ def idle(files: int, comm: Comm) -> tuple[str, ...]:
     return (f"{files} file(s) kept no more of {comm.size} ranks busy; use a smaller --frames-per-file.",)
 
 
-def _plan_together(
+def _planned(
     sources: Sequence[str | Path],
     options: SourceOptions,
     mesh: tuple[int, int],
     frames_per_file: int | None,
     compression: int | None,
     command: str,
-    comm: Comm,
 ) -> tuple[list[Path], Catalogue, StoreLayout]:
-    """Every rank opens all sources; what one finds wrong, all hear of."""
-    plan, wrong = None, None
-    try:
-        check_request(frames_per_file, compression)
-        paths = expand([Path(source) for source in sources])
-        catalogue = build_catalogue(paths, options)
-        plan = paths, catalogue, _layout(catalogue, paths, mesh, frames_per_file, compression, command)
-    except InputError as error:
-        wrong = error
-    agree(comm, wrong)
-    assert plan is not None, "no plan and no error"
-    return plan
+    """Opens all sources."""
+    check_request(frames_per_file, compression)
+    paths = expand([Path(source) for source in sources])
+    catalogue = build_catalogue(paths, options)
+    return paths, catalogue, _layout(catalogue, paths, mesh, frames_per_file, compression, command)
 
 
 def check_request(frames_per_file: int | None, compression: int | None) -> None:
@@ -172,7 +166,12 @@ def refuse_own_source(output: Path, paths: Sequence[Path]) -> None:
         raise InputError(f"output {output} holds the source {inside[0]} and would destroy it. Give another --output.")
 
 
-def identity(path: Path) -> str:
+def request_of(options: SourceOptions, paths: Sequence[Path]) -> str:
+    """What beside the layout determines what is written: options, and which sources these are."""
+    return "\n".join([repr(options), *map(_identity, paths)])
+
+
+def _identity(path: Path) -> str:
     """Where a source is, how large, and when it last changed; of a directory, its metadata files."""
     files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
     files += sorted(path.glob("*/zarr.json")) + sorted(path.glob("*/.zarray"))

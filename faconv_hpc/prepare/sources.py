@@ -30,10 +30,7 @@ def expand(paths: list[Path]) -> list[Path]:
         if not (path / STORE_FILE).is_file():
             expanded.append(path)
             continue
-        content = read_store_file(path / STORE_FILE)
-        expanded += [path / entry.name for entry in content.files]
-        if content.static_file is not None:
-            expanded.append(path / content.static_file.name)
+        expanded += [path / name for name in read_store_file(path / STORE_FILE).names]
     return expanded
 
 

@@ -13,7 +13,7 @@ from ..data.layout import Channel, StoreLayout
 from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
 from ..spatial.grid import Span
-from .comm import Comm, SerialComm, agree, guarded
+from .comm import Comm, SerialComm, alike, guarded
 from .fields_file import default_frames_per_file
 from .preparation import PrepareSummary, check_request, summarise, versions
 from .writer import Progress, started_directory, write_store
@@ -154,30 +154,11 @@ def synthesise(
     started = time.monotonic()
     comm = comm or SerialComm()
     with guarded(comm):
-        layout = _plan_together(options, mesh, frames_per_file, compression, command, comm)
+        layout = alike(comm, lambda: _layout(options, mesh, frames_per_file, compression, command))
         fields = SyntheticFields(layout, options)
         with started_directory(Path(output), comm, overwrite=overwrite):
             written = write_store(Path(output), layout, fields, repr(options), comm=comm, progress=progress)
     return summarise(Path(output), layout, written, time.monotonic() - started, ())
-
-
-def _plan_together(
-    options: SyntheticOptions,
-    mesh: tuple[int, int],
-    frames_per_file: int | None,
-    compression: int | None,
-    command: str,
-    comm: Comm,
-) -> StoreLayout:
-    layout, wrong = None, None
-    try:
-        check_request(frames_per_file, compression)
-        layout = _layout(options, mesh, frames_per_file, compression, command)
-    except InputError as error:
-        wrong = error
-    agree(comm, wrong)
-    assert layout is not None, "no layout and no error"
-    return layout
 
 
 def _layout(
@@ -187,6 +168,7 @@ def _layout(
     compression: int | None,
     command: str,
 ) -> StoreLayout:
+    check_request(frames_per_file, compression)
     shape = options.nlat, options.nlon
     band_deg = 180.0 / options.nlat
     start = decode_times(np.zeros(1), f"hours since {options.start}", "standard", "--start").seconds

@@ -64,6 +64,11 @@ class Plan:
     kept: tuple[FileEntry, ...] = ()
     before: StoreContent | None = None
 
+    @property
+    def names(self) -> set[str]:
+        """Of the files to write."""
+        return {part.name for part in self.parts} | ({self.static_name} if self.static_name else set())
+
     @classmethod
     def of(cls, layout: StoreLayout) -> "Plan":
         """Of a store that is made anew."""
@@ -208,7 +213,7 @@ def write_store(
             statics = write_static_file(path, layout, _sound(layout, static), mark)
             static_file = StaticFile(path.name, path.stat().st_size, mark)
     if comm.rank == 0 and plan.before is not None:
-        _clear_replaced(output, plan)
+        _clear_replaced(output, plan, plan.before)
     comm.barrier()
     mine = plan.parts[comm.rank :: comm.size]
     kept = 0
@@ -233,19 +238,14 @@ def write_store(
 
 
 def _check_names(plan: Plan) -> None:
-    there = {entry.name for entry in plan.before.files} if plan.before else set()
-    there |= {plan.before.static_file.name} if plan.before and plan.before.static_file else set()
-    assert there.isdisjoint({plan.static_name, *(part.name for part in plan.parts)}), "the store would be destroyed"
+    there = set(plan.before.names) if plan.before else set()
+    assert there.isdisjoint(plan.names), "the store would be destroyed"
 
 
-def _clear_replaced(output: Path, plan: Plan) -> None:
+def _clear_replaced(output: Path, plan: Plan, before: StoreContent) -> None:
     """Takes away what an earlier extension has replaced: it was left to those who read the store by then."""
-    assert plan.before is not None, "a new store replaces nothing"
-    static = plan.before.static_file
-    wanted = {entry.name for entry in plan.before.files} | {plan.static_name, *(part.name for part in plan.parts)}
-    wanted |= {static.name} if static else set()
     for path in (*output.glob("fields-*.nc"), *output.glob("static*.nc")):
-        if path.name not in wanted:
+        if path.name not in {*before.names, *plan.names}:
             path.unlink()
 
 
