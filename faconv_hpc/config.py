@@ -158,6 +158,7 @@ class TrainingConfig(Section):
     keep_last: Count = Field(3, description="newest checkpoints that are kept; older ones of this run are removed")
     keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this stay for good; 0: none do")
     save_in_background: bool = Field(False, description="train on while a checkpoint is written")
+    shard_mib: float = Field(16.0, ge=0, description="least size of a checkpoint's files: as many ranks write as that")
     on_not_finite: Literal["stop", "skip", "restore"] = Field(
         "stop", description="a loss or gradient that is no number: end, leave the step out, or go back to a checkpoint"
     )

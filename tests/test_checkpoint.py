@@ -23,7 +23,7 @@ from faconv_hpc import FAConvLSTMNetwork
 from faconv_hpc.errors import InputError, NoProgressError, RunError
 from faconv_hpc.training import export as export_module
 from faconv_hpc.training import shards
-from faconv_hpc.training.checkpoint import CheckpointWriter, balanced
+from faconv_hpc.training.checkpoint import CheckpointWriter, balanced, shares_of
 from faconv_hpc.training.contract import Contract
 from faconv_hpc.training.export import SUFFIXES, export
 from faconv_hpc.training.faults.signals import StopRequest
@@ -96,6 +96,23 @@ def test_sizes_are_dealt_evenly(shares):
     assert sorted(name for share in dealt for name in share) == sorted(sizes)
     totals = [sum(sizes[name] for name in share) for share in dealt]
     assert max(totals) <= max(100, 1.2 * sum(sizes.values()) / shares)
+
+
+def test_as_many_ranks_write_as_the_bytes_need():
+    sizes = {f"p{i}": size for i, size in enumerate([100, 90, 40, 40, 30, 20, 9, 1])}
+    for least, writers in ((0, 12), (331, 1), (165, 2), (66, 5), (0.1, 12)):
+        shares = shares_of(sizes, 12, least)
+        assert sorted(name for share in shares for name in share) == sorted(sizes)
+        written = [(rank, sum(sizes[name] for name in share)) for rank, share in enumerate(shares) if share]
+        assert len(written) == min(writers, len(sizes)), least
+    ranks = [rank for rank, share in enumerate(shares_of(sizes, 12, 100)) if share]
+    assert ranks == [0, 4, 8]  # on different nodes, as far as there are any
+
+
+def test_a_small_network_is_written_by_one_rank(tmp_path, store):
+    train_on(TWO, tmp_path, store, training={"shard_mib": 16, "steps": 1})
+    (checkpoint,) = checkpoints_in(tmp_path / "run")
+    assert len(checkpoint.manifest().files) == 1 and checkpoint.problem() is None
 
 
 def test_every_flipped_bit_is_found_and_its_file_named(copied):

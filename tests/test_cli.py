@@ -76,6 +76,8 @@ def test_train_on_two_ranks_then_evaluate_then_go_on(tmp_path, store):
     assert evaluated.returncode == 0, evaluated.stderr
     assert {skill["variable"] for skill in json.loads(evaluated.stdout)["skills"]} == {"wave_0", "wave_1"}
     assert (tmp_path / "run" / "figures" / "forecast.png").is_file()
+    unsaid = faconv("train", config, "--ranks", 2, "--set", "training.steps=8")
+    assert unsaid.returncode == 2 and "--extend keep" in unsaid.stderr
     longer = faconv("train", config, "--ranks", 2, "--set", "training.steps=8", "--extend", "keep")
     assert longer.returncode == 0, longer.stderr
     assert [record.step for record in read_records(tmp_path / "run")] == list(range(1, 9))

@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 from faconv_hpc.cli.data import data_app
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.prepare.selection import Period
+from sources import whole
 
 
 def faconv(*arguments: object) -> str:
@@ -50,6 +53,34 @@ def store(source: Path) -> Path:
     assert said["files"] == 3
     assert said["has_missing"] is True
     return output
+
+
+def test_what_is_taken_of_a_source_is_said_by_options(tmp_path: Path) -> None:
+    """The same as the call in Python takes."""
+    data = np.random.default_rng(1).normal(size=(8, 2, 3, 12, 18)).astype(np.float32)
+    data[5, 1, 2, 4] = -999.0
+    dims = ("time", "number", "level", "latitude", "longitude")
+    times = ("time", np.arange(8) * 6, {"units": "hours since 2001-01-01"})
+    places = {"latitude": np.linspace(80, -80, 12), "longitude": np.arange(18) * 20.0}
+    source, said = tmp_path / "s.nc", {"number": [0, 7], "level": [1, 2, 3], "time": times}
+    xr.Dataset({"t": (dims, data), "odd": (dims, np.where(data > 0, data, -8e9))}, places | said).to_netcdf(source)
+    some = ("prepare", source, "--select", "number=7", "--select", "level=3", "--missing-value", "t=-999")
+    with pytest.raises(InputError, match=r"'odd' .* is -8e\+09 in 8\d\d cells, far below .*--accept odd"):
+        faconv(*some, "--output", tmp_path / "a")
+    options = "--rename t=temperature --accept odd --from 2001-01-01T06 --to 2001-01-02T12 --every 2"
+    faconv(*some, "--output", tmp_path / "b", *options.split())
+    prepare(
+        [source],
+        tmp_path / "c",
+        select={"number": "7", "level": "3"},
+        rename={"t": "temperature"},
+        missing_values=[("t", -999.0)],
+        accept=["odd"],
+        period=Period("2001-01-01T06", "2001-01-02T12", 2),
+    )
+    typed, called = (whole(tmp_path / name, "temperature", "odd") for name in "bc")
+    np.testing.assert_array_equal(typed[0], called[0])
+    assert typed[0].shape == (3, 2, 12, 18) and not typed[1][2, 0, 4].any()  # of 06, 18 and 06 the last one
 
 
 def test_prepare_takes_its_options(store: Path) -> None:

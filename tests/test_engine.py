@@ -1,5 +1,7 @@
 """DeepSpeed: one update equals one process; the whole state survives; on every stage and mesh."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import cache
 
@@ -188,3 +190,38 @@ def test_a_state_put_in_place_continues_bit_for_bit(stage, precision):
 
     for moved, equal in run_on_ranks(Layout(1, 1, 3), check):
         assert moved > 1e-3 and equal
+
+
+UNCOMPILED = """
+import sys, torch
+from faconv_hpc import FAConvLSTMNetwork
+from faconv_hpc.config import TrainingConfig
+from faconv_hpc.training.optimizers import optimizer_of
+training = TrainingConfig(steps=9, warmup_steps=0, optimizer=sys.argv[1], weight_decay=0.1)
+ours, theirs = (FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2)) for _ in range(2))
+theirs.load_state_dict(ours.state_dict())
+
+def trained(network, optimizer):
+    for step in range(3):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.param_groups[0]["lr"] = 0.1 * (step + 1)
+        optimizer.step()
+    return list(network.state_dict().values()), optimizer.state_dict()["state"]
+
+weights, state = trained(ours, optimizer_of(ours, training))
+print("torch._dynamo" in sys.modules)
+kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[sys.argv[1]]
+expected, their_state = trained(theirs, kind(theirs.parameters(), lr=0.0, weight_decay=0.1))
+print(all(map(torch.equal, weights, expected)), state.keys() == their_state.keys())
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_optimizer_loads_no_compiler_and_does_what_torchs_does(optimizer):
+    """It is a quarter of a rank's start."""
+    command = [sys.executable, "-c", UNCOMPILED, optimizer]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.stdout == "False\nTrue True\n", ran.stderr

@@ -33,6 +33,7 @@ from faconv_hpc.errors import (
 from faconv_hpc.files import write_durably
 from faconv_hpc.observe import SAVING, Activity
 from faconv_hpc.spatial import failure
+from faconv_hpc.spatial.environment import RankEnvironment, free_port
 from faconv_hpc.spatial.heartbeat import BEAT_S, Beat, Heartbeats, pace
 from faconv_hpc.training import checkpoint
 from faconv_hpc.training import trainer as trainer_module
@@ -195,6 +196,9 @@ def test_a_step_and_a_save_must_fit_the_time_that_is_left():
     end = StepEnd(0, float("inf"), save_s=10.0, written=True, step_s=20.0, job_left_s=51.0)
     assert not end.time_is_up and replace(end, job_left_s=49.0).time_is_up
     assert replace(end, written=False).time_is_up and not replace(end, job_left_s=float("inf")).time_is_up
+    assert not end.comes_too_late and replace(end, job_left_s=49.0).comes_too_late  # in the middle of a step, too
+    asked = replace(end, signal=signal.SIGTERM, job_left_s=float("inf"))
+    assert replace(asked, left_s=44.0).comes_too_late and not replace(asked, left_s=46.0).comes_too_late
 
 
 def test_a_time_limit_that_leaves_no_step_is_told_and_not_requeued(monkeypatch):
@@ -210,18 +214,32 @@ def test_a_time_limit_that_leaves_no_step_is_told_and_not_requeued(monkeypatch):
     check_time_limit(signal.SIGUSR1, 120.0)
 
 
-def test_a_signal_while_the_run_starts_is_followed_before_the_first_step(tmp_path, store):
+def test_a_start_that_slurm_ends_while_it_imports_does_not_count(tmp_path, store):
+    """As `scontrol requeue` does; it was counted before its ranks met."""
     config = write_config(tmp_path, store, mesh={"lon": 2}, training={"steps": 1000})
-    process = launched(config, start=subprocess.Popen)  # a fork has imported
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    variables = os.environ | job | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    options = {"stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env=variables | {"SLURM_PROCID": rank}, **options) for rank in "01"]
     deadline = time.monotonic() + 60
-    while len(started := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) < 2:
+    starts = tmp_path / "run" / "starts.json"
+    while not (starts.exists() and all(catches(rank.pid, signal.SIGTERM) for rank in ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(int(started[1]), signal.SIGUSR1)  # while it imports: nobody listens yet
-    _, told = process.communicate(timeout=90)
-    assert process.returncode == EXIT_STOPPED, told
-    assert "stopped by SIGUSR1 after step 0; there is no checkpoint" in told
-    assert json.loads((tmp_path / "run" / "starts.json").read_text())["starts"] == 1  # it has led nowhere
+    assert json.loads(starts.read_text())["starts"] == 1
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    told = [rank.communicate(timeout=90)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_STOPPED] * 2, told
+    assert "stopped by SIGTERM after step 0; there is no checkpoint" in told[0]
+    assert not starts.exists()
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -327,7 +345,38 @@ def test_a_rank_that_stops_answering_is_named_with_its_step_and_what_it_did(tmp_
     assert "the same command again" in first
 
 
-def test_a_rank_that_hangs_while_its_process_lives_is_named():
+HANGS = """
+import sys, time
+from faconv_hpc.cli.app import main
+from faconv_hpc.training.trainer import Trainer
+forward, sys.argv = Trainer._backward, ["faconv", "train", sys.argv[2]]
+def hanging(self, *arguments):
+    if self._mesh.rank == 1 and self._mesh.activity.step == 3:
+        time.sleep(1000)
+    return forward(self, *arguments)
+Trainer._backward = hanging
+main()
+"""
+
+
+@pytest.mark.parametrize("mesh", [{"replicas": 2}, {"lon": 2}], ids=["in DeepSpeed's group", "in ours"])
+def test_a_rank_that_hangs_while_its_heart_beats_ends_all_after_the_time_out(tmp_path, store, mesh):
+    config = write_config(tmp_path, store, mesh=mesh, training={"timeout_s": 10})
+    ranks = RankEnvironment(world_size=2, port=free_port()).variables() | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "forks", HANGS, str(config)]
+    options = {"stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent}
+    started = [
+        forks.Popen(command, env=os.environ | ranks | {"RANK": rank, "LOCAL_RANK": rank}, **options) for rank in "01"
+    ]
+    told = [rank.communicate(timeout=80)[1] for rank in started]
+    assert [rank.returncode for rank in started] == [EXIT_STOPPED] * 2, told
+    (said,) = [line for text in told for line in text.splitlines() if "faconv: failed" in line]
+    assert re.search(r"ran out of time \(training\.timeout_s is 10\): rank 1 is furthest behind: in step 3, ", said), (
+        said
+    )
+
+
+def test_who_is_furthest_behind_is_to_blame():
     """Beats go on, but say the same for longest."""
 
     store, activity = PlainStore(), Activity()

@@ -1,6 +1,7 @@
 """What config and store.nc can tell is told before torch is imported and any rank is started."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 from faconv_hpc.errors import InputError
 from faconv_hpc.training.fit import check_fits
 from runs import make_store, small_config, write_config
+from test_cli import faconv
 
 CASES = {
     "more tiles than rows": (
@@ -23,7 +25,7 @@ CASES = {
     "no store": ({"data": {"store": "nowhere"}}, r"store nowhere does not exist. Make one with"),
     "no variable": ({"data": {"variables": ["wav_0"]}}, r"wav_0.*wave_0"),
     "no forcing": ({"data": {"forcings": ["moon"]}}, r"moon"),
-    "no frames": ({"data": {"window": 16}}, r"no window of 16 inputs and a target fits into 13 of the 16"),
+    "no frames": ({"data": {"window": 16}}, r"a target fits into 13 of the 16 .* keeps 3 from training\)"),
     "no memory": (
         {"model": {"hidden_channels": 10**9}},
         r"at least [\d,]{9,} GiB .* 11 x 14 cells, this machine has [\d,]+ GiB .*hidden_channels=1000000000.*Lower one",
@@ -70,6 +72,27 @@ def test_nothing_slow_is_imported_for_it(tmp_path, store):
     paths = [str(config_of(tmp_path / str(place), store, case, write_config)) for place, case in enumerate(CASES)]
     ran = subprocess.run([sys.executable, "-c", HERE, json.dumps(paths)], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [["submit", "--dry-run"], ["verify", "--layout", "1x2"]])
+@pytest.mark.parametrize("case", ["a kernel without centre", "heads", "no frames"])
+def test_every_command_that_would_start_ranks_judges_it(tmp_path, store, case, command):
+    verb, *options = command
+    ran = faconv(verb, config_of(tmp_path, store, case, write_config), *options)
+    assert ran.returncode == 2 and re.search(CASES[case][1], " ".join((ran.stdout + ran.stderr).split())), ran
+
+
+def test_a_store_that_a_job_before_this_one_makes_is_not_asked_for(tmp_path):
+    ran = faconv("submit", write_config(tmp_path, tmp_path / "to be made"), "--dry-run")
+    assert ran.returncode == 0 and "#SBATCH" in ran.stdout, ran
+
+
+def test_evaluate_starts_no_ranks_without_a_store(tmp_path, store):
+    config = write_config(tmp_path, tmp_path / "gone", mesh={"lon": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.read_text())
+    ran = faconv("evaluate", tmp_path / "run", "--ranks", 2)
+    assert ran.returncode == 2 and ran.stderr.startswith(f"faconv: error: store {tmp_path / 'gone'} does not exist")
 
 
 def test_no_rank_is_started_for_a_mesh_that_does_not_fit(tmp_path, store):

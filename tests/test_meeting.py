@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import TCPStore
 
 import forks
-from faconv_hpc.errors import InputError, LostRankError, RunError
+from faconv_hpc.errors import InputError, LostRankError, RunError, TryAgainError
 from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment, meeting
 from faconv_hpc.spatial.environment import RankEnvironment, first_node
@@ -50,10 +50,16 @@ def listening(port):
 
 LIMITS = """
 import torch
-from faconv_hpc import ProcessMesh
+from torch.distributed import distributed_c10d
+from faconv_hpc import FAConvLSTMNetwork, ProcessMesh
+from faconv_hpc.config import TrainingConfig
+from faconv_hpc.training.engine import Engine
 mesh = ProcessMesh.start(2, 1, 2, timeout_s=77.0)
-groups = [mesh.group, mesh.tile_group, mesh.axis_groups["lon"]]
-print([group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups])
+network = FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2))
+Engine(network, mesh, TrainingConfig(steps=1, warmup_steps=0))
+groups = list(distributed_c10d._world.pg_map)
+limits = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+print(len(groups), limits)  # ours, and DeepSpeed's
 mesh.stop()
 """
 
@@ -66,7 +72,7 @@ def test_collectives_of_every_group_end_when_the_jobs_do():
         forks.Popen(command, env=os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "4"}, **options)
         for rank in range(4)
     ]
-    assert {rank.communicate(timeout=120)[0] for rank in ranks} == {f"{[77.0 + MARGIN_S] * 3}\n"}
+    assert {rank.communicate(timeout=120)[0] for rank in ranks} == {f"3 {{{77.0 + MARGIN_S}}}\n"}
 
 
 AT_SCALE = """
@@ -213,7 +219,7 @@ def test_no_free_port_is_said():
     with ExitStack() as stack:
         for port in set(candidate_ports("crowded")):
             stack.enter_context(listening(port))
-        with pytest.raises(RunError, match=r"none of the 16 ports .* is free .* Set MASTER_ADDR and MASTER_PORT"):
+        with pytest.raises(TryAgainError, match=r"none of the 16 ports .* is free .* Set MASTER_ADDR and MASTER_PORT"):
             meet(RankEnvironment(world_size=2, job="crowded"), 1.0)
 
 
@@ -319,3 +325,22 @@ def test_starts_whose_ranks_never_meet_are_counted_and_end(tmp_path):
     told = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [93, 93], told
     assert sum(text.count("2 starts in a row of the run") for text in told) == 1
+
+
+def test_ranks_that_cannot_meet_end_with_75_and_one_message_a_node(tmp_path):
+    config = write_config(tmp_path, make_store(tmp_path / "waves"), mesh={"lon": 2}, training={"timeout_s": 10})
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
+    variables = os.environ | {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "20001", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        forks.Popen(
+            command,
+            env=variables | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], told
+    assert [text.count("faconv: failed") for text in told] == [1, 0], told
+    assert "rank 0 of 2 cannot meet the others at nowhere.invalid, port 20001" in told[0]

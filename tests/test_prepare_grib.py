@@ -178,6 +178,22 @@ def test_one_member_of_an_ensemble(tmp_path: Path) -> None:
     assert_is(tmp_path / "o", "v500", WINDS[3])
 
 
+def test_what_cfgrib_cannot_lay_out_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors have no ancestor of ours; such as `WrongGridError` for a grid that is none of its own."""
+    import cfgrib
+
+    class WrongGridError(Exception):
+        pass
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise WrongGridError("no such grid")
+
+    monkeypatch.setattr(cfgrib, "open_datasets", refuse)
+    source = write(tmp_path / "winds.grib", at_all_hours(*WINDS))
+    with pytest.raises(InputError, match=r"winds\.grib is GRIB that cannot be read \(WrongGridError: no such grid\)"):
+        prepare([source], tmp_path / "o")
+
+
 def test_without_cfgrib_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from faconv_hpc.prepare import grib
 

@@ -296,7 +296,7 @@ def test_skill_is_in_physical_units_beside_persistence_and_climatology(made, run
     mean = make_contract(run, Store.open(store), ProcessMesh.alone()).variables[0].mean
     departure = rain - SCALE * np.expm1(mean)
     np.testing.assert_allclose(evaluation.example.truth_CYX[2], departure, rtol=1e-4, atol=1e-8)
-    assert draw_forecast(evaluation.example, tmp_path / "forecast.png", "test").stat().st_size > 10_000
+    assert draw_forecast(evaluation, tmp_path / "forecast.png", "test").stat().st_size > 10_000
 
 
 def test_forecast_and_persistence_are_judged_on_the_same_cells(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,11 +69,21 @@ def assert_as_undisturbed(directory, store, run_dir, steps, mesh):
 
 def test_the_script_trains_on_four_nodes_as_one_machine_does(tmp_path, slurm, store):
     config = config_of(tmp_path / "slurm", store)
-    job = sbatch(tmp_path / "slurm", config, "--set", "training.steps=8")
+    asked = tmp_path / "asked"
+    (tmp_path / "bin").mkdir()
+    ours = tmp_path / "bin" / "scontrol"
+    ours.write_text(
+        f'#!/bin/sh\necho "${{SLURM_PROCID-script}} $1 $2" >> {asked}\nexec {shutil.which("scontrol")} "$@"\n'
+    )
+    ours.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{job_environment()['PATH']}"
+    job = sbatch(tmp_path / "slurm", config, "--set", "training.steps=8", PATH=path)
     log = tmp_path / "slurm" / "job.log"
     state = over(job, log)
     assert (state.name, state.restarts) == ("COMPLETED", 0), log.read_text()
     assert "start 1, on n[1-4]" in log.read_text() and "step 8/8" in log.read_text()
+    assert "script show node" in asked.read_text()  # once a job, where there may be thousands of ranks
+    assert {line.split()[0] for line in asked.read_text().splitlines()} == {"script"}
     other = config_of(tmp_path / "here", store)
     process = faconv("train", other, "--set", "training.steps=8", "--ranks", 4)
     assert process.returncode == 0, process.stderr

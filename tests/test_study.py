@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import yaml
 
 import forks
 from faconv_hpc.cli.study import make_stores
+from faconv_hpc.config import MeshConfig, ModelConfig
 from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.files import read_json_lines
@@ -191,7 +193,7 @@ def test_weak_stores_grow_with_the_ranks_and_are_made_once(tmp_path):
     study, points = study_of(tmp_path, scaling="weak", cells_per_rank=[5, 6], channels=2)
     said = []
     make_stores(study, points, said.append)
-    check_stores(points)
+    check_stores(points, here=True)
     shapes = [point.run.data.store.name for point in points]
     assert shapes == ["5x6x2x11", "5x12x2x11", "10x12x2x11"] and len(said) == 3
     assert points[0].run.data.variables is None and points[0].run.data.periods.test == ()
@@ -207,12 +209,16 @@ def test_weak_stores_grow_with_the_ranks_and_are_made_once(tmp_path):
 def test_what_no_job_could_do_is_found_before_one_is_started(tmp_path):
     _, points = study_of(tmp_path)
     with pytest.raises(InputError, match="waves does not exist"):
-        check_stores(points)
+        check_stores(points, here=False)
     make_store(tmp_path / "waves")
-    check_stores(points)
+    check_stores(points, here=False)
     _, points = study_of(tmp_path, points=[{"mesh": "16x1"}])
     with pytest.raises(InputError, match=r"point 16x1: 11 rows cannot be cut over 16 ranks"):
-        check_stores(points)
+        check_stores(points, here=False)
+    large = points[0].run.model_copy(update={"mesh": MeshConfig(), "model": ModelConfig(hidden_channels=10**6)})
+    check_stores([replace(points[0], run=large)], here=False)  # the nodes may have the memory
+    with pytest.raises(InputError, match=r"point 16x1: a rank needs at least [\d,]+ GiB"):
+        check_stores([replace(points[0], run=large)], here=True)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -103,6 +103,13 @@ def job(directory, commands, state="RUNNING", **variables):
     return ran.returncode, (directory / "requeued").read_text() if (directory / "requeued").exists() else ""
 
 
+def test_a_slurm_without_gpus_is_told_in_words(sbatch):
+    refuse(sbatch, "sbatch: error: Invalid generic resource (gres) specification")
+    config = small_config(sbatch, sbatch / "waves", slurm={"gpus_per_node": 4})
+    with pytest.raises(InputError, match=r"knows of no GPUs: --set slurm\.gpus_per_node=0\. Change section slurm"):
+        submit(config)
+
+
 @pytest.mark.parametrize(
     ("code", "again"),
     [(0, False), (1, False), (2, False), (75, True), (93, False), (128, False), (130, False), (137, True)],

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import re
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation import figures
 from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
 from faconv_hpc.spatial.exchange import HaloExchange
@@ -204,7 +206,33 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path):
             assert found.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
     assert all(skill.ratio < 0.9 for skill in alone.skills)
     _check_against_the_files(alone, store)
-    assert draw_forecast(alone.example, tmp_path / "figures" / "forecast.png", "test").stat().st_size > 10_000
+    _look_at_the_figure(alone, tmp_path / "figures" / "forecast.png")
+
+
+def _look_at_the_figure(evaluation, path):
+    """What is written in it."""
+    first, second = evaluation.example.variables
+    variables = (first, second.model_copy(update={"loss_weight": 0.0}))
+    evaluation = replace(evaluation, example=replace(evaluation.example, variables=variables))
+    drawn, close = [], figures.pyplot.close
+    figures.pyplot.close = drawn.append
+    ratios = [skill.ratio for skill in evaluation.skills]
+    try:
+        assert draw_forecast(evaluation, path, "run").stat().st_size > 10_000
+    finally:
+        figures.pyplot.close = close
+    (figure,) = drawn
+    before, after = evaluation.example.dates
+    said = f"run, step 120: change from {before} to {after} (held out)"
+    assert figure.get_suptitle() == said and before.startswith("2000-01-1")
+    titles = [place.get_title() for place in figure.axes if place.get_title()]
+    expected = [f"wave_{n}: {what}" for n in range(2) for what in ("truth", "forecast", "error")]
+    expected[1] += f", {ratios[0]:.2f} of persistence's error"
+    expected[4] += ", not trained: its loss has weight 0"
+    assert titles == expected
+    labels = {label.get_text() for place in figure.axes[:6] for label in place.get_xticklabels()}
+    assert {"60°E", "0°", "120°W"} <= labels
+    figures.pyplot.close(figure)
 
 
 def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):

@@ -54,6 +54,7 @@ SMALL = {
     "training.keep_last": "1000",
     "training.give_up_after": "0",
     "training.timeout_s": str(TIMEOUT_S),
+    "training.shard_mib": "0",  # every rank writes
 }
 PRELOADED = ["torch", "torch._dynamo", "deepspeed", "faconv_hpc.cli.app", "faconv_hpc.training.trainer"]
 DISK_MIB = 24

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from ..errors import InputError, LostRankError, RunError, describe, exit_code_of
+from ..spatial.environment import RankEnvironment
 from .checkpoint import checkpoint_app
 from .data import data_app
 from .doctor import doctor_command
@@ -42,7 +43,9 @@ def main() -> None:
     try:
         app()
     except (InputError, RunError) as error:
-        if not isinstance(error, LostRankError):  # else the ranks have not met, and cannot agree
+        unmet = isinstance(error, LostRankError)  # the ranks cannot agree on who speaks: one of every node does
+        if not unmet:
             say_before_joining(error)
-        print(describe(error), file=sys.stderr)
+        if not unmet or RankEnvironment.is_first_of_node():
+            print(describe(error), file=sys.stderr)
         sys.exit(exit_code_of(error))

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import EXIT_FAILED, EXIT_OK
 from .options import AsJson, Verb, Verbs
+from .tables import table_of
 
 checkpoint_app = typer.Typer(cls=Verbs, help="List, verify and export the checkpoints of a run.", no_args_is_help=True)
 
@@ -29,9 +29,8 @@ def list_command(where: Where, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(title=f"checkpoints of {where}")
-    for column in ("step", "size [MB]", "files", "mesh", "ZeRO", "torch", "manifest"):
-        table.add_column(column, justify="left" if column == "manifest" else "right")
+    columns = ("step", "size [MB]", "files", "mesh", "ZeRO", "torch", "manifest")
+    table = table_of(*columns, text=columns[-1:], title=f"checkpoints of {where}")
     for row in rows:
         if row["problem"]:
             table.add_row(str(row["step"]), "", "", "", "", "", row["problem"])

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..data.chunks import parse_mesh
 from ..errors import EXIT_FAILED, EXIT_OK, InputError
 from .options import AsJson, Verb, Verbs
+from .tables import table_of
 
 if TYPE_CHECKING:
     from ..prepare.comm import Comm
@@ -307,11 +308,12 @@ def _show(description: dict[str, Any], console: Console) -> None:
 
 
 def _channel_table(channels: list[dict[str, Any]]) -> Table:
-    table = Table("channel", "units", "mean", "std", "tendency std", "missing", "long name")
+    columns = ("channel", "units", "mean", "std", "tendency std", "missing", "long name")
+    table = table_of(*columns, text=("channel", "units", "long name"))
     for channel in channels:
-        numbers = [f"{channel[key]:.6g}" for key in ("mean", "std")]
+        numbers = [f"{channel[key]:.5g}" for key in ("mean", "std")]
         changes = "tendency_std" in channel
-        numbers.append(f"{channel['tendency_std']:.6g}" if changes else "static")
+        numbers.append(f"{channel['tendency_std']:.5g}" if changes else "static")
         missing = f"{100 * channel['missing_share']:.1f} %" if changes else ""
         table.add_row(channel["name"], channel["units"], *numbers, missing, channel["long_name"])
     return table
@@ -320,7 +322,7 @@ def _channel_table(channels: list[dict[str, Any]]) -> Table:
 def _show_reading(reading: dict[str, Any], console: Console) -> None:
     mesh = "x".join(map(str, reading["mesh"]))
     title = f"mesh {mesh}, {reading['frames']} frame(s)"
-    table = Table("tile", "rows", "columns", "needs", "reads", "ratio", title=title)
+    table = table_of("tile", "rows", "columns", "needs", "reads", "ratio", title=title)
     for tile in reading["tiles"]:
         spans = [f"{first}..{stop}" for first, stop in (tile["rows"], tile["columns"])]
         sizes = [_size(tile[key]) for key in ("bytes_needed", "bytes_read")]

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..config import MeshConfig
 from .options import AsJson, ModelPath, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
+from .tables import table_of
 
 if TYPE_CHECKING:
     from ..evaluation.skill import Evaluation
@@ -35,11 +35,13 @@ def evaluate_command(
 
     Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4`
     """
+    from ..data.store import Store
     from ..evaluation.skill import load_run, run_of
 
     run_dir, checkpoint = run_of(model)
     run = load_run(run_dir)
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
+    Store.open(run.data.store).close()  # or says why not, before any rank is started
     if starts_ranks(ranks):
         check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
         some = [] if samples is None else ["--samples", str(samples)]
@@ -54,11 +56,7 @@ def evaluate_command(
     with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
         evaluation = evaluate_run(run, mesh, leads, checkpoint, samples)
         if mesh.rank == 0:
-            before, after = evaluation.example.dates
-            kind = "held out" if evaluation.held_out else "trained on"
-            title = f"{run_dir.name}, step {evaluation.step}: change from {before} to {after} ({kind})"
-            ratios = [skill.ratio for skill in evaluation.skills if skill.lead == 1]
-            figure = draw_forecast(evaluation.example, run_dir / "figures" / "forecast.png", title, ratios)
+            figure = draw_forecast(evaluation, run_dir / "figures" / "forecast.png", run_dir.name)
             saved = save_skill(evaluation, run_dir)
             print(saved.read_text()) if as_json else _show_skill(evaluation, figure)
 
@@ -68,9 +66,8 @@ def _show_skill(evaluation: "Evaluation", figure: Path) -> None:
     what = "held out" if evaluation.held_out else "trained on"
     steps = f"{leads} steps" if leads > 1 else "1 step"
     title = f"{evaluation.forecasts} forecasts of {steps}, {what}, by the checkpoint of step {evaluation.step}"
-    table = Table(title=f"{title}, area-weighted RMSE")
-    for column in ("variable", "units", "lead", "forecast", "persistence", "ratio", "climatology"):
-        table.add_column(column, justify="left" if column in ("variable", "units") else "right")
+    columns = ("variable", "units", "lead", "forecast", "persistence", "ratio", "climatology")
+    table = table_of(*columns, text=columns[:2], title=f"{title}, area-weighted RMSE")
     for skill in sorted(evaluation.skills, key=lambda one: (names.index(one.variable), one.lead)):
         numbers = (f"{skill.rmse:.4g}", f"{skill.persistence_rmse:.4g}", f"{skill.ratio:.3f}", _known(skill))
         table.add_row(skill.variable, skill.units, str(skill.lead), *numbers)

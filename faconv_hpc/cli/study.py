@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -18,6 +17,7 @@ from rich.table import Table
 from ..config_file import load_yaml
 from ..errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, InputError
 from .options import AsJson, Overrides
+from .tables import table_of
 
 if TYPE_CHECKING:
     from ..scaling.driver import PointState
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from ..scaling.study import Cluster, Point, StudyConfig
 
 FILE_WIDTH = 130  # of the table where it is not printed on a terminal
-FOR_THE_PAGE = ("min to max", "samples/s", "data")  # columns that report.md has and the terminal has no room for
+FOR_THE_PAGE = (
+    "nodes",
+    "min to max",
+    "samples/s",
+    "data",
+)  # columns that report.md has and the terminal has no room for
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -87,7 +92,7 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
     cluster = _cluster(where)  # first: one that does not answer is no failure of a point
     with locked(config.study_dir):
         make_stores(config, points, lambda text: console.print(text, highlight=False, soft_wrap=True))
-        check_stores(points)
+        check_stores(points, here=where is Where.LOCAL)
         display = _Display(console)
         with StopRequest(dict.fromkeys(SIGNALS, 0.0)) as stop, display.live:
             driver = StudyDriver(config, points, cluster, where.value, retry_failed=retry_failed, show=display.show)
@@ -180,9 +185,7 @@ def _told(state: "PointState") -> str:
 
 
 def _progress_table(states: "Sequence[PointState]") -> Table:
-    table = Table()
-    for column in ("point", "ranks", "status", "steps", "job"):
-        table.add_column(column, justify="right" if column in ("ranks", "steps") else "left")
+    table = table_of("point", "ranks", "status", "steps", "job", text=("point", "status", "job"))
     for state in states:
         steps = f"{state.steps}/{state.point.run.training.steps}"
         job = state.attempt.job if state.attempt and state.attempt.job else ""
@@ -195,11 +198,11 @@ def _show_report(report: "StudyReport", study_dir: Path) -> None:
 
     left_out = () if any(one.point != one.mesh for one in report.points) else ("mesh",)
     shown = [place for place, column in enumerate(COLUMNS) if column not in (*FOR_THE_PAGE, *left_out)]
-    table = Table(title=f"study {report.study}: {report.scaling} scaling", box=SIMPLE)
-    for place in shown:
-        table.add_column(COLUMNS[place], justify="left" if place < TEXT_COLUMNS else "right")
+    title = f"study {report.study}: {report.scaling} scaling"
+    headings = (COLUMNS[place].replace("communication", "communi- cation") for place in shown)
+    table = table_of(*headings, text=COLUMNS[:TEXT_COLUMNS], title=title)
     for row in rows_of(report):
-        table.add_row(*(row[place] for place in shown))
+        table.add_row(*(row[place].replace(" to ", "\nto ") for place in shown))
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import RunConfig
 from ..config_file import load_config
 from ..errors import EXIT_OK, InputError
 from .options import AsJson, ConfigPath, Extend, Overrides, extend_option
@@ -47,6 +48,7 @@ def submit_command(
     from ..launch.submit import script, submit
 
     run = load_config(config, set_ or ())
+    _check(run)
     if dry_run:
         print(script(run, preflight=preflight, members=array, more=extend_option(extend)))
         raise typer.Exit(EXIT_OK)
@@ -59,3 +61,13 @@ def submit_command(
         print(f"job {job.job}, script {job.script}, log {job.log}")
     if wait:
         raise typer.Exit(follow(job.job, job.log))
+
+
+def _check(run: RunConfig) -> None:
+    """Raises InputError for what can work on no node. The store may be made by a job before this one."""
+    from ..data.layout import STORE_FILE
+    from ..training.fit import check_fits, check_network
+
+    check_network(run.model)
+    if (run.data.store / STORE_FILE).is_file():
+        check_fits(run, here=False)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..config import MeshConfig, RunConfig
 from ..config_file import load_config
@@ -15,6 +14,7 @@ from ..errors import EXIT_FAILED, EXIT_OK
 from ..launch.local import inside_a_job, run_and_read
 from .options import AsJson, ConfigPath, Overrides, Ranks
 from .ranks import joined, set_options, starts_ranks
+from .tables import table_of
 
 if TYPE_CHECKING:
     from ..training.parity import ParityRow
@@ -70,9 +70,11 @@ def _rows_of_local_ranks(
 ) -> "list[ParityRow]":
     """The layouts' rows, from ranks started here: one start for all layouts of as many ranks."""
     from ..data.store import Store
-    from ..training.fit import grid_of
+    from ..training.fit import check_fits, grid_of
     from ..training.parity import ParityRow, check_layout
 
+    for mesh in (MeshConfig(), *layouts):
+        check_fits(run.model_copy(update={"mesh": mesh}))
     grid = grid_of(run, Store.open(run.data.store))
     by_ranks: dict[int, list[MeshConfig]] = {ranks: []} if ranks else {}
     for layout in layouts:
@@ -95,14 +97,14 @@ def _show_parity(rows: "Sequence[ParityRow]", as_json: bool) -> None:
     if as_json:
         print(json.dumps({"passed": passed, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}))
         return
-    table = Table(
+    layouts = list(dict.fromkeys(row.layout for row in rows))
+    table = table_of(
+        "quantity",
+        *layouts,
+        text=["quantity"],
         title="tiles beside one tile: largest difference over largest value",
         caption="layouts: tiles along lat x lon, or replicas x lat x lon",
     )
-    layouts = list(dict.fromkeys(row.layout for row in rows))
-    table.add_column("quantity")
-    for layout in layouts:
-        table.add_column(layout, justify="right")
     by_place = {(row.quantity, row.layout): row for row in rows}
     for quantity in dict.fromkeys(row.quantity for row in rows):
         cells = [by_place[quantity, layout] for layout in layouts]

@@ -1,6 +1,5 @@
 """Figures of a run."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from ..data.variables import Variable
 from ..files import replacing
 from ..spatial.grid import within_half_a_turn
-from .skill import Example
+from .skill import Evaluation
 
 matplotlib.use("Agg")  # ranks have no screen
 from matplotlib import pyplot
@@ -21,12 +20,11 @@ FIGURE_DPI = 110
 SCALE_PERCENTILE = 99.0  # colours saturate beyond it, so that a few cells do not fade all others
 
 
-def draw_forecast(example: Example, path: Path, title: str, ratios: Sequence[float] = ()) -> Path:
-    """Truth, forecast and error of one step, a row per variable, longitude 0 in the middle.
-
-    Args:
-        ratios: of each variable, the forecast's error over that of persistence, to be said.
-    """
+def draw_forecast(evaluation: Evaluation, path: Path, name: str) -> Path:
+    """Truth, forecast and error of one step of a run of that name, a row per variable, longitude 0 in the middle."""
+    example, (before, after) = evaluation.example, evaluation.example.dates
+    kind = "held out" if evaluation.held_out else "trained on"
+    ratios = [skill.ratio for skill in evaluation.skills if skill.lead == 1]
     shown = min(len(example.variables), 6)
     figure, axes = pyplot.subplots(shown, 3, figsize=(12, 2.3 * shown + 0.7), squeeze=False, layout="constrained")
     longitude, order = _centred(example.longitude_deg)
@@ -34,17 +32,23 @@ def draw_forecast(example: Example, path: Path, title: str, ratios: Sequence[flo
         truth, forecast = example.truth_CYX[row][:, order], example.forecast_CYX[row][:, order]
         limit = float(np.nanpercentile(np.abs(truth), SCALE_PERCENTILE)) or 1.0
         panels = {"truth": truth, "forecast": forecast, "error": forecast - truth}
-        for place, (name, field) in zip(axes[row], panels.items(), strict=True):
+        for place, (what, field) in zip(axes[row], panels.items(), strict=True):
             image = _map(place, longitude, example.latitude_deg, field, limit)
-            said = f", {ratios[row]:.2f} of persistence's error" if ratios and name == "forecast" else ""
-            place.set_title(f"{example.variables[row].name}: {name}{said}", fontsize=9)
+            said = _judged(example.variables[row], ratios[row]) if what == "forecast" else ""
+            place.set_title(f"{example.variables[row].name}: {what}{said}", fontsize=9)
         figure.colorbar(image, ax=list(axes[row]), label=_meaning(example.variables[row]), pad=0.01)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{name}, step {evaluation.step}: change from {before} to {after} ({kind})", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=FIGURE_DPI, format="png")
     pyplot.close(figure)
     return path
+
+
+def _judged(variable: Variable, ratio: float) -> str:
+    if not variable.loss_weight:
+        return ", not trained: its loss has weight 0"
+    return f", {ratio:.2f} of persistence's error"
 
 
 def _meaning(variable: Variable) -> str:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..config import DataConfig, MeshConfig
+from ..config import RunConfig
 from ..data.probe import locking_problem
 from ..data.store import Store
 from ..errors import InputError
@@ -35,14 +35,18 @@ def run_directory(subject: Subject) -> list[Finding]:
 
 
 def store(subject: Subject) -> list[Finding]:
-    """Whether the store of the config opens, is whole, holds what the config asks for, and can be cut into tiles."""
+    """Whether the store of the config opens and has all its files, and whether the run can work with it."""
     if subject.config is None:
         return []
+    path = subject.config.data.store
     try:
-        value = _described(subject.config.data, subject.config.mesh)
+        with Store.open(path) as opened:
+            opened.check_files()
+            rows, columns = opened.layout.grid_shape
+            value = f"{path}: {opened.frames} frames, {len(opened.channels)} variables, {rows} x {columns} cells"
     except InputError as error:
         return [Finding.of_error(FILES, "store", error)]
-    return [Finding(FILES, "store", Verdict.OK, value)]
+    return [Finding(FILES, "store", Verdict.OK, value), _fit(subject.config)]
 
 
 def nearest(directory: Path) -> Path:
@@ -97,17 +101,18 @@ def _speed(inside: Path) -> Finding:
     return Finding(FILES, "write speed", Verdict.OK, value, amount=speed)
 
 
-def _described(data: DataConfig, mesh: MeshConfig) -> str:
-    from ..training.fit import names_of, parts_of, training_starts
+def _fit(config: RunConfig) -> Finding:
+    """Whether config, store and machine go together."""
+    from ..training.fit import check_fits, grid_of, names_of, parts_of, training_starts
 
+    data, mesh = config.data, config.mesh
+    try:
+        check_fits(config)
+    except InputError as error:
+        return Finding.of_error(FILES, "config", error)
     with Store.open(data.store) as opened:
-        opened.check_files()
-        grid = opened.grid(lat_boundary=data.lat_boundary, lon_boundary=data.lon_boundary)
-        tile = Cuts.even(grid, mesh.lat, mesh.lon).tile(0)
-        names = names_of(data, opened)
-        opened.channel_indices(names)
-        windows = training_starts(opened, parts_of(data, opened).train, data.window)
-        return (
-            f"{data.store}: {len(windows)} windows out of {opened.frames} frames, {len(names)} "
-            f"variables, {grid.nlat} x {grid.nlon} cells in tiles of {tile.shape[0]} x {tile.shape[1]}"
-        )
+        tile = Cuts.even(grid_of(config, opened), mesh.lat, mesh.lon).tile(0)
+        starts = training_starts(opened, parts_of(data, opened).train, data.window, config.training.most_leads)
+        names, (rows, columns) = names_of(data, opened), tile.shape
+        value = f"{len(starts)} windows of {len(names)} variables, tiles of {rows} x {columns}"
+    return Finding(FILES, "config", Verdict.OK, value)

@@ -1,15 +1,21 @@
 # What every job of ours does, whoever wrote its batch script. `faconv submit` puts this text into the script that it
 # gives to sbatch; slurm/train_global.sh and slurm/scaling_study.sh read it when they start. Bash, and Slurm's client.
 
-# A line for every start of a job: one log holds them all. The ranks are told how long the job may run: here, as Slurm is
-# asked once then.
+# A line for every start of a job: one log holds them all. The ranks are told how long the job may run and where they
+# meet: here, as Slurm is asked once then, and not by each of them.
 faconv_say_start() {
-    local shown
+    local shown first
     if [ -z "$SLURM_JOB_END_TIME" ]; then
         shown=$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null)
         SLURM_JOB_START_TIME=$(faconv_seconds StartTime "$shown")
         SLURM_JOB_END_TIME=$(faconv_seconds EndTime "$shown")
         export SLURM_JOB_START_TIME SLURM_JOB_END_TIME
+    fi
+    if [ -z "$MASTER_ADDR" ]; then
+        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null | head -n 1)
+        MASTER_ADDR=$(scontrol show node "$first" 2> /dev/null | grep -m1 -oE "\bNodeAddr=[^ ]+")
+        MASTER_ADDR=${MASTER_ADDR#NodeAddr=}
+        export MASTER_ADDR=${MASTER_ADDR:-$first}
     fi
     echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
 }

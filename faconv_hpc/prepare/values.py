@@ -36,8 +36,9 @@ def refuse_suspect(values_TYX: NDArray[np.float32], where: str, name: str) -> No
         if np.isfinite(limit) and np.count_nonzero(values_TYX == limit) == 1:
             mark = mark if mark is not None else suspect(np.where(values_TYX == limit, np.float32(np.nan), values_TYX))
     if mark is not None:
-        count = int(np.count_nonzero(values_TYX == np.float32(mark)))
-        side = "below" if mark < np.nanmedian(values_TYX) else "above"
+        marked = values_TYX == np.float32(mark)
+        count = int(np.count_nonzero(marked))
+        side = "below" if mark < np.nanmedian(values_TYX[~marked]) else "above"
         raise InputError(
             f"{where} is {mark:.9g} in {count} cells, far {side} all others. If it marks missing data, say so with "
             f"--missing-value {name}={mark:.9g}; if it is real, with --accept {name}."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.store import Store
 from ..errors import InputError
-from ..spatial.grid import Cuts
+from ..training.fit import check_fits
 from .study import Point, StudyConfig
 
 VALUE_BYTES = 4  # float32
@@ -55,19 +55,10 @@ def _is_finished(point: Point) -> bool:
     return True
 
 
-def check_stores(points: Sequence[Point]) -> None:
-    """Judges what only runs and stores together can tell, before any job is started.
-
-    Raises:
-        InputError: a store that is not there, a variable that is not in it, more tiles than cells.
-    """
+def check_stores(points: Sequence[Point], *, here: bool) -> None:
+    """Judges what only runs and stores together can tell, before any job is started; see `check_fits`."""
     for point in points:
-        data, mesh = point.run.data, point.run.mesh
-        with Store.open(data.store) as store:
-            store.channel_indices(data.variables or ())
-            try:
-                Cuts.even(
-                    store.grid(lat_boundary=data.lat_boundary, lon_boundary=data.lon_boundary), mesh.lat, mesh.lon
-                )
-            except InputError as error:
-                raise InputError(f"point {point.name}: {error}") from None
+        try:
+            check_fits(point.run, here=here)
+        except InputError as error:
+            raise InputError(f"point {point.name}: {error}") from None

@@ -76,6 +76,17 @@ class RankEnvironment:
         return RankEnvironment.launcher_name() == "srun" and _integer("SLURM_PROCID") == 0
 
     @staticmethod
+    def is_first_of_node() -> bool:
+        """Whether no other rank of this node is before this one, as far as the environment tells."""
+        names = {
+            "torchrun": ("LOCAL_RANK",),
+            "srun": ("SLURM_LOCALID",),
+            "mpiexec": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+            "plain": (),
+        }
+        return _first_integer(*names[RankEnvironment.launcher_name()], default=0) == 0
+
+    @staticmethod
     def world_size_hint() -> int:
         """The number of ranks as far as the environment tells, without joining anything."""
         names = {

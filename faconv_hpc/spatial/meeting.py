@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import InputError, LostRankError, RunError
+from ..errors import InputError, LostRankError, RunError, TryAgainError
 from .environment import RankEnvironment
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which Linux hands out ports (32768)
@@ -37,7 +37,7 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
     that all ranks derive from the job's name; the others knock at them until one answers for this very job.
 
     Raises:
-        RunError: no port is free.
+        TryAgainError: no port is free.
         LostRankError: the ranks have not found each other in ``timeout_s``.
     """
     try:
@@ -162,7 +162,7 @@ def _opened(job: str, store_port: int) -> Iterator[None]:
     ports = candidate_ports(job)
     door = next((found for port in ports if (found := _door_at(port, job, store_port))), None)
     if door is None:
-        raise RunError(
+        raise TryAgainError(
             f"none of the {len(ports)} ports {', '.join(map(str, ports))} is free on {socket.gethostname()}. "
             f"Set MASTER_ADDR and MASTER_PORT to a port that is, for all ranks."
         )

@@ -175,6 +175,12 @@ class ProcessMesh:
         with self.watch.guarded():
             yield
 
+    def new_group_of_job(self) -> dist.ProcessGroup:
+        """A further group of all ranks of the job, for a library of its own; it ends its collectives when ours do.
+        Collective."""
+        group: dist.ProcessGroup = dist.new_group(timeout=self._limit)
+        return group
+
     def stop(self) -> None:
         """Leaves the job, when all ranks are ready to. Collective. Nothing may be communicated afterwards."""
         with self.guarded():
@@ -200,8 +206,12 @@ class ProcessMesh:
         """A group of some places of the mesh, of which this rank's is one; None for one alone."""
         if len(members) == 1:
             return None
-        limit = _limit(self.watch.timeout_s) if self.watch is not None else None
-        return _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD, limit)
+        return _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD, self._limit)
+
+    @property
+    def _limit(self) -> timedelta | None:
+        """Of the collectives of every group; None: torch's."""
+        return _limit(self.watch.timeout_s) if self.watch is not None else None
 
     def _members(self, replica: int, lat_index: int | None = None, lon_index: int | None = None) -> list[int]:
         """Places in the mesh of one replica, of one row of it, or of one column."""

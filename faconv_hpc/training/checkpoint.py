@@ -44,6 +44,7 @@ from .shards import (
 )
 
 RUN_ID_FILE = "run-id"
+FLOAT_BYTES, MIB = 4, 2**20
 
 
 class SaveFailedError(RunError):
@@ -95,7 +96,8 @@ class _Pending:
 class CheckpointWriter:
     """Saves checkpoints of a run, written by all ranks, and removes old ones.
 
-    Every parameter is written once, with its moments, by one rank; ranks get about the same number of bytes.
+    Every parameter is written once, with its moments, by one rank. As many ranks write as the bytes need
+    (``training.shard_mib``), about the same number each: thousands of small files would burden a shared disk.
     Training waits for the copy to host memory, and with ``training.save_in_background`` for nothing else: the
     checkpoint is committed at the first step boundary at which all ranks have written (`written`, `finish`).
 
@@ -220,7 +222,8 @@ class CheckpointWriter:
 
     def _share(self, step: int) -> dict[str, Tensor]:
         """What this rank writes, in host memory."""
-        mine = balanced(self._engine.sizes, self._mesh.ranks)[self._mesh.rank]
+        each = self._config.training.shard_mib * MIB / (FLOAT_BYTES * (1 + len(self._engine.moment_names)))
+        mine = shares_of(self._engine.sizes, self._mesh.ranks, each)[self._mesh.rank]
         share = {f"{PARAMETER}/{name}": value for name, value in self._engine.full_parameters(mine)}
         unsound = [name.partition("/")[2] for name, value in share.items() if not torch.isfinite(value).all()]
         everywhere = sorted(name for names in self._mesh.gathered_objects(unsound) for name in names)
@@ -318,6 +321,15 @@ def run_id(run_dir: Path) -> str:
     if not path.exists():
         write_durably(path, uuid.uuid4().hex + "\n")
     return path.read_text().strip()
+
+
+def shares_of(sizes: Mapping[str, int], ranks: int, least: float) -> list[set[str]]:
+    """Names that each rank writes: of about the same total size, ``least`` or more, or nothing; writers lie apart."""
+    writers = min(ranks, int(sum(sizes.values()) / least)) if least else ranks
+    shares: list[set[str]] = [set() for _ in range(ranks)]
+    for number, share in enumerate(balanced(sizes, max(writers, 1))):
+        shares[number * ranks // max(writers, 1)] = share
+    return shares
 
 
 def balanced(sizes: Mapping[str, int], shares: int) -> list[set[str]]:

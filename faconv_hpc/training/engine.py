@@ -16,7 +16,7 @@ from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
-from .frozen import freeze
+from .optimizers import optimizer_of
 from .shards import AVERAGE
 from .timed import Timed
 
@@ -51,10 +51,12 @@ class Engine:
             # minute, and one that is killed leaves a lock behind at which every later start waits forever.
             # Nor is it asked what could be: every rank would try a C compiler.
             deepspeed.ops.__compatible_ops__ = {}
+            groups = deepspeed.utils.groups  # its own group would know no training.timeout_s
+            groups._WORLD_GROUP = groups._WORLD_GROUP or mesh.new_group_of_job()
             self.network = network.to(mesh.device)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,
-                optimizer=_optimizer(self.network, training),
+                optimizer=optimizer_of(self.network, training),
                 config=_deepspeed_config(training),
                 dist_init_required=False,
             )
@@ -342,12 +344,6 @@ def _part_of(full: Tensor) -> Tensor:
 def _kept(value: Tensor) -> Tensor:
     """A copy in host memory that later steps do not change."""
     return value.detach().to("cpu", torch.float32, copy=True)
-
-
-def _optimizer(network: FAConvLSTMNetwork, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Without a learning rate, which every step brings: DeepSpeed may make a step of its own when it starts."""
-    kind = torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW
-    return kind(freeze(network, training.frozen), lr=0.0, weight_decay=training.weight_decay)
 
 
 def _deepspeed_config(training: TrainingConfig) -> dict[str, Any]:

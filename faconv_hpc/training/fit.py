@@ -24,8 +24,11 @@ from ..spatial.halo import halo_rectangles
 FLOAT_BYTES = 4
 
 
-def check_fits(config: RunConfig) -> None:
+def check_fits(config: RunConfig, *, here: bool = True) -> None:
     """Judges all that config and store.nc can tell.
+
+    Args:
+        here: whether the ranks run on this machine, whose memory must do.
 
     Raises:
         InputError: no such store, or one that does not go with the config; a network that cannot be; a mesh that does
@@ -40,7 +43,8 @@ def check_fits(config: RunConfig) -> None:
     check_coarse(config.model.coarse_shape, grid.nlat, grid.nlon)
     for tile in (0, cuts.tiles - 1):  # those at the poles
         halo_rectangles(grid, cuts, tile, reach_of(config.model))
-    _check_memory(config, cuts)
+    if here:
+        _check_memory(config, cuts)
 
 
 def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
@@ -133,9 +137,11 @@ def training_starts(store: Store, spans: tuple[range, ...], window: int, leads: 
     starts = starts_within(stretches, window + leads - 1)
     if not len(starts):
         longest, targets = max(map(len, stretches), default=0), f"{leads} targets" if leads > 1 else "a target"
+        taken = sum(map(len, stretches))
+        kept = f" (data.periods keeps {store.frames - taken} from training)" if taken < store.frames else ""
         raise InputError(
-            f"no window of {window} inputs and {targets} fits into {sum(map(len, stretches))} of the {store.frames} "
-            f"frames of {store.path}, those to train on: at most {longest} follow each other without a gap (a step "
+            f"no window of {window} inputs and {targets} fits into {taken} of the {store.frames} frames of "
+            f"{store.path}, those to train on{kept}: at most {longest} follow each other without a gap (a step "
             f"that differs by more than {ALIKE:.0%} from the usual {axis.step_s / SECONDS_PER_HOUR:g} h). Use "
             f"data.window={max(longest - leads, 1)} or less, change data.periods, or bring the source to equal steps."
         )

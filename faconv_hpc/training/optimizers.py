@@ -1,0 +1,25 @@
+"""The optimizers of training, as torch has them but for what keeps its compiler away from them."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from ..config import TrainingConfig
+from ..model.network import FAConvLSTMNetwork
+from .frozen import freeze
+
+WRAPPED = ("add_param_group", "zero_grad", "load_state_dict", "state_dict")
+
+
+def optimizer_of(network: FAConvLSTMNetwork, training: TrainingConfig) -> torch.optim.Optimizer:
+    """Without a learning rate, which every step brings: DeepSpeed may make a step of its own when it starts."""
+    kind = _uncompiled(torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW)
+    return kind(freeze(network, training.frozen), lr=0.0, weight_decay=training.weight_decay)
+
+
+def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The same optimizer, whose methods are what torch has wrapped: its wrappers import the compiler, a quarter of a
+    rank's start, in order to tell it that these are not to be compiled. In a step gradients are off, as with them."""
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
+    return type(kind.__name__, (kind,), plain | {"step": torch.no_grad()(inspect.unwrap(kind.step))})

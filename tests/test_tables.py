@@ -1,0 +1,118 @@
+"""What is printed fits 80 columns, and nothing of it is cut away."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from faconv_hpc.cli.checkpoint import list_command
+from faconv_hpc.cli.data import _show
+from faconv_hpc.cli.evaluate import _show_skill
+from faconv_hpc.cli.study import _progress_table, _show_report
+from faconv_hpc.cli.verify import _show_parity
+from faconv_hpc.data.inspection import describe_reading, describe_store
+from faconv_hpc.data.store import Store
+from faconv_hpc.scaling.report import PointResult, Spread, StudyReport
+from faconv_hpc.training import export, shards
+from faconv_hpc.training.parity import ParityRow
+from faconv_hpc.training.records import StepRecord, _Display
+from faconv_hpc.training.skill import Skill
+from runs import make_store
+
+WIDTH, WIDE = 80, 300
+LONG = ("total_precipitation_6hr", "kg m**-2 s**-1", "mean rate over six hours, of all kinds, of a large scale")
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """``printed(show)``: what it prints on a terminal of 80 columns; nothing is missing of what a wide one shows."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+
+    def at(show, width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show()
+        return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+
+    def of(show):
+        narrow, wide = at(show, WIDTH), at(show, WIDE)
+        tables = [line for line in narrow.splitlines() if "   " in line.strip()]
+        assert "…" not in narrow and max(map(len, tables)) <= WIDTH, narrow
+        letters = [sorted(re.sub(r"[\s─]", "", text)) for text in (narrow, wide)]
+        assert letters[0] == letters[1], narrow
+        numbers = [set(re.findall(r"(?<=\s)\d[\d.e%-]*(?=\s)", text)) for text in (narrow, wide)]
+        assert numbers[1] <= numbers[0], narrow
+        return narrow
+
+    return of
+
+
+def test_an_evaluation(printed):
+    skills = [
+        Skill(name, lead, units, 1.234e-5, 2.345e-5, 3.21e-5)
+        for name, units in (LONG[:2], ("geopotential_at_500_hpa", "m**2 s**-2"))
+        for lead in (1, 120)
+    ]
+    found = SimpleNamespace(skills=skills, held_out=True, forecasts=1234, step=20000, first_loss=1.0, last_loss=0.3)
+    told = printed(lambda: _show_skill(found, Path("figures/forecast.png")))
+    assert "persistence" in told and "climatology" in told and "1234 forecasts of 120 steps, held out" in told
+
+
+def test_a_store(printed, tmp_path):
+    with Store.open(make_store(tmp_path / "waves")) as store:
+        described = describe_store(store) | {"reading": describe_reading(store, (2, 2))}
+    described["path"] = "waves"
+    numbers = {"mean": 2.34567e-5, "std": 1.23456e-4, "tendency_std": 3.45678e-5, "missing_share": 0.123}
+    described["channels"] += [dict(zip(("name", "units", "long_name"), LONG, strict=True)) | numbers]
+    described["static"] = [{"name": "orography", "units": "m", "long_name": "altitude", "mean": 300.0, "std": 700.0}]
+    assert "2.3457e-05" in printed(lambda: _show(described, Console()))
+
+
+def test_tiles_beside_one_tile(printed):
+    layouts = ["1x2", "2x1", "2x2", "4x1", "2x2x2"]
+    rows = [ParityRow(layout, f"gradient of {part}", 1.2e-3, 1e-5) for layout in layouts for part in ("weights", "h")]
+    assert "1.2e-03  FAIL" in printed(lambda: _show_parity(rows, as_json=False))
+
+
+def test_checkpoints(printed, monkeypatch):
+    row = {"bytes": 123456e6, "files": 4096, "mesh": "16x16x16", "zero_stage": 3, "problem": None, "path": "best"}
+    rows = [row | {"step": 12_345_678, "versions": {"torch": "2.13.0+cu130"}}, {"step": 1, "problem": "x.json " * 20}]
+    monkeypatch.setattr(shards, "checkpoints_at", lambda where: rows)
+    monkeypatch.setattr(export, "summary", lambda one: one)
+    assert "as written, the best" in printed(lambda: list_command(Path("runs/long")))
+
+
+SPREAD = Spread(0.12344, 0.12001, 0.13002, 0.11, 0.15)
+
+
+def test_a_study(printed):
+    done = PointResult(
+        "16x16x16", "16x16x16", 4096, 1024, "done", 5, SPREAD, 1234.5, 1234.56, 0.95, 0.123, 0.01, 139.25
+    )
+    waiting = PointResult("2x16x16-long", "2x16x16", 512, 128, "waiting")
+    report = StudyReport("strong", "strong", "16x16x16", (done, waiting), "8 nodes", ())
+    told = printed(lambda: _show_report(report, Path("runs/study")))
+    assert "efficiency" in told and "139.25" in told
+
+
+def test_the_points_of_a_study_that_runs(printed):
+    run = SimpleNamespace(training=SimpleNamespace(steps=100_000))
+    point = SimpleNamespace(name="2x16x16-with-a-long-name", ranks=4096, run=run)
+    state = SimpleNamespace(point=point, status="running", steps=99_999, attempt=SimpleNamespace(job="1234567"))
+    assert "99999/100000" in printed(lambda: Console().print(_progress_table([state])))
+
+
+def test_the_bar_of_a_run(monkeypatch):
+    """With time left and memory, also of a long run."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    display = _Display(200_000, 123_456)
+    record = StepRecord(123_456, 12.3456, 1.0, 1.0, 0.1, 16, 0.1, 1234.5, 0.1, 0.1, 0.1, 139.25)
+    display.show(replace(record, step=123_457))
+    with display._console.capture() as shown:
+        display._console.print(display._bar.get_renderable())
+    line = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.get()).rstrip("\n")
+    assert len(line) <= WIDTH and "…" not in line, line
+    assert "123457/200000" in line and "loss 12.3456 1.23e+03/s 139.2 GiB" in line and line.count(":") >= 3, line
