@@ -24,6 +24,7 @@ Dates = Annotated[tuple[str, ...], BeforeValidator(as_ranges)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+Harmonics = Annotated[int, Field(ge=0, le=12)]
 LatBoundary = Literal["pole", "periodic", "zero", "replicate"]
 
 
@@ -77,6 +78,9 @@ class DataConfig(Section):
     variables: tuple[str, ...] | None = Field(None, description="those of the store to take; default: all")
     roles: dict[str, ChosenRole] = Field({}, description="name: forcing (input only) or diagnostic (output only)")
     log1p: dict[str, Scale] = Field({}, description="name: s, for a network that sees log(1 + x / s) instead of x")
+    anomalies: dict[str, Harmonics] = Field(
+        {}, description="name: k, for a network that sees x less its annual cycle of k harmonics in each cell"
+    )
     loss_weights: dict[str, Weight] = Field(
         {}, description="name, or pattern such as z*: weight of its error; others 1"
     )

@@ -52,11 +52,19 @@ def replacing(final: Path) -> Iterator[Path]:
     flush_entries(final.parent)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file as a whole, on disk before and after; its directory is made."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replaces a file as a whole, on disk before and after; its directory is made."""
     make_durably(path.parent)
     with replacing(path) as beside:
-        beside.write_text(text)
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Another name for a file that nobody changes."""
+    try:
+        target.hardlink_to(path)
+    except OSError:  # some file systems have no links
+        write_flushed(target, path.read_bytes())
 
 
 def make_durably(directory: Path) -> None:

@@ -67,7 +67,7 @@ def test_what_is_taken_of_a_source_is_said_by_options(tmp_path: Path) -> None:
     some = ("prepare", source, "--select", "number=7", "--select", "level=3", "--missing-value", "t=-999")
     with pytest.raises(InputError, match=r"'odd' .* is -8e\+09 in 8\d\d cells, far below .*--accept odd"):
         faconv(*some, "--output", tmp_path / "a")
-    options = "--rename t=temperature --accept odd --from 2001-01-01T06 --to 2001-01-02T12 --every 2"
+    options = "--rename t=temperature --accept odd --from 2001-01-01T06:00 --to 2001-01-02T12:00 --every 2"
     faconv(*some, "--output", tmp_path / "b", *options.split())
     prepare(
         [source],
@@ -76,7 +76,7 @@ def test_what_is_taken_of_a_source_is_said_by_options(tmp_path: Path) -> None:
         rename={"t": "temperature"},
         missing_values=[("t", -999.0)],
         accept=["odd"],
-        period=Period("2001-01-01T06", "2001-01-02T12", 2),
+        period=Period("2001-01-01T06:00", "2001-01-02T12:00", 2),
     )
     typed, called = (whole(tmp_path / name, "temperature", "odd") for name in "bc")
     np.testing.assert_array_equal(typed[0], called[0])

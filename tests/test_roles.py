@@ -311,7 +311,7 @@ def test_forecast_and_persistence_are_judged_on_the_same_cells(tmp_path):
     domain = Domain(LatLonGrid(NLAT, NLON))
     with torch.no_grad():
         mean_LCYX = random_like((2, 2, NLAT, NLON), 4).where(random_like((2, 2, NLAT, NLON), 5) > -0.3, torch.nan)
-        found = list(forecasts_of(network, batch, 2, domain, mean_LCYX))
+        found = list(forecasts_of(network, batch, 2, domain, mean_LCYX, torch.zeros(3, 2, NLAT, NLON)))
     for lead, fields in enumerate(found):
         known = valid[0, 0, 1] & valid[0, 1 + lead, 1]
         assert torch.equal(~fields.truth_CYX[1].isnan(), known)

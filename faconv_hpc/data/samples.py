@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..spatial.grid import LatLonGrid, Tile
+from .annual_cycle import AnnualCycle
 from .forcings import Instants, check_forcings, compute_forcings
 from .periods import evenly
 from .store import Store
@@ -88,6 +89,7 @@ class Windows:
         window: number of input frames.
         starts: (windows,) first frames, see `periods.starts_within`.
         grid: the store's grid, for the forcings.
+        cycle: of the tile, of the fields that the network sees without it.
 
     Raises:
         InputError: an unknown variable or forcing.
@@ -102,10 +104,13 @@ class Windows:
         window: int,
         starts: NDArray[np.int64],
         grid: LatLonGrid,
+        cycle: AnnualCycle | None = None,
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
         check_forcings(channels.forcings)
         self.store, self.tile, self.window, self.starts, self.channels = store, tile, window, starts, channels
+        self._cycle = cycle or AnnualCycle()
+        assert {one.name for one in channels.fields if one.harmonics is not None} == self._cycle.coefficients.keys()
         self._stored = store.channel_indices([one.name for one in channels.fields])
         for variable, index in zip(channels.fields, self._stored, strict=True):
             assert variable.may_miss or not store.misses_some([index]), f"{variable.name} misses data unexpectedly"
@@ -156,6 +161,15 @@ class Windows:
         start = int(self.starts[index])
         return range(start, start + self.window + 1)
 
+    def cycle_of(self, frames: range) -> NDArray[np.float32]:
+        """(T, C, Y, X) what the targets' values are that the network sees as 0: 0 where it sees them as they are."""
+        fractions = self.store.year_fraction[list(frames)]
+        cycle_TCYX = np.zeros((len(frames), len(self.channels.targets), *self.tile.shape), dtype=np.float32)
+        for place, variable in enumerate(self.channels.targets):
+            if variable.harmonics is not None:
+                cycle_TCYX[:, place] = self._cycle.at(variable.name, fractions)
+        return cycle_TCYX
+
     def _fill(
         self,
         frames: range,
@@ -168,6 +182,8 @@ class Windows:
         for field, variable in enumerate(channels.fields):
             if variable.log1p is not None:
                 values_TCYX[:, field] = logarithm(values_TCYX[:, field], variable.log1p, variable.name)
+            elif variable.harmonics is not None:
+                values_TCYX[:, field] -= self._cycle.at(variable.name, self.store.year_fraction[list(frames)])
         np.subtract(values_TCYX[1:, :changing], values_TCYX[:-1, :changing], out=target_TCYX[:, :changing])
         target_TCYX[:, :changing] *= self._per_tendency
         values_TCYX -= self._mean

@@ -1,6 +1,6 @@
 """Mean and deviations over some frames of a store, exact: from the moments that each of its files has."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,11 @@ from .layout import MOMENTS, FileEntry
 from .moments import ChannelMoments, MomentStream
 from .periods import stretches_of
 from .store import Store
-from .variables import logarithm
 
 Stretches = Sequence[range]
 """Frames that follow each other, see `periods.stretches_of`; in their order."""
-Log1p = Mapping[int, float]
-"""Channels of which the logarithm counts, with its scale; see `variables.logarithm`."""
+Seen = Mapping[int, Callable[[NDArray[np.float32], int], NDArray[np.float32]]]
+"""Channels of which not the field itself counts, (Y, X), but what is made of it and of the number of its frame."""
 ROUNDING = 2.0**-23  # of float32, relative
 
 
@@ -56,39 +55,39 @@ class Piece:
 
 
 def pieces_of(
-    store: Store, frames: Stretches, channels: Sequence[int], log1p: Log1p
+    store: Store, frames: Stretches, channels: Sequence[int], seen: Collection[int]
 ) -> tuple[list[Piece], list[Piece]]:
     """All that there is to do for `moments_of`, in the order of files: what files have kept, which is soon read; and
     what takes the fields themselves. By whom it is done does not change what comes out.
 
     A file whose frames all count, and the frame after them, has kept its moments: those of all channels are read at
-    once. Of the files at the limits, and of channels whose logarithm counts, the fields are read, each channel on its
-    own.
+    once. Of the files at the limits, and of channels of which something else counts, the fields are read, each channel
+    on its own.
     """
     kept: list[Piece] = []
     read: list[Piece] = []
     for file, entry in enumerate(store.files):
         own = [one for one in channels if one in store.channels_in(entry)]
         if own and _own(entry, frames):
-            known = [one for one in own if one not in log1p] if _is_whole(store, entry, frames) else []
+            known = [one for one in own if one not in seen] if _is_whole(store, entry, frames) else []
             kept += [Piece(file, tuple(known))] * bool(known)
             read += [Piece(file, (channel,)) for channel in own if channel not in known]
     return kept, read
 
 
-def moments_of(store: Store, piece: Piece, frames: Stretches, log1p: Log1p) -> dict[int, ChannelMoments]:
+def moments_of(store: Store, piece: Piece, frames: Stretches, seen: Seen) -> dict[int, ChannelMoments]:
     """By channel, over those of some frames that a file has and the changes from each to the next of its stretch.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     entry = store.files[piece.file]
-    if _is_whole(store, entry, frames) and log1p.keys().isdisjoint(piece.channels):
+    if _is_whole(store, entry, frames) and seen.keys().isdisjoint(piece.channels):
         with store.reading(piece.file) as h5:
             rows = h5[MOMENTS][:]
         first = store.channels_in(entry).start
         return {channel: ChannelMoments.from_row(rows[channel - first]) for channel in piece.channels}
-    return {channel: _read(store, _own(entry, frames), channel, log1p) for channel in piece.channels}
+    return {channel: _read(store, _own(entry, frames), channel, seen) for channel in piece.channels}
 
 
 def merged(found: Iterable[Mapping[int, ChannelMoments]]) -> dict[int, ChannelMoments]:
@@ -115,14 +114,14 @@ def _is_whole(store: Store, entry: FileEntry, frames: Stretches) -> bool:
     return _own(entry, frames) == [(part, goes_on and part.stop == stop) for part in parts]
 
 
-def _read(store: Store, own: Iterable[tuple[range, bool]], channel: int, log1p: Log1p) -> ChannelMoments:
+def _read(store: Store, own: Iterable[tuple[range, bool]], channel: int, seen: Seen) -> ChannelMoments:
     nlat, nlon = store.layout.grid_shape
     globe, weights = Tile((0, nlat), (0, nlon)), row_weights(store.latitude_deg, store.longitude_deg)
     found = ChannelMoments()
 
     def field_of(frame: int) -> NDArray[np.float32]:
         field_YX = store.read([frame], globe, [channel])[0][0, 0]
-        return logarithm(field_YX, log1p[channel], store.channels[channel]) if channel in log1p else field_YX
+        return seen[channel](field_YX, frame) if channel in seen else field_YX
 
     for part, goes_on in own:
         stream = MomentStream(weights)

@@ -25,6 +25,7 @@ class Variable(BaseModel):
     Attributes:
         role: see `Role`.
         log1p: the scale s of ``z = log(1 + x / s)``, that the network sees instead of x; None: it sees x.
+        harmonics: of the `AnnualCycle` c(t) of each cell; the network sees ``z = x - c(t)``. None: it sees x.
         may_miss: whether cells may be missing; the network has an input that says where, if it has the field.
         loss_weight: of its squared error among those of the others.
         inherited: whether the statistics are of the data of the network whose weights the run began with.
@@ -37,12 +38,18 @@ class Variable(BaseModel):
     units: str
     role: Role = "prognostic"
     log1p: float | None = None
+    harmonics: int | None = None
     may_miss: bool = False
     loss_weight: float = 1.0
     inherited: bool = False
     mean: float
     std: float
     tendency_std: float
+
+    @property
+    def kind(self) -> tuple[str | float | None, ...]:
+        """What makes it another one, although it has the same name: how it is transformed."""
+        return self.log1p, self.harmonics
 
     @property
     def scale(self) -> float:
@@ -55,7 +62,7 @@ class Variable(BaseModel):
         return (self.tendency_std or 1.0) if self.role == "prognostic" else self.scale
 
     def value(self, z: "Tensor") -> "Tensor":
-        """x in its units."""
+        """x in its units, but for its annual cycle."""
         return z if self.log1p is None else self.log1p * z.expm1()
 
     def change(self, z: "Tensor", dz: "Tensor") -> "Tensor":

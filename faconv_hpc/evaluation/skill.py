@@ -23,6 +23,7 @@ from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
+from ..training.seen import kept_cycle
 from ..training.setup import Workspace, build_network
 from ..training.shards import FOLDER, Checkpoint, newest_at, whole_checkpoints
 from ..training.skill import LeadFields, Skill, SkillSums, forecasts_from
@@ -126,7 +127,9 @@ def evaluate(
         samples: how many forecasts, spread over the period; default: all.
     """
     checkpoint = checkpoint_of(config, mesh, directory)
-    workspace = Workspace.of(config, Store.open(config.data.store), mesh, checkpoint.manifest().contract)
+    contract = checkpoint.manifest().contract
+    kept = kept_cycle(contract, [checkpoint.path, config.run_dir], mesh)
+    workspace = Workspace.of(config, Store.open(config.data.store), mesh, contract, kept=kept)
     windows = workspace.forecast_windows(workspace.contract.test, leads)
     network = trained_network(workspace, checkpoint)
     sums = SkillSums(leads, len(windows.channels.targets))

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.annual_cycle import CYCLE_FILE
 from ..errors import RunError, TryAgainError, is_out_of_reach
-from ..files import make_durably, write_durably
+from ..files import link_or_copy, make_durably, write_durably, write_flushed
 from ..observe import SAVING
 from ..versions import versions
 from .carried import CarriedStates
@@ -247,12 +248,15 @@ class CheckpointWriter:
     ) -> _Report:
         """In the thread: this rank's shard, and its file of states."""
         began, pieces = time.perf_counter(), {}
+        digest = self._workspace.contract.annual_cycle
         try:
             files = shard = write_shard(directory, "shard", self._mesh.rank, share)
+            if digest and self._mesh.rank == 0:
+                files = shard | {CYCLE_FILE: ShardFile(bytes=self._keep_cycle(directory), sha256=digest)}
             if states is not None:
                 piece, tensors = states
                 of_states = write_shard(directory, "state", self._mesh.rank, tensors)
-                files, pieces = shard | of_states, dict.fromkeys(of_states, piece)
+                files, pieces = files | of_states, dict.fromkeys(of_states, piece)
         except OSError as error:
             return _Report(problem=_Problem.of(error))
         parameters = {
@@ -262,6 +266,15 @@ class CheckpointWriter:
             if name.startswith(f"{PARAMETER}/")
         }
         return _Report(files, parameters, pieces, time.perf_counter() - began)
+
+    def _keep_cycle(self, directory: Path) -> int:
+        """Its bytes; the file of all checkpoints, and another than the run's own: what damages one leaves the other."""
+        before = self._config.run_dir / FOLDER / directory_name(self.saved_step) / CYCLE_FILE
+        if before.is_file():
+            link_or_copy(before, directory / CYCLE_FILE)
+        else:
+            write_flushed(directory / CYCLE_FILE, (self._config.run_dir / CYCLE_FILE).read_bytes())
+        return (directory / CYCLE_FILE).stat().st_size
 
     def _manifest(self, pending: _Pending, reports: list[_Report]) -> Manifest:
         config, mesh = self._config, self._mesh

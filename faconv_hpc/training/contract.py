@@ -1,6 +1,6 @@
 """The contract of a run: what its network was trained on, and needs to be used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -9,19 +9,21 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ..config import DataConfig, RunConfig
+from ..data.annual_cycle import AnnualCycle
 from ..data.layout import same_units
 from ..data.moments import ChannelMoments
 from ..data.periods import frames_within, is_there, ranges_of, stretches_of
-from ..data.statistics import Statistics, Stretches, merged, moments_of, pieces_of
+from ..data.statistics import Seen, Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
 from ..data.unknown_names import index_of
 from ..data.variables import Channels, Variable
 from ..errors import InputError
 from ..observe import READING
-from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid
+from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid, Tile
 from ..spatial.mesh import ProcessMesh
 from .fit import check_store, grid_of, loss_weight_of, names_of, parts_of
+from .seen import Kind, annual_cycle_of, seen_of
 
 PIECES = 64  # kept moments of so many files that a rank reads before all hear of them
 SAME = 1e-6  # of a statistic's size, and of the field's deviation: files of other sizes are summed in another order
@@ -42,6 +44,7 @@ class Contract(BaseModel):
         training: dates and sequences of the frames of training, see `periods.frames_within`.
         validation, test: those that were kept from it.
         store: digest of the store that it was made of.
+        annual_cycle: digest of that of the variables that have harmonics; see `AnnualCycle`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +62,7 @@ class Contract(BaseModel):
     validation: tuple[str, ...]
     test: tuple[str, ...]
     store: str
+    annual_cycle: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,6 +73,11 @@ class Contract(BaseModel):
     def channels(self) -> Channels:
         """Where the variables stand in what the network takes and gives."""
         return Channels(self.variables, self.forcings)
+
+    @property
+    def harmonics(self) -> dict[str, int]:
+        """Of the annual cycles of the variables that have one."""
+        return {one.name: one.harmonics for one in self.variables if one.harmonics is not None}
 
     @cached_property
     def grid(self) -> LatLonGrid:
@@ -81,6 +90,11 @@ class Contract(BaseModel):
             lat_boundary=(self.north, self.south),
             lon_boundary=self.lon,
         )
+
+    @property
+    def globe(self) -> Tile:
+        """All of the grid."""
+        return Tile((0, len(self.latitude_deg)), (0, len(self.longitude_deg)))
 
     def training_spans(self, store: Store) -> tuple[range, ...]:
         """The frames of a store at the dates, and of the sequences, of training; there may be others."""
@@ -152,10 +166,13 @@ class Contract(BaseModel):
         return InputError(f"the network was trained on {trained}, the store {path} has {found}. {way_out}")
 
 
-def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None:
+def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh, cycle: Callable[[], AnnualCycle]) -> None:
     """Holds a store with which training goes on to what it began with. Collective.
 
     Another store of the same data has the same statistics over the frames of training.
+
+    Args:
+        cycle: reads that of the whole grid.
 
     Raises:
         InputError: it has not, for some variable; with both values.
@@ -163,13 +180,15 @@ def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh) -> None
     if store.digest == contract.store:
         return
     stretches = stretches_of(store.layout.time, contract.training_spans(store))
-    now = _statistics(store, stretches, {one.name: one.log1p for one in contract.channels.fields}, mesh)
+    fields = contract.channels.fields
+    now = _statistics(store, stretches, [one.name for one in fields], seen_of(store, fields, cycle()), mesh)
     for variable in (one for one in contract.channels.fields if not one.inherited):
         others = now[variable.name]
         if not _are_close(variable, others):
             mine = (variable.mean, variable.std, variable.tendency_std)
             told = (", ".join(f"{value:.7g}" for value in row) for row in (mine, others))
             units = variable.units if variable.log1p is None else f"(of log(1 + x / {variable.log1p:g}))"
+            units += " (less its annual cycle)" if variable.harmonics is not None else ""
             raise InputError(
                 f"the run was trained on a {variable.name!r} of mean, deviation and deviation of the change "
                 f"{next(told)} {units}, the store {store.path} has {next(told)} at the same dates. A run goes "
@@ -183,13 +202,20 @@ def _are_close(variable: Variable, others: Sequence[float] | NDArray[np.float64]
     return bool((np.abs(mine - others) <= SAME * (np.abs(mine) + variable.std)).all())
 
 
-def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Contract | None = None) -> Contract:
+def make_contract(
+    config: RunConfig,
+    store: Store,
+    mesh: ProcessMesh,
+    before: Contract | None = None,
+    cycle: AnnualCycle | None = None,
+) -> Contract:
     """Of a run that begins. Collective: each rank sums up some files.
 
     Statistics are of the frames of training alone, and the same on every mesh.
 
     Args:
         before: of the network whose weights the run begins with: it knows its variables by their statistics of then.
+        cycle: of the variables that the network sees without it, on the whole grid. Default: `annual_cycle_of`.
 
     Raises:
         InputError: config and store do not fit each other; see `check_store`.
@@ -198,8 +224,10 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Co
     data, axis = config.data, store.layout.time
     names = names_of(data, store)
     spans = parts_of(data, store).train
-    log1p = {name: data.log1p.get(name) for name in names if name not in store.static_names}
-    statistics = _statistics(store, stretches_of(axis, spans), log1p, mesh)
+    cycle = annual_cycle_of(config, store, mesh) if cycle is None else cycle
+    changing = [name for name in names if name not in store.static_names]
+    kinds = [Kind(name, data.log1p.get(name), data.anomalies.get(name)) for name in changing]
+    statistics = _statistics(store, stretches_of(axis, spans), changing, seen_of(store, kinds, cycle), mesh)
     grid = grid_of(config, store)
     return Contract(
         variables=tuple(_as_before(_variable(name, data, store, statistics), before) for name in names),
@@ -215,13 +243,14 @@ def make_contract(config: RunConfig, store: Store, mesh: ProcessMesh, before: Co
         validation=data.periods.validation,
         test=data.periods.test,
         store=store.digest,
+        annual_cycle=cycle.digest,
     )
 
 
 def _as_before(variable: Variable, before: Contract | None) -> Variable:
     """With the statistics that a variable of the same name had, which must have had the same units."""
     found = next((one for one in before.variables if one.name == variable.name), None) if before else None
-    kinds = [(one.log1p, one.role == "static") for one in (found or variable, variable)]
+    kinds = [(one.kind, one.role == "static") for one in (found or variable, variable)]
     if found is None or kinds[0] != kinds[1]:
         return variable
     if not same_units(found.units, variable.units):
@@ -245,6 +274,7 @@ def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str
         units=store.units[channel],
         role=data.roles.get(name, "prognostic"),
         log1p=data.log1p.get(name),
+        harmonics=data.anomalies.get(name),
         may_miss=store.misses_some([channel]),
         loss_weight=loss_weight_of(data, name),
         mean=mean,
@@ -254,12 +284,11 @@ def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str
 
 
 def _statistics(
-    store: Store, stretches: Stretches, log1p: Mapping[str, float | None], mesh: ProcessMesh
+    store: Store, stretches: Stretches, names: Sequence[str], seen: Seen, mesh: ProcessMesh
 ) -> dict[str, NDArray[np.float64]]:
     """Mean and deviations of variables over some frames: files are dealt to ranks, and merged in their order."""
-    channels = store.channel_indices(list(log1p))
-    logarithms = {channel: one for channel, one in zip(channels, log1p.values(), strict=True) if one is not None}
-    kept, read = pieces_of(store, stretches, channels, logarithms)
+    channels = store.channel_indices(names)
+    kept, read = pieces_of(store, stretches, channels, seen)
     found: dict[int, ChannelMoments] = {}
     for pieces, each in ((kept, PIECES), (read, 1)):
         for first in range(0, len(pieces), each * mesh.ranks):  # in rounds, so that nobody waits for all of it
@@ -267,10 +296,10 @@ def _statistics(
             mine = []
             for piece in some[mesh.rank :: mesh.ranks]:
                 with mesh.activity.during(READING):
-                    mine.append(moments_of(store, piece, stretches, logarithms))
+                    mine.append(moments_of(store, piece, stretches, seen))
             dealt = mesh.gathered_objects(mine)
             found = merged([found, *(dealt[place % mesh.ranks][place // mesh.ranks] for place in range(len(some)))])
-    return dict(zip(log1p, Statistics.of(found[channel] for channel in channels).rows, strict=True))
+    return dict(zip(names, Statistics.of(found[channel] for channel in channels).rows, strict=True))
 
 
 def _steps_of(store: Store, spans: Stretches) -> tuple[float, float]:

@@ -9,13 +9,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..config import ModelConfig
+from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..files import replacing
+from ..spatial.mesh import ProcessMesh
+from .contract import Contract
 from .manifest import Manifest
+from .seen import kept_cycle
 from .setup import network_options
 from .shards import NAME, Checkpoint, DamagedCheckpointError, OtherVersionError, UnreadableCheckpointError
 
 SUFFIXES = (".safetensors", ".pt")
+CYCLE = "annual_cycle"
+"""Before the names of variables whose cycle stands beside the weights."""
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -57,13 +63,23 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
             if output.suffix == ".pt":
                 torch.save(parameters, beside)
             else:
-                save_file(parameters, beside, metadata=metadata(manifest))
+                cycle = cycle_in(checkpoint, manifest.contract).coefficients
+                kept = {f"{CYCLE}/{name}": torch.from_numpy(values) for name, values in cycle.items()}
+                save_file(parameters | kept, beside, metadata=metadata(manifest))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{output} cannot be written: {str(error).rstrip('.')}. Give a file where you may write."
         ) from None
     values = sum(value.numel() for value in parameters.values())
     return {"output": str(output), "step": manifest.step, "tensors": len(parameters), "values": values}
+
+
+def cycle_in(checkpoint: Checkpoint, contract: Contract) -> AnnualCycle:
+    """Of the variables that the network sees without it, on the whole grid."""
+    path = kept_cycle(contract, [checkpoint.path], ProcessMesh.alone())
+    if path is None:
+        return AnnualCycle()
+    return AnnualCycle.read(path, list(contract.harmonics), contract.globe)
 
 
 def metadata(manifest: Manifest) -> dict[str, str]:

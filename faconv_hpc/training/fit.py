@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig, ModelConfig, RunConfig
+from ..data.annual_cycle import most_harmonics, widest_gap
 from ..data.forcings import check_forcings
 from ..data.order import stretches_of_windows
 from ..data.periods import frames_within, mask_of, spans_of, starts_before, starts_within, stretches_of
@@ -105,7 +106,7 @@ def _check_variables(data: DataConfig, store: Store) -> None:
     for name in taken:
         index_of("variable", name, there, f"store {store.path}")
     names = [name for name in taken if name not in store.static_names]
-    for key, said in (("roles", data.roles), ("log1p", data.log1p)):
+    for key, said in (("roles", data.roles), ("log1p", data.log1p), ("anomalies", data.anomalies)):
         for name in said:
             if name in store.static_names:
                 raise InputError(
@@ -113,6 +114,11 @@ def _check_variables(data: DataConfig, store: Store) -> None:
                     f"Leave it out there."
                 )
             index_of(f"variable for data.{key}:", name, names, f"what the network takes of {store.path}")
+    if both := data.log1p.keys() & data.anomalies.keys():
+        raise InputError(
+            f"data.log1p and data.anomalies both name {', '.join(sorted(both))}: a network sees the logarithm or the "
+            f"anomaly. Leave it out of one of them."
+        )
     targets = [name for name in names if data.roles.get(name) != "forcing"]
     if all(data.roles.get(name) == "diagnostic" for name in targets):
         raise InputError(
@@ -177,8 +183,9 @@ def check_store(config: RunConfig, store: Store) -> None:
     data = config.data
     _check_variables(data, store)
     check_forcings(data.forcings)
-    training = config.training
-    starts = training_starts(store, parts_of(data, store).train, data.window, training.most_leads)
+    training, spans = config.training, parts_of(data, store).train
+    starts = training_starts(store, spans, data.window, training.most_leads)
+    _check_year(data, store, spans)
     if training.stateful_windows:
         _check_chains(config, starts)
     if training.validate_every and not data.periods.validation:
@@ -188,6 +195,19 @@ def check_store(config: RunConfig, store: Store) -> None:
         )
     if training.validate_every:
         forecast_starts(store, data.periods.validation, data.window, training.validate_leads)
+
+
+def _check_year(data: DataConfig, store: Store, spans: tuple[range, ...]) -> None:
+    """Raises InputError where the frames of training do not tell the harmonics of an annual cycle apart."""
+    fractions = store.year_fraction[mask_of(spans, store.frames)]
+    most, (gap, first) = most_harmonics(fractions), widest_gap(fractions)
+    for name, harmonics in data.anomalies.items():
+        if harmonics > most:
+            raise InputError(
+                f"data.anomalies wants {harmonics} harmonics of the year for {name!r}, which need a frame of training "
+                f"in every {1 / (1 + 2 * harmonics):.0%} of the year: {store.path} has none in the {gap:.0%} after its "
+                f"first {first:.0%}. Use {most} or fewer (0: the mean of each cell), or train on more of the year."
+            )
 
 
 def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:

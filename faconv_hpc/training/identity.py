@@ -19,7 +19,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     free = ("kernels", "checkpoint_steps", "attention_exchange")  # other ways to the same numbers
     kept = {f"model.{key}": value for key, value in tree["model"].items() if key not in free}
-    same = ("forcings", "roles", "log1p", "loss_weights", "window", "lat_boundary", "lon_boundary")
+    same = ("forcings", "roles", "log1p", "anomalies", "loss_weights", "window", "lat_boundary", "lon_boundary")
     kept |= {f"data.{key}": tree["data"][key] for key in same}
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}
     kept |= {

@@ -9,12 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
-from .export import metadata
+from .export import CYCLE, cycle_in, metadata
 from .shards import newest_at
 
 
@@ -26,11 +27,13 @@ class TrainedNetwork:
         network: in float32, on the CPU, for evaluation; it refuses other boundaries than it was trained with.
         contract: its variables with units and statistics, its forcings and its grid.
         step: of its training.
+        cycle: of the variables that it sees without it (those with ``harmonics``), on the whole grid.
     """
 
     network: FAConvLSTMNetwork
     contract: Contract
     step: int
+    cycle: AnnualCycle
 
     def domain(self, mesh: ProcessMesh | None = None) -> Domain:
         """The grid that it was trained on, cut over the ranks of a mesh; default: all of it here."""
@@ -46,28 +49,31 @@ def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
     Raises:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
-    about, contract, weights = read_weights(Path(path))
+    about, contract, weights, cycle = read_weights(Path(path))
     options = json.loads(about["network"]) | {"checkpoint_steps": 0}  # as nothing is trained
     if options["cell"] == "faconvlstm":
         options["kernels"] = kernels
     network = FAConvLSTMNetwork(**options)
     network.load_state_dict(weights)
     network.boundaries = contract.grid.boundaries
-    return TrainedNetwork(network.eval(), contract, int(about["step"]))
+    return TrainedNetwork(network.eval(), contract, int(about["step"]), cycle)
 
 
-def read_weights(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
-    """What is said of a network (see `metadata`), its contract and its weights; see `load_network`."""
+Read = tuple[dict[str, str], Contract, dict[str, Tensor], AnnualCycle]
+
+
+def read_weights(path: Path) -> Read:
+    """What is said of a network (see `metadata`), its contract, its weights and its cycle; see `load_network`."""
     return _exported(path) if path.is_file() else _saved(path)
 
 
-def _saved(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
+def _saved(path: Path) -> Read:
     checkpoint = newest_at(path)
     manifest = checkpoint.manifest()
-    return metadata(manifest), manifest.contract, checkpoint.weights()
+    return metadata(manifest), manifest.contract, checkpoint.weights(), cycle_in(checkpoint, manifest.contract)
 
 
-def _exported(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
+def _exported(path: Path) -> Read:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -84,4 +90,6 @@ def _exported(path: Path) -> tuple[dict[str, str], Contract, dict[str, Tensor]]:
             f"{path} says nothing of what its network was trained on: it was not written by this version's "
             f"`faconv checkpoint export`, which does. Export it again."
         ) from None
-    return about, contract, weights
+    prefix = f"{CYCLE}/"
+    cycle = {name.removeprefix(prefix): weights.pop(name).numpy() for name in list(weights) if name.startswith(prefix)}
+    return about, contract, weights, AnnualCycle(cycle, contract.globe)

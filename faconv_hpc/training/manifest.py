@@ -8,10 +8,10 @@ from ..spatial.grid import Span
 from .contract import Contract
 from .schedule import Leg
 
-# 1 had no legs, 2 no contract, 3 no roles, and 4 no states; the last two can be read.
-Format = Literal["faconv_hpc checkpoint 4", "faconv_hpc checkpoint 5"]
+# 1 had no legs, 2 no contract, 3 no roles, 4 no states, and 5 no annual cycle; the last three can be read.
+Format = Literal["faconv_hpc checkpoint 4", "faconv_hpc checkpoint 5", "faconv_hpc checkpoint 6"]
 READ: tuple[str, ...] = get_args(Format)
-FORMAT = "faconv_hpc checkpoint 5"
+FORMAT = "faconv_hpc checkpoint 6"
 
 
 class _Section(BaseModel):

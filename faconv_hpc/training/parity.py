@@ -21,6 +21,7 @@ from .engine import Engine
 from .fit import grid_of
 from .free_run import feedback_for
 from .objective import losses_of
+from .seen import annual_cycle_of
 from .setup import Workspace, build_network
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -106,16 +107,17 @@ def verify_parity(
     """
     store = Store.open(config.data.store)
     grid = grid_of(config, store)
-    contract = make_contract(config, store, mesh)
+    cycle = annual_cycle_of(config, store, mesh)
+    contract = make_contract(config, store, mesh, cycle=cycle)
     alone = replace(ProcessMesh.alone(), device=mesh.device)
-    reference = _Reference(Workspace(config, store, contract, Domain(contract.grid, alone)))
+    reference = _Reference(Workspace(config, store, contract, Domain(contract.grid, alone), cycle))
     rows: list[ParityRow] = []
     for layout in layouts_of(mesh.ranks, grid) if layouts is None else layouts:
         check_layout(layout, mesh.ranks, grid)
         sizes = (layout.replicas, layout.lat, layout.lon)
         arranged = ProcessMesh.arrange(mesh.job_ranks, *sizes, device=mesh.device, watch=mesh.watch)
         assert arranged is not None, f"rank {mesh.rank} is not part of {layout}"
-        workspace = Workspace(config, store, contract, Domain(contract.grid, arranged))
+        workspace = Workspace(config, store, contract, Domain(contract.grid, arranged), cycle)
         got = _results(workspace, dtype)
         if dtype == torch.float32:
             got |= _update(workspace)

@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from ..data.annual_cycle import CYCLE_FILE, AnnualCycle
 from ..errors import InputError
+from ..files import write_durably
 from ..observe import LOADING
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract, check_same_data
@@ -15,6 +18,7 @@ from .engine import Engine
 from .identity import check_same_network, check_same_run
 from .manifest import Manifest, StatePiece
 from .schedule import Leg
+from .seen import kept_cycle
 from .setup import Workspace
 from .shards import (
     AVERAGE,
@@ -111,6 +115,27 @@ def contract_of_run(run_dir: Path, mesh: ProcessMesh) -> Contract | None:
     return mesh.from_first(found)
 
 
+def bring_back(run_dir: Path, contract: Contract | None, mesh: ProcessMesh) -> Path:
+    """The file of a run's annual cycle, from a checkpoint if it is no longer in the run's directory. Collective.
+
+    Raises:
+        InputError: it is nowhere.
+    """
+    path = run_dir / CYCLE_FILE
+    if contract is not None and contract.annual_cycle:
+        places = [run_dir, *(one.path for one in reversed(checkpoints_in(run_dir)))] if mesh.rank == 0 else []
+        found = kept_cycle(contract, places, mesh)
+        if found != path and found is not None and mesh.rank == 0:
+            write_durably(path, found.read_bytes())
+        mesh.from_first(None)  # it is there for all
+    return path
+
+
+def _whole_cycle(workspace: Workspace) -> AnnualCycle:
+    path, names = workspace.config.run_dir / CYCLE_FILE, list(workspace.contract.harmonics)
+    return AnnualCycle.read(path, names, workspace.contract.globe) if names else AnnualCycle()
+
+
 def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
     """The checkpoint, its files read and checked by one rank each; or what is wrong with it, the same on all."""
     mesh = workspace.domain.mesh
@@ -122,7 +147,7 @@ def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
     try:
         with mesh.activity.during(LOADING):
             for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
-                if name in manifest.states:  # read by those who need them
+                if name in manifest.states or name == CYCLE_FILE:  # read by those who need them
                     candidate.checked_bytes(name, expected)
                 else:
                     tensors |= candidate.tensors(name, expected)
@@ -148,7 +173,7 @@ def _manifest_or_problem(candidate: Checkpoint) -> Manifest | str:
 def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
     mesh, manifest = workspace.domain.mesh, held.manifest
     check_same_run(workspace, manifest.identity)
-    check_same_data(manifest.contract, workspace.store, mesh)
+    check_same_data(manifest.contract, workspace.store, mesh, partial(_whole_cycle, workspace))
     check_same_network(engine.network, manifest, held.checkpoint.path)
     reader = {file: place % mesh.ranks for place, file in enumerate(manifest.files)}
 

@@ -1,7 +1,8 @@
 """From a config to the parts of a run: store, grid, samples, network. Used by training and evaluation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..config import ModelConfig, RunConfig
+from ..data.annual_cycle import AnnualCycle
 from ..data.climatology import Climatology
 from ..data.order import Chained, Order, Shuffled
 from ..data.samples import Windows
 from ..data.store import Store
 from ..data.variables import Channels
+from ..files import write_durably
 from ..model.network import FAConvLSTMNetwork
 from ..observe import READING
 from ..spatial.domain import Domain
@@ -21,6 +24,7 @@ from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract, make_contract
 from .fit import forecast_starts, training_starts
+from .seen import annual_cycle_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Workspace:
     store: Store
     contract: Contract
     domain: Domain
+    cycle: AnnualCycle = field(default_factory=AnnualCycle)
+    """Of the fields that the network sees without it; its tile holds this rank's."""
 
     @classmethod
     def of(
@@ -40,21 +46,31 @@ class Workspace:
         mesh: ProcessMesh,
         contract: Contract | None = None,
         before: Contract | None = None,
+        kept: Path | None = None,
     ) -> "Workspace":
         """Cuts the store's grid over the mesh. Collective.
 
         Args:
             contract: of a run that has begun; the store is held to it. Default: one is made of config and store.
             before: of the network whose weights it begins with; see `make_contract`.
+            kept: the file of the annual cycle on the whole grid; it is written if a contract is made.
 
         Raises:
             InputError: the store's data are not what the contract says.
         """
         if contract is None:
-            contract = make_contract(config, store, mesh, before)
-        else:
-            contract.check(store)
-        return cls(config, store, contract, Domain(contract.grid, mesh))
+            whole = annual_cycle_of(config, store, mesh)
+            contract = make_contract(config, store, mesh, before, whole)
+            domain = Domain(contract.grid, mesh)
+            if whole.coefficients and kept is not None and mesh.rank == 0:
+                write_durably(kept, whole.bytes())
+            return cls(config, store, contract, domain, whole.part(domain.tile))
+        contract.check(store)
+        domain = Domain(contract.grid, mesh)
+        names = list(contract.harmonics)
+        assert kept is not None or not names, "a network that sees anomalies has a file of what they depart from"
+        cycle = AnnualCycle.read(kept, names, domain.tile) if kept is not None and names else AnnualCycle()
+        return cls(config, store, contract, domain, cycle)
 
     @property
     def training_spans(self) -> tuple[range, ...]:
@@ -85,14 +101,16 @@ class Workspace:
             return Climatology.of(self.store, self.training_spans, names, self.domain.tile)
 
     def windows(self, starts: NDArray[np.int64], length: int, tile: Tile | None = None) -> Windows:
-        """Samples of this rank's tile, or of another."""
+        """Samples of this rank's tile, or of another, which must lie in it."""
+        tile = tile or self.domain.tile
         return Windows(
             self.store,
-            tile or self.domain.tile,
+            tile,
             channels=self.contract.channels,
             window=length,
             starts=starts,
             grid=self.domain.grid,
+            cycle=self.cycle.part(tile),
         )
 
 

@@ -4,6 +4,7 @@ A checkpoint is a directory ``step-00000040`` that holds::
 
     shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME
     state-00000.safetensors ...   where states are carried on, those of a tile: LAYER/h, LAYER/c
+    annual-cycle.safetensors      where the network sees anomalies, what they depart from
     manifest.json                 step, seed, mesh, ZeRO stage, versions, config; what lies in which file
     SHA256SUMS                    of all the others; `sha256sum --check SHA256SUMS` reads it too
 
@@ -25,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import InputError, TryAgainError
-from ..files import flush_entries, write_flushed
+from ..files import flush_entries, link_or_copy, write_flushed
 from ..versions import __version__
 from .manifest import READ, Manifest, ShardFile
 
@@ -294,7 +295,7 @@ def keep_as_best(run_dir: Path, step: int, token: str) -> None:
         beside = partial_directory(run_dir, step, token)
         beside.mkdir()
         for path in sorted((folder / directory_name(step)).iterdir()):
-            _link_or_copy(path, beside / path.name)
+            link_or_copy(path, beside / path.name)
         flush_entries(beside)
         beside.rename(final)
     new = folder / f".{BEST}"
@@ -305,13 +306,6 @@ def keep_as_best(run_dir: Path, step: int, token: str) -> None:
     for path in folder.iterdir():
         if BEST_NAME.fullmatch(path.name) and path != final:
             remove(path, token)
-
-
-def _link_or_copy(path: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(path)
-    except OSError:  # some file systems have no links
-        write_flushed(target, path.read_bytes())
 
 
 def remove(directory: Path, token: str) -> None:

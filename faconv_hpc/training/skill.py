@@ -108,14 +108,25 @@ def forecasts_from(
     mesh = domain.mesh
     with mesh.activity.during(READING):
         batch = windows.read([index]).to(mesh.device)
-    mean_LCYX = climatology.at(windows.frames_of(index)[window:]).to(mesh.device)
-    return forecasts_of(network, batch, window, domain, mean_LCYX)
+    frames = windows.frames_of(index)[window - 1 :]
+    mean_LCYX = climatology.at(frames[1:]).to(mesh.device)
+    cycle_LCYX = torch.from_numpy(windows.cycle_of(frames)).to(mesh.device)
+    return forecasts_of(network, batch, window, domain, mean_LCYX, cycle_LCYX)
 
 
 def forecasts_of(
-    network: Callable[..., NetworkOutput], batch: Batch, window: int, domain: Domain, climatology_LCYX: Tensor
+    network: Callable[..., NetworkOutput],
+    batch: Batch,
+    window: int,
+    domain: Domain,
+    climatology_LCYX: Tensor,
+    cycle_LCYX: Tensor,
 ) -> Iterator[LeadFields]:
     """Of the first sample of a batch, lead by lead, beside the climatology of their times.
+
+    Args:
+        cycle_LCYX: of the last input and the leads, see `Windows.cycle_of`: a change of an anomaly is one of the field
+            less that of its cycle.
 
     A change is known where the field was known in every frame from the first to the last, a diagnostic where it is
     and was at the last input.
@@ -131,13 +142,19 @@ def forecasts_of(
     z_CYX = _reference(start_CYX, channels)
     persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), z_CYX, channels)
     reference_CYX = torch.stack([one.value(z) for one, z in zip(channels.targets, z_CYX, strict=True)])
+    cycle_LCYX = cycle_LCYX.double()
+    since_CYX = cycle_LCYX[0].clone()  # that of diagnostics is a part of their departure from the mean
+    since_CYX[changing:] = 0.0
+    reference_CYX += since_CYX
+    persistence_CYX[changing:] += cycle_LCYX[0, changing:]
     for lead, forecast in enumerate(free_run(network, batch, window, domain)):
         came_CYX = diagnostics_TCYX[window - 1 + lead]
         if window > 1:  # where it was known, as a change is: both errors are of the same cells
             came_CYX = came_CYX.where(~before_CYX.isnan(), float("nan"))
         truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
-        came, said = (_in_units(fields, z_CYX, channels) for fields in (truth_CYX, forecast_CYX))
+        turned_CYX = cycle_LCYX[lead + 1] - since_CYX
+        came, said = (_in_units(fields, z_CYX, channels) + turned_CYX for fields in (truth_CYX, forecast_CYX))
         yield LeadFields(came, said, persistence_CYX, climatology_LCYX[lead] - reference_CYX)
 
 

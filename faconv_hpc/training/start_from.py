@@ -50,7 +50,7 @@ class Beginning:
     @classmethod
     def of(cls, path: Path) -> "Beginning":
         """The same, for this process alone."""
-        about, contract, weights = read_weights(path)
+        about, contract, weights, _ = read_weights(path)
         return cls(path, int(about["step"]), contract, weights)
 
     def fill(self, network: nn.Module, channels: Channels, mesh: ProcessMesh) -> str:
@@ -112,13 +112,13 @@ def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, chan
 
 def _keys(variables: Sequence[Variable]) -> list[Key]:
     """What is forecast: a change and a departure from the mean are not the same."""
-    return [(one.name, one.role, one.log1p) for one in variables]
+    return [(one.name, one.role, *one.kind) for one in variables]
 
 
 def _input_keys(channels: Channels) -> list[Key]:
     """What an input is: its name, and how it is transformed."""
-    log1p = {one.name: one.log1p for one in channels.fields}
-    return [(name, log1p.get(name)) for name in channels.inputs]
+    kinds = {one.name: one.kind for one in channels.fields}
+    return [(name, *kinds.get(name, ())) for name in channels.inputs]
 
 
 def _gathered(old: Tensor, drawn: Tensor, before: Sequence[Key], now: Sequence[Key], dim: int) -> Tensor | None:

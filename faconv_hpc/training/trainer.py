@@ -34,7 +34,7 @@ from .free_run import feedback_for
 from .looks import NONE, Looks
 from .objective import losses_of
 from .records import Recorder, StepRecord, beginning, ending, look_is_missing, recording
-from .resume import contract_of_run, resume
+from .resume import bring_back, contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
 from .setup import Workspace, build_network, order_of, places_of
 from .start_from import Beginning
@@ -110,7 +110,8 @@ def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace
     """What a run works with: by the contract of its checkpoints, or newly made, with another's weights if it wants."""
     contract, source = contract_of_run(config.run_dir, mesh), config.training.start_from
     before = Beginning.read(source, mesh) if source and contract is None else None
-    workspace = Workspace.of(config, store, mesh, contract, before.contract if before else None)
+    cycle = bring_back(config.run_dir, contract, mesh)
+    workspace = Workspace.of(config, store, mesh, contract, before.contract if before else None, cycle)
     network = build_network(config, workspace.contract.channels)
     if before is not None:
         told = before.fill(network, workspace.contract.channels, mesh)

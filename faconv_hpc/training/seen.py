@@ -1,0 +1,109 @@
+"""What a network sees of fields that it does not see as they are: logarithms, anomalies."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import RunConfig
+from ..data.annual_cycle import CYCLE_FILE, AnnualCycle
+from ..data.statistics import Seen
+from ..data.store import Store
+from ..data.variables import Variable, logarithm
+from ..errors import InputError
+from ..files import check_in_reach
+from ..observe import READING
+from ..spatial.grid import Cuts, Tile
+from ..spatial.mesh import ProcessMesh
+from .fit import check_store, grid_of, parts_of
+
+if TYPE_CHECKING:
+    from .contract import Contract
+
+
+def annual_cycle_of(config: RunConfig, store: Store, mesh: ProcessMesh) -> AnnualCycle:
+    """Of the variables that the config wants without it, over the frames of training, on the whole grid. Collective:
+    the variables are dealt to replicas, and their tiles read by the ranks of each. On any mesh the same.
+
+    Raises:
+        InputError: config and store do not fit each other; see `check_store`.
+    """
+    check_store(config, store)
+    anomalies = sorted(config.data.anomalies.items())
+    if not anomalies:
+        return AnnualCycle()
+    grid, spans = grid_of(config, store), parts_of(config.data, store).train
+    cuts = Cuts.even(grid, min(mesh.lat, grid.nlat), min(mesh.lon, grid.nlon))
+    part = AnnualCycle()
+    if mesh.index("lat") < cuts.lat and mesh.index("lon") < cuts.lon:  # as `faconv verify` has any number of ranks
+        own = dict(anomalies[mesh.replica :: mesh.replicas])
+        with mesh.activity.during(READING):
+            part = AnnualCycle.of(store, spans, own, cuts.tile(mesh.index("lat") * cuts.lon + mesh.index("lon")))
+    whole = {name: np.empty((1 + 2 * count, grid.nlat, grid.nlon), np.float32) for name, count in anomalies}
+    for found in mesh.gathered_objects(part):
+        for name, values in found.coefficients.items():
+            whole[name][:, *found.tile.slices] = values
+    return AnnualCycle(whole, Tile((0, grid.nlat), (0, grid.nlon)))
+
+
+def kept_cycle(contract: "Contract", places: Sequence[Path], mesh: ProcessMesh) -> Path | None:
+    """The file of a contract's annual cycle, of the first of some directories that has it; None: it has none.
+    Collective: the first rank looks.
+
+    Raises:
+        InputError: none has it as it was.
+    """
+    if not contract.annual_cycle:
+        return None
+    found = next(filter(partial(_holds, contract.annual_cycle), places), None) if mesh.rank == 0 else None
+    found = mesh.from_first(found)
+    if found is None:
+        raise InputError(
+            f"the annual cycle of the run's variables is missing or damaged: none of {', '.join(map(str, places))} has "
+            f"it in {CYCLE_FILE} as it was. Bring it back from a copy of the run, or give another run_dir."
+        )
+    return found / CYCLE_FILE
+
+
+def _holds(digest: str, directory: Path) -> bool:
+    path = directory / CYCLE_FILE
+    try:
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    except OSError as error:
+        check_in_reach(path, error)
+        return False
+
+
+class Kind(NamedTuple):
+    """Of a `Variable`, what it takes to see it as the network does."""
+
+    name: str
+    log1p: float | None
+    harmonics: int | None
+
+
+def seen_of(store: Store, variables: Iterable[Variable | Kind], cycle: AnnualCycle) -> Seen:
+    """What the network sees of those that it does not see as they are."""
+    seen: dict[int, Callable[[NDArray[np.float32], int], NDArray[np.float32]]] = {}
+    for one in variables:
+        (channel,) = store.channel_indices([one.name])
+        if one.log1p is not None:
+            seen[channel] = partial(_logarithm, one.log1p, one.name)
+        elif one.harmonics is not None:
+            seen[channel] = partial(_anomaly, store, cycle, one.name)
+    return seen
+
+
+def _logarithm(scale: float, name: str, field_YX: NDArray[np.float32], frame: int) -> NDArray[np.float32]:
+    return logarithm(field_YX, scale, name)
+
+
+def _anomaly(
+    store: Store, cycle: AnnualCycle, name: str, field_YX: NDArray[np.float32], frame: int
+) -> NDArray[np.float32]:
+    anomaly_YX: NDArray[np.float32] = field_YX - cycle.at(name, store.year_fraction[frame : frame + 1])[0]
+    return anomaly_YX
