@@ -110,7 +110,7 @@ def test_as_many_ranks_write_as_the_bytes_need():
 
 
 def test_a_small_network_is_written_by_one_rank(tmp_path, store):
-    train_on(TWO, tmp_path, store, training={"shard_mib": 16, "steps": 1})
+    train_on(TWO, tmp_path, store, training={"shard_mib": 16, "steps": 1, "warmup_steps": 0})
     (checkpoint,) = checkpoints_in(tmp_path / "run")
     assert len(checkpoint.manifest().files) == 1 and checkpoint.problem() is None
 

@@ -78,7 +78,7 @@ def test_what_is_taken_of_a_source_is_said_by_options(tmp_path: Path) -> None:
         accept=["odd"],
         period=Period("2001-01-01T06:00", "2001-01-02T12:00", 2),
     )
-    typed, called = (whole(tmp_path / name, "temperature", "odd") for name in "bc")
+    typed, called = (whole(tmp_path / name, "temperature3", "odd3") for name in "bc")
     np.testing.assert_array_equal(typed[0], called[0])
     assert typed[0].shape == (3, 2, 12, 18) and not typed[1][2, 0, 4].any()  # of 06, 18 and 06 the last one
 

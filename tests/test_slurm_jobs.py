@@ -73,7 +73,7 @@ def test_the_script_trains_on_four_nodes_as_one_machine_does(tmp_path, slurm, st
     (tmp_path / "bin").mkdir()
     ours = tmp_path / "bin" / "scontrol"
     ours.write_text(
-        f'#!/bin/sh\necho "${{SLURM_PROCID-script}} $1 $2" >> {asked}\nexec {shutil.which("scontrol")} "$@"\n'
+        f'#!/bin/sh\necho "${{SLURM_STEP_ID-script}} $1 $2" >> {asked}\nexec {shutil.which("scontrol")} "$@"\n'
     )
     ours.chmod(0o755)
     path = f"{tmp_path / 'bin'}:{job_environment()['PATH']}"

@@ -110,7 +110,8 @@ class Windows:
         check_forcings(channels.forcings)
         self.store, self.tile, self.window, self.starts, self.channels = store, tile, window, starts, channels
         self._cycle = cycle or AnnualCycle()
-        assert {one.name for one in channels.fields if one.harmonics is not None} == self._cycle.coefficients.keys()
+        seen = {one.name for one in channels.fields if one.harmonics is not None}
+        assert seen == self._cycle.coefficients.keys(), f"{sorted(seen)} are seen without an annual cycle"
         self._stored = store.channel_indices([one.name for one in channels.fields])
         for variable, index in zip(channels.fields, self._stored, strict=True):
             assert variable.may_miss or not store.misses_some([index]), f"{variable.name} misses data unexpectedly"
