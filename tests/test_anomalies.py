@@ -1,5 +1,7 @@
 """Networks that see departures from the annual cycle of each cell: it is fitted, kept, and put back for the skill."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -7,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from faconv_hpc import load_network
-from faconv_hpc.data.annual_cycle import CYCLE_FILE, AnnualCycle, basis, most_harmonics, widest_gap
+from faconv_hpc.data.annual_cycle import CYCLE_FILE, AnnualCycle, CycleFit, basis, most_harmonics, widest_gap
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.skill import evaluate
@@ -20,6 +23,7 @@ from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
+from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import verify_parity
 from faconv_hpc.training.records import VALIDATION_FILE, read_records
 from faconv_hpc.training.seen import annual_cycle_of
@@ -124,8 +128,8 @@ def test_the_basis_is_of_whole_waves_of_the_year():
 
 @pytest.mark.parametrize(
     ("fractions", "gap", "most"),
-    [([0.3], 1.0, 0), ([0.1, 0.6], 0.5, 0), ([0.0, 0.3, 0.6], 0.4, 0), (np.arange(12) / 12, 1 / 12, 5),
-     ([0.9, 0.2, 0.5, 0.7], 0.3, 1), (np.arange(365) / 365, 1 / 365, 181)],
+    [([0.3] * 9, 1.0, 0), ([0.1, 0.6] * 9, 0.5, 0), ([0.0, 0.3, 0.6] * 9, 0.4, 0), ([*np.arange(12) / 12], 1 / 12, 1),
+     ([*np.arange(12) / 12] * 9, 1 / 12, 5), ([0.9, 0.2, 0.5, 0.7] * 9, 0.3, 1), (np.arange(365) / 365, 1 / 365, 60)],
 )  # fmt: skip
 def test_how_many_harmonics_the_times_tell_apart(fractions, gap, most):
     fractions = np.array(fractions)
@@ -134,9 +138,37 @@ def test_how_many_harmonics_the_times_tell_apart(fractions, gap, most):
     assert np.linalg.cond(columns) < 20
 
 
+def fitted(store, anomalies, tile=GLOBE):
+    fits = {name: CycleFit(store, name, count, tile) for name, count in anomalies.items()}
+    for fit in fits.values():
+        for first in range(0, TRAINED, 7):
+            fit.add(range(first, min(first + 7, TRAINED)))
+    return AnnualCycle({name: fit.coefficients() for name, fit in fits.items()}, tile)
+
+
+@pytest.mark.parametrize("tile", [GLOBE, Tile((4, 5), (3, 9))], ids=["globe", "one row"])
+def test_a_cell_that_is_known_in_a_season_only_stays_near_its_mean_in_the_others(made, tile):
+    """Waves that its times hardly tell apart would lead hundreds of deviations away; the others are least squares'."""
+    with Store.open(made[0]) as store:
+        found = fitted(store, {"ice": 2}, tile)
+        cycle, at_frames = (found.at("ice", times) for times in (np.linspace(0, 1, 50), store.year_fraction))
+        field, fractions = made[1]["ice"].values[:TRAINED], store.year_fraction
+    wanted = cycle_by_hand(made[1]["ice"].values, fractions, 2)
+    for y, x in np.ndindex(*tile.shape):
+        known = field[:, tile.rows[0] + y, tile.columns[0] + x]
+        known = known[~np.isnan(known)]
+        if not known.size:
+            assert not cycle[:, y, x].any()
+            continue
+        assert np.abs(cycle[:, y, x] - known.mean()).max() < 4 * np.ptp(known)
+        if known.size == TRAINED:
+            at = wanted[:, tile.rows[0] + y, tile.columns[0] + x]
+            np.testing.assert_allclose(at_frames[:, y, x], at, rtol=1e-4, atol=1e-4)
+
+
 def test_it_is_that_of_least_squares_where_a_cell_is_known(made, by_hand):
     with Store.open(made[0]) as store:
-        cycle = AnnualCycle.of(store, [range(TRAINED)], DATA["anomalies"], GLOBE)
+        cycle = fitted(store, DATA["anomalies"])
         for name in DATA["anomalies"]:
             field = made[1][name].values
             known = ~np.isnan(field[:TRAINED]).all(axis=0)
@@ -151,7 +183,7 @@ def test_it_is_the_same_to_the_last_bit_on_every_mesh(made, tmp_path, layout):
 
     def check(mesh):
         with Store.open(made[0]) as store:
-            return annual_cycle_of(config, store, mesh).bytes()
+            return annual_cycle_of(config, store, mesh).content()
 
     (alone,) = run_on_ranks(ONE, check)
     assert len(alone) > 4 * NLAT * NLON * 9 and set(run_on_ranks(layout, check)) == {alone}
@@ -174,7 +206,6 @@ def test_a_batch_is_of_anomalies(made, by_hand, tmp_path, tile):
         workspace = Workspace.of(small_config(tmp_path, made[0], data=DATA), store, ProcessMesh.alone())
         batch = workspace.training_windows(tile).read([5])
     channels = workspace.contract.channels
-    frames = slice(5, 8)
     for place, one in enumerate(channels.prognostic):
         seen = (made[1][one.name].values - by_hand[one.name])[5:9, *tile.slices]
         known = ~np.isnan(seen[:-1])
@@ -187,10 +218,9 @@ def test_a_batch_is_of_anomalies(made, by_hand, tmp_path, tile):
     rain = channels.diagnostic[0]
     seen = (made[1]["rain"].values - by_hand["rain"])[6:9, *tile.slices]
     np.testing.assert_allclose(batch.target_BTCYX[0, :, -1].numpy(), (seen - rain.mean) / rain.scale, atol=1e-4)
-    assert frames.stop - frames.start == batch.inputs_BTCYX.shape[1]
 
 
-def test_skill_is_told_of_the_fields_themselves(made, run, by_hand, monkeypatch):
+def test_skill_is_told_of_the_fields_themselves(made, run, by_hand):
     """Persistence by the files; a network that forecasts no change of the anomalies, by the cycle."""
     with Store.open(made[0]) as store:
         labels = [store.layout.time.label(at) for at in range(FRAMES)]
@@ -277,6 +307,36 @@ def test_resumed_it_is_the_run_that_never_stopped(made, run, tmp_path):
     assert_same_state(*(checkpoints_in(one)[-1] for one in (run.run_dir, tmp_path / "run")))
 
 
+def test_a_damaged_file_of_all_checkpoints_is_mended_from_the_runs_own(made, run, tmp_path):
+    """They are links to one."""
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / CYCLE_FILE).write_bytes(b"damaged")
+    trained(tmp_path, made[0])
+    assert [one.problem() for one in checkpoints_in(tmp_path / "run")] == [None] * 2
+    assert_same_state(*(checkpoints_in(one)[-1] for one in (run.run_dir, tmp_path / "run")))
+
+
+def test_a_run_that_saw_no_anomalies_does_not_begin_to(made, tmp_path):
+    """Its checkpoints may be of before there were any."""
+    saved = {"data.log1p": {}}
+    with Store.open(made[0]) as store:
+        workspace = Workspace.of(small_config(tmp_path, made[0], data=DATA), store, ProcessMesh.alone())
+    with pytest.raises(InputError, match=r"holds a run with data\.anomalies=\{\}, this config says \{'heat': 2"):
+        check_same_run(workspace, saved)
+
+
+def test_an_export_without_the_cycle_is_refused(run, tmp_path):
+    export(checkpoints_in(run.run_dir)[-1], tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "numpy") as file:
+        about = file.metadata()
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["annual_cycle/heat"][0, 0, 0] += 1
+    save_file(tensors, tmp_path / "changed.safetensors", metadata=about)
+    with pytest.raises(InputError, match=r"changed\.safetensors has not the annual cycle of ice, heat, rain that"):
+        load_network(tmp_path / "changed.safetensors")
+
+
 def test_without_its_cycle_a_run_does_not_go_on(made, run, tmp_path):
     shutil.copytree(run.run_dir, tmp_path / "run")
     for path in (tmp_path / "run").rglob(CYCLE_FILE):
@@ -316,12 +376,22 @@ def test_a_trained_network_knows_what_it_departs_from(run, by_hand, made, tmp_pa
 def test_a_run_that_begins_with_it_knows_its_channels(made, run, tmp_path):
     begins = trained(tmp_path, made[0], start_from=str(run.run_dir))
     contracts = [checkpoints_in(one.run_dir)[-1].manifest().contract for one in (run, begins)]
-    assert [one.inherited for one in contracts[1].variables] == [True] * 4
+    kinds = {one.name: one.inherited for one in contracts[1].variables}  # anomalies are of a cycle of their own
+    assert kinds == {"ice": False, "wind": True, "heat": False, "rain": False}
     assert contracts[0].annual_cycle == contracts[1].annual_cycle
     other = DATA | {"anomalies": {"heat": 2}}
-    begins = trained(tmp_path / "other", made[0], data=other, start_from=str(run.run_dir))
+    printed = io.StringIO()
+
+    def check(mesh):
+        with contextlib.redirect_stderr(printed):
+            train(begins, mesh)
+        return printed.getvalue()
+
+    begins = small_config(tmp_path / "other", made[0], data=other, training=TRAINING | {"start_from": str(run.run_dir)})
+    (told,) = run_on_ranks(ONE, check)
     variables = checkpoints_in(begins.run_dir)[-1].manifest().contract.variables
-    assert [one.inherited for one in variables] == [False, True, True, False]  # ice and rain are seen as they are
+    assert [one.name for one in variables if one.inherited] == ["wind"]
+    assert "seen in another way than before (log1p, anomalies), so as new: ice, rain" in told
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The command line: each verb parses, loads the config, and makes one call. One file per verb."""
 
+import os
+import signal
 import sys
+import time
 
 import typer
 
@@ -16,6 +19,8 @@ from .study import study_command
 from .submit import submit_command
 from .train import train_command
 from .verify import verify_command
+
+FIRST_S = 5.0  # for a launcher to end those that would say it again
 
 app = typer.Typer(
     cls=Verbs,
@@ -43,9 +48,11 @@ def main() -> None:
     try:
         app()
     except (InputError, RunError) as error:
-        unmet = isinstance(error, LostRankError)  # the ranks cannot agree on who speaks: one of every node does
-        if not unmet:
+        if not isinstance(error, LostRankError):
             say_before_joining(error)
-        if not unmet or RankEnvironment.is_first_of_node():
-            print(describe(error), file=sys.stderr)
+        elif not RankEnvironment.is_first_of_node():  # the ranks cannot agree on who speaks: one of every node is first
+            code = exit_code_of(error)
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
+            time.sleep(FIRST_S)
+        print(describe(error), file=sys.stderr)
         sys.exit(exit_code_of(error))

@@ -73,8 +73,10 @@ def _rows_of_local_ranks(
     from ..training.fit import check_fits, grid_of
     from ..training.parity import ParityRow, check_layout
 
+    one_window = {"micro_batch": 1, "accumulation": 1, "stateful_windows": 0}
+    training = run.training.model_copy(update=one_window)
     for mesh in (MeshConfig(), *layouts):
-        check_fits(run.model_copy(update={"mesh": mesh}))
+        check_fits(run.model_copy(update={"mesh": mesh, "training": training}))
     grid = grid_of(run, Store.open(run.data.store))
     by_ranks: dict[int, list[MeshConfig]] = {ranks: []} if ranks else {}
     for layout in layouts:

@@ -55,6 +55,7 @@ def _meaning(variable: Variable) -> str:
     what = "change in one step"
     if variable.role == "diagnostic":
         what = "departure from the mean" if variable.log1p is None else "departure from the mean of its logarithm"
+        what = what if variable.harmonics is None else "departure from its annual cycle"
     return f"{what} [{variable.units}]" if variable.units else what
 
 

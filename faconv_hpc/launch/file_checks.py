@@ -12,6 +12,7 @@ from ..data.store import Store
 from ..errors import InputError
 from ..spatial.grid import Cuts
 from .findings import FILES, Finding, Subject, Verdict
+from .local import inside_a_job
 
 GIB = 2**30
 LITTLE_GIB, NOTHING_GIB = 5.0, 0.1
@@ -107,7 +108,7 @@ def _fit(config: RunConfig) -> Finding:
 
     data, mesh = config.data, config.mesh
     try:
-        check_fits(config)
+        check_fits(config, here=inside_a_job())
     except InputError as error:
         return Finding.of_error(FILES, "config", error)
     with Store.open(data.store) as opened:

@@ -11,12 +11,10 @@ faconv_say_start() {
         SLURM_JOB_END_TIME=$(faconv_seconds EndTime "$shown")
         export SLURM_JOB_START_TIME SLURM_JOB_END_TIME
     fi
-    if [ -z "$MASTER_ADDR" ]; then
-        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null | head -n 1)
-        MASTER_ADDR=$(scontrol show node "$first" 2> /dev/null | grep -m1 -oE "\bNodeAddr=[^ ]+")
-        MASTER_ADDR=${MASTER_ADDR#NodeAddr=}
-        export MASTER_ADDR=${MASTER_ADDR:-$first}
-    fi
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null | head -n 1)
+    shown=$(scontrol show node "$first" 2> /dev/null | grep -m1 -oE "\bNodeAddr=[^ ]+")
+    shown=${shown#NodeAddr=}
+    export FACONV_FIRST_NODE=${shown:-$first}   # of a step on all nodes
     echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
 }
 

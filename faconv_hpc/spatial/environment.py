@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 
 LOOPBACK = "127.0.0.1"
-OF_A_JOB = re.compile(r"(SLURMD?|PMIX?|OMPI)_.*|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT")
+OF_A_JOB = re.compile(r"(SLURMD?|PMIX?|OMPI)_.*|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|FACONV_FIRST_NODE")
 OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 _HELD: list[socket.socket] = []
@@ -202,10 +202,15 @@ def _from_slurm() -> RankEnvironment:
         rank=_integer("SLURM_PROCID"),
         world_size=_integer("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")),
         local_rank=_integer("SLURM_LOCALID", "0"),
-        address=os.environ.get("MASTER_ADDR") or first_node(nodes),
+        address=os.environ.get("MASTER_ADDR") or _told_by_the_job(nodes) or first_node(nodes),
         port=_integer("MASTER_PORT", "0"),
         job="" if "MASTER_PORT" in os.environ else job,
     )
+
+
+def _told_by_the_job(nodes: str) -> str:
+    """The address of its first node, as launch/job.sh has asked once; empty for a step on other nodes than all."""
+    return os.environ.get("FACONV_FIRST_NODE", "") if nodes == os.environ.get("SLURM_JOB_NODELIST") else ""
 
 
 def first_node(nodes: str) -> str:

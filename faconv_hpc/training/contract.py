@@ -243,12 +243,13 @@ def make_contract(
         validation=data.periods.validation,
         test=data.periods.test,
         store=store.digest,
-        annual_cycle=cycle.digest,
+        annual_cycle=mesh.from_first(cycle.digest if mesh.rank == 0 else ""),
     )
 
 
 def _as_before(variable: Variable, before: Contract | None) -> Variable:
-    """With the statistics that a variable of the same name had, which must have had the same units."""
+    """With the statistics that a variable of the same name had, which must have had the same units. Those of anomalies
+    are of departures from another cycle: it has its own."""
     found = next((one for one in before.variables if one.name == variable.name), None) if before else None
     kinds = [(one.kind, one.role == "static") for one in (found or variable, variable)]
     if found is None or kinds[0] != kinds[1]:
@@ -258,6 +259,8 @@ def _as_before(variable: Variable, before: Contract | None) -> Variable:
             f"the network of training.start_from was trained on {found.name!r} in {found.units or 'no units'}, this "
             f"store has it in {variable.units or 'no units'}. Convert it in the source, or prepare it under a new name."
         )
+    if variable.harmonics is not None:
+        return variable
     kept = {key: getattr(found, key) for key in ("mean", "std", "tendency_std")}
     return variable.model_copy(update=kept | {"inherited": True})
 

@@ -58,12 +58,12 @@ def export(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
             f"{output} lies in the directory of a checkpoint, which must stay as it is. Give another place."
         )
     parameters, manifest = checkpoint.weights(), checkpoint.manifest()
+    cycle = cycle_in(checkpoint, manifest.contract).coefficients
     try:
         with replacing(output) as beside:
             if output.suffix == ".pt":
                 torch.save(parameters, beside)
             else:
-                cycle = cycle_in(checkpoint, manifest.contract).coefficients
                 kept = {f"{CYCLE}/{name}": torch.from_numpy(values) for name, values in cycle.items()}
                 save_file(parameters | kept, beside, metadata=metadata(manifest))
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -39,7 +39,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
 def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
-    saved = {"training.stateful_windows": 0} | dict(saved)  # before there were any
+    saved = {"training.stateful_windows": 0, "data.anomalies": {}} | dict(saved)  # before there were any
     for key, value in now.items():
         if key in saved and saved[key] != value:
             raise InputError(

@@ -92,4 +92,10 @@ def _exported(path: Path) -> Read:
         ) from None
     prefix = f"{CYCLE}/"
     cycle = {name.removeprefix(prefix): weights.pop(name).numpy() for name in list(weights) if name.startswith(prefix)}
-    return about, contract, weights, AnnualCycle(cycle, contract.globe)
+    whole = AnnualCycle(cycle, contract.globe)
+    if whole.digest != contract.annual_cycle:
+        raise InputError(
+            f"{path} has not the annual cycle of {', '.join(contract.harmonics) or 'no variable'} that its network was "
+            f"trained with: it was changed after it was written. Export it again."
+        )
+    return about, contract, weights, whole

@@ -16,7 +16,7 @@ from ..spatial.mesh import ProcessMesh
 from .contract import Contract, check_same_data
 from .engine import Engine
 from .identity import check_same_network, check_same_run
-from .manifest import Manifest, StatePiece
+from .manifest import Manifest, ShardFile, StatePiece
 from .schedule import Leg
 from .seen import kept_cycle
 from .setup import Workspace
@@ -27,7 +27,6 @@ from .shards import (
     DamagedCheckpointError,
     UnreadableCheckpointError,
     candidates_in,
-    checkpoints_in,
     remove_unfinished,
 )
 
@@ -110,7 +109,7 @@ def contract_of_run(run_dir: Path, mesh: ProcessMesh) -> Contract | None:
     """Of a run that has checkpoints, from the newest that is not damaged; None: it begins. Collective."""
     found: Contract | None = None
     if mesh.rank == 0:
-        manifests = (_manifest_or_problem(one) for one in reversed(checkpoints_in(run_dir)))
+        manifests = (_manifest_or_problem(one) for one in reversed(candidates_in(run_dir)))
         found = next((one.contract for one in manifests if not isinstance(one, str)), None)
     return mesh.from_first(found)
 
@@ -123,7 +122,7 @@ def bring_back(run_dir: Path, contract: Contract | None, mesh: ProcessMesh) -> P
     """
     path = run_dir / CYCLE_FILE
     if contract is not None and contract.annual_cycle:
-        places = [run_dir, *(one.path for one in reversed(checkpoints_in(run_dir)))] if mesh.rank == 0 else []
+        places = [run_dir, *(one.path for one in reversed(candidates_in(run_dir)))] if mesh.rank == 0 else []
         found = kept_cycle(contract, places, mesh)
         if found != path and found is not None and mesh.rank == 0:
             write_durably(path, found.read_bytes())
@@ -147,7 +146,9 @@ def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
     try:
         with mesh.activity.during(LOADING):
             for name, expected in list(manifest.files.items())[mesh.rank :: mesh.ranks]:
-                if name in manifest.states or name == CYCLE_FILE:  # read by those who need them
+                if name == CYCLE_FILE:
+                    _mend_cycle(workspace.config.run_dir, candidate, expected)
+                elif name in manifest.states:  # read by those who need them
                     candidate.checked_bytes(name, expected)
                 else:
                     tensors |= candidate.tensors(name, expected)
@@ -161,6 +162,15 @@ def _held_together(workspace: Workspace, candidate: Checkpoint) -> _Held | str:
             raise UnreadableCheckpointError(f"on rank {rank} {problem}")
     problems = [problem for problem, _ in everywhere if problem is not None]
     return problems[0] if problems else _Held(candidate, manifest, tensors)
+
+
+def _mend_cycle(run_dir: Path, candidate: Checkpoint, expected: ShardFile) -> None:
+    """The same file lies in the run's directory, where it has just been found whole: it stands in for a damaged one."""
+    try:
+        candidate.checked_bytes(CYCLE_FILE, expected)
+    except DamagedCheckpointError as error:
+        print(f"faconv: {candidate.path}: {error}; it is brought back from {run_dir}", file=sys.stderr)
+        write_durably(candidate.path / CYCLE_FILE, (run_dir / CYCLE_FILE).read_bytes())
 
 
 def _manifest_or_problem(candidate: Checkpoint) -> Manifest | str:

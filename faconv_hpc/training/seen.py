@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..config import RunConfig
-from ..data.annual_cycle import CYCLE_FILE, AnnualCycle
+from ..data.annual_cycle import CYCLE_FILE, NOWHERE, AnnualCycle, CycleFit
+from ..data.periods import mask_of
 from ..data.statistics import Seen
 from ..data.store import Store
 from ..data.variables import Variable, logarithm
@@ -24,10 +26,13 @@ from .fit import check_store, grid_of, parts_of
 if TYPE_CHECKING:
     from .contract import Contract
 
+AT_ONCE, TOGETHER = 8, 16  # frames that a rank reads at once, and how often before all hear of each other
+
 
 def annual_cycle_of(config: RunConfig, store: Store, mesh: ProcessMesh) -> AnnualCycle:
     """Of the variables that the config wants without it, over the frames of training, on the whole grid. Collective:
-    the variables are dealt to replicas, and their tiles read by the ranks of each. On any mesh the same.
+    the variables are dealt to replicas, and their tiles read by the ranks of each, some frames at a time, so that
+    nobody waits for all of it. On any mesh the same, to the last bit.
 
     Raises:
         InputError: config and store do not fit each other; see `check_store`.
@@ -38,16 +43,36 @@ def annual_cycle_of(config: RunConfig, store: Store, mesh: ProcessMesh) -> Annua
         return AnnualCycle()
     grid, spans = grid_of(config, store), parts_of(config.data, store).train
     cuts = Cuts.even(grid, min(mesh.lat, grid.nlat), min(mesh.lon, grid.nlon))
-    part = AnnualCycle()
-    if mesh.index("lat") < cuts.lat and mesh.index("lon") < cuts.lon:  # as `faconv verify` has any number of ranks
-        own = dict(anomalies[mesh.replica :: mesh.replicas])
-        with mesh.activity.during(READING):
-            part = AnnualCycle.of(store, spans, own, cuts.tile(mesh.index("lat") * cuts.lon + mesh.index("lon")))
-    whole = {name: np.empty((1 + 2 * count, grid.nlat, grid.nlon), np.float32) for name, count in anomalies}
-    for found in mesh.gathered_objects(part):
-        for name, values in found.coefficients.items():
-            whole[name][:, *found.tile.slices] = values
+    frames = np.flatnonzero(mask_of(spans, store.frames)).tolist()
+    owns = mesh.index("lat") < cuts.lat and mesh.index("lon") < cuts.lon  # `faconv verify` has any number of ranks
+    tile = cuts.tile(mesh.index("lat") * cuts.lon + mesh.index("lon")) if owns else NOWHERE
+    whole: dict[str, NDArray[np.float32]] = {}
+    for first in range(0, len(anomalies), mesh.replicas):
+        turn = anomalies[first : first + mesh.replicas]
+        fit = CycleFit(store, *turn[mesh.replica], tile) if owns and mesh.replica < len(turn) else None
+        for frame in range(0, len(frames), AT_ONCE):
+            if fit is not None:
+                with mesh.activity.during(READING):
+                    fit.add(frames[frame : frame + AT_ONCE])
+            if frame % (AT_ONCE * TOGETHER) == 0:
+                mesh.gathered([0.0])
+        for replica, (name, harmonics) in enumerate(turn):
+            mine = fit.coefficients() if fit is not None and replica == mesh.replica else None
+            whole[name] = _assembled(mine, 1 + 2 * harmonics, replica, cuts, mesh)
     return AnnualCycle(whole, Tile((0, grid.nlat), (0, grid.nlon)))
+
+
+def _assembled(
+    mine: NDArray[np.float32] | None, size: int, replica: int, cuts: Cuts, mesh: ProcessMesh
+) -> NDArray[np.float32]:
+    """(size, nlat, nlon) from what each rank of a replica has of its tile. Collective."""
+    whole = np.empty((size, cuts.row_edges[-1], cuts.column_edges[-1]), dtype=np.float32)
+    for number in range(cuts.tiles):
+        tile = cuts.tile(number)
+        rank = replica * mesh.tiles + number // cuts.lon * mesh.lon + number % cuts.lon
+        own = torch.from_numpy(mine) if mine is not None and rank == mesh.rank else None
+        whole[:, *tile.slices] = mesh.from_rank(own, (size, *tile.shape), rank).cpu().numpy()
+    return whole
 
 
 def kept_cycle(contract: "Contract", places: Sequence[Path], mesh: ProcessMesh) -> Path | None:

@@ -16,7 +16,7 @@ from ..data.order import Chained, Order, Shuffled
 from ..data.samples import Windows
 from ..data.store import Store
 from ..data.variables import Channels
-from ..files import write_durably
+from ..files import cannot_write, write_durably
 from ..model.network import FAConvLSTMNetwork
 from ..observe import READING
 from ..spatial.domain import Domain
@@ -63,7 +63,10 @@ class Workspace:
             contract = make_contract(config, store, mesh, before, whole)
             domain = Domain(contract.grid, mesh)
             if whole.coefficients and kept is not None and mesh.rank == 0:
-                write_durably(kept, whole.bytes())
+                try:
+                    write_durably(kept, whole.content())
+                except OSError as error:
+                    raise cannot_write("run_dir", kept.parent, error) from None
             return cls(config, store, contract, domain, whole.part(domain.tile))
         contract.check(store)
         domain = Domain(contract.grid, mesh)

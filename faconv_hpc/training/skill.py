@@ -44,7 +44,7 @@ class Skill:
 @dataclass(frozen=True)
 class LeadFields:
     """Of one sample and lead, in the units of each target: the change since the last input; of diagnostics the
-    departure from their mean. NaN where it is not known.
+    departure from their mean, and from their annual cycle if they have one. NaN where it is not known.
 
     Attributes:
         truth_CYX, forecast_CYX: what came, and what was forecast.
@@ -143,19 +143,19 @@ def forecasts_of(
     persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), z_CYX, channels)
     reference_CYX = torch.stack([one.value(z) for one, z in zip(channels.targets, z_CYX, strict=True)])
     cycle_LCYX = cycle_LCYX.double()
-    since_CYX = cycle_LCYX[0].clone()  # that of diagnostics is a part of their departure from the mean
-    since_CYX[changing:] = 0.0
-    reference_CYX += since_CYX
-    persistence_CYX[changing:] += cycle_LCYX[0, changing:]
+    turned_LCYX = cycle_LCYX - cycle_LCYX[0]
+    prognostic_C = torch.arange(len(channels.targets), device=turned_LCYX.device)[:, None, None] < changing
     for lead, forecast in enumerate(free_run(network, batch, window, domain)):
         came_CYX = diagnostics_TCYX[window - 1 + lead]
         if window > 1:  # where it was known, as a change is: both errors are of the same cells
             came_CYX = came_CYX.where(~before_CYX.isnan(), float("nan"))
         truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
-        turned_CYX = cycle_LCYX[lead + 1] - since_CYX
+        turned_CYX = turned_LCYX[lead + 1].where(prognostic_C, 0.0)
         came, said = (_in_units(fields, z_CYX, channels) + turned_CYX for fields in (truth_CYX, forecast_CYX))
-        yield LeadFields(came, said, persistence_CYX, climatology_LCYX[lead] - reference_CYX)
+        persisted_CYX = persistence_CYX - turned_LCYX[lead + 1].where(~prognostic_C, 0.0)
+        mean_CYX = reference_CYX + cycle_LCYX[0].where(prognostic_C, cycle_LCYX[lead + 1])
+        yield LeadFields(came, said, persisted_CYX, climatology_LCYX[lead] - mean_CYX)
 
 
 def _in_units(fields_CYX: Tensor, z_CYX: Tensor, channels: Channels) -> Tensor:

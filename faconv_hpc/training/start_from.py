@@ -89,6 +89,10 @@ class Beginning:
             for text, some in (("new", set(new) - set(old)), ("left out", set(old) - set(new))):
                 if some:
                     lines.append(f"{what} {text}: {', '.join(sorted(some))}")
+        kinds = {one.name: one.kind for one in before.fields}
+        other = [one.name for one in channels.fields if kinds.get(one.name, one.kind) != one.kind]
+        if other:
+            lines.append(f"seen in another way than before (log1p, anomalies), so as new: {', '.join(other)}")
         if drawn:
             more = f" and {len(drawn) - SHOWN} more" if len(drawn) > SHOWN else ""
             lines.append(f"of another shape, so drawn anew: {', '.join(drawn[:SHOWN])}{more}")
