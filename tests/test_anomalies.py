@@ -401,7 +401,7 @@ def test_a_run_that_begins_with_it_knows_its_channels(made, run, tmp_path):
         ({"anomalies": {"heat": 1}, "log1p": {"heat": 300}}, r"log1p and data\.anomalies both name heat.*one of them"),
         (
             {"periods": {"train": "2003-03-01/2003-09-30"}},
-            r"2 harmonics of the year for 'heat', .* every 20% .* none in the 4\d% after its first 7\d%\. Use 0 or",
+            r"for 'heat', .* every 20% .* and 15 in .* none in the 4\d% after its first 7\d%\. Use 0 \(",
         ),
     ],
 )

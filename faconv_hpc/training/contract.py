@@ -166,13 +166,15 @@ class Contract(BaseModel):
         return InputError(f"the network was trained on {trained}, the store {path} has {found}. {way_out}")
 
 
-def check_same_data(contract: Contract, store: Store, mesh: ProcessMesh, cycle: Callable[[], AnnualCycle]) -> None:
+def check_same_data(
+    contract: Contract, store: Store, mesh: ProcessMesh, cycle: Callable[[], AnnualCycle] = AnnualCycle
+) -> None:
     """Holds a store with which training goes on to what it began with. Collective.
 
     Another store of the same data has the same statistics over the frames of training.
 
     Args:
-        cycle: reads that of the whole grid.
+        cycle: reads that of the whole grid, where the network sees anomalies.
 
     Raises:
         InputError: it has not, for some variable; with both values.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig, ModelConfig, RunConfig
-from ..data.annual_cycle import most_harmonics, widest_gap
+from ..data.annual_cycle import PER_COEFFICIENT, most_harmonics, widest_gap
 from ..data.forcings import check_forcings
 from ..data.order import stretches_of_windows
 from ..data.periods import frames_within, mask_of, spans_of, starts_before, starts_within, stretches_of
@@ -205,8 +205,9 @@ def _check_year(data: DataConfig, store: Store, spans: tuple[range, ...]) -> Non
         if harmonics > most:
             raise InputError(
                 f"data.anomalies wants {harmonics} harmonics of the year for {name!r}, which need a frame of training "
-                f"in every {1 / (1 + 2 * harmonics):.0%} of the year: {store.path} has none in the {gap:.0%} after its "
-                f"first {first:.0%}. Use {most} or fewer (0: the mean of each cell), or train on more of the year."
+                f"in every {1 / (1 + 2 * harmonics):.0%} of the year, and {PER_COEFFICIENT * (1 + 2 * harmonics)} in "
+                f"all: {store.path} has {len(fractions)}, and none in the {gap:.0%} after its first {first:.0%}. Use "
+                f"{f'{most} or fewer' if most else '0'} (0: the mean of each cell), or train on more of the year."
             )
 
 
