@@ -35,14 +35,15 @@ def evaluate_command(
 
     Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4`
     """
-    from ..data.store import Store
     from ..evaluation.skill import load_run, run_of
 
     run_dir, checkpoint = run_of(model)
     run = load_run(run_dir)
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
-    Store.open(run.data.store).close()  # or says why not, before any rank is started
     if starts_ranks(ranks):
+        from ..data.store import Store
+
+        Store.open(run.data.store).close()  # or says why not, before any rank is started
         check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
         some = [] if samples is None else ["--samples", str(samples)]
         given = ["evaluate", str(model), "--leads", str(leads), *some, *["--json"] * as_json]

@@ -25,12 +25,7 @@ if TYPE_CHECKING:
     from ..scaling.study import Cluster, Point, StudyConfig
 
 FILE_WIDTH = 130  # of the table where it is not printed on a terminal
-FOR_THE_PAGE = (
-    "nodes",
-    "min to max",
-    "samples/s",
-    "data",
-)  # columns that report.md has and the terminal has no room for
+FOR_THE_PAGE = ("nodes", "min to max", "samples/s", "data")  # columns for which a terminal has no room
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 

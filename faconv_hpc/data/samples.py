@@ -163,9 +163,11 @@ class Windows:
         return range(start, start + self.window + 1)
 
     def cycle_of(self, frames: range) -> NDArray[np.float32]:
-        """(T, C, Y, X) what the targets' values are that the network sees as 0: 0 where it sees them as they are."""
+        """(T, C, Y, X) what the targets' values are that the network sees as 0: 0 where it sees them as they are, and
+        (T, C, 1, 1) where it sees all as they are."""
         fractions = self.store.year_fraction[list(frames)]
-        cycle_TCYX = np.zeros((len(frames), len(self.channels.targets), *self.tile.shape), dtype=np.float32)
+        shape = self.tile.shape if self._cycle.coefficients else (1, 1)
+        cycle_TCYX = np.zeros((len(frames), len(self.channels.targets), *shape), dtype=np.float32)
         for place, variable in enumerate(self.channels.targets):
             if variable.harmonics is not None:
                 cycle_TCYX[:, place] = self._cycle.at(variable.name, fractions)

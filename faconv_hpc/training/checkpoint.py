@@ -21,6 +21,7 @@ from ..observe import SAVING
 from ..versions import versions
 from .carried import CarriedStates
 from .engine import Engine
+from .fit import FLOAT_BYTES
 from .identity import identity
 from .manifest import FORMAT, Manifest, ShardFile, StatePiece, StoredTensor
 from .resume import Resumed
@@ -45,7 +46,7 @@ from .shards import (
 )
 
 RUN_ID_FILE = "run-id"
-FLOAT_BYTES, MIB = 4, 2**20
+MIB = 2**20
 
 
 class SaveFailedError(RunError):

@@ -37,10 +37,10 @@ def annual_cycle_of(config: RunConfig, store: Store, mesh: ProcessMesh) -> Annua
     Raises:
         InputError: config and store do not fit each other; see `check_store`.
     """
-    check_store(config, store)
     anomalies = sorted(config.data.anomalies.items())
     if not anomalies:
         return AnnualCycle()
+    check_store(config, store)
     grid, spans = grid_of(config, store), parts_of(config.data, store).train
     cuts = Cuts.even(grid, min(mesh.lat, grid.nlat), min(mesh.lon, grid.nlon))
     frames = np.flatnonzero(mask_of(spans, store.frames)).tolist()
