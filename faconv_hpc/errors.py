@@ -42,7 +42,13 @@ class TryAgainError(RunError):
 
 
 class LostRankError(TryAgainError):
-    """A rank is silent or was killed."""
+    """A rank is silent or was killed.
+
+    Attributes:
+        told_to_leave: SIGTERM came before: the launcher has seen another rank end, which has said why.
+    """
+
+    told_to_leave = False
 
 
 class NoProgressError(RunError):

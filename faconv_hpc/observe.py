@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 READING, SAVING, LOADING = "reading data", "saving a checkpoint", "reading a checkpoint"
 VALIDATING = "validation"
@@ -18,25 +18,27 @@ class Activity:
         step: optimizer step under way, 0 before the first.
         doing: such as ``"backward"``, or the verb that communicates.
         since: when it began with that, by `time.monotonic`.
+        waits: whether it waits for other ranks.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self.doing = "starting"
         self.since = time.monotonic()
+        self.waits = False
 
     @contextmanager
-    def during(self, what: str) -> Iterator[None]:
+    def during(self, what: str, *, waits: bool = False) -> Iterator[None]:
         """Says so inside the ``with`` block."""
-        before = self.doing
-        self._begin(what)
+        before = self.doing, self.waits
+        self._begin(what, waits)
         try:
             yield
         finally:
-            self._begin(before)
+            self._begin(*before)
 
-    def _begin(self, what: str) -> None:
-        self.doing, self.since = what, time.monotonic()
+    def _begin(self, what: str, waits: bool) -> None:
+        self.doing, self.since, self.waits = what, time.monotonic(), waits
 
 
 class Clock:
@@ -54,14 +56,18 @@ class Clock:
         self._activity = activity or Activity()
 
     @contextmanager
-    def timing(self, name: str, doing: str | None = None) -> Iterator[None]:
-        """Adds the time spent inside the ``with`` block to ``name``; ``doing`` says what it is (default: the name)."""
+    def timing(self, name: str, doing: str, *, waits: bool = False) -> Iterator[None]:
+        """Adds the time spent inside the ``with`` block to ``name``; ``doing`` says what it is."""
         start = time.perf_counter()
         try:
-            with self._activity.during(doing or name):
+            with self._activity.during(doing, waits=waits):
                 yield
         finally:
             self._seconds[name] += time.perf_counter() - start
+
+    def communicating(self, verb: str) -> AbstractContextManager[None]:
+        """Adds the time inside the ``with`` block to ``"exchange"``: this rank waits for others in ``verb``."""
+        return self.timing("exchange", verb, waits=True)
 
     def take(self, name: str) -> float:
         """Seconds collected under ``name`` since it was last taken; resets them to zero."""

@@ -377,18 +377,23 @@ def test_a_rank_that_hangs_while_its_heart_beats_ends_all_after_the_time_out(tmp
 
 
 def test_who_is_furthest_behind_is_to_blame():
-    """Beats go on, but say the same for longest."""
+    """Beats go on, but say the same for longest; who only waits for others has not fallen behind of its own."""
 
     store, activity = PlainStore(), Activity()
     beats = Heartbeats(store, 0, 3, 600.0, activity)
     assert beats.blame() == "no rank has said what it was doing"
-    beats_said = [Beat(9, 12, 580.0, "gather"), Beat(9, 12, 599.0, "reading data"), Beat(9, 12, 580.1, "pad")]
+    beats_said = [Beat(9, 12, 600.0, "gather", True), Beat(9, 12, 599.0, "reading data"), Beat(9, 12, 580.1, "forward")]
     for rank, beat in enumerate(beats_said):
         store.set(f"beat/{rank}", str(beat))
     assert beats.blame() == "rank 1 is furthest behind: in step 12, reading data, for 599 s"
+    store.set("beat/1", str(Beat(9, 12, 599.0, "pad", True)))
+    assert beats.blame() == "rank 2 is furthest behind: in step 12, forward, for 580 s"
     store.set("beat/2", str(Beat(9, 11, 1.0, "backward")))
     assert beats.blame().startswith("rank 2 is furthest behind: in step 11, backward")
+    store.set("beat/0", str(Beat(9, 11, 2.0, "pad", True)))
+    assert beats.blame().startswith("rank 2 "), "of one step, who waits is not to blame"
     assert Beat.parse(str(Beat(3, 0, 0.5, "adjoint of pad"))).where == "before the first step, adjoint of pad"
+    assert Beat.parse(str(Beat(3, 0, 0.5, "adjoint of pad", True))) == Beat(3, 0, 0.5, "adjoint of pad", True)
 
 
 def test_of_thousands_of_ranks_one_asks_who_is_to_blame_and_all_ask_more_rarely(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Ranks of a Slurm job meet, whoever holds the ports they had in mind."""
 
 import os
+import signal
 import socket
 import socketserver
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from torch.distributed import TCPStore
 
 import forks
+from faconv_hpc.cli import app
 from faconv_hpc.errors import InputError, LostRankError, RunError, TryAgainError
 from faconv_hpc.launch import slurm
 from faconv_hpc.spatial import environment, meeting
@@ -22,6 +24,7 @@ from faconv_hpc.spatial.failure import MARGIN_S
 from faconv_hpc.spatial.meeting import _asked, _opened, candidate_ports, meet
 from faconv_hpc.training.faults import claim
 from faconv_hpc.training.faults.claim import claimed
+from faconv_hpc.training.faults.signals import StopRequest
 from runs import make_store, write_config
 from studies import record, write_records
 
@@ -327,6 +330,25 @@ def test_starts_whose_ranks_never_meet_are_counted_and_end(tmp_path):
     assert sum(text.count("2 starts in a row of the run") for text in told) == 1
 
 
+def test_a_rank_that_was_told_to_leave_while_it_met_the_others_leaves_in_silence(monkeypatch, capsys):
+    """Before it knew that it cannot meet them: the one that knew first has spoken."""
+
+    def meets():
+        with StopRequest({signal.SIGTERM: 60.0}):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise LostRankError("rank 1 of 2 cannot meet the others")
+
+    monkeypatch.setattr(app, "app", meets)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits to be ended"))
+    for name, value in RankEnvironment(1, 2, 1).variables().items():
+        monkeypatch.setenv(name, value)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(SystemExit, match="75"):
+        app.main()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert capsys.readouterr().err == ""
+
+
 def test_ranks_that_cannot_meet_end_with_75_and_one_message_a_node(tmp_path):
     config = write_config(tmp_path, make_store(tmp_path / "waves"), mesh={"lon": 2}, training={"timeout_s": 10})
     command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
@@ -341,9 +363,7 @@ def test_ranks_that_cannot_meet_end_with_75_and_one_message_a_node(tmp_path):
         for rank in "01"
     ]
     told = [ranks[0].communicate(timeout=120)[1]]
-    time.sleep(1.0)
-    assert ranks[1].poll() is None  # it waits for a launcher to end it, as srun does
-    ranks[1].terminate()
+    ranks[1].terminate()  # as a launcher does; it waits for that, or has yet to learn that it cannot meet the first
     told.append(ranks[1].communicate(timeout=120)[1])
     assert [rank.returncode for rank in ranks] == [75, 75], told
     assert [text.count("faconv: failed") for text in told] == [1, 0], told

@@ -52,6 +52,8 @@ def main() -> None:
             say_before_joining(error)
         elif not RankEnvironment.is_first_of_node():  # the ranks cannot agree on who speaks: one of every node is first
             code = exit_code_of(error)
+            if error.told_to_leave:
+                sys.exit(code)
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
             time.sleep(FIRST_S)
         print(describe(error), file=sys.stderr)

@@ -32,20 +32,20 @@ def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb
     if group is None:
         return lambda: value
     if _goes_directly(value, group):
-        with clock.timing("exchange", verb):
+        with clock.communicating(verb):
             everyones, sent = _start_to_all(value, group)
 
         def summed() -> Tensor:
-            with clock.timing("exchange", verb):
+            with clock.communicating(verb):
                 sent.wait()
             return everyones.sum(0, dtype=value.dtype)
 
         return summed
-    with clock.timing("exchange", verb):
+    with clock.communicating(verb):
         work = dist.all_reduce(value, group=group, async_op=True)
 
     def finish() -> Tensor:
-        with clock.timing("exchange", verb):
+        with clock.communicating(verb):
             work.wait()
         return value
 
@@ -59,7 +59,7 @@ def gather(tile: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGrou
     """
     largest = max(sizes)
     part = _filled(tile.movedim(dim, 0), largest)
-    with clock.timing("exchange", "gather"):
+    with clock.communicating("gather"):
         parts = all_gather(part, group)
     return torch.cat([parts[rank, :size] for rank, size in enumerate(sizes)]).movedim(0, dim)
 
@@ -72,7 +72,7 @@ def reduce_scatter(
     spans = whole.movedim(dim, 0).to(at_least_float32(whole.dtype)).split(list(sizes))
     parts = torch.cat([_filled(span, largest) for span in spans])
     part = parts.new_empty(largest, *parts.shape[1:])
-    with clock.timing("exchange", "adjoint of gather"):
+    with clock.communicating("adjoint of gather"):
         if parts.device.type == "cpu":  # Gloo would sum up all of it on every rank
             received = torch.empty_like(parts)
             dist.all_to_all_single(received, parts, group=group)
@@ -89,7 +89,7 @@ def all_to_all(
     outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
     counts = [shape.numel() for shape in shapes]
     incoming = outgoing.new_empty(sum(counts))
-    with clock.timing("exchange", "swap"):
+    with clock.communicating("swap"):
         dist.all_to_all_single(
             incoming,
             outgoing,

@@ -96,11 +96,11 @@ class HaloExchange:
             for operation, buffers in ((dist.irecv, incoming), (dist.isend, outgoing))
             for peer, buffer in sorted(buffers.items())
         ]
-        with self._clock.timing("exchange", verb):
+        with self._clock.communicating(verb):
             works = _started(operations)
 
         def finish() -> Received:
-            with self._clock.timing("exchange", verb):
+            with self._clock.communicating(verb):
                 for work in works:
                     work.wait()
             outgoing.clear()  # sent; until here the buffers had to live

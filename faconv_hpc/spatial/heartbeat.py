@@ -26,21 +26,23 @@ class Beat:
         step: optimizer step it is in.
         for_s: seconds since it began with what it is doing.
         doing: such as ``"backward"`` or ``"gather"``.
+        waits: whether it waits for others in that.
     """
 
     count: int
     step: int
     for_s: float
     doing: str
+    waits: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Beat":
         """From what `str` gives."""
-        count, step, for_s, doing = text.split(" ", 3)
-        return cls(int(count), int(step), float(for_s), doing)
+        count, step, for_s, waits, doing = text.split(" ", 4)
+        return cls(int(count), int(step), float(for_s), doing, waits == "waits")
 
     def __str__(self) -> str:
-        return f"{self.count} {self.step} {self.for_s:.1f} {self.doing}"
+        return f"{self.count} {self.step} {self.for_s:.1f} {'waits' if self.waits else 'works'} {self.doing}"
 
     @property
     def where(self) -> str:
@@ -92,11 +94,14 @@ class Heartbeats:
         )
 
     def blame(self) -> str:
-        """Which rank the others wait for when a collective ran out of time: the one longest at the same thing.
+        """Which rank the others wait for when a collective ran out of time.
 
-        Asks for every rank's beat: one rank may do so, not all of them.
+        Of those in the earliest step one that does not wait itself, and of those the one longest at the same thing: who
+        waits may have begun before whoever is waited for came to where it hangs. Asks for every rank's beat: one rank
+        may do so, not all of them.
         """
-        beats = [(beat.step, -beat.for_s, rank, beat) for rank in range(self._ranks) if (beat := self._beat_of(rank))]
+        said = ((rank, self._beat_of(rank)) for rank in range(self._ranks))
+        beats = [(beat.step, beat.waits, -beat.for_s, rank, beat) for rank, beat in said if beat]
         if not beats:
             return "no rank has said what it was doing"
         *_, rank, beat = min(beats)
@@ -105,7 +110,7 @@ class Heartbeats:
     def _say(self, now: float) -> None:
         activity = self._activity
         self._count += 1
-        beat = Beat(self._count, activity.step, now - activity.since, activity.doing)
+        beat = Beat(self._count, activity.step, now - activity.since, activity.doing, activity.waits)
         self._store.set(f"beat/{self._rank}", str(beat))
 
     def _beat_of(self, rank: int) -> Beat | None:

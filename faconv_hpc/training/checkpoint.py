@@ -178,7 +178,8 @@ class CheckpointWriter:
         if pending is None:
             return
         own = pending.report.result()
-        with self._mesh.activity.during(SAVING if self._mesh.rank == 0 else "waiting for the others to save"):
+        first = self._mesh.rank == 0
+        with self._mesh.activity.during(SAVING if first else "waiting for the others to save", waits=not first):
             self._commit(pending, self._mesh.gathered_objects(own))
 
     def _commit(self, pending: _Pending, reports: list[_Report]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from ...config import TrainingConfig
-from ...errors import EXIT_INTERRUPTED, InputError
+from ...errors import EXIT_INTERRUPTED, InputError, LostRankError
 from ...interrupts import follow
 from ...spatial.environment import RankEnvironment
 
@@ -84,6 +84,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         hold_signals()  # one that comes now finds nobody who listens
+        if isinstance(error, LostRankError):
+            error.told_to_leave = signal.SIGTERM in self.came
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._descriptor_before)
