@@ -143,14 +143,19 @@ def test_commands_without_a_cluster_are_none(tmp_path, monkeypatch, capsys):
     assert "no cluster: the study runs on this machine" in capsys.readouterr().err
 
 
-def test_a_silent_controller_does_not_make_this_machine_a_cluster(tmp_path):
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
+def test_where_slurm_does_not_answer_a_study_runs_here_and_says_so(tmp_path, monkeypatch, capsys):
+    """Unless it is told to use Slurm."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
     for name in ("scontrol", "sbatch", "srun"):
-        (scontrol.parent / name).write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is DOWN'\n")
-        (scontrol.parent / name).chmod(0o755)
-    path = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    process = faconv("study", write_study(tmp_path), environment=path)
-    assert process.returncode == 2 and len(messages(process)) == 1
-    assert "head is DOWN" in process.stderr and "give --cluster local" in process.stderr
+        (commands / name).write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is DOWN'\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    assert _default_cluster() is Where.LOCAL
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "does not answer" in told and "head is DOWN" in told and "runs on this machine; --cluster slurm" in told
+
+    file = write_study(tmp_path)
+    process = faconv("study", file, "--cluster", "slurm")
+    assert process.returncode == 2 and len(messages(process)) == 1 and "head is DOWN" in process.stderr
     assert not (tmp_path / "study").exists()

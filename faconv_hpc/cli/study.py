@@ -115,7 +115,7 @@ def _cluster(where: Where) -> "Cluster":
 
 
 def _default_cluster() -> Where:
-    """Slurm, where its client knows of a cluster; one that is away for a moment does not make this machine another."""
+    """Slurm, where it answers; else this machine, and it is said: points that began on Slurm are not taken over."""
     from ..launch.slurm import NO_CLUSTER, check_client
 
     if shutil.which("scontrol") is None:
@@ -123,10 +123,10 @@ def _default_cluster() -> Where:
     try:
         check_client()
     except InputError as error:
-        if NO_CLUSTER in str(error):
-            print("faconv: Slurm's commands are here, but no cluster: the study runs on this machine", file=sys.stderr)
-            return Where.LOCAL
-        raise InputError(f"{error} For a study on this machine, give --cluster local.") from None
+        told = str(error)
+        why = "Slurm's commands are here, but no cluster" if NO_CLUSTER in told else told.partition(". ")[0]
+        print(f"faconv: {why}: the study runs on this machine; --cluster slurm insists on Slurm", file=sys.stderr)
+        return Where.LOCAL
     return Where.SLURM
 
 
