@@ -125,6 +125,7 @@ class ModelConfig(Section):
     cell: Literal["faconvlstm", "convlstm"] = Field("faconvlstm", description="convlstm: the baseline")
     hidden_channels: Count = Field(32, description="C_h of every layer")
     layers: Count = Field(2, description="how many are stacked")
+    residual: bool = Field(True, description="layers add to what they are given, and the forecast sees the inputs")
     kernel_size: Count = Field(3, description="odd size of the kernels")
     dilations: tuple[Count, ...] = Field((1, 2, 4), description="one depthwise kernel for each")
     bottleneck_channels: Count | None = Field(None, description="C_b; default: half of C_h")
@@ -140,6 +141,10 @@ class ModelConfig(Section):
     coarse_shape: tuple[Count, Count] = Field((6, 12), description="regions whose means the embedding maps to")
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")
     kernels: Literal["eager", "compiled"] = Field("compiled", description="compiled takes a minute for each tile shape")
+
+
+OLDER_MODEL: dict[str, Any] = {"residual": False}
+"""What runs and exports that say nothing of it were trained with."""
 
 
 class TrainingConfig(Section):

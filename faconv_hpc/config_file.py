@@ -2,14 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from .config import RunConfig, Section
+from .config import OLDER_MODEL, RunConfig, Section
 from .errors import InputError
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -31,18 +31,26 @@ for _name, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list("-+.0123456789"))
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, older: bool = False) -> RunConfig:
     """Reads the YAML config of a run, applies ``section.key=value`` overrides, and checks all of it.
+
+    Args:
+        older: it is the resolved config of a run, maybe an older version's: what it says nothing of is as it was then.
 
     Raises:
         InputError: no such file, no valid YAML, an unknown key (with the nearest known one), or a
             value that breaks a rule. All findings are listed at once.
     """
-    return load_yaml(RunConfig, path, overrides)
+    return load_yaml(RunConfig, path, overrides, {"model": OLDER_MODEL} if older else None)
 
 
-def load_yaml(model: type[AnySection], path: Path | str, overrides: Sequence[str] = ()) -> AnySection:
-    """The same for any model: a run's, a study's."""
+def load_yaml(
+    model: type[AnySection],
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> AnySection:
+    """The same for any model: a run's, a study's. ``defaults``: other ones, by section."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -53,6 +61,9 @@ def load_yaml(model: type[AnySection], path: Path | str, overrides: Sequence[str
             f"such as configs/quickstart_era5.yaml."
         ) from None
     tree = _parsed(text, str(path), model)
+    for section, values in (defaults or {}).items():
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section] = {**values, **tree[section]}
     for override in overrides:
         _apply(tree, override)
     return validated(model, tree, str(path))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import h5py
 import pytest
+import torch
 
 import forks
 from faconv_hpc import load_config
@@ -111,6 +112,7 @@ def test_ninja_may_stand_beside_python(tmp_path, programs, monkeypatch):
 
 def test_gpus_that_torch_cannot_use(tmp_path, programs, monkeypatch, store):
     subject = subject_of(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
     only(checks.gpus(subject), OK, "none: CPU, gloo")
     put(programs, "nvidia-smi", "echo 'GPU 0: NVIDIA H100 (UUID: a)'; echo 'GPU 1: NVIDIA H100 (UUID: b)'")
     only(checks.gpus(subject), FAILURE, r"nvidia-smi lists 2, torch 2\..* can use none", "built for CPUs: pip install")
@@ -371,9 +373,11 @@ def test_devices_with_which_the_ranks_would_wait_without_end(answers, value, fix
     only(doctor.joining_problems(roll(*answers)), FAILURE, value, fix)
 
 
-def test_devices_with_which_the_ranks_can_join():
+def test_devices_with_which_the_ranks_can_join(monkeypatch):
     assert doctor.joining_problems(roll(("n1", None), ("n2", None))) == []
     assert doctor.joining_problems(roll(("n1", "a"), ("n1", "b"), ("n2", "a"))) == []
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert doctor.joining_problems(roll(("n1", "a"), ("n1", "a"))) == []
 
 
 # Several ranks

@@ -12,7 +12,7 @@ from torch.nn import functional
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.errors import InputError
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
-from faconv_hpc.model.kernels import Taps, kernels_for
+from faconv_hpc.model.kernels import BY_EXP, OF_LIBRARY, Taps, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
 from faconv_hpc.spatial import collectives
 from ranks import Layout, run_on_ranks
@@ -92,10 +92,17 @@ def test_gates_and_mixing_have_the_gradients_of_finite_differences():
         lambda u, w: kernels.mix(u, w, taps),
         (random_like((2, 2, 7, 8), 0).requires_grad_(), random_like((2, 2, 17), 1).requires_grad_()),
     )
-    a, c, p = (
-        random_like(shape, n).requires_grad_() for n, shape in enumerate([(2, 4, 3, 2, 3), (2, 3, 2, 3), (3, 3)])
-    )
-    assert torch.autograd.gradcheck(kernels.gates, (a, c, p))
+    shapes = (2, 4, 3, 2, 3), (4, 3), (2, 3, 2, 3), (3, 3)
+    given = tuple(random_like(shape, number).requires_grad_() for number, shape in enumerate(shapes))
+    assert torch.autograd.gradcheck(kernels.gates, given)
+
+
+def test_gates_by_exp_are_those_of_the_library_and_end_at_1():
+    """In float64 and float32, at any size of a number, infinite ones too."""
+    x = torch.cat([torch.linspace(-45, 45, 1001), torch.tensor([0.0, 1e-8, -1e-8, 1e30, -1e30, torch.inf, -torch.inf])])
+    for kind, tolerance in ((torch.float64, 4e-16), (torch.float32, 2e-7)):
+        for mine, library in zip(BY_EXP, OF_LIBRARY, strict=True):
+            torch.testing.assert_close(mine(x.to(kind)), library(x.to(kind)), rtol=0, atol=tolerance)
 
 
 def both_passes(mode, batch, rows, columns):
@@ -108,8 +115,9 @@ def both_passes(mode, batch, rows, columns):
 
     u, w = numbers(0, batch, 8, rows + 4, columns + 4), numbers(1, batch, 8, 3)
     a, c, p = numbers(2, batch, 4, 8, rows, columns), numbers(3, batch, 8, rows, columns), numbers(4, 3, 8)
-    outs = [kernels.mix(u, w, taps), *kernels.gates(a, c, p)]
-    return *outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), [u, w, a, c, p])
+    b = numbers(5, 4, 8)
+    outs = [kernels.mix(u, w, taps), *kernels.gates(a, b, c, p)]
+    return *outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), [u, w, a, b, c, p])
 
 
 def test_compiled_kernels_equal_eager_ones():

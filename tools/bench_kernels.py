@@ -33,16 +33,17 @@ def measure(mode: str) -> dict[str, float]:
     u = torch.randn(1, BOTTLENECK, *size, requires_grad=True)
     weight = torch.randn(1, BOTTLENECK, len(taps.offsets), requires_grad=True)
     a = torch.randn(1, 4, HIDDEN, ROWS, COLUMNS, requires_grad=True)
+    bias = torch.randn(4, HIDDEN, requires_grad=True)
     c = torch.randn(1, HIDDEN, ROWS, COLUMNS, requires_grad=True)
     peephole = torch.randn(3, HIDDEN, requires_grad=True)
-    mixed, (h, c_new) = kernels.mix(u, weight, taps), kernels.gates(a, c, peephole)
+    mixed, (h, c_new) = kernels.mix(u, weight, taps), kernels.gates(a, bias, c, peephole)
     grad, grad_h = torch.randn_like(mixed), torch.randn_like(h)
     return {
         "mixing forward": median_ms(lambda: kernels.mix(u, weight, taps)),
         "mixing backward": median_ms(lambda: torch.autograd.grad(mixed, (u, weight), grad, retain_graph=True)),
-        "gates forward": median_ms(lambda: kernels.gates(a, c, peephole)),
+        "gates forward": median_ms(lambda: kernels.gates(a, bias, c, peephole)),
         "gates backward": median_ms(
-            lambda: torch.autograd.grad((h, c_new), (a, c, peephole), (grad_h, grad_h), retain_graph=True)
+            lambda: torch.autograd.grad((h, c_new), (a, bias, c, peephole), (grad_h, grad_h), retain_graph=True)
         ),
     }
 

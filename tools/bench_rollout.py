@@ -59,7 +59,7 @@ def train(given: argparse.Namespace, kind: str, seed: int) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "given.yaml"
     config.write_text(yaml.safe_dump(config_of(given, run_dir, kind, seed)))
-    command = [sys.executable, "-m", "faconv_hpc", "train", str(config)]
+    command = [sys.executable, "-m", "faconv_hpc", "train", str(config), *(f"--set={text}" for text in given.set)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return run_dir
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=1.0, help="of the leads after the first in the loss")
     parser.add_argument("--stateful", type=int, default=0, help="windows in a row; also with states carried on")
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config of all runs")
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
     told = " then ".join(f"{leads} leads from {share:g}" for share, leads in given.schedule.items())

@@ -20,7 +20,7 @@ from .submit import submit_command
 from .train import train_command
 from .verify import verify_command
 
-FIRST_S = 5.0  # for a launcher to end those that would say it again
+FIRST_S = 20.0  # for a launcher to end those that would say it again: the first may learn it some seconds later
 
 app = typer.Typer(
     cls=Verbs,

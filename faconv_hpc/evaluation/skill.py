@@ -71,16 +71,17 @@ def run_of(where: Path) -> tuple[Path, Path | None]:
 
 
 def load_run(run_dir: Path) -> RunConfig:
-    """The resolved config of a run.
+    """The resolved config of a run; what one of an older version says nothing of is as it was then.
 
     Raises:
         InputError: the directory holds no run.
     """
-    if not (run_dir / CONFIG_FILE).is_file():
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
         raise InputError(
             f"{run_dir} holds no run: it has no {CONFIG_FILE}. Give the run_dir of a `faconv train` that was started."
         )
-    return load_config(run_dir / CONFIG_FILE)
+    return load_config(path, older=True)
 
 
 def checkpoint_of(config: RunConfig, mesh: ProcessMesh, directory: Path | None = None) -> Checkpoint:

@@ -113,7 +113,9 @@ def _place(local_rank: int) -> str:
 
 
 def _shared_gpus(nodes: list[str], devices: list[str | None]) -> list[Finding]:
-    """NCCL refuses two ranks on one GPU."""
+    """NCCL refuses two ranks on one GPU, unless it is told not to (from 2.30.7 on; for trials, as they share it)."""
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        return []
     users: dict[tuple[str, str], list[int]] = {}
     for rank, (node, device) in enumerate(zip(nodes, devices, strict=True)):
         if device is not None:

@@ -157,9 +157,10 @@ class FAConvLSTM2d(nn.Module):
         excited = self.excite(functional.silu(self.squeeze(mean_BC + recurrent_mean)))
         scale_BDC = torch.sigmoid(excited).unflatten(1, self.mixing_weight.shape[:2])
         mixed = self._mix(padded_BCYX + recurrent, scale_BDC)
-        a_BCYX = pointwise(self.expansion_weight, mixed, self.expansion_bias)
-        a_BGCYX = a_BCYX.unflatten(1, (4, self.hidden_channels))
-        h_new, c_new = self.kernels.gates(a_BGCYX, c, self.peephole_weight.to(c.dtype))
+        gates = (4, self.hidden_channels)
+        a_BGCYX = pointwise(self.expansion_weight, mixed).unflatten(1, gates)
+        bias_GC = self.expansion_bias.unflatten(0, gates).to(c.dtype)
+        h_new, c_new = self.kernels.gates(a_BGCYX, bias_GC, c, self.peephole_weight.to(c.dtype))
         return h_new.to(h.dtype), c_new
 
     def _mix(self, u_BCYX: Tensor, scale_BDC: Tensor) -> Tensor:

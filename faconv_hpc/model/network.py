@@ -75,6 +75,8 @@ class FAConvLSTMNetwork(nn.Module):
         hidden_channels: C_h of every layer.
         layers: how many are stacked.
         diagnostic_channels: what is forecast besides, and is no input.
+        residual: every layer but the first adds what it says to what it was given, and the forecast sees the inputs.
+            Gates saturate; a forecast that is linear in the fields can hold back what has grown too large.
         embedding_channels, coarse_shape: see `SubspaceHead`.
         embedding_weight: weight of the coarse field's error in the loss.
         checkpoint_steps: length of the time segments that are computed again in backward instead of
@@ -94,6 +96,7 @@ class FAConvLSTMNetwork(nn.Module):
         layers: int = 2,
         *,
         diagnostic_channels: int = 0,
+        residual: bool = True,
         embedding_channels: int = 32,
         coarse_shape: tuple[int, int] = (6, 12),
         embedding_weight: float = 0.1,
@@ -114,10 +117,14 @@ class FAConvLSTMNetwork(nn.Module):
         self.boundaries: tuple[Boundary, Boundary, Boundary] | None = None
         inputs = [in_channels] + [hidden_channels] * (layers - 1)
         self.layers = nn.ModuleList(CELLS[cell](channels, hidden_channels, **layer_options) for channels in inputs)
-        self.forecast = nn.Conv2d(hidden_channels, field_channels + diagnostic_channels, kernel_size=1)
+        targets = field_channels + diagnostic_channels
+        self.forecast = nn.Conv2d(hidden_channels, targets, kernel_size=1)
+        self.forecast_from_inputs = nn.Conv2d(in_channels, targets, kernel_size=1, bias=False) if residual else None
         self.subspace = SubspaceHead(hidden_channels, embedding_channels, field_channels, coarse_shape)
         nn.init.zeros_(self.forecast.weight)  # the first forecast is persistence, exactly
         nn.init.zeros_(self.forecast.bias) if self.forecast.bias is not None else None
+        if self.forecast_from_inputs is not None:
+            nn.init.zeros_(self.forecast_from_inputs.weight)
 
     def forward(
         self,
@@ -271,11 +278,14 @@ class FAConvLSTMNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, list[State]]:
         """Some steps through all layers and the forecast; only what later segments need comes out."""
         h_BTCYX, after = x_BTCYX, []
-        for layer, state in zip(self.layers, states, strict=True):
-            h_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
+        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            out_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
+            h_BTCYX = h_BTCYX + out_BTCYX if number and self.forecast_from_inputs is not None else out_BTCYX
             after.append(last)
-        forecast = self.forecast(h_BTCYX.flatten(0, 1)).unflatten(0, h_BTCYX.shape[:2])
-        return forecast, domain.mean(h_BTCYX), after
+        forecast = self.forecast(h_BTCYX.flatten(0, 1))
+        if self.forecast_from_inputs is not None:
+            forecast = forecast + self.forecast_from_inputs(x_BTCYX.flatten(0, 1))
+        return forecast.unflatten(0, h_BTCYX.shape[:2]), domain.mean(h_BTCYX), after
 
     def _free_segment(
         self,

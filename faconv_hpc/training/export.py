@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..config import ModelConfig
+from ..config import OLDER_MODEL, ModelConfig
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..files import replacing
@@ -84,7 +84,9 @@ def cycle_in(checkpoint: Checkpoint, contract: Contract) -> AnnualCycle:
 
 def metadata(manifest: Manifest) -> dict[str, str]:
     """What builds the network, and its contract: texts, as safetensors wants them, or JSON."""
-    options = network_options(ModelConfig.model_validate(manifest.config["model"]), manifest.contract.channels)
+    options = network_options(
+        ModelConfig.model_validate(OLDER_MODEL | manifest.config["model"]), manifest.contract.channels
+    )
     return {
         "step": str(manifest.step),
         "network": json.dumps(options),

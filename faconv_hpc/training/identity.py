@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import OLDER_MODEL
 from ..data.periods import stretches_of
 from ..errors import InputError
 from .manifest import Manifest
@@ -39,7 +40,8 @@ def identity(workspace: Workspace) -> dict[str, Any]:
 def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
-    saved = {"training.stateful_windows": 0, "data.anomalies": {}} | dict(saved)  # before there were any
+    older = {"training.stateful_windows": 0, "data.anomalies": {}}  # before there were any
+    saved = older | {f"model.{key}": value for key, value in OLDER_MODEL.items()} | dict(saved)
     for key, value in now.items():
         if key in saved and saved[key] != value:
             raise InputError(

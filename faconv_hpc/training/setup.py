@@ -128,7 +128,7 @@ def network_options(model: ModelConfig, channels: Channels) -> dict[str, Any]:
     """Arguments of `FAConvLSTMNetwork`; plain values, as JSON can hold."""
     kept = {
         "hidden_channels", "layers", "embedding_channels", "coarse_shape", "embedding_weight", "checkpoint_steps",
-        "cell", "kernel_size",
+        "cell", "residual", "kernel_size",
     }  # fmt: skip
     if model.cell == "faconvlstm":
         kept |= {

@@ -14,6 +14,7 @@ from .contract import Contract
 from .loading import read_weights
 
 INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
+INPUTS_TO_TARGETS = "forecast_from_inputs.weight"
 SHOWN = 6  # names in one message
 Key = tuple[str | float | None, ...]
 """What tells channels apart: a variable's name, and what makes it another one."""
@@ -107,6 +108,10 @@ def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, chan
         return _gathered(old, drawn, _input_keys(before), _input_keys(channels), dim=1)
     if name.startswith(TARGETS):
         return _gathered(old, drawn, _keys(before.targets), _keys(channels.targets), dim=0)
+    if name == INPUTS_TO_TARGETS:
+        empty = drawn.new_zeros(len(drawn), *old.shape[1:])
+        rows = _gathered(old, empty, _keys(before.targets), _keys(channels.targets), dim=0)
+        return None if rows is None else _gathered(rows, drawn, _input_keys(before), _input_keys(channels), dim=1)
     if name.startswith(COARSE):
         was, now = _keys(before.prognostic), _keys(channels.prognostic)
         found = _gathered(old.unflatten(0, (len(was), -1)), drawn.unflatten(0, (len(now), -1)), was, now, dim=0)

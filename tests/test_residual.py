@@ -1,0 +1,94 @@
+"""Layers that add to what they are given, and a forecast that sees the inputs; runs of before there were any."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+import yaml
+
+from faconv_hpc import FAConvLSTMNetwork, load_network
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.skill import evaluate, load_run
+from faconv_hpc.training.checkpoint import checkpoints_in
+from faconv_hpc.training.export import export
+from faconv_hpc.training.shards import MANIFEST, SUMS
+from faconv_hpc.training.trainer import train
+from ranks import Layout, run_on_ranks
+from runs import make_store, small_config
+from test_domain import random_like
+from test_parity import randomized
+
+ONE = Layout(1, 1, 1)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("cell", ["faconvlstm", "convlstm"])
+def test_a_network_is_its_parts(cell, residual):
+    network = randomized(FAConvLSTMNetwork(4, 3, 8, 3, diagnostic_channels=1, residual=residual, cell=cell,
+                                           embedding_channels=8, coarse_shape=(2, 2)))  # fmt: skip
+    x, season = random_like((2, 3, 4, 7, 9), 0), random_like((2, 3), 1)
+    first, second, third = network.layers
+    h = first(x)[0]
+    h = second(h)[0] + h * residual
+    h = third(h)[0] + h * residual
+    want = torch.einsum("oc,btcyx->btoyx", network.forecast.weight[:, :, 0, 0], h)
+    want = want + network.forecast.bias[:, None, None]
+    if residual:
+        want = want + torch.einsum("oc,btcyx->btoyx", network.forecast_from_inputs.weight[:, :, 0, 0], x)
+    torch.testing.assert_close(network(x, season).forecast_BTCYX, want)
+    if not residual:
+        assert network.forecast_from_inputs is None
+
+
+def test_the_first_forecast_is_persistence():
+    network = FAConvLSTMNetwork(4, 3, 8, embedding_channels=8)
+    assert not network(torch.randn(1, 2, 4, 7, 9), torch.rand(1, 2)).forecast_BTCYX.any()
+
+
+def as_before(config):
+    """A run as a version left it that knew no residuals."""
+    kept = config.run_dir / "config.yaml"
+    tree = yaml.safe_load(kept.read_text())
+    assert tree["model"].pop("residual") is False
+    kept.write_text(yaml.safe_dump(tree))
+    for checkpoint in checkpoints_in(config.run_dir):
+        path = checkpoint.path / MANIFEST
+        manifest = json.loads(path.read_text())
+        del manifest["config"]["model"]["residual"], manifest["identity"]["model.residual"]
+        path.write_text(json.dumps(manifest))
+        sums = checkpoint.path / SUMS
+        lines = [line for line in sums.read_text().splitlines() if not line.endswith(MANIFEST)]
+        lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {MANIFEST}")
+        sums.write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda one: one.split("  ")[1])))
+
+
+def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path):
+    store = make_store(tmp_path / "waves")
+    model, training = {"residual": False}, {"checkpoint_every": 3}
+    config = small_config(tmp_path, store, model=model, training=training)
+    run_on_ranks(ONE, lambda mesh: train(config, mesh))
+    skills = run_on_ranks(ONE, lambda mesh: evaluate(load_run(config.run_dir), mesh, 1).skills)
+    want = load_network(config.run_dir).network
+    as_before(config)
+    assert load_run(config.run_dir) == config
+    assert run_on_ranks(ONE, lambda mesh: evaluate(load_run(config.run_dir), mesh, 1).skills) == skills
+    export(checkpoints_in(config.run_dir)[-1], tmp_path / "weights.safetensors")
+    for path in (config.run_dir, tmp_path / "weights.safetensors"):
+        got = load_network(path).network
+        assert got.forecast_from_inputs is None
+        for name, value in want.state_dict().items():
+            assert torch.equal(got.state_dict()[name], value)
+    checkpoints_in(config.run_dir)[-1].path.rename(tmp_path / "away")
+    run_on_ranks(ONE, lambda mesh: train(config, mesh))
+    again = checkpoints_in(config.run_dir)[-1]
+    assert again.step == 6
+    for name, value in again.weights().items():
+        assert torch.equal(want.state_dict()[name], value)
+    other = small_config(tmp_path, store, training=training)
+
+    def refused(mesh):
+        with pytest.raises(InputError, match=r"holds a run with model\.residual=False, this config says True"):
+            train(other, mesh)
+
+    run_on_ranks(ONE, refused)
