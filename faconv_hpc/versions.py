@@ -3,6 +3,7 @@
 import platform
 import socket
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def _commit() -> str:
     """Of the checkout this package is run from, ``-dirty`` with changes that are not committed."""
     package = Path(__file__).parent
