@@ -9,8 +9,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from faconv_hpc.cli.study import Where, _default_cluster
-from faconv_hpc.errors import SilentClusterError
+from faconv_hpc.errors import InputError, SilentClusterError
 from faconv_hpc.launch.cluster import LocalCluster, _born
 from faconv_hpc.scaling.driver import StudyDriver
 from faconv_hpc.scaling.points import Outcomes, PointFiles
@@ -154,6 +156,11 @@ def test_where_slurm_does_not_answer_a_study_runs_here_and_says_so(tmp_path, mon
     assert _default_cluster() is Where.LOCAL
     (told,) = capsys.readouterr().err.splitlines()
     assert "does not answer" in told and "head is DOWN" in told and "runs on this machine; --cluster slurm" in told
+
+    _, points = study_of(tmp_path / "begun")
+    PointFiles(points[1]).begin("slurm")
+    with pytest.raises(InputError, match=r"head is DOWN\), and this study has points that ran there.*--cluster local"):
+        _default_cluster(points)
 
     file = write_study(tmp_path)
     process = faconv("study", file, "--cluster", "slurm")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE_WIDTH = 130  # of the table where it is not printed on a terminal
 FOR_THE_PAGE = ("nodes", "min to max", "samples/s", "data")  # columns for which a terminal has no room
+ASK_S = 10.0  # for Slurm to answer where nobody asked for it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -67,7 +68,7 @@ def study_command(
     if report_only:
         _check_begun(config, points)
     else:
-        _run(config, points, cluster or _default_cluster(), retry_failed)
+        _run(config, points, cluster or _default_cluster(points), retry_failed)
     report = report_of(config, points)
     from ..scaling.page import write_report  # here, so that a study that is going on does not load matplotlib
 
@@ -114,20 +115,30 @@ def _cluster(where: Where) -> "Cluster":
     return SlurmCluster() if where is Where.SLURM else LocalCluster()
 
 
-def _default_cluster() -> Where:
-    """Slurm, where it answers; else this machine, and it is said: points that began on Slurm are not taken over."""
-    from ..launch.slurm import NO_CLUSTER, check_client
+def _default_cluster(points: "Sequence[Point]" = ()) -> Where:
+    """Slurm, where it answers; else this machine, and it is said.
 
-    if shutil.which("scontrol") is None:
+    Raises:
+        InputError: Slurm does not answer, and has measured some of the points: others would not be like them.
+    """
+    from ..launch.slurm import NO_CLUSTER, ping
+    from ..scaling.points import PointFiles
+
+    if any(shutil.which(name) is None for name in ("scontrol", "sbatch", "srun")):
         return Where.LOCAL
-    try:
-        check_client()
-    except InputError as error:
-        told = str(error)
-        why = "Slurm's commands are here, but no cluster" if NO_CLUSTER in told else told.partition(". ")[0]
-        print(f"faconv: {why}: the study runs on this machine; --cluster slurm insists on Slurm", file=sys.stderr)
-        return Where.LOCAL
-    return Where.SLURM
+    up, answer = ping(ASK_S)
+    if up:
+        return Where.SLURM
+    begun = {attempt.cluster for point in points if (attempt := PointFiles(point).attempt())}
+    silent = f"Slurm's controller does not answer ({answer})"
+    if Where.SLURM in begun:
+        raise InputError(
+            f"{silent}, and this study has points that ran there; others of this machine would not be like them. "
+            f"Start it again when Slurm answers, or give --cluster local."
+        )
+    why = "Slurm's commands are here, but no cluster" if NO_CLUSTER in answer else silent
+    print(f"faconv: {why}: the study runs on this machine; --cluster slurm insists on Slurm", file=sys.stderr)
+    return Where.LOCAL
 
 
 def _check_begun(config: "StudyConfig", points: "Sequence[Point]") -> None:

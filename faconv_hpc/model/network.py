@@ -66,6 +66,23 @@ class TrainingLosses:
     forecast: Loss
 
 
+class ForecastHead(nn.Conv2d):
+    """What is forecast of each cell: linear in the last layer's h, and in the inputs where there are some.
+
+    Args:
+        hidden_channels, inputs, targets: how many channels of each; 0 inputs: it does not see them.
+    """
+
+    def __init__(self, hidden_channels: int, inputs: int, targets: int) -> None:
+        super().__init__(hidden_channels, targets, kernel_size=1)
+        self.from_inputs = nn.Conv2d(inputs, targets, kernel_size=1, bias=False) if inputs else None
+
+    def forward(self, h_NCYX: Tensor, x_NCYX: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, targets, Y, X)."""
+        forecast = super().forward(h_NCYX)
+        return forecast if self.from_inputs is None else forecast + self.from_inputs(x_NCYX)
+
+
 class FAConvLSTMNetwork(nn.Module):
     """Recurrent network from normalized fields and forcings to tendencies and embeddings.
 
@@ -118,13 +135,11 @@ class FAConvLSTMNetwork(nn.Module):
         inputs = [in_channels] + [hidden_channels] * (layers - 1)
         self.layers = nn.ModuleList(CELLS[cell](channels, hidden_channels, **layer_options) for channels in inputs)
         targets = field_channels + diagnostic_channels
-        self.forecast = nn.Conv2d(hidden_channels, targets, kernel_size=1)
-        self.forecast_from_inputs = nn.Conv2d(in_channels, targets, kernel_size=1, bias=False) if residual else None
+        self.residual = residual
+        self.forecast = ForecastHead(hidden_channels, in_channels if residual else 0, targets)
         self.subspace = SubspaceHead(hidden_channels, embedding_channels, field_channels, coarse_shape)
-        nn.init.zeros_(self.forecast.weight)  # the first forecast is persistence, exactly
-        nn.init.zeros_(self.forecast.bias) if self.forecast.bias is not None else None
-        if self.forecast_from_inputs is not None:
-            nn.init.zeros_(self.forecast_from_inputs.weight)
+        for parameter in self.forecast.parameters():
+            nn.init.zeros_(parameter)  # the first forecast is persistence, exactly
 
     def forward(
         self,
@@ -280,11 +295,9 @@ class FAConvLSTMNetwork(nn.Module):
         h_BTCYX, after = x_BTCYX, []
         for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             out_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
-            h_BTCYX = h_BTCYX + out_BTCYX if number and self.forecast_from_inputs is not None else out_BTCYX
+            h_BTCYX = h_BTCYX + out_BTCYX if number and self.residual else out_BTCYX
             after.append(last)
-        forecast = self.forecast(h_BTCYX.flatten(0, 1))
-        if self.forecast_from_inputs is not None:
-            forecast = forecast + self.forecast_from_inputs(x_BTCYX.flatten(0, 1))
+        forecast = self.forecast(h_BTCYX.flatten(0, 1), x_BTCYX.flatten(0, 1))
         return forecast.unflatten(0, h_BTCYX.shape[:2]), domain.mean(h_BTCYX), after
 
     def _free_segment(

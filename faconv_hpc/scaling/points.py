@@ -8,10 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
-from ..config import RunConfig
-from ..config_file import validated
+from ..config_file import load_config
 from ..errors import InputError
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..locks import holder_of, is_held, locked_directory
@@ -147,7 +144,7 @@ class PointFiles:
         """Raises InputError where what is there was run with another config: a study compares like with like."""
         if not self.config.exists():
             return
-        run = validated(RunConfig, yaml.safe_load(self.config.read_text()), str(self.config))
+        run = load_config(self.config, older=True)
         was = Point(self.point.name, self.point.directory, run).measured()
         wanted = self.point.measured()
         for key in [*wanted, *(key for key in was if key not in wanted)]:

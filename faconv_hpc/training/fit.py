@@ -144,12 +144,14 @@ def training_starts(store: Store, spans: tuple[range, ...], window: int, leads: 
     if not len(starts):
         longest, targets = max(map(len, stretches), default=0), f"{leads} targets" if leads > 1 else "a target"
         taken = sum(map(len, stretches))
+        fits = longest - leads
+        shorter = f"data.window={fits} or less" if fits > 0 else "fewer leads (training.rollout)"
         kept = f" (data.periods keeps {store.frames - taken} from training)" if taken < store.frames else ""
         raise InputError(
             f"no window of {window} inputs and {targets} fits into {taken} of the {store.frames} frames of "
             f"{store.path}, those to train on{kept}: at most {longest} follow each other without a gap (a step "
             f"that differs by more than {ALIKE:.0%} from the usual {axis.step_s / SECONDS_PER_HOUR:g} h). Use "
-            f"data.window={max(longest - leads, 1)} or less, change data.periods, or bring the source to equal steps."
+            f"{shorter}, change data.periods, or bring the source to equal steps."
         )
     return starts
 

@@ -241,7 +241,8 @@ def beginning(
 
 def ending(config: RunConfig, step: int, last: StepRecord | None) -> str:
     """What it has done, and what comes next."""
-    reference = "persistence has, and of a diagnostic its mean" if config.data.roles else "persistence has"
+    diagnostic = "diagnostic" in config.data.roles.values()
+    reference = "persistence has, and of a diagnostic its mean" if diagnostic else "persistence has"
     loss = f", forecast loss {last.forecast_loss:.4f} (1 is what {reference})" if last else ""
     steps = config.training.steps
     early = f" of {steps}, as it gets no better (training.stop_after)" if step < steps else ""

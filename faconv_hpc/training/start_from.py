@@ -1,6 +1,6 @@
 """A run that begins with the weights of another: what fits is taken over, channels by the names of their variables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .contract import Contract
 from .loading import read_weights
 
 INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
-INPUTS_TO_TARGETS = "forecast_from_inputs.weight"
+INPUTS_TO_TARGETS = "forecast.from_inputs.weight"
 SHOWN = 6  # names in one message
 Key = tuple[str | float | None, ...]
 """What tells channels apart: a variable's name, and what makes it another one."""
@@ -65,14 +65,16 @@ class Beginning:
         """
         before = self.contract.channels
         kept: dict[str, Tensor] = {}
+        parameters = dict(network.named_parameters())
         if mesh.rank == 0:
             for name, value in network.state_dict().items():
                 fitted = _fitted(name, self.weights.get(name), value, before, channels)
                 if fitted is not None:
                     kept[name] = fitted
-        names = mesh.from_first(list(kept))
-        parameters = dict(network.named_parameters())
-        drawn = [name for name in parameters if name not in names]
+        names, had = mesh.from_first((list(kept), list(self.weights)))
+        news = [name for name in parameters if name not in had]
+        out = [name for name in had if name not in parameters]
+        drawn = [name for name in parameters if name in had and name not in names]
         if not any(name.startswith("layers.") for name in names):
             raise InputError(
                 f"training.start_from={self.path}: no layer of its network has the shape of this config's. "
@@ -81,9 +83,18 @@ class Beginning:
         with torch.no_grad():
             for name in names:
                 parameters[name].copy_(mesh.from_rank(kept.get(name), parameters[name].shape, 0))
-        return self._told(before, channels, drawn)
+        lists = {"new": news, "of another shape, so drawn anew": drawn, "left out, as this network has no such": out}
+        wired = "" if (INPUTS_TO_TARGETS in had) == (INPUTS_TO_TARGETS in parameters) else self._wired(had)
+        return "\n  ".join([*self._told(before, channels), *_listed(lists), *[wired] * bool(wired)])
 
-    def _told(self, before: Channels, channels: Channels, drawn: Sequence[str]) -> str:
+    def _wired(self, had: Sequence[str]) -> str:
+        there = str(INPUTS_TO_TARGETS in had).lower()
+        return (
+            f"its layers were connected in another way, so the forecast does not begin as it was: "
+            f"model.residual={there} would keep it"
+        )
+
+    def _told(self, before: Channels, channels: Channels) -> list[str]:
         lines = [f"begins with the weights of {self.path}, step {self.step}"]
         targets = [[one.name for one in of.targets] for of in (before, channels)]
         for what, old, new in (("inputs", before.inputs, channels.inputs), ("forecast", *targets)):
@@ -94,10 +105,14 @@ class Beginning:
         other = [one.name for one in channels.fields if kinds.get(one.name, one.kind) != one.kind]
         if other:
             lines.append(f"seen in another way than before (log1p, anomalies), so as new: {', '.join(other)}")
-        if drawn:
-            more = f" and {len(drawn) - SHOWN} more" if len(drawn) > SHOWN else ""
-            lines.append(f"of another shape, so drawn anew: {', '.join(drawn[:SHOWN])}{more}")
-        return "\n  ".join(lines)
+        return lines
+
+
+def _listed(lists: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for what, names in lists.items():
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            yield f"{what}: {', '.join(names[:SHOWN])}{more}"
 
 
 def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, channels: Channels) -> Tensor | None:
@@ -106,12 +121,12 @@ def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, chan
         return None
     if name == INPUTS:
         return _gathered(old, drawn, _input_keys(before), _input_keys(channels), dim=1)
-    if name.startswith(TARGETS):
-        return _gathered(old, drawn, _keys(before.targets), _keys(channels.targets), dim=0)
     if name == INPUTS_TO_TARGETS:
         empty = drawn.new_zeros(len(drawn), *old.shape[1:])
         rows = _gathered(old, empty, _keys(before.targets), _keys(channels.targets), dim=0)
         return None if rows is None else _gathered(rows, drawn, _input_keys(before), _input_keys(channels), dim=1)
+    if name.startswith(TARGETS):
+        return _gathered(old, drawn, _keys(before.targets), _keys(channels.targets), dim=0)
     if name.startswith(COARSE):
         was, now = _keys(before.prognostic), _keys(channels.prognostic)
         found = _gathered(old.unflatten(0, (len(was), -1)), drawn.unflatten(0, (len(now), -1)), was, now, dim=0)
