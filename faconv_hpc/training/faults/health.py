@@ -63,6 +63,6 @@ def report(
     ]
     where = f"in the forecast of {'; '.join(places)}" if places else f"in windows {everywhere}"
     return (
-        f"the {what} is {value} at step {step}, {where}: it must be a finite number. Lower training.learning_rate, "
-        f"look at these frames with `faconv data inspect`, or let training.on_not_finite skip such steps."
+        f"the {what} is {value} at step {step}, {where}: it must be a finite number. Lower training.learning_rate, or "
+        f"look at these frames with `faconv data inspect`."
     )

@@ -12,6 +12,7 @@ from ..setup import Workspace
 from .health import MicroBatch, is_sound, report
 
 SKIPS, RESTORES = 10, 3  # in a row, then the run ends
+NOT_STOP = "With training.on_not_finite such steps are left out, or a checkpoint is restored."
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class NotFinite:
         losses = [one for (one,) in self._mesh.gathered([loss])]
         worst = next((one for one in losses if not is_sound(one)), None)
         if worst is not None and self._policy == "stop":
-            raise FloatingPointError(self._told("loss", worst, step, micros))
+            raise FloatingPointError(f"{self._told('loss', worst, step, micros)} {NOT_STOP}")
         return Doubt(step, worst, micros, self._engine.snapshot() if self._policy == "skip" else None)
 
     def after_update(self, doubt: Doubt) -> str:
@@ -79,8 +80,10 @@ class NotFinite:
         self._in_a_row += 1
         if self._policy == "restore":
             return self._restore(doubt.step, told)
-        if doubt.before is None or self._in_a_row > SKIPS:
-            raise FloatingPointError(told)
+        if doubt.before is None:
+            raise FloatingPointError(f"{told} {NOT_STOP}")
+        if self._in_a_row > SKIPS:
+            raise FloatingPointError(f"{told} {SKIPS} steps in a row were left out, in vain.")
         self._engine.put_back(doubt.before)
         self._say(f"{told} The step is left out.")
         return "skipped"
