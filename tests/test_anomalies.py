@@ -321,7 +321,9 @@ def test_a_run_that_saw_no_anomalies_does_not_begin_to(made, tmp_path):
     """Its checkpoints may be of before there were any."""
     saved = {"data.log1p": {}}
     with Store.open(made[0]) as store:
-        workspace = Workspace.of(small_config(tmp_path, made[0], data=DATA), store, ProcessMesh.alone())
+        workspace = Workspace.of(
+            small_config(tmp_path, made[0], data=DATA, model={"residual": False}), store, ProcessMesh.alone()
+        )
     with pytest.raises(InputError, match=r"holds a run with data\.anomalies=\{\}, this config says \{'heat': 2"):
         check_same_run(workspace, saved)
 

@@ -370,7 +370,7 @@ def test_saved_at_one_mesh_and_stage_loaded_at_another(tmp_path, store, undistur
         torch.cat([value(name).flatten() for name in undisturbed[1]]).norm()
         for value in (lambda name: last.weights()[name] - undisturbed[1][name], lambda name: undisturbed[1][name])
     )
-    assert last.step == BEFORE + AFTER and difference <= 1e-5 * size
+    assert last.step == BEFORE + AFTER and difference <= 2e-5 * size
 
 
 def test_three_resumes_in_a_row_are_bit_identical(tmp_path, store):

@@ -241,7 +241,7 @@ def test_what_no_schedule_is_is_refused(tmp_path, store, training, told):
 
 def test_more_leads_than_there_are_frames_are_refused(tmp_path, store):
     config = small_config(tmp_path, store, training={"rollout": {0: 20}})
-    told = r"no window of 3 inputs and 20 targets fits into 13 of the 16 frames.*data\.window=1 or less"
+    told = r"no window of 3 inputs and 20 targets fits into 13 of the 16 frames.*Use fewer leads \(training\.rollout\)"
     with Store.open(store) as opened, pytest.raises(InputError, match=told):
         check_store(config, opened)
 

@@ -195,7 +195,7 @@ def _punch_holes(store):
 def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path):
     store = make_store(tmp_path / "waves", frames=40, noise=0.0)
     data = {"periods": {"test": "2000-01-10T06/"}}
-    config = small_config(tmp_path, store, training={"steps": 120, "learning_rate": 0.02}, data=data)
+    config = small_config(tmp_path, store, training={"steps": 240, "learning_rate": 0.02}, data=data)
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
     alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluate(config, mesh))
     tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluate(config, mesh))
@@ -223,7 +223,7 @@ def _look_at_the_figure(evaluation, path):
         figures.pyplot.close = close
     (figure,) = drawn
     before, after = evaluation.example.dates
-    said = f"run, step 120: change from {before} to {after} (held out)"
+    said = f"run, step 240: change from {before} to {after} (held out)"
     assert figure.get_suptitle() == said and before.startswith("2000-01-1")
     titles = [place.get_title() for place in figure.axes if place.get_title()]
     expected = [f"wave_{n}: {what}" for n in range(2) for what in ("truth", "forecast", "error")]
