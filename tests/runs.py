@@ -1,9 +1,13 @@
 """A small store and a small config, for tests that train."""
 
+import hashlib
+import json
+
 import yaml
 
 from faconv_hpc import load_config
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
+from faconv_hpc.training.shards import MANIFEST, SUMS
 
 SMALL = {
     "data": {"window": 3, "periods": {"test": "2000-01-04T06/"}, "lat_boundary": "pole"},
@@ -31,6 +35,17 @@ def write_config(directory, store, **sections):
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def rewrite_manifest(directory, change):
+    """A checkpoint as another version would have left it: ``change`` gets what the manifest says."""
+    tree = json.loads((directory / MANIFEST).read_text())
+    change(tree)
+    raw = json.dumps(tree).encode()
+    (directory / MANIFEST).write_bytes(raw)
+    lines = [line for line in (directory / SUMS).read_text().splitlines() if not line.endswith(MANIFEST)]
+    lines.append(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}")
+    (directory / SUMS).write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda one: one.split("  ")[1])))
 
 
 def small_config(directory, store, **sections):

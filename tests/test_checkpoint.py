@@ -326,7 +326,8 @@ def config_at(place, directory, store):
         "checkpoint_every": BEFORE,
         "ema": 0.7,
     }
-    return small_config(directory, store, mesh=mesh, training=training)
+    # Of the embedding's keys the gradient is little more than rounding, which Adam makes a step of: unless it is small.
+    return small_config(directory, store, mesh=mesh, training=training, model={"embedding_weight": 0.01})
 
 
 def losses_of(directory):
@@ -370,7 +371,7 @@ def test_saved_at_one_mesh_and_stage_loaded_at_another(tmp_path, store, undistur
         torch.cat([value(name).flatten() for name in undisturbed[1]]).norm()
         for value in (lambda name: last.weights()[name] - undisturbed[1][name], lambda name: undisturbed[1][name])
     )
-    assert last.step == BEFORE + AFTER and difference <= 2e-5 * size
+    assert last.step == BEFORE + AFTER and difference <= 1e-5 * size
 
 
 def test_three_resumes_in_a_row_are_bit_identical(tmp_path, store):

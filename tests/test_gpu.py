@@ -4,6 +4,7 @@ NCCL does from 2.30.7 on, told so by NCCL_MULTI_RANK_GPU_ENABLE=1; an older torc
 """
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,15 +32,9 @@ needs_several = pytest.mark.skipif(
 )
 
 
-def alone_on(device):
-    """A mesh of one rank there."""
-    mesh = ProcessMesh.alone()
-    return ProcessMesh(1, 1, 1, 0, torch.device(device), mesh.job_ranks)
-
-
 def computed(run, module, x, grid, device, dtype):
     """Outputs and all gradients of a random function of them, back on the CPU in float64."""
-    module, domain = module.to(device, dtype), Domain(grid, alone_on(device))
+    module, domain = module.to(device, dtype), Domain(grid, replace(ProcessMesh.alone(), device=torch.device(device)))
     x = x.to(device, dtype).requires_grad_()
     outputs = run(module, x, domain)
     weights = [random_like(output.shape, 50 + number).to(output) for number, output in enumerate(outputs)]
@@ -169,7 +164,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path, store, precision)
     np.testing.assert_allclose(again, whole, rtol=1e-6)
 
 
-def test_evaluation_and_an_exported_file_are_those_of_the_cpu(tmp_path, store):
+def test_evaluation_is_that_of_the_cpu(tmp_path, store):
     trained(tmp_path, store)
     tables = {}
     for name, environment in (("gpu", {}), ("cpu", ON_CPU)):

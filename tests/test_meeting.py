@@ -363,7 +363,9 @@ def test_ranks_that_cannot_meet_end_with_75_and_one_message_a_node(tmp_path):
         for rank in "01"
     ]
     told = [ranks[0].communicate(timeout=120)[1]]
-    ranks[1].terminate()  # as a launcher does; it waits for that, or has yet to learn that it cannot meet the first
+    time.sleep(1.0)
+    assert ranks[1].poll() is None  # it waits for a launcher to end it, as srun does, or has yet to learn the same
+    ranks[1].terminate()
     told.append(ranks[1].communicate(timeout=120)[1])
     assert [rank.returncode for rank in ranks] == [75, 75], told
     assert [text.count("faconv: failed") for text in told] == [1, 0], told

@@ -1,8 +1,5 @@
 """Layers that add to what they are given, and a forecast that sees the inputs; runs of before there were any."""
 
-import hashlib
-import json
-
 import pytest
 import torch
 import yaml
@@ -14,11 +11,10 @@ from faconv_hpc.scaling.points import PointFiles
 from faconv_hpc.training.checkpoint import checkpoints_in
 from faconv_hpc.training.export import export
 from faconv_hpc.training.setup import build_network
-from faconv_hpc.training.shards import MANIFEST, SUMS
 from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import make_store, rewrite_manifest, small_config
 from test_domain import random_like
 from test_parity import randomized
 from test_study import study_of
@@ -56,15 +52,12 @@ def as_before(config):
     tree = yaml.safe_load(kept.read_text())
     assert tree["model"].pop("residual") is False
     kept.write_text(yaml.safe_dump(tree))
+
+    def change(tree):
+        del tree["config"]["model"]["residual"], tree["identity"]["model.residual"]
+
     for checkpoint in checkpoints_in(config.run_dir):
-        path = checkpoint.path / MANIFEST
-        manifest = json.loads(path.read_text())
-        del manifest["config"]["model"]["residual"], manifest["identity"]["model.residual"]
-        path.write_text(json.dumps(manifest))
-        sums = checkpoint.path / SUMS
-        lines = [line for line in sums.read_text().splitlines() if not line.endswith(MANIFEST)]
-        lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {MANIFEST}")
-        sums.write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda one: one.split("  ")[1])))
+        rewrite_manifest(checkpoint.path, change)
 
 
 def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path):

@@ -1,6 +1,5 @@
 """States that are carried from window to window: by their definition, on every mesh, through every stop."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -22,15 +21,13 @@ from faconv_hpc.training.records import read_records
 from faconv_hpc.training.schedule import learning_rate, legs_of
 from faconv_hpc.training.setup import Workspace, build_network, order_of
 from faconv_hpc.training.shards import (
-    MANIFEST,
-    SUMS,
     DamagedCheckpointError,
     UnreadableCheckpointError,
     checkpoints_in,
 )
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import make_store, rewrite_manifest, small_config
 
 ONE = Layout(1, 1, 1)
 WINDOW, SAMPLES = 4, 4
@@ -308,15 +305,12 @@ def test_a_run_of_before_there_were_states_goes_on_without(tmp_path, store):
 
 
 def rewrite_as_format_4(directory):
-    tree = json.loads((directory / MANIFEST).read_text())
-    assert tree["format"] == FORMAT and not tree.pop("states")
-    tree["format"] = "faconv_hpc checkpoint 4"
-    tree["identity"].pop("training.stateful_windows")
-    raw = json.dumps(tree).encode()
-    (directory / MANIFEST).write_bytes(raw)
-    lines = [line for line in (directory / SUMS).read_text().splitlines() if not line.endswith(MANIFEST)]
-    lines.append(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}")
-    (directory / SUMS).write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda one: one.split("  ")[1])))
+    def change(tree):
+        assert tree["format"] == FORMAT and not tree.pop("states")
+        tree["format"] = "faconv_hpc checkpoint 4"
+        tree["identity"].pop("training.stateful_windows")
+
+    rewrite_manifest(directory, change)
 
 
 def test_states_that_can_no_longer_be_read_are_said(tmp_path, store):

@@ -141,7 +141,7 @@ def test_commands_without_a_cluster_are_none(tmp_path, monkeypatch, capsys):
         )
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert _default_cluster() is Where.LOCAL
+    assert _default_cluster([]) is Where.LOCAL
     assert "no cluster: the study runs on this machine" in capsys.readouterr().err
 
 
@@ -153,7 +153,7 @@ def test_where_slurm_does_not_answer_a_study_runs_here_and_says_so(tmp_path, mon
         (commands / name).write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is DOWN'\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    assert _default_cluster() is Where.LOCAL
+    assert _default_cluster([]) is Where.LOCAL
     (told,) = capsys.readouterr().err.splitlines()
     assert "does not answer" in told and "head is DOWN" in told and "runs on this machine; --cluster slurm" in told
 

@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -104,8 +104,7 @@ def measured(options: argparse.Namespace) -> list[Figure]:
     device = torch.device(options.device)
     rows, columns = map(int, options.grid.split("x"))
     grid = LatLonGrid(rows, columns)
-    alone = ProcessMesh.alone()
-    domain = Domain(grid, ProcessMesh(1, 1, 1, 0, device, alone.job_ranks))
+    domain = Domain(grid, replace(ProcessMesh.alone(), device=device))
     figures = []
     for precision in options.precision:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -1,6 +1,5 @@
 """``faconv study``: the same run on several meshes, each a job of its own, then the table and the figure."""
 
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -115,16 +114,16 @@ def _cluster(where: Where) -> "Cluster":
     return SlurmCluster() if where is Where.SLURM else LocalCluster()
 
 
-def _default_cluster(points: "Sequence[Point]" = ()) -> Where:
+def _default_cluster(points: "Sequence[Point]") -> Where:
     """Slurm, where it answers; else this machine, and it is said.
 
     Raises:
         InputError: Slurm does not answer, and has measured some of the points: others would not be like them.
     """
-    from ..launch.slurm import NO_CLUSTER, ping
+    from ..launch.slurm import NO_CLUSTER, missing_commands, ping
     from ..scaling.points import PointFiles
 
-    if any(shutil.which(name) is None for name in ("scontrol", "sbatch", "srun")):
+    if missing_commands():
         return Where.LOCAL
     up, answer = ping(ASK_S)
     if up:

@@ -93,10 +93,14 @@ def ping(timeout_s: float = CLIENT_S) -> tuple[bool, str]:
     return bool(up), "; ".join(up or lines) or f"exit code {asked.returncode}"
 
 
+def missing_commands() -> list[str]:
+    """Of Slurm's, those that are not on this machine."""
+    return [name for name in ("sbatch", "scontrol", "srun") if shutil.which(name) is None]
+
+
 def check_client() -> None:
     """Raises InputError unless Slurm's commands are here, and SilentClusterError unless its controller answers."""
-    missing = [name for name in ("sbatch", "scontrol", "srun") if shutil.which(name) is None]
-    if missing:
+    if missing := missing_commands():
         raise InputError(
             f"Slurm's commands are not here (missing: {', '.join(missing)}). Run this on a login node of the cluster; "
             f"on one machine use `faconv train CONFIG --ranks N`, or tools/mini_slurm.sh for a Slurm of its own."

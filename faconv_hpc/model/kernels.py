@@ -101,7 +101,7 @@ def _sigmoid_by_exp(x: Tensor) -> Tensor:
 
 
 def _tanh_by_exp(x: Tensor) -> Tensor:
-    """Within a rounding of 1; beyond 40 it is 1 to the last bit, and exp would overflow."""
+    """Within a rounding of 1, not of itself where it is small; beyond 40 it is 1 to the last bit, and exp overflows."""
     e = torch.exp(-2 * x.clamp(-40, 40))
     return (1 - e) / (1 + e)
 

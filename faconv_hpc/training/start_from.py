@@ -84,15 +84,14 @@ class Beginning:
             for name in names:
                 parameters[name].copy_(mesh.from_rank(kept.get(name), parameters[name].shape, 0))
         lists = {"new": news, "of another shape, so drawn anew": drawn, "left out, as this network has no such": out}
-        wired = "" if (INPUTS_TO_TARGETS in had) == (INPUTS_TO_TARGETS in parameters) else self._wired(had)
-        return "\n  ".join([*self._told(before, channels), *_listed(lists), *[wired] * bool(wired)])
-
-    def _wired(self, had: Sequence[str]) -> str:
-        there = str(INPUTS_TO_TARGETS in had).lower()
-        return (
-            f"its layers were connected in another way, so the forecast does not begin as it was: "
-            f"model.residual={there} would keep it"
-        )
+        lines = [*self._told(before, channels), *_listed(lists)]
+        residual = INPUTS_TO_TARGETS in had
+        if residual != (INPUTS_TO_TARGETS in parameters):
+            lines.append(
+                f"its layers were connected in another way, so the forecast does not begin as it was: "
+                f"model.residual={str(residual).lower()} would keep it"
+            )
+        return "\n  ".join(lines)
 
     def _told(self, before: Channels, channels: Channels) -> list[str]:
         lines = [f"begins with the weights of {self.path}, step {self.step}"]
