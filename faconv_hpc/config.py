@@ -231,6 +231,15 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _leads_that_are_weighed_are_trained(self) -> "TrainingConfig":
+        if self.lead_weights and self.most_leads == 1:
+            raise ValueError(
+                f"lead_weights={self.lead_weights} weighs leads from 2 on, and training.rollout trains none: give it "
+                f"steps and leads, such as {{100: 3}}, or leave lead_weights out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_is_shorter_than_the_run(self) -> "TrainingConfig":
         if self.warmup_steps >= self.steps:
             raise ValueError(

@@ -122,9 +122,10 @@ def _findings(error: ValidationError, model: type[Section]) -> list[str]:
         elif finding["type"] == "missing":
             lines.append(f"  {place}: this key is required. Add it.")
         else:
-            given = "" if finding["type"] == "value_error" else f", got {finding['input']!r}"
+            ours = finding["type"] == "value_error"
+            rule = finding["ctx"]["error"] if ours else f"{finding['msg']}, got {finding['input']!r}"
             remedy = " Write a list: [a, b]." if finding["type"] == "tuple_type" else " Change the value."
-            lines.append(f"  {place}: {finding['msg']}{given}.{remedy}")
+            lines.append(f"  {place}: {rule}.{remedy}")
     return lines
 
 

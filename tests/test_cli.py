@@ -536,10 +536,10 @@ def test_verify_fails_when_the_exchange_is_broken(tmp_path, store):
     """West and east swapped: what two ranks on a periodic axis get when messages pair by the wrong order."""
     broken = (
         "from faconv_hpc.spatial import exchange\n"
-        "fill = exchange.HaloExchange.pad\n"
-        "def broken(self, owned, received):\n"
-        "    return fill(self, owned, {peer: buffer.flip(0) for peer, buffer in received.items()})\n"
-        "exchange.HaloExchange.pad = broken\n"
+        "fill = exchange.HaloExchange.fill\n"
+        "def broken(self, padded, received):\n"
+        "    return fill(self, padded, {peer: buffer.flip(0) for peer, buffer in received.items()})\n"
+        "exchange.HaloExchange.fill = broken\n"
     )
     process = faconv_after(broken, "verify", write_config(tmp_path, store), "--ranks", 2, "--json")
     assert process.returncode == 1, process.stderr
@@ -552,7 +552,10 @@ def test_evaluate_without_a_checkpoint(tmp_path, store):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(config.read_text())
     process = faconv("evaluate", tmp_path / "run")
-    assert process.returncode == 2 and "has no whole checkpoint" in process.stderr
+    assert process.returncode == 2 and "has no whole checkpoint. Wait for the run to end" in process.stderr
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    process = faconv("evaluate", tmp_path / "run")
+    assert process.returncode == 2 and "`faconv checkpoint verify" in process.stderr and "Wait" not in process.stderr
 
 
 @pytest.mark.parametrize(

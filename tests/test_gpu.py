@@ -12,7 +12,7 @@ import torch
 
 from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.model.attention import AxialAttention
-from faconv_hpc.model.kernels import KERNEL_MODES, kernels_for
+from faconv_hpc.model.kernels import KERNEL_MODES
 from faconv_hpc.training.checkpoint import checkpoints_in
 from faconv_hpc.training.records import read_records
 from runs import make_store, write_config
@@ -65,7 +65,7 @@ def test_a_layer_is_that_of_the_cpu(layer, grid, kernels, dtype):
     def make():
         module = randomized(LAYERS[layer]())
         if isinstance(module, FAConvLSTM2d):
-            module.kernels = kernels_for(kernels)
+            module.kernels = kernels
         return module
 
     def run(module, x, domain):

@@ -28,7 +28,7 @@ CHOKE_POINTS = {
     "xarray": ("prepare/", "evaluation/"),
     "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
 }
-ENVIRONMENT_READERS = ("spatial/environment.py", "launch/")
+ENVIRONMENT_READERS = ("spatial/environment.py", "launch/", "model/native.py")  # the last: which compiler
 LINES = 400
 FUNCTION_LINES = 60
 

@@ -1,7 +1,9 @@
 """Layers on one tile: against Keras, against a plain transcription, and their own promises."""
 
 import gc
+import os
 import weakref
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -11,10 +13,13 @@ from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.errors import InputError
+from faconv_hpc.model import native
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
-from faconv_hpc.model.kernels import BY_EXP, OF_LIBRARY, Taps, kernels_for
+from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, Taps, TracedKernels, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
 from faconv_hpc.spatial import collectives
+from faconv_hpc.spatial.area_mean import AreaMean
+from faconv_hpc.spatial.exchange import HaloExchange
 from ranks import Layout, run_on_ranks
 from test_domain import random_like
 from test_parity import randomized, relative_difference
@@ -86,15 +91,111 @@ def test_faconvlstm_follows_its_equations(fuse):
         assert relative_difference(a, b) < 1e-11
 
 
-def test_gates_and_mixing_have_the_gradients_of_finite_differences():
-    kernels, taps = kernels_for("eager"), Taps.of(3, (1, 2))
-    assert torch.autograd.gradcheck(
-        lambda u, w: kernels.mix(u, w, taps),
-        (random_like((2, 2, 7, 8), 0).requires_grad_(), random_like((2, 2, 17), 1).requires_grad_()),
-    )
-    shapes = (2, 4, 3, 2, 3), (4, 3), (2, 3, 2, 3), (3, 3)
-    given = tuple(random_like(shape, number).requires_grad_() for number, shape in enumerate(shapes))
-    assert torch.autograd.gradcheck(kernels.gates, given)
+@pytest.mark.parametrize("options", [{"fuse": "sum"}, {"fuse": "concat", "peephole": False}], ids=str)
+def test_a_layer_has_the_gradients_of_finite_differences(options):
+    """Of inputs, state and all weights, from a state and from none, where some samples end early, attention between."""
+    layer = randomized(FAConvLSTM2d(2, 4, dilations=(1, 2), attention_every=2, attention_heads=1, **options))
+    names, weights = zip(*layer.named_parameters(), strict=True)
+    x, h, c = (random_like(shape, seed) for seed, shape in enumerate([(2, 3, 2, 3, 4), (2, 4, 3, 4), (2, 4, 3, 4)]))
+    given = [one.clone().requires_grad_() for one in (x, h, c, *weights)]
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+
+    def outcome(x, h, c, *weights):
+        with_weights = dict(zip(names, weights, strict=True))
+        out, state = torch.func.functional_call(layer, with_weights, (x, (h, c)), {"valid_BT": valid})
+        without, _ = torch.func.functional_call(layer, with_weights, (x,))
+        return out, *state, without
+
+    assert torch.autograd.gradcheck(outcome, given, fast_mode=True)
+
+
+def test_a_sweep_keeps_its_states_and_the_padded_bottleneck():
+    """Neither what is expanded nor what is mixed, which are computed again."""
+    layer, x = FAConvLSTM2d(3, 8, dilations=(1, 2), attention_every=0), torch.randn(2, 5, 3, 7, 9, requires_grad=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.setdefault(one.data_ptr(), one), lambda one: one):
+        out, _ = layer(x)
+    weights, bottleneck = sum(parameter.numel() for parameter in layer.parameters()), 4
+    states = out.numel() + 5 * 2 * 8 * 7 * 9  # h and c of every step, h of all of them in one buffer
+    padded = 5 * 2 * bottleneck * (7 + 4) * (9 + 4)
+    means = 5 * 2 * bottleneck
+    assert sum(one.numel() for one in kept.values()) <= weights + x.numel() + states + padded + means
+
+
+def test_a_changed_result_is_no_silent_error():
+    """Backward goes by h of every step, which is what the layer returned."""
+    layer = FAConvLSTM2d(3, 8, attention_every=0)
+    out, _ = layer(torch.randn(1, 3, 3, 5, 6))
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_one_exchange_and_one_reduction_for_every_step_and_none_for_recomputation():
+    """Of the bottleneck's channels, and its gradient, whatever is computed again."""
+
+    def check(mesh):
+        domain = Domain(LatLonGrid(7, 11), mesh)
+        counts = []
+        for checkpoint_steps in (0, 2):
+            options = {"dilations": (1, 2), "attention_every": 0, "checkpoint_steps": checkpoint_steps}
+            network = FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2), **options)
+            count = Counter()
+
+            def counting(name, function, count=count):
+                def call(self, cells):
+                    count[name] += 1
+                    count[f"{name} channels"] += cells.shape[1]
+                    return function(self, cells)
+
+                return call
+
+            methods = [(HaloExchange, "start_fill"), (HaloExchange, "start_accumulate"),
+                       (AreaMean, "start"), (AreaMean, "start_gradient")]  # fmt: skip
+            originals = [getattr(*method) for method in methods]
+            try:
+                for method, original in zip(methods, originals, strict=True):
+                    setattr(*method, counting(method[1], original))
+                output = network(torch.randn(1, 5, 3, *domain.tile.shape), torch.zeros(1, 5), domain=domain)
+                output.forecast_BTCYX.square().sum().backward()
+            finally:
+                for method, original in zip(methods, originals, strict=True):
+                    setattr(*method, original)
+            counts.append(count)
+        return counts
+
+    for stored, recomputed in run_on_ranks(Layout(1, 1, 2), check):
+        for count in (stored, recomputed):
+            assert count["start_fill"] == count["start_accumulate"] == 2 * 5
+            assert count["start_fill channels"] == count["start_accumulate channels"] == 2 * 5 * 4
+            assert count["start_gradient"] == 2 * 5
+        assert stored["start"] == 2 * 5 + 1 and recomputed["start"] == 2 * 5 + 3  # and of h, for the embedding
+
+
+def test_the_passes_have_the_gradients_that_autograd_gives():
+    """Each of them against derivatives of the one that it is the gradient of."""
+    taps = Taps.of(3, (1, 2))
+    u, w = random_like((2, 2, 7, 8), 0).requires_grad_(), random_like((2, 2, 17), 1).requires_grad_()
+    rows, columns, y = 3, 4, random_like((2, 2, 3, 4), 2)
+    shifted = [u[..., i : i + rows, j : j + columns] * w[..., n, None, None] for n, (i, j) in enumerate(taps.offsets)]
+    grad_u, grad_w = torch.autograd.grad(sum(shifted), (u, w), y)
+    mixed, back = torch.empty(2, 2, rows, columns).double(), torch.empty_like(u)
+    with torch.no_grad():
+        EAGER.mix(mixed, u, w, taps.offsets)
+        EAGER.mix(back, functional.pad(y, [4] * 4), w, taps.mirrored)
+        torch.testing.assert_close(mixed, sum(shifted))
+        torch.testing.assert_close(back, grad_u)
+        torch.testing.assert_close(EAGER.mix_weights(u, y, taps.offsets), grad_w)
+
+    shapes = (2, 5, 2, 3), (2, 3, 2, 3), (12, 5), (12,), (3, 3)
+    given = [random_like(shape, number).requires_grad_() for number, shape in enumerate(shapes)]
+    grad_h, grad_c = random_like((2, 3, 2, 3), 8), random_like((2, 3, 2, 3), 9)
+    h = torch.zeros(2, 3, 2, 3).double()
+    want = torch.autograd.grad((h, EAGER.advance(h, *given)), given, (grad_h, grad_c))
+    with torch.no_grad():
+        of_weight, of_mixed, of_c, of_bias, of_peep = EAGER.retreat(*given, grad_h, grad_c)
+    for got, one in zip((of_mixed, of_c, of_weight, of_bias, of_peep), want, strict=True):
+        torch.testing.assert_close(got, one)
 
 
 def test_gates_by_exp_are_those_of_the_library_and_end_at_1():
@@ -105,63 +206,124 @@ def test_gates_by_exp_are_those_of_the_library_and_end_at_1():
             torch.testing.assert_close(mine(x.to(kind)), library(x.to(kind)), rtol=0, atol=tolerance)
 
 
-def both_passes(mode, batch, rows, columns):
-    """Mixing and gates of numbers that are the same in both modes, and the gradients of what goes in."""
-    kernels = kernels_for(mode)
-    taps = Taps(2, ((0, 1), (2, 2), (4, 3)), ((0, 1, 2),))  # three taps are compiled in a third of the time of nine
+def all_passes(kernels, batch, rows, columns, kind=torch.float32):
+    """What the passes make of the same numbers; samples lie apart, as those of one step of a sequence do."""
+    taps = Taps(2, ((0, 1), (2, 2), (4, 3)), ((0, 1, 2),))  # three are compiled in a third of the time of nine
 
     def numbers(seed, *shape):
-        return random_like(shape, seed).float().requires_grad_()
+        return random_like((batch, 2, *shape), seed).to(kind)[:, 1]
 
-    u, w = numbers(0, batch, 8, rows + 4, columns + 4), numbers(1, batch, 8, 3)
-    a, c, p = numbers(2, batch, 4, 8, rows, columns), numbers(3, batch, 8, rows, columns), numbers(4, 3, 8)
-    b = numbers(5, 4, 8)
-    outs = [kernels.mix(u, w, taps), *kernels.gates(a, b, c, p)]
-    return *outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), [u, w, a, b, c, p])
+    u, w = numbers(0, 6, rows + 4, columns + 4), numbers(1, 6, 3).contiguous()
+    m, c, x, grad_h = (numbers(seed, size, rows, columns) for seed, size in ((2, 6), (3, 7), (4, 5), (5, 7)))
+    m, c = m.contiguous(), c.contiguous()
+    weight, bias, peep, other = (random_like(shape, 9).to(kind) for shape in ((28, 6), (28,), (3, 7), (9, 5)))
+    h, mixed = numbers(6, 7, rows, columns).data, torch.empty_like(m)
+    with torch.no_grad():
+        kernels.mix(mixed, u, w, taps.offsets)
+        c_new = kernels.advance(h, m, c, weight, bias, peep)
+        products = (
+            kernels.product(other, x),
+            kernels.product(other.t(), kernels.product(other, x), x.contiguous(), add=True),
+        )
+        return mixed, kernels.mix_weights(u, m, taps.offsets), h, c_new, *products, *kernels.retreat(
+            m, c, weight, bias, peep, grad_h, c_new
+        )  # fmt: skip
 
 
-def test_compiled_kernels_equal_eager_ones():
-    """At sizes that are numbers in the code, then at others, which are symbols, and one that is 1."""
-    for shape in ((1, 9, 10), (2, 1, 7)):
-        for compiled, eager in zip(both_passes("compiled", *shape), both_passes("eager", *shape), strict=True):
-            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_passes_equal_eager_ones(kind, threads):
+    """Of cells that fill a block and that do not, of one row, of one cell; with the same bits every time."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for shape in ((1, 9, 10), (2, 1, 7), (3, 1, 1), (2, 13, 53)):
+            native = kernels_for("compiled", torch.empty(0, dtype=kind))
+            assert native is not EAGER
+            results = [all_passes(kernels, *shape, kind) for kernels in (native, native, EAGER)]
+            for one, again, eager in zip(*results, strict=True):
+                assert torch.equal(one, again)
+                exact = {"rtol": 2e-5, "atol": 2e-5} if kind == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
+                torch.testing.assert_close(one, eager, **exact)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_native_gates_at_the_ends_of_their_range():
+    """What saturates does, what is no number stays none."""
+    bias = torch.tensor([0.0, 1e-8, 30.0, -30.0, 200.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
+    channels = len(bias)
+    given = torch.zeros(1, 1, 2, 3), torch.ones(1, channels, 2, 3), torch.zeros(4 * channels, 1), bias.repeat(4)
+    outcomes = []
+    for kernels in (kernels_for("compiled", torch.empty(0)), EAGER):
+        h = torch.empty(1, channels, 2, 3)
+        outcomes.append((h, kernels.advance(h, *given, torch.zeros(3, channels))))
+    torch.testing.assert_close(*outcomes, equal_nan=True, rtol=1e-6, atol=1e-6)
+    assert outcomes[0][0][:, :-1].isfinite().all() and outcomes[0][0][:, -1].isnan().all()
 
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Kernels that are traced as compiled ones are, without C++, which takes seconds for every shape; counts traces."""
+    """Kernels that are traced as on a GPU, without Triton, which is not there; counts traces."""
     from torch._dynamo.testing import CompileCounterWithBackend  # two seconds, of every worker
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    kernels_for.cache_clear()
     yield counter
-    kernels_for.cache_clear()
     torch.compiler.reset()
 
 
-def test_any_number_of_shapes_can_be_compiled(traced):
+def test_any_number_of_shapes_can_be_traced(traced):
     """More than the compilations of one function after which torch gives up: eight by default, three here."""
     with torch._dynamo.config.patch(recompile_limit=3):
+        kernels = TracedKernels()
         for shape in [(1, 9, 10), (2, 6, 7), (1, 1, 10), (2, 8, 1)]:
-            torch.testing.assert_close(both_passes("compiled", *shape), both_passes("eager", *shape))
+            torch.testing.assert_close(all_passes(kernels, *shape), all_passes(EAGER, *shape), rtol=1e-5, atol=1e-5)
     assert traced.frame_count > 4 * 3
 
 
-def test_a_compiled_layer_is_the_eager_one(traced):
-    """Traced alone: what C++ makes of the passes is compared above."""
-    options = {"dilations": (2,), "attention_every": 2}
+def test_traced_passes_compiled_by_torch_equal_eager_ones():
+    """What a GPU gets of Triton, in C++ here: at sizes that are numbers in the code, then at symbols."""
+    kernels = TracedKernels()
+    for shape in ((1, 9, 10), (2, 1, 7)):
+        for one, eager in zip(all_passes(kernels, *shape), all_passes(EAGER, *shape), strict=True):
+            torch.testing.assert_close(one, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_layer_is_the_eager_one():
+    options = {"dilations": (1, 2), "attention_every": 2}
     layers = [FAConvLSTM2d(3, 8, kernels=mode, **options) for mode in ("eager", "compiled")]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = torch.randn(1, 3, 3, 9, 10)
+    x = torch.randn(2, 3, 3, 9, 10)
     outs, grads = [], []
     for layer in layers:
         outs.append(layer(x)[0])
         grads.append(torch.autograd.grad(outs[-1].square().sum(), list(layer.parameters())))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-    assert traced.frame_count >= 5  # four passes, and mixing once more for its gradient
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [("no-such-compiler", "needs a C\\+\\+ compiler, and no-such-compiler: No such file.*use kernels: eager"),
+     ("false", "false .*failed: exit code 1.*Install g\\+\\+")],
+)  # fmt: skip
+def test_without_a_compiler_there_is_a_way_out(monkeypatch, tmp_path, compiler, told):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(InputError, match=told):
+        native.library.__wrapped__()
+    assert not list(tmp_path.rglob("*.so*"))
+
+
+def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    theirs = tmp_path / f"faconv_hpc-{os.getuid()}"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    native.library.__wrapped__()
+    assert not list(theirs.iterdir()) and len(list(tmp_path.glob("faconv_hpc-*/passes-*.so"))) == 1
 
 
 def test_a_forward_without_backward_frees_everything():
@@ -264,7 +426,7 @@ def test_column_attention_weighs_keys_by_area():
     h = random_like((1, 4, 6, 4), 0)
     area = torch.as_tensor(grid.cell_area_sr)[:, None]
     want = ((h * area).sum(-2, keepdim=True) / area.sum()).expand_as(h)
-    torch.testing.assert_close(module(h, Domain(grid)), want)
+    torch.testing.assert_close(module(h, Domain(grid)) - h, want)
 
 
 def test_switching_parts_off_changes_the_parameters():
@@ -310,8 +472,8 @@ def test_the_cost_rule_counts_the_bytes_that_the_collectives_bring(exchange, dty
 
     def check(mesh):
         domain = Domain(LatLonGrid(7, 11), mesh)
-        attention = AxialAttention(4, heads=1, exchange=exchange).to(dtype)
-        x = torch.randn(2, 4, *domain.tile.shape).to(dtype).requires_grad_()
+        attention = AxialAttention(8, heads=2, attention_channels=4, exchange=exchange).to(dtype)
+        x = torch.randn(2, *domain.tile.shape, 12).to(dtype).requires_grad_()
         received = dict.fromkeys(("bytes", "phases"), 0)
 
         def counting(collective, brought):
@@ -339,8 +501,8 @@ def test_the_cost_rule_counts_the_bytes_that_the_collectives_bring(exchange, dty
         finally:
             for place, original in originals.items():
                 setattr(*place, original)
-        lines = 2 * domain.tile.shape[0 if axis == "lon" else 1]
-        return received, exchange_costs(lines, domain.cuts.sizes(axis), 4, dtype)[exchange]
+        lines_of_heads = 2 * domain.tile.shape[0 if axis == "lon" else 1] * 2
+        return received, exchange_costs(lines_of_heads, domain.cuts.sizes(axis), 2, dtype)[exchange]
 
     answers = run_on_ranks(Layout(1, 1, 3) if axis == "lon" else Layout(1, 3, 1), check)
     assert max(received["bytes"] for received, _ in answers) == answers[0][1].moved_bytes > 0

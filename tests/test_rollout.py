@@ -231,6 +231,7 @@ def test_a_schedule_is_read_as_it_is_written(tmp_path, store):
         ({"rollout": {-1: 2}}, r"training\.rollout\.-1.*greater than or equal to 0"),
         ({"rollout": {3: 0}}, r"training\.rollout\.3: .*greater than or equal to 1"),
         ({"rollout": {"soon": 2}}, r"training\.rollout\.soon.*valid integer"),
+        ({"lead_weights": [0.5]}, r"training: lead_weights=\(0\.5,\) weighs leads from 2 on, and training\.rollout"),
         ({"lead_weights": [-1]}, r"training\.lead_weights\.0: .*greater than or equal to 0"),
     ],
 )

@@ -27,25 +27,24 @@ def median_ms(work: Callable[[], object]) -> float:
 
 
 def measure(mode: str) -> dict[str, float]:
-    """Forward and backward of mixing (three dilations, 25 taps) and of the gates."""
+    """The passes of a step (three dilations, 25 taps), forward and backward."""
     kernels, taps = kernels_for(mode), Taps.of(3, (1, 2, 4))
-    size = (ROWS + 2 * taps.reach, COLUMNS + 2 * taps.reach)
-    u = torch.randn(1, BOTTLENECK, *size, requires_grad=True)
-    weight = torch.randn(1, BOTTLENECK, len(taps.offsets), requires_grad=True)
-    a = torch.randn(1, 4, HIDDEN, ROWS, COLUMNS, requires_grad=True)
-    bias = torch.randn(4, HIDDEN, requires_grad=True)
-    c = torch.randn(1, HIDDEN, ROWS, COLUMNS, requires_grad=True)
-    peephole = torch.randn(3, HIDDEN, requires_grad=True)
-    mixed, (h, c_new) = kernels.mix(u, weight, taps), kernels.gates(a, bias, c, peephole)
-    grad, grad_h = torch.randn_like(mixed), torch.randn_like(h)
-    return {
-        "mixing forward": median_ms(lambda: kernels.mix(u, weight, taps)),
-        "mixing backward": median_ms(lambda: torch.autograd.grad(mixed, (u, weight), grad, retain_graph=True)),
-        "gates forward": median_ms(lambda: kernels.gates(a, bias, c, peephole)),
-        "gates backward": median_ms(
-            lambda: torch.autograd.grad((h, c_new), (a, bias, c, peephole), (grad_h, grad_h), retain_graph=True)
-        ),
+    padded = torch.randn(1, BOTTLENECK, ROWS + 2 * taps.reach, COLUMNS + 2 * taps.reach)
+    framed = torch.randn(1, BOTTLENECK, ROWS + 4 * taps.reach, COLUMNS + 4 * taps.reach)
+    mixed, grad_padded = torch.randn(1, BOTTLENECK, ROWS, COLUMNS), torch.empty_like(padded)
+    weight = torch.randn(1, BOTTLENECK, len(taps.offsets))
+    h, c = torch.randn(2, 1, HIDDEN, ROWS, COLUMNS).unbind()
+    bias, peephole = torch.randn(4, HIDDEN), torch.randn(3, HIDDEN)
+    a = torch.randn(1, 4, HIDDEN, ROWS, COLUMNS)
+    passes = {
+        "mixing": lambda: kernels.shifted_sum(mixed, padded, weight, taps.offsets),
+        "adjoint of mixing": lambda: kernels.shifted_sum(grad_padded, framed, weight, taps.mirrored),
+        "gradient of kernels": lambda: kernels.shifted_products(padded, mixed, taps.offsets),
+        "gates": lambda: kernels.gates(h, a, bias, c, peephole),
+        "gradient of gates": lambda: kernels.gate_gradients(a, bias, c, peephole, h, c),
     }
+    with torch.no_grad():
+        return {name: median_ms(work) for name, work in passes.items()}
 
 
 def main() -> None:

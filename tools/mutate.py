@@ -105,7 +105,7 @@ def mark_of(fault: Fault | None, names: Sequence[str]) -> str:
     digest = hashlib.sha256(repr((fault, names)).encode())
     shared = [file for file in sorted((ROOT / "tests").glob("*.py")) if not file.name.startswith("test_")]
     named = [ROOT / "tests" / f"test_{name}.py" for name in names]
-    package = sorted(file for file in (ROOT / "faconv_hpc").rglob("*") if file.suffix in (".py", ".sh"))
+    package = sorted(file for file in (ROOT / "faconv_hpc").rglob("*") if file.suffix in (".py", ".sh", ".cpp"))
     for file in (*shared, *named, *package):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

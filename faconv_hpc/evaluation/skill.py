@@ -25,7 +25,7 @@ from ..training.identity import check_same_network
 from ..training.records import CONFIG_FILE, read_records
 from ..training.seen import kept_cycle
 from ..training.setup import Workspace, build_network
-from ..training.shards import FOLDER, Checkpoint, newest_at, whole_checkpoints
+from ..training.shards import FOLDER, Checkpoint, checkpoints_in, newest_at, whole_checkpoints
 from ..training.skill import LeadFields, Skill, SkillSums, forecasts_from
 
 SKILL_FILE = "evaluation.json"
@@ -95,10 +95,10 @@ def checkpoint_of(config: RunConfig, mesh: ProcessMesh, directory: Path | None =
         newest = newest_at(directory) if directory else next(whole_checkpoints(config.run_dir), None)
     newest = mesh.from_first(newest)
     if newest is None:
-        raise InputError(
-            f"{config.run_dir} has no whole checkpoint. Wait for the run to end, set training.checkpoint_every, or "
-            f"look at what is there with `faconv checkpoint list {config.run_dir}`."
-        )
+        way_out = "Wait for the run to end, or set training.checkpoint_every"
+        if mesh.from_first(bool(mesh.rank == 0 and checkpoints_in(config.run_dir))):
+            way_out = f"What is wrong with those that are there, `faconv checkpoint verify {config.run_dir}` says"
+        raise InputError(f"{config.run_dir} has no whole checkpoint. {way_out}.")
     return newest
 
 

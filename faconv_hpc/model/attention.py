@@ -1,6 +1,5 @@
 """Axial attention over the whole globe from a tile: along every row, and along every column."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ from torch.nn import functional
 from ..spatial.axis import line_shares
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
-from .kernels import pointwise
 from .rules import check_attention
 
 
@@ -33,7 +31,7 @@ class ExchangeCost:
 def exchange_costs(lines: int, sizes: Sequence[int], channels: int, dtype: torch.dtype) -> dict[str, ExchangeCost]:
     """The cost of each way to attend along an axis.
 
-    With L lines, C channels, P ranks, n cells of a line on a rank and N on all, counted in numbers:
+    With L lines of a head, C channels of it, P ranks, n cells of a line on a rank and N on all, counted in numbers:
 
     * gather receives k and v of all other ranks, 2 C L (P - 1) n, and holds them whole, 2 C L N, beside its own q and
       result, 2 C L n. Its adjoint receives as many gradients, in float32 or better, as they are summed. 2 phases.
@@ -45,9 +43,9 @@ def exchange_costs(lines: int, sizes: Sequence[int], channels: int, dtype: torch
     Even tiles of n' = C L n numbers: gather moves 4 (P - 1) n' and holds (2 P + 2) n', swap 8 (P - 1) / P n' and 4 n'.
 
     Args:
-        lines: L, all lines along the axis through this tile, over all samples.
+        lines: L, all lines along the axis through this tile, over all samples and heads.
         sizes: n of every rank of the axis.
-        channels: C, of queries as of keys and values, over all heads.
+        channels: C, of queries as of keys and values, of one head.
         dtype: of the activations.
     """
     ranks, whole = len(sizes), sum(sizes)
@@ -100,55 +98,48 @@ class LineAttention(nn.Module):
         nn.init.xavier_uniform_(self.qkv)
         nn.init.xavier_uniform_(self.out)
 
-    def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
-        """What the cells of each line gather from one another: (B, C, Y, X)."""
-        qkv_BLCN = self._lines(pointwise(self.qkv, h_BCYX))
-        qkv_LCN = self._turned(qkv_BLCN.flatten(0, 1), domain)
-        mixed_LCN = self._exchanged(qkv_LCN, qkv_BLCN.shape[:2], domain)
-        return pointwise(self.out, self._cells(mixed_LCN, qkv_BLCN.shape[:2]))
+    def forward(self, qkv_BYXF: Tensor, domain: Domain) -> Tensor:
+        """What the cells of each line gather from one another, (B, Y, X, C_a), from their 3 C_a projections.
 
-    def _lines(self, x_BCYX: Tensor) -> Tensor:
-        """All lines of every sample, (B, L, C, N)."""
+        A cell's numbers lie side by side, which is how attention reads them: nothing is turned over but to be sent.
+        """
+        qkv_BLNF = self._lines(qkv_BYXF)
+        q, k, v = qkv_BLNF.unflatten(-1, (3, self.heads, self.head_size)).unbind(3)
+        cosine_N1D, sine_N1D = self._turn(domain, qkv_BYXF)
+        q, k = (_turned(one, cosine_N1D, sine_N1D) for one in (q, k))
+        return self._lines(self._exchanged(q, k, v, domain).flatten(3))
+
+    def _lines(self, x_BYXF: Tensor) -> Tensor:
+        """All lines of every sample, (B, L, N, F); and back."""
         raise NotImplementedError
 
-    def _cells(self, x_LCN: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `_lines`, for lines of all samples; ``shape`` is (B, lines per sample)."""
-        raise NotImplementedError
-
-    def _position(self, domain: Domain, like: Tensor) -> Tensor:
-        """(N,) angle of each owned cell of a line, in radians."""
+    def _turn(self, domain: Domain, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 1, D / 2) cosines and sines of the angles by which the pairs of each owned cell of a line are turned."""
         raise NotImplementedError
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
         """(N',) what is added to the logits of each key of a whole line; None: nothing."""
         raise NotImplementedError
 
-    def _turned(self, qkv_LCN: Tensor, domain: Domain) -> Tensor:
-        """Queries and keys turned by their positions: harmonic m of the angle, in float64, turns the m-th pair."""
-        position = self._position(domain, qkv_LCN.new_empty(0, dtype=torch.float64))
-        harmonic = torch.arange(1, self.head_size // 2 + 1, dtype=torch.float64, device=qkv_LCN.device)
-        q, k, v = self._heads(qkv_LCN)
-        return torch.stack([*_rotate(q, k, harmonic[:, None] * position), v], dim=1).flatten(1, 3)
+    def _exchanged(self, q: Tensor, k: Tensor, v: Tensor, domain: Domain) -> Tensor:
+        """Attention over whole lines, (B, L, N, H, D) of the owned cells: over gathered keys, or on lines dealt out.
 
-    def _exchanged(self, qkv_LCN: Tensor, shape: torch.Size, domain: Domain) -> Tensor:
-        """Attention over whole lines, (L, C_a, N) of the owned cells: over gathered keys, or on lines dealt out."""
-        axis, sizes, (lines, channels, _) = self.axis, domain.cuts.sizes(self.axis), qkv_LCN.shape
-        bias, exchange = self._key_bias(domain, qkv_LCN), self.exchange
+        A line of one head is what is dealt out, so that ranks idle only where there are more of them than those.
+        """
+        (batch, lines, _, heads, size), sizes = q.shape, domain.cuts.sizes(self.axis)
+        bias, exchange = self._key_bias(domain, q), self.exchange
+        if len(sizes) == 1:
+            return _attend(q, k, v, bias)
         if exchange == "auto":  # the same on all ranks of the axis: they share their lines
-            exchange = cheaper_exchange(lines, sizes, channels // 3, qkv_LCN.dtype)
+            exchange = cheaper_exchange(batch * lines * heads, sizes, size, q.dtype)
         if exchange == "swap":
-            q, k, v = self._heads(domain.swap(qkv_LCN, axis))
-            return domain.swap_back(_attend(q, k, v, bias).flatten(1, 2), axis, lines)
-        q, k, v = self._heads(qkv_LCN)
-        if len(sizes) > 1:
-            keys_values = domain.gather(self._cells(qkv_LCN[:, channels // 3 :], shape), axis)
-            whole_LCN = self._lines(keys_values).flatten(0, 1)
-            k, v = whole_LCN.unflatten(1, (2, self.heads, self.head_size)).unbind(1)
-        return _attend(q, k, v, bias).flatten(1, 2)
-
-    def _heads(self, qkv_LCN: Tensor) -> tuple[Tensor, ...]:
-        heads: tuple[Tensor, ...] = qkv_LCN.unflatten(1, (3, self.heads, self.head_size)).unbind(1)
-        return heads
+            of_heads = torch.cat([q, k, v], dim=-1).transpose(2, 3).flatten(0, 2)
+            q, k, v = domain.swap(of_heads, self.axis)[None, :, :, None].chunk(3, dim=-1)
+            owned_LNF = domain.swap_back(_attend(q, k, v, bias)[0, :, :, 0], self.axis, of_heads.shape[0])
+            mixed: Tensor = owned_LNF.unflatten(0, (batch, lines, heads))
+            return mixed.transpose(2, 3)
+        k, v = domain.gather(torch.stack([k, v], dim=3), self.axis, dim=2).unbind(3)
+        return _attend(q, k, v, bias)
 
 
 class RowAttention(LineAttention):
@@ -156,15 +147,11 @@ class RowAttention(LineAttention):
 
     axis = "lon"
 
-    def _lines(self, x_BCYX: Tensor) -> Tensor:
-        return x_BCYX.transpose(1, 2)
+    def _lines(self, x_BYXF: Tensor) -> Tensor:
+        return x_BYXF
 
-    def _cells(self, x_LCN: Tensor, shape: torch.Size) -> Tensor:
-        x_BLCN: Tensor = x_LCN.unflatten(0, shape)
-        return x_BLCN.transpose(1, 2)
-
-    def _position(self, domain: Domain, like: Tensor) -> Tensor:
-        return domain.coordinates.longitudes(like)
+    def _turn(self, domain: Domain, like: Tensor) -> tuple[Tensor, Tensor]:
+        return domain.coordinates.turns_of_longitude(self.head_size // 2, like)
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
         return None  # the cells of a row are equal
@@ -178,24 +165,18 @@ class ColumnAttention(LineAttention):
 
     axis = "lat"
 
-    def _lines(self, x_BCYX: Tensor) -> Tensor:
-        return x_BCYX.permute(0, 3, 1, 2)
+    def _lines(self, x_BYXF: Tensor) -> Tensor:
+        return x_BYXF.transpose(1, 2)
 
-    def _cells(self, x_LCN: Tensor, shape: torch.Size) -> Tensor:
-        x_BLCN: Tensor = x_LCN.unflatten(0, shape)
-        return x_BLCN.permute(0, 2, 3, 1)
-
-    def _position(self, domain: Domain, like: Tensor) -> Tensor:
-        return domain.coordinates.latitudes(like)
+    def _turn(self, domain: Domain, like: Tensor) -> tuple[Tensor, Tensor]:
+        return domain.coordinates.turns_of_latitude(self.head_size // 2, like)
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
-        tiny = math.log(torch.finfo(torch.float32).tiny)
-        area = domain.coordinates.row_areas(like.new_empty(0, dtype=torch.float64))
-        return area.log().clamp_min(tiny).to(like.dtype)
+        return domain.coordinates.log_areas(like)
 
 
 class AxialAttention(nn.Module):
-    """gamma (row attention + cos(latitude) column attention), multi-head, with positions from coordinates.
+    """h + gamma (row attention + cos(latitude) column attention), multi-head, with positions from coordinates.
 
     All meridians meet at a pole, and what each of them adds there belongs to the same point: only what vanishes
     towards the pole is continuous across it. Hence the cosine of latitude, on grids that end at a pole; on others
@@ -225,27 +206,33 @@ class AxialAttention(nn.Module):
         self.columns.reset_parameters()
 
     def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
-        """What attention adds to h: (B, C, Y, X)."""
-        taper = domain.coordinates.pole_taper(h_BCYX)[:, None]
-        attended: Tensor = self.rows(h_BCYX, domain) + self.columns(h_BCYX, domain) * taper
-        return self.gamma[:, None, None] * attended
+        """h and what attention adds to it: (B, C, Y, X). One product leads to all projections, one back from them."""
+        batch, _, *cells = h_BCYX.shape
+        projections = torch.cat([self.rows.qkv, self.columns.qkv])
+        qkv_BNF = torch.matmul(h_BCYX.flatten(2).transpose(1, 2), projections.t())
+        of_rows, of_columns = qkv_BNF.unflatten(1, cells).chunk(2, dim=-1)
+        taper_Y11 = domain.coordinates.pole_taper(h_BCYX)[:, None, None]
+        mixed_BYXF = torch.cat([self.rows(of_rows, domain), self.columns(of_columns, domain) * taper_Y11], dim=-1)
+        back = self.gamma[:, None] * torch.cat([self.rows.out, self.columns.out], dim=1)
+        mixed_BFN = mixed_BYXF.flatten(1, 2).transpose(1, 2)
+        attended: Tensor = torch.baddbmm(h_BCYX.flatten(2), back.expand(batch, -1, -1), mixed_BFN)
+        return attended.unflatten(2, cells)  # type: ignore[no-any-return]
 
 
-def _rotate(q_LHDN: Tensor, k_LHDN: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+def _turned(x_BLNHD: Tensor, cosine_N1D: Tensor, sine_N1D: Tensor) -> Tensor:
     """Rotary positions (Su et al., arXiv 2104.09864): pairs of channels turned by their angle."""
-    cosine, sine = angles.cos().to(q_LHDN.dtype), angles.sin().to(q_LHDN.dtype)
-
-    def turned(x_LHDN: Tensor) -> Tensor:
-        first, second = x_LHDN.chunk(2, dim=2)
-        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=2)
-
-    return turned(q_LHDN), turned(k_LHDN)
+    first, second = x_BLNHD.chunk(2, dim=-1)
+    return torch.cat([first * cosine_N1D - second * sine_N1D, first * sine_N1D + second * cosine_N1D], dim=-1)
 
 
-def _attend(q_LHDN: Tensor, k_LHDM: Tensor, v_LHDM: Tensor, bias_M: Tensor | None) -> Tensor:
-    """Scaled dot-product attention over the cells of each line: (L, H, D, N)."""
-    q, k, v = (x.transpose(-1, -2).contiguous() for x in (q_LHDN, k_LHDM, v_LHDM))
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias_M: Tensor | None) -> Tensor:
+    """Scaled dot-product attention over the cells of each line: (B, L, N, H, D); keys and values may have others."""
+    lines = q.shape[:2]
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
     mask = None if bias_M is None else bias_M.expand(1, 1, q.shape[-2], -1)
     if not q.shape[0]:
-        return (q + k[..., :1, :] * 0 + v[..., :1, :] * 0).transpose(-1, -2)  # no lines: keep the graph
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-1, -2)
+        mixed = q + k[..., :1, :] * 0 + v[..., :1, :] * 0  # no lines: keep the graph
+    else:
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    attended: Tensor = mixed.transpose(1, 2).unflatten(0, lines)
+    return attended

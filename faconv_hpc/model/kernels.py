@@ -1,20 +1,18 @@
-"""The two passes over all cells that are not matrix products: mixing, and the gates.
+"""The passes over all cells that are not matrix products: mixing and the gates, forward and backward.
 
-Both are written as plain tensor arithmetic. ``"compiled"`` hands that arithmetic to torch.compile,
-which makes one loop over memory of it (C++ on a CPU, Triton on a GPU); ``"eager"`` runs it as it
-stands. Gradients are written out, so that backward is one such pass too and keeps no intermediates.
+``"eager"`` is plain tensor arithmetic, and the reference. ``"compiled"`` is loops that read and write each number
+once: in C++ on a CPU (native.py), and what torch.compile makes of the arithmetic elsewhere. They know nothing of
+autograd: sweep.py calls them, forward and backward.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..autograd import Context, Operation
 from ..errors import InputError
 
 Offsets = tuple[tuple[int, int], ...]
@@ -37,10 +35,13 @@ class Taps:
     owner: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, kernel_size: int, dilations: Sequence[int]) -> "Taps":
-        """The taps of kernels of this size, one per dilation."""
+    def of(cls, kernel_size: int, dilations: Sequence[int], reach: int | None = None) -> "Taps":
+        """The taps of kernels of this size, one per dilation, in a buffer that is padded by ``reach``.
+
+        Default: by as much as they need.
+        """
         half = kernel_size // 2
-        reach = half * max(dilations)
+        reach = half * max(dilations) if reach is None else reach
         offsets: dict[tuple[int, int], int] = {}
         owner = tuple(
             tuple(
@@ -58,24 +59,32 @@ class Taps:
         return tuple((2 * self.reach - row, 2 * self.reach - column) for row, column in self.offsets)
 
 
-def pointwise(weight: Tensor, x_BCYX: Tensor, bias: Tensor | None = None) -> Tensor:
+def pointwise(weight: Tensor, x_BCYX: Tensor, into: Tensor | None = None, *, add: bool = False) -> Tensor:
     """A 1x1 convolution as one matrix product per sample: (B, C', Y, X) for a (C', C) weight.
 
     `torch.matmul` would fold the batch into the cells and copy x to do so.
+
+    Args:
+        into: where to write it, contiguous.
+        add: to what stands there.
     """
     x_BCN = x_BCYX.flatten(2)
     weights = weight.expand(x_BCN.shape[0], -1, -1)
-    product = torch.bmm(weights, x_BCN) if bias is None else torch.baddbmm(bias[:, None], weights, x_BCN)
-    return product.view(*product.shape[:2], *x_BCYX.shape[2:])
+    if into is None:
+        return torch.bmm(weights, x_BCN).view(x_BCYX.shape[0], -1, *x_BCYX.shape[2:])
+    product = into.view(*into.shape[:2], -1)
+    torch.baddbmm(product, weights, x_BCN, out=product) if add else torch.bmm(weights, x_BCN, out=product)
+    return into
 
 
-def _shifted_sum(padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets, rows: int, columns: int) -> Tensor:
+def _shifted_sum(into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
+    rows, columns = into_BCYX.shape[-2:]
     total = torch.zeros_like(padded_BCYX[..., :rows, :columns])
     for tap, (row, column) in enumerate(offsets):
         total = (
             total + weight_BCN[:, :, tap, None, None] * padded_BCYX[..., row : row + rows, column : column + columns]
         )
-    return total
+    into_BCYX.copy_(total)
 
 
 def _shifted_products(padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
@@ -111,16 +120,18 @@ BY_EXP = Squash(_sigmoid_by_exp, _tanh_by_exp)
 """Which the compiler makes vector code of; of torch's own tanh it makes what takes two to three times as long."""
 
 
-def _gate_forward(
-    a_BGCYX: Tensor, bias_GC: Tensor, c_BCYX: Tensor, peep_GC: Tensor, squash: Squash = OF_LIBRARY
-) -> tuple[Tensor, Tensor]:
+def _gates(
+    h_BCYX: Tensor, a_BGCYX: Tensor, bias_GC: Tensor, c_BCYX: Tensor, peep_GC: Tensor, squash: Squash = OF_LIBRARY
+) -> Tensor:
+    """Writes h, returns the new c; pre-activations (B, 4, C, Y, X) come without their bias (4, C)."""
     p_i, p_f, p_o = peep_GC[:, :, None, None].unbind(0)
     i, f, g, o = (a_BGCYX.to(c_BCYX.dtype) + bias_GC[:, :, None, None]).unbind(1)
     c_new = squash.sigmoid(f + p_f * c_BCYX) * c_BCYX + squash.sigmoid(i + p_i * c_BCYX) * squash.tanh(g)
-    return squash.sigmoid(o + p_o * c_new) * squash.tanh(c_new), c_new
+    h_BCYX.copy_(squash.sigmoid(o + p_o * c_new) * squash.tanh(c_new))
+    return c_new
 
 
-def _gate_backward(
+def _gate_gradients(
     a_BGCYX: Tensor,
     bias_GC: Tensor,
     c_BCYX: Tensor,
@@ -129,6 +140,7 @@ def _gate_backward(
     grad_c: Tensor,
     squash: Squash = OF_LIBRARY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of pre-activations, old c, bias and peepholes from those of h and of the new c."""
     p_i, p_f, p_o = peep_GC[:, :, None, None].unbind(0)
     a_i, a_f, a_g, a_o = (a_BGCYX.to(c_BCYX.dtype) + bias_GC[:, :, None, None]).unbind(1)
     i, f = squash.sigmoid(a_i + p_i * c_BCYX), squash.sigmoid(a_f + p_f * c_BCYX)
@@ -141,98 +153,131 @@ def _gate_backward(
     over = (0, 2, 3)
     grad_bias = torch.stack([d.sum(over) for d in (d_i, d_f, d_g, d_o)])
     grad_peep = torch.stack([(d_i * c_BCYX).sum(over), (d_f * c_BCYX).sum(over), (d_o * c_new).sum(over)])
-    grad_a = torch.stack([d_i, d_f, d_g, d_o], dim=1).to(a_BGCYX.dtype)
-    return grad_a, grad_bias, d_c * f + d_i * p_i + d_f * p_f, grad_peep
+    grad_a = torch.stack([d_i, d_f, d_g, d_o], dim=1)
+    return grad_a, d_c * f + d_i * p_i + d_f * p_f, grad_bias, grad_peep
 
 
-@dataclass(frozen=True)
 class Kernels:
-    """The passes in one of the two modes; see `kernels_for`."""
+    """The passes in plain tensor arithmetic: ``"eager"``, and what others are compared with."""
 
-    shifted_sum: Callable[..., Tensor]
-    shifted_products: Callable[..., Tensor]
-    gate_forward: Callable[..., tuple[Tensor, Tensor]]
-    gate_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-    def mix(self, padded_BCYX: Tensor, weight_BCN: Tensor, taps: Taps) -> Tensor:
-        """Weighted sum of the cells around each cell: a depthwise convolution with merged taps.
+    def product(self, weight: Tensor, x_BCYX: Tensor, into: Tensor | None = None, *, add: bool = False) -> Tensor:
+        """A 1x1 convolution: (B, C', Y, X) for a (C', C) weight.
 
         Args:
-            padded_BCYX: a tile padded by ``taps.reach``.
-            weight_BCN: a weight for every sample, channel and tap.
-
-        Returns:
-            (B, C, Y, X) without the padding.
+            into: where to write it, contiguous.
+            add: to what stands there.
         """
-        mixed: Tensor = _Mix.call(padded_BCYX, weight_BCN, taps, self)
-        return mixed
+        return pointwise(weight, x_BCYX, into, add=add)
 
-    def gates(self, a_BGCYX: Tensor, bias_GC: Tensor, c_BCYX: Tensor, peep_GC: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates with peepholes, design section 3, step 5.
+    def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
+        """Weighted sum of the cells at so many offsets: a depthwise convolution with merged taps.
+
+        Its adjoint is the same with `Taps.mirrored` offsets of a gradient that is framed by zeros.
 
         Args:
-            a_BGCYX: pre-activations without their bias, G = i, f, g, o.
-            bias_GC: added here, as a product that adds it copies it into every cell first.
-            c_BCYX: cell state; float32 or better, and so is the arithmetic.
+            into_BCYX: where it goes.
+            padded_BCYX: so many more rows and columns as the offsets need.
+            weight_BCN: a weight for every sample, channel and tap.
+        """
+        _shifted_sum(into_BCYX, padded_BCYX, weight_BCN, offsets)
+
+    def mix_weights(self, padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
+        """(B, C, N) the gradient of the weights of `mix`."""
+        return _shifted_products(padded_BCYX, grad_BCYX, offsets)
+
+    def advance(
+        self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor
+    ) -> Tensor:
+        """Expansion and gates, design section 3, steps 4 and 5.
+
+        Args:
+            h: where h goes, of any type.
+            mixed_BFYX: m.
+            c_BCYX: cell state; float32 or better, and so is the arithmetic of the gates.
+            weight, bias: of the expansion, (4 C, F) and (4 C,), in the order i, f, g, o.
             peep_GC: (3, C) peephole weights of i, f (on the old c) and o (on the new c).
 
         Returns:
-            h and the new c, both of c's type.
+            The new c.
         """
-        h, c = _Gates.call(a_BGCYX, bias_GC, c_BCYX, peep_GC, self)
-        return h, c
+        return self._gates(h, *_gate_inputs(pointwise(weight, mixed_BFYX), c_BCYX, bias, peep_GC))
+
+    def retreat(
+        self,
+        mixed_BFYX: Tensor,
+        c_BCYX: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        peep_GC: Tensor,
+        grad_h: Tensor,
+        grad_c: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of `advance`, whose pre-activations are computed again.
+
+        Args:
+            grad_h, grad_c: of h and of the new c.
+
+        Returns:
+            Those of the weight, of m, of the old c, of the bias and of the peepholes; weights' in float32 or better.
+        """
+        given = _gate_inputs(pointwise(weight, mixed_BFYX), c_BCYX, bias, peep_GC)
+        grad_a, grad_before, grad_bias, grad_peep = self._gate_gradients(*given, grad_h, grad_c)
+        grad_a = grad_a.flatten(1, 2).to(mixed_BFYX.dtype)
+        of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
+        return of_weight, pointwise(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
+
+    _gates: Callable[..., Tensor] = staticmethod(_gates)
+    _gate_gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = staticmethod(_gate_gradients)
 
 
-@lru_cache(maxsize=len(KERNEL_MODES))
-def kernels_for(mode: str) -> Kernels:
-    """The passes, ``"eager"`` or ``"compiled"`` (which needs a C++ compiler, or Triton on a GPU)."""
-    if mode not in KERNEL_MODES:
-        raise InputError(f"kernels={mode!r} is not known. Use one of {', '.join(KERNEL_MODES)}.")
-    passes: tuple[Any, ...] = (_shifted_sum, _shifted_products, _gate_forward, _gate_backward)
-    if mode == "compiled":
-        passes = (*passes[:2], *(partial(gate, squash=BY_EXP) for gate in passes[2:]))
+class TracedKernels(Kernels):
+    """What torch.compile makes of them: one loop over memory each, of Triton on a GPU."""
+
+    def __init__(self) -> None:
         from torch import _dynamo as dynamo  # a second of every start, of commands that compute nothing, too
 
         # A tile shape of its own costs a compilation; from the second on sizes are symbols in the code.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, SHAPES)
-        passes = tuple(torch.compile(one, fullgraph=True) for one in passes)
-    return Kernels(*passes)
+        traced = partial(torch.compile, fullgraph=True)
+        self.mix, self.mix_weights = traced(_shifted_sum), traced(_shifted_products)  # type: ignore[method-assign]
+        self._gates = traced(partial(_gates, squash=BY_EXP))
+        self._gate_gradients = traced(partial(_gate_gradients, squash=BY_EXP))
 
 
-class _Mix(Operation):
-    """Gather from the neighbours going forward; the mirrored gather going back."""
+def kernels_for(mode: str, like: Tensor) -> Kernels:
+    """The passes for tensors like this one.
 
-    @staticmethod
-    def forward(ctx: Context, padded_BCYX: Tensor, weight_BCN: Tensor, taps: Taps, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(padded_BCYX, weight_BCN)
-        ctx.taps, ctx.kernels = taps, kernels
-        rows, columns = (size - 2 * taps.reach for size in padded_BCYX.shape[-2:])
-        return kernels.shifted_sum(padded_BCYX, weight_BCN, taps.offsets, rows, columns)
-
-    @staticmethod
-    def backward(ctx: Context, grad_BCYX: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        padded_BCYX, weight_BCN = ctx.saved_tensors
-        taps, kernels = ctx.taps, ctx.kernels
-        grad_BCYX = grad_BCYX.contiguous()
-        framed = functional.pad(grad_BCYX, [2 * taps.reach] * 4)
-        grad_padded = kernels.shifted_sum(framed, weight_BCN, taps.mirrored, *padded_BCYX.shape[-2:])
-        grad_weight = kernels.shifted_products(padded_BCYX, grad_BCYX, taps.offsets)
-        return grad_padded, grad_weight.to(weight_BCN.dtype), None, None
+    Args:
+        mode: ``"eager"``, or ``"compiled"``: loops of C++ for float32 and float64 on a CPU (they need a compiler),
+            of Triton on a GPU.
+    """
+    check_kernels(mode)
+    if mode == "eager":
+        return EAGER
+    if like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
+        return _native()
+    return _traced()
 
 
-class _Gates(Operation):
-    """Keeps only its inputs; backward computes the gates again in the same pass as the gradients."""
+def check_kernels(mode: str) -> None:
+    """Raises InputError for another mode than there is."""
+    if mode not in KERNEL_MODES:
+        raise InputError(f"kernels={mode!r} is not known. Use one of {', '.join(KERNEL_MODES)}.")
 
-    @staticmethod
-    def forward(
-        ctx: Context, a_BGCYX: Tensor, bias_GC: Tensor, c_BCYX: Tensor, peep_GC: Tensor, kernels: Kernels
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(a_BGCYX, bias_GC, c_BCYX, peep_GC)
-        ctx.kernels = kernels
-        return kernels.gate_forward(a_BGCYX, bias_GC, c_BCYX, peep_GC)
 
-    @staticmethod
-    def backward(ctx: Context, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        saved = ctx.saved_tensors
-        grad_a, grad_bias, grad_c_old, grad_peep = ctx.kernels.gate_backward(*saved, grad_h, grad_c)
-        return grad_a, grad_bias.to(saved[1].dtype), grad_c_old, grad_peep.to(saved[3].dtype), None
+EAGER = Kernels()
+_traced = cache(TracedKernels)
+
+
+@cache
+def _native() -> Kernels:
+    from .native import NativeKernels
+
+    return NativeKernels()
+
+
+def _gate_inputs(
+    a_BFYX: Tensor, c_BCYX: Tensor, bias: Tensor, peep_GC: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gates = (4, c_BCYX.shape[1])
+    return a_BFYX.unflatten(1, gates), bias.unflatten(0, gates).to(c_BCYX.dtype), c_BCYX, peep_GC.to(c_BCYX.dtype)

@@ -1,6 +1,8 @@
 """FAConvLSTM2d: a drop-in replacement for ConvLSTM2d whose cost grows with cells, not with kernels."""
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,10 @@ from torch.nn import functional
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .attention import AxialAttention
-from .kernels import Taps, kernels_for, pointwise
-from .recurrence import State, unrolled, zero_state
+from .kernels import Taps, check_kernels, kernels_for
+from .recurrence import State, zero_state
 from .rules import check_layer
+from .sweep import Bank, Joined, Steps, Sweep, Weights
 
 
 class FAConvLSTM2d(nn.Module):
@@ -66,7 +69,9 @@ class FAConvLSTM2d(nn.Module):
         branches = len(dilations)
         self.in_channels, self.hidden_channels, self.fuse = in_channels, hidden_channels, fuse
         self.attention_every = attention_every
-        self.kernels = kernels_for(kernels)
+        check_kernels(kernels)
+        self.kernels = kernels
+        self.dilations = tuple(dilations)
         self.taps = Taps.of(kernel_size, dilations)
         self.input_weight = nn.Parameter(torch.empty(bottleneck, in_channels))
         self.hidden_weight = nn.Parameter(torch.empty(bottleneck, hidden_channels))
@@ -130,54 +135,57 @@ class FAConvLSTM2d(nn.Module):
         """
         _check_input(x_BTCYX, self.in_channels)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        of_steps = self._input_bottleneck(x_BTCYX, domain)
+        domain.check_cells(x_BTCYX)
+        h: Tensor | None
+        h, c = state or (None, zero_state(x_BTCYX, self.hidden_channels)[1])
+        h_BTCYX = x_BTCYX.new_empty(*x_BTCYX.shape[:2], *c.shape[1:])
+        ends, parts = self._ends(first_step, x_BTCYX.shape[1]), list[Tensor]()
+        spans = [slice(*span) for span in pairwise((0, *ends))]
+        pieces = x_BTCYX.split([span.stop - span.start for span in spans], dim=1)
+        bank, weights, around = self._bank(x_BTCYX), self._weights(), domain.surroundings(self.taps.reach)
+        for span, x in zip(spans, pieces, strict=True):
+            valid = None if valid_BT is None else valid_BT[:, span]
+            steps = Steps(h_BTCYX[:, span], bank, around, valid, keep=torch.is_grad_enabled())
+            early, last, c = Sweep.call(steps, x, h, c, *weights)
+            h = self._attended(last, domain, valid) if self._attends(first_step + span.stop) else last
+            parts += early, h
+        return Joined.call(h_BTCYX, ends, *parts), (parts[-1], c)
 
-        def step(number: int, before: State) -> State:
-            h, c = self._step(*of_steps[number], before, domain)
-            if self.attention is not None and (first_step + number + 1) % self.attention_every == 0:
-                h = h + self.attention(h, domain)
-            return h, c
+    def _attends(self, step: int) -> bool:
+        """Whether attention follows after so many steps."""
+        return self.attention is not None and step % self.attention_every == 0
 
-        start = state if state is not None else zero_state(x_BTCYX, self.hidden_channels)
-        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
+    def _attended(self, h_BCYX: Tensor, domain: Domain, valid_BT: Tensor | None) -> Tensor:
+        assert self.attention is not None
+        attended: Tensor = self.attention(h_BCYX, domain)
+        return attended if valid_BT is None else attended.where(valid_BT[:, -1, None, None, None], h_BCYX)
 
-    def _input_bottleneck(self, x_BTCYX: Tensor, domain: Domain) -> list[tuple[Tensor, Tensor]]:
-        """W_x x + b of each step, with its halo and mean; of all at once: one product, one exchange.
+    def _ends(self, first_step: int, length: int) -> list[int]:
+        """The step after each sweep: where attention follows, and after the last."""
+        return [step for step in range(1, length + 1) if step == length or self._attends(first_step + step)]
 
-        They are unbound and not indexed, which in backward would fill a gradient of all steps for each of them.
-        """
-        batch = x_BTCYX.shape[:2]
-        u = pointwise(self.input_weight, x_BTCYX.flatten(0, 1), self.bottleneck_bias)
-        padded, mean = domain.pad_and_mean(u, self.taps.reach)
-        return list(zip(padded.unflatten(0, batch).unbind(1), mean.unflatten(0, batch).unbind(1), strict=True))
+    def _bank(self, like: Tensor) -> Bank:
+        kernels = kernels_for(self.kernels, like)
+        if self.fuse == "concat":
+            kernel_size, reach = math.isqrt(self.mixing_weight.shape[-1]), self.taps.reach
+            passes = tuple(Taps.of(kernel_size, (dilation,), reach) for dilation in self.dilations)
+            return Bank(passes, None, kernels)
+        return Bank((self.taps,), self._owner_DKN, kernels)
 
-    def _step(self, padded_BCYX: Tensor, mean_BC: Tensor, state: State, domain: Domain) -> State:
-        h, c = state
-        recurrent, recurrent_mean = domain.pad_and_mean(pointwise(self.hidden_weight, h), self.taps.reach)
-        excited = self.excite(functional.silu(self.squeeze(mean_BC + recurrent_mean)))
-        scale_BDC = torch.sigmoid(excited).unflatten(1, self.mixing_weight.shape[:2])
-        mixed = self._mix(padded_BCYX + recurrent, scale_BDC)
-        gates = (4, self.hidden_channels)
-        a_BGCYX = pointwise(self.expansion_weight, mixed).unflatten(1, gates)
-        bias_GC = self.expansion_bias.unflatten(0, gates).to(c.dtype)
-        h_new, c_new = self.kernels.gates(a_BGCYX, bias_GC, c, self.peephole_weight.to(c.dtype))
-        return h_new.to(h.dtype), c_new
-
-    def _mix(self, u_BCYX: Tensor, scale_BDC: Tensor) -> Tensor:
-        """Branches weighed by s and added, as one kernel per sample, or weighed and concatenated."""
-        weight_BDCK = scale_BDC.unsqueeze(-1) * self.mixing_weight
-        if self.fuse == "sum":
-            return self.kernels.mix(u_BCYX, self._tap_weights(weight_BDCK), self.taps)
-        branches = [
-            self.kernels.mix(u_BCYX, self._tap_weights(weight_BDCK[:, d : d + 1], d), self.taps)
-            for d in range(weight_BDCK.shape[1])
-        ]
-        return torch.cat(branches, dim=1)
-
-    def _tap_weights(self, weight_BDCK: Tensor, first: int = 0) -> Tensor:
-        """(B, C, taps): kernel weights added where kernels of several dilations share a cell."""
-        owner_DKN = self._owner_DKN[first : first + weight_BDCK.shape[1]].to(weight_BDCK.dtype)
-        return torch.einsum("bdck,dkn->bcn", weight_BDCK, owner_DKN)
+    def _weights(self) -> Weights:
+        return Weights(
+            self.input_weight,
+            self.hidden_weight,
+            self.bottleneck_bias,
+            self.mixing_weight,
+            self.squeeze.weight,
+            self.squeeze.bias,
+            self.excite.weight,
+            self.excite.bias,
+            self.expansion_weight,
+            self.expansion_bias,
+            self.peephole_weight,
+        )
 
 
 def _check_input(x_BTCYX: Tensor, in_channels: int) -> None:

@@ -31,7 +31,6 @@ class AreaMean:
         share = grad_mean.to(at_least_float32(grad_mean.dtype), copy=True).contiguous()
         return start_sum(share, self._group, self._clock, "adjoint of mean")
 
-    def spread(self, total: Tensor, columns: int) -> Tensor:
-        """The gradient at every owned cell, (..., Y, X): its weight times the mean's gradient."""
-        by_row = total[..., None, None] * self._row_weights(total)[:, None]
-        return by_row.expand(*by_row.shape[:-1], columns)
+    def by_row(self, total: Tensor) -> Tensor:
+        """The gradient at every owned cell of a row, (..., Y, 1): its weight times the mean's gradient."""
+        return total[..., None, None] * self._row_weights(total)[:, None]

@@ -31,17 +31,33 @@ class Coordinates:
         """(nlat,) relative area of a cell in each row of the grid, 1 on average."""
         return self._like("area", lambda: self._grid.cell_area_sr / self._grid.cell_area_sr.mean(), like)
 
-    def latitudes(self, like: Tensor) -> Tensor:
-        """(Y,) latitudes of the owned rows, in radians."""
-        return self._like("latitude", lambda: self._grid.latitude[self._rows], like)
+    def log_areas(self, like: Tensor) -> Tensor:
+        """(nlat,) their logarithm, as far as float32 goes: the row of a pole itself has hardly any."""
+        return self._like("log area", self._log_areas, like)
 
-    def longitudes(self, like: Tensor) -> Tensor:
-        """(X,) longitudes of the owned columns, in radians."""
-        return self._like("longitude", lambda: self._grid.longitude[self._columns], like)
+    def turns_of_longitude(self, harmonics: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(X, 1, harmonics) cosines and sines of so many harmonics of the owned columns' longitudes, from 1."""
+        return self._turns("longitude", self._grid.longitude[self._columns], harmonics, like)
+
+    def turns_of_latitude(self, harmonics: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(Y, 1, harmonics) cosines and sines of so many times the owned rows' latitudes."""
+        return self._turns("latitude", self._grid.latitude[self._rows], harmonics, like)
 
     def pole_taper(self, like: Tensor) -> Tensor:
         """(Y,) cosine of the owned rows' latitudes where the grid ends at a pole, ones on other grids."""
         return self._like("taper", self._taper, like)
+
+    def _log_areas(self) -> NDArray[np.float64]:
+        areas: NDArray[np.float64] = self._grid.cell_area_sr / self._grid.cell_area_sr.mean()
+        return np.log(np.maximum(areas, float(np.finfo(np.float32).tiny)))
+
+    def _turns(self, name: str, angles: NDArray[np.float64], harmonics: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Made in float64, whatever the type that is asked for."""
+        turns = angles[:, None, None] * np.arange(1, harmonics + 1)
+        return (
+            self._like(f"cosines of {harmonics} {name}s", lambda: np.cos(turns), like),
+            self._like(f"sines of {harmonics} {name}s", lambda: np.sin(turns), like),
+        )
 
     def _taper(self) -> NDArray[np.float64]:
         latitude = self._grid.latitude[self._rows]

@@ -17,8 +17,9 @@ from .coordinates import Coordinates
 from .exchange import HaloExchange
 from .grid import Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
-from .operations import Gather, Mean, Pad, PadAndMean, Swap, SwapBack, Total
-from .tape import Tape
+from .operations import Gather, Mean, Pad, Swap, SwapBack, Total
+from .surroundings import Surroundings
+from .tape import Started, Tape
 
 Value = TypeVar("Value")
 
@@ -77,38 +78,43 @@ class Domain:
         Adjoint: accumulate halo. A cell that is copied into halos is used there too, so its gradient
         is the sum over all uses.
         """
-        self._check_cells(x)
+        self.check_cells(x)
         padded: Tensor = Pad.call(x, self.halo_exchange(width), self.remembered) if width else x
         return padded
 
-    def gather(self, x: Tensor, axis: str) -> Tensor:
+    def gather(self, x: Tensor, axis: str, dim: int | None = None) -> Tensor:
         """Joins the tiles along ``"lat"`` (all rows) or ``"lon"`` (all columns).
+
+        Args:
+            dim: the one that runs along the axis; default: as in (..., Y, X).
 
         Adjoint: reduce-scatter. Every rank of the axis uses every cell, so their gradients are
         summed and each rank keeps its own cells'.
         """
-        joined: Tensor = Gather.call(x, self.axis(axis)) if self.mesh.size(axis) > 1 else x
+        if self.mesh.size(axis) == 1:
+            return x
+        joined: Tensor = Gather.call(x, self.axis(axis), DIMS[axis] if dim is None else dim)
         return joined
 
-    def swap(self, x_LCN: Tensor, axis: str) -> Tensor:
+    def swap(self, x_LNC: Tensor, axis: str) -> Tensor:
         """Moves the split from ``axis`` to the lines: whole lines, fewer of them.
 
         Args:
-            x_LCN: L lines (all that run along ``axis`` through this tile), C numbers per cell,
-                N owned cells along ``axis``.
+            x_LNC: L lines (all that run along ``axis`` through this tile), N owned cells along ``axis``,
+                C numbers per cell.
 
         Returns:
-            (L', C, N') with N' all cells along ``axis`` and L' this rank's share of the lines.
+            (L', N', C) with N' all cells along ``axis`` and L' this rank's share of the lines.
 
         Adjoint: `swap_back`; both only move numbers, so each is the other's inverse and adjoint.
         """
-        whole_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else Swap.call(x_LCN, self.axis(axis))
-        return whole_LCN
+        whole_LNC: Tensor = x_LNC if self.mesh.size(axis) == 1 else Swap.call(x_LNC, self.axis(axis))
+        return whole_LNC
 
-    def swap_back(self, x_LCN: Tensor, axis: str, lines: int) -> Tensor:
+    def swap_back(self, x_LNC: Tensor, axis: str, lines: int) -> Tensor:
         """The inverse of `swap`: ``lines`` is the number of lines that run through this tile."""
-        owned_LCN: Tensor = x_LCN if self.mesh.size(axis) == 1 else SwapBack.call(x_LCN, self.axis(axis), lines)
-        return owned_LCN
+        owned_LNC: Tensor = x_LNC if self.mesh.size(axis) == 1 else SwapBack.call(x_LNC, self.axis(axis), lines)
+        return owned_LNC
 
     def mean(self, x: Tensor) -> Tensor:
         """Area-weighted mean of x (..., Y, X) over all tiles: (...), the same on every rank.
@@ -117,7 +123,7 @@ class Domain:
         sum over tiles of the gradients, spread by area. Every rank's loss depends on the mean, and
         so on every cell of every tile.
         """
-        self._check_cells(x)
+        self.check_cells(x)
         mean: Tensor = Mean.call(x, self._area_mean, self.remembered)
         return mean
 
@@ -129,12 +135,6 @@ class Domain:
         """
         summed: Tensor = Total.call(x, self.mesh.tile_group, self.clock) if self.tiles > 1 else x
         return summed
-
-    def pad_and_mean(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """`pad` and `mean` of the same x in one communication phase, forward and backward."""
-        self._check_cells(x)
-        padded, mean = PadAndMean.call(x, self.halo_exchange(width), self._area_mean, self.remembered)
-        return padded, mean
 
     # Between a tile and the whole grid, for small tensors: tests, figures, examples
 
@@ -149,7 +149,7 @@ class Domain:
 
     def assemble(self, x: Tensor) -> Tensor:
         """The whole field (..., nlat, nlon) on every rank, from the owned cells x (..., Y, X)."""
-        self._check_cells(x)
+        self.check_cells(x)
         return self.gather(self.gather(x, "lon"), "lat")
 
     def verdict(self, passed: bool) -> bool:
@@ -176,16 +176,23 @@ class Domain:
         finally:
             self._tape = before
 
-    def remembered(self, communicate: Callable[[], Value]) -> Value:
-        """What ``communicate`` returns, or what it returned when the segment was first computed."""
-        return communicate() if self._tape is None else self._tape.value(communicate)
+    def remembered(self, start: Callable[[], Started[Value]]) -> Started[Value]:
+        """What ``start`` starts, or what was received when the segment was first computed."""
+        return start() if self._tape is None else self._tape.started(start)
 
     # What moves the numbers
+
+    def surroundings(self, width: int) -> Surroundings:
+        """Halo and mean of one tensor in one phase, for operations that write their own backward.
+
+        Collective where it is the first of its width, as `halo_exchange`.
+        """
+        return Surroundings(self.halo_exchange(width), self._area_mean, self.remembered)
 
     def axis(self, name: str) -> Axis:
         """The ranks along ``"lat"`` or ``"lon"`` that share this tile's lines."""
         mesh = self.mesh
-        return Axis(DIMS[name], self.cuts.sizes(name), mesh.index(name), mesh.axis_groups.get(name), self.clock)
+        return Axis(self.cuts.sizes(name), mesh.index(name), mesh.axis_groups.get(name), self.clock)
 
     def halo_exchange(self, width: int) -> HaloExchange:
         """The exchange for one halo width; made once. Collective when it is made: all tiles must see the same plan."""
@@ -211,7 +218,8 @@ class Domain:
                 f"{self.cuts.lon} tiles, width {width}). Pass the same grid and cuts on every rank."
             )
 
-    def _check_cells(self, x: Tensor) -> None:
+    def check_cells(self, x: Tensor) -> None:
+        """Raises InputError for a tensor that does not end in the owned cells."""
         if x.shape[-2:] != self.tile.shape:
             raise InputError(
                 f"this rank's tile has {self.tile.shape[0]} x {self.tile.shape[1]} cells, the tensor ends in "

@@ -51,13 +51,22 @@ class HaloExchange:
 
     def pad(self, owned: Tensor, received: Received) -> Tensor:
         """The padded tile (..., Y + 2 width, X + 2 width) from owned cells and received ones."""
-        padded = self._framed(owned)
+        padded = self.framed(owned)
+        self.owned(padded).copy_(owned)
+        self.fill(padded, received)
+        return padded
+
+    def fill(self, padded: Tensor, received: Received) -> None:
+        """Fills the halo of a tile (..., Y + 2 width, X + 2 width), around the owned cells that stand in it.
+
+        Cells beyond a ``zero`` boundary stay what they are.
+        """
+        owned = self.owned(padded)
         for part in self._local:
             _halo_view(padded, part).copy_(_turned(_owned_view(owned, part), part))
         for peer, parts in self._received.items():
             for part, cells in zip(parts, _unpack(received[peer], owned, parts), strict=True):
                 _halo_view(padded, part).copy_(_turned(cells, part))
-        return padded
 
     def start_accumulate(self, padded: Tensor) -> Callable[[], Received]:
         """Halo to owner, the adjoint: sends the halo's values back to the tiles they came from."""
@@ -67,10 +76,8 @@ class HaloExchange:
         }
         return self._start(padded, outgoing, self._sent, "adjoint of pad")
 
-    def add_halo(self, padded: Tensor, received: Received) -> Tensor:
-        """The owned cells (..., Y, X) with what came back from all halos they are copied into, added."""
-        width, (rows, columns) = self.width, self.shape
-        owned = padded[..., width : width + rows, width : width + columns].clone()
+    def add_halo(self, padded: Tensor, received: Received, owned: Tensor) -> Tensor:
+        """Adds to the owned cells (..., Y, X) what came back from all halos they are copied into; returns them."""
         for part in self._local:
             _owned_view(owned, part).add_(_turned(_halo_view(padded, part), part))
         for peer, parts in self._sent.items():
@@ -78,12 +85,15 @@ class HaloExchange:
                 _owned_view(owned, part).add_(cells)
         return owned
 
-    def _framed(self, owned: Tensor) -> Tensor:
+    def framed(self, like: Tensor) -> Tensor:
+        """A padded tile whose cells are to be written: those that nothing is copied into are 0."""
+        shape = (*like.shape[:-2], *(size + 2 * self.width for size in self.shape))
+        return like.new_empty(shape) if self._covers_halo else like.new_zeros(shape)
+
+    def owned(self, padded: Tensor) -> Tensor:
+        """The owned cells (..., Y, X) of a padded tile, a view."""
         width, (rows, columns) = self.width, self.shape
-        shape = (*owned.shape[:-2], rows + 2 * width, columns + 2 * width)
-        padded = owned.new_empty(shape) if self._covers_halo else owned.new_zeros(shape)
-        padded[..., width : width + rows, width : width + columns] = owned
-        return padded
+        return padded[..., width : width + rows, width : width + columns]
 
     def _start(
         self, like: Tensor, outgoing: dict[int, Tensor], expected: dict[int, list[Rectangle]], verb: str

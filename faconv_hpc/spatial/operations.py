@@ -16,9 +16,10 @@ from .area_mean import AreaMean
 from .axis import Axis
 from .collectives import start_sum
 from .exchange import HaloExchange
+from .tape import Started
 
-Remembered = Callable[[Callable[[], Any]], Any]
-"""Communicates, or gives what was received when the same segment was first computed; see tape.py."""
+Remembered = Callable[[Callable[[], Started[Any]]], Started[Any]]
+"""Starts to communicate, or has what was received when the same segment was first computed; see tape.py."""
 
 
 class Pad(Operation):
@@ -27,12 +28,13 @@ class Pad(Operation):
     @staticmethod
     def forward(ctx: Context, x: Tensor, halo: HaloExchange, remembered: Remembered) -> Tensor:
         ctx.halo = halo
-        return halo.pad(x, remembered(lambda: halo.start_fill(x)()))
+        return halo.pad(x, remembered(lambda: halo.start_fill(x))())
 
     @staticmethod
     def backward(ctx: Context, grad_padded: Tensor) -> tuple[Tensor, None, None]:
         received = ctx.halo.start_accumulate(grad_padded)()
-        return ctx.halo.add_halo(grad_padded, received), None, None
+        owned = ctx.halo.owned(grad_padded).clone()
+        return ctx.halo.add_halo(grad_padded, received, owned), None, None
 
 
 class Mean(Operation):
@@ -42,59 +44,36 @@ class Mean(Operation):
     def forward(ctx: Context, x: Tensor, mean: AreaMean, remembered: Remembered) -> Tensor:
         ctx.mean, ctx.columns = mean, x.shape[-1]
         # Detached: what autograd returns must not be the tensor on the tape, or the two keep each other alive.
-        received: Tensor = remembered(lambda: mean.start(x)())
+        received: Tensor = remembered(lambda: mean.start(x))()
         return received.detach().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None, None]:
         total = ctx.mean.start_gradient(grad_mean)()
-        return ctx.mean.spread(total, ctx.columns).to(grad_mean.dtype), None, None
-
-
-class PadAndMean(Operation):
-    """`Pad` and `Mean` with both exchanges under way at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Context, x: Tensor, halo: HaloExchange, mean: AreaMean, remembered: Remembered
-    ) -> tuple[Tensor, Tensor]:
-        ctx.halo, ctx.mean, ctx.columns = halo, mean, x.shape[-1]
-
-        def communicate() -> tuple[Any, Tensor]:
-            cells, value = halo.start_fill(x), mean.start(x)
-            return cells(), value()
-
-        received, value = remembered(communicate)
-        return halo.pad(x, received), value.detach().to(x.dtype)  # detached: see Mean
-
-    @staticmethod
-    def backward(ctx: Context, grad_padded: Tensor, grad_mean: Tensor) -> tuple[Tensor, None, None, None]:
-        cells = ctx.halo.start_accumulate(grad_padded)
-        total = ctx.mean.start_gradient(grad_mean)
-        grad = ctx.halo.add_halo(grad_padded, cells())
-        return grad.add_(ctx.mean.spread(total(), ctx.columns)), None, None, None
+        by_row = ctx.mean.by_row(total).to(grad_mean.dtype)
+        return by_row.expand(*by_row.shape[:-1], ctx.columns), None, None
 
 
 class Gather(Operation):
     """All-gather along one axis going forward; reduce-scatter going back."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return axis.join(x)
+    def forward(ctx: Context, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.join(x, dim)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.axis.part(grad), None
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.part(grad, ctx.dim), None, None
 
 
 class Swap(Operation):
     """All-to-all from owned pieces of all lines to whole lines, fewer; going back, the reverse."""
 
     @staticmethod
-    def forward(ctx: Context, x_LCN: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.lines = axis, x_LCN.shape[0]
-        return axis.deal(x_LCN)
+    def forward(ctx: Context, x_LNC: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.lines = axis, x_LNC.shape[0]
+        return axis.deal(x_LNC)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
@@ -105,9 +84,9 @@ class SwapBack(Operation):
     """All-to-all from whole lines to owned pieces of all lines; going back, the reverse."""
 
     @staticmethod
-    def forward(ctx: Context, x_LCN: Tensor, axis: Axis, lines: int) -> Tensor:
+    def forward(ctx: Context, x_LNC: Tensor, axis: Axis, lines: int) -> Tensor:
         ctx.axis = axis
-        return axis.collect(x_LCN, lines)
+        return axis.collect(x_LNC, lines)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:

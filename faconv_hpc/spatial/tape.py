@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+Started = Callable[[], Value]
+"""What is under way: a call waits for it, once."""
 
 
 class Tape:
@@ -20,14 +22,22 @@ class Tape:
         self._position = 0
         self._replaying = False
 
-    def value(self, communicate: Callable[[], Value]) -> Value:
-        """The recorded value when replaying, else what ``communicate`` returns, recorded."""
+    def started(self, start: Callable[[], Started[Value]]) -> Started[Value]:
+        """What ``start`` starts, to be recorded when it has been waited for; when replaying, the recorded value."""
         if self._replaying:
-            self._position += 1
-            return self._values[self._position - 1]  # type: ignore[return-value]
-        received = communicate()
-        self._values.append(received)
-        return received
+            return self._next
+        finish = start()
+
+        def recorded() -> Value:
+            received = finish()
+            self._values.append(received)
+            return received
+
+        return recorded
+
+    def _next(self) -> Any:
+        self._position += 1
+        return self._values[self._position - 1]
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -1,0 +1,506 @@
+// The passes over all cells of a step as loops for a CPU; native.py builds them and says what each computes.
+//
+// Tensors are (batch, channels, cells), cells side by side. A block is as many cells as fill the vector registers, a
+// stretch is some blocks, so that memory is read and written in runs that are worth it. A stretch's channels are copied
+// together, block by block, stay in the cache next to the processor, and all that depends on them is computed there: what
+// is expanded to 4 C_h channels never goes through memory.
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define ACROSS 6
+#define BLOCKS 2
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define ACROSS 3
+#define BLOCKS 4
+#elif defined(__aarch64__)
+#define VECTOR_BYTES 16
+#define ACROSS 6
+#define BLOCKS 4
+#else
+#define VECTOR_BYTES 16
+#define ACROSS 3
+#define BLOCKS 8
+#endif
+
+#if defined(__x86_64__)
+#define IN_REGISTER(value) asm("" : "+v"(value))
+#elif defined(__aarch64__)
+#define IN_REGISTER(value) asm("" : "+w"(value))
+#else
+#define IN_REGISTER(value)
+#endif
+
+namespace {
+
+using Index = std::int64_t;
+
+template <class T> struct Bits;
+template <> struct Bits<float> {
+    using Int = std::int32_t;
+    static constexpr float magic = 12582912.0f;  // 1.5 2^23: adding it rounds to a whole number
+    static constexpr float most = 28.0f;
+    static constexpr int mantissa = 23, bias = 127, terms = 7;
+};
+template <> struct Bits<double> {
+    using Int = std::int64_t;
+    static constexpr double magic = 6755399441055744.0;
+    static constexpr double most = 40.0;
+    static constexpr int mantissa = 52, bias = 1023, terms = 13;
+};
+
+template <class T> struct Lanes {
+    typedef T V __attribute__((vector_size(VECTOR_BYTES)));
+    typedef typename Bits<T>::Int I __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr int count = VECTOR_BYTES / sizeof(T);
+    static constexpr int block = count * ACROSS, stretch = block * BLOCKS;
+};
+
+template <class T> inline typename Lanes<T>::V load(const T* from) {
+    typename Lanes<T>::V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class T> inline void store(T* to, typename Lanes<T>::V value) { std::memcpy(to, &value, sizeof value); }
+
+template <class T> inline T sum(typename Lanes<T>::V value) {
+    T total = 0;
+    for (int lane = 0; lane < Lanes<T>::count; ++lane) total += value[lane];
+    return total;
+}
+
+// x, at most so far from 0; what is no number stays none. The compiler does not make one instruction of the first way.
+template <class V, class T> inline V bounded(V x, T most) {
+    const V high = V{} + most, low = V{} - most;
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+#if defined(__AVX512F__)
+inline Lanes<float>::V bounded(Lanes<float>::V x, float most) {
+    return _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(-most), x));
+}
+#elif defined(__AVX__)
+inline Lanes<float>::V bounded(Lanes<float>::V x, float most) {
+    return _mm256_min_ps(_mm256_set1_ps(most), _mm256_max_ps(_mm256_set1_ps(-most), x));
+}
+#endif
+
+// exp(x) of a block, for x within 28 of 0, beyond which gates are 0 or 1 to float32: 2^n times a polynomial. (40 for
+// float64.) The vectors go side by side from one operation to the next, as each waits for the one before it.
+template <class T> inline void bounded_exp(typename Lanes<T>::V (&x)[ACROSS]) {
+    using V = typename Lanes<T>::V;
+    using I = typename Lanes<T>::I;
+    V rest[ACROSS], value[ACROSS];
+    I power[ACROSS];
+    for (int s = 0; s < ACROSS; ++s) {
+        const V within = bounded(x[s], Bits<T>::most), shifted = within * T(1.4426950408889634) + Bits<T>::magic;
+        const V whole = shifted - Bits<T>::magic;
+        std::memcpy(&power[s], &shifted, sizeof shifted);
+        rest[s] = within - whole * T(0.693145751953125) - whole * T(1.42860682030941723212e-6);
+        value[s] = V{} + T(1);
+    }
+    for (int term = Bits<T>::terms; term > 0; --term)
+        for (int s = 0; s < ACROSS; ++s) value[s] = value[s] * (rest[s] * T(1.0 / term)) + T(1);
+    for (int s = 0; s < ACROSS; ++s) {
+        power[s] = (power[s] << Bits<T>::mantissa) + (typename Bits<T>::Int(Bits<T>::bias) << Bits<T>::mantissa);
+        V scale;
+        std::memcpy(&scale, &power[s], sizeof scale);
+        x[s] = value[s] * scale;
+    }
+}
+
+// The channels of one stretch of cells, block by block, side by side; cells beyond the last are 0.
+template <class T> inline void copy_stretch(T* to, const T* from, Index channels, Index stride, Index cells) {
+    constexpr int block = Lanes<T>::block;
+    for (Index channel = 0; channel < channels; ++channel)
+        for (Index first = 0; first < cells; first += block) {
+            T* row = to + first * channels + channel * block;
+            const Index here = cells - first < block ? cells - first : block;
+            if (here < block) std::memset(row, 0, block * sizeof(T));
+            std::memcpy(row, from + channel * stride + first, here * sizeof(T));
+        }
+}
+
+template <class T> inline void load_row(typename Lanes<T>::V* to, const T* from, Index cells) {
+    T whole[Lanes<T>::block] = {};
+    if (cells < Lanes<T>::block) {
+        std::memcpy(whole, from, cells * sizeof(T));
+        from = whole;
+    }
+    for (int s = 0; s < ACROSS; ++s) to[s] = load(from + s * Lanes<T>::count);
+}
+
+template <class T> inline void store_row(T* to, const typename Lanes<T>::V* from, Index cells) {
+    if (cells == Lanes<T>::block) {
+        for (int s = 0; s < ACROSS; ++s) store(to + s * Lanes<T>::count, from[s]);
+    } else {
+        std::memcpy(to, from, cells * sizeof(T));
+    }
+}
+
+// ROWS rows of a product: total[r] += weight[r][k] x[k], x being a block of cells.
+template <class T, int ROWS>
+inline void multiply(typename Lanes<T>::V (*total)[ACROSS], const T* const* weight, Index weight_step, const T* x, Index inner) {
+    using V = typename Lanes<T>::V;
+    V sums[ROWS][ACROSS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int s = 0; s < ACROSS; ++s) sums[r][s] = total[r][s];
+    for (Index k = 0; k < inner; ++k) {
+        V cells[ACROSS];
+        for (int s = 0; s < ACROSS; ++s) {
+            cells[s] = load(x + k * Lanes<T>::block + s * Lanes<T>::count);
+            IN_REGISTER(cells[s]);  // or it is loaded again for every row
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const T factor = weight[r][k * weight_step];
+            for (int s = 0; s < ACROSS; ++s) sums[r][s] += factor * cells[s];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int s = 0; s < ACROSS; ++s) total[r][s] = sums[r][s];
+}
+
+// into (batch, rows, cells) = weight (rows, inner) x (batch, inner, cells), or added to it.
+template <class T>
+void product(T* into, Index into_batch, const T* weight, Index weight_row, Index weight_step, const T* x, Index x_batch,
+             Index batch, Index rows, Index inner, Index cells, bool add, int threads) {
+    constexpr int block = Lanes<T>::block, stretch = Lanes<T>::stretch;
+    const Index stretches = (cells + stretch - 1) / stretch;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> copied(inner * stretch);
+        typename Lanes<T>::V total[4][ACROSS];
+#pragma omp for collapse(2) schedule(static)
+        for (Index b = 0; b < batch; ++b)
+            for (Index number = 0; number < stretches; ++number) {
+                const Index start = number * stretch, end = cells - start < stretch ? cells - start : stretch;
+                copy_stretch(copied.data(), x + b * x_batch + start, inner, cells, end);
+                for (Index row = 0; row < rows; row += 4) {
+                    const int count = rows - row < 4 ? int(rows - row) : 4;
+                    const T* weights[4];
+                    for (int r = 0; r < 4; ++r) weights[r] = weight + (row + (r < count ? r : 0)) * weight_row;
+                    for (Index first = 0; first < end; first += block) {
+                        const Index here = end - first < block ? end - first : block;
+                        T* target = into + b * into_batch + row * cells + start + first;
+                        for (int r = 0; r < 4; ++r) {
+                            for (int s = 0; s < ACROSS; ++s) total[r][s] = typename Lanes<T>::V{};
+                            if (add && r < count) load_row<T>(total[r], target + r * cells, here);
+                        }
+                        multiply<T, 4>(total, weights, weight_step, copied.data() + first * inner, inner);
+                        for (int r = 0; r < count; ++r) store_row<T>(target + r * cells, total[r], here);
+                    }
+                }
+            }
+    }
+}
+
+// c (batch, channels, cells) and h after a step, from what is mixed (batch, inner, cells) and the c before.
+template <class T>
+void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight, const T* bias,
+             const T* peephole, Index batch, Index channels, Index inner, Index cells, int threads) {
+    using V = typename Lanes<T>::V;
+    constexpr int block = Lanes<T>::block, stretch = Lanes<T>::stretch;
+    const Index stretches = (cells + stretch - 1) / stretch;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> copied(inner * stretch);
+#pragma omp for collapse(2) schedule(static)
+        for (Index b = 0; b < batch; ++b)
+            for (Index number = 0; number < stretches; ++number) {
+                const Index start = number * stretch, end = cells - start < stretch ? cells - start : stretch;
+                copy_stretch(copied.data(), mixed + b * inner * cells + start, inner, cells, end);
+                for (Index channel = 0; channel < channels; ++channel)
+                for (Index first = 0; first < end; first += block) {
+                    const Index here = end - first < block ? end - first : block;
+                    V a[4][ACROSS], before[ACROSS], after[ACROSS], out[ACROSS];
+                    const T* weights[4];
+                    for (int gate = 0; gate < 4; ++gate) {
+                        weights[gate] = weight + (gate * channels + channel) * inner;
+                        for (int s = 0; s < ACROSS; ++s) a[gate][s] = V{} + bias[gate * channels + channel];
+                    }
+                    multiply<T, 4>(a, weights, 1, copied.data() + first * inner, inner);
+                    const Index place = (b * channels + channel) * cells + start + first;
+                    load_row<T>(before, c + place, here);
+                    const T p_i = peephole[channel], p_f = peephole[channels + channel], p_o = peephole[2 * channels + channel];
+                    V (&e_i)[ACROSS] = a[0], (&e_f)[ACROSS] = a[1], (&e_g)[ACROSS] = a[2], (&e_o)[ACROSS] = a[3], e_c[ACROSS];
+                    for (int s = 0; s < ACROSS; ++s) {
+                        e_i[s] = -(e_i[s] + p_i * before[s]);
+                        e_f[s] = -(e_f[s] + p_f * before[s]);
+                        e_g[s] *= T(-2);
+                    }
+                    bounded_exp<T>(e_i);
+                    bounded_exp<T>(e_f);
+                    bounded_exp<T>(e_g);
+                    for (int s = 0; s < ACROSS; ++s) {
+                        const V input = (T(1) + e_i[s]) * (T(1) + e_g[s]), forget = T(1) + e_f[s];
+                        after[s] = (before[s] * input + (T(1) - e_g[s]) * forget) / (input * forget);  // divisions are slow
+                        e_o[s] = -(e_o[s] + p_o * after[s]);
+                        e_c[s] = T(-2) * after[s];
+                    }
+                    bounded_exp<T>(e_o);
+                    bounded_exp<T>(e_c);
+                    for (int s = 0; s < ACROSS; ++s)
+                        out[s] = (T(1) - e_c[s]) / ((T(1) + e_o[s]) * (T(1) + e_c[s]));
+                    store_row<T>(c_after + place, after, here);
+                    store_row<T>(h + b * h_batch + channel * cells + start + first, out, here);
+                }
+            }
+    }
+}
+
+// total[gate] += sum over a stretch of a gate's gradient times what is mixed, for COUNT of its channels side by side.
+template <class T, int COUNT>
+inline void add_products(T* totals, const T* grads, const T* mixed, Index inner, Index cells) {
+    using V = typename Lanes<T>::V;
+    constexpr int lanes = Lanes<T>::count, block = Lanes<T>::block, stretch = Lanes<T>::stretch;
+    V sums[COUNT][4];
+    for (int k = 0; k < COUNT; ++k)
+        for (int gate = 0; gate < 4; ++gate) sums[k][gate] = load(totals + (k * 4 + gate) * lanes);
+    for (Index first = 0; first < cells; first += block)
+        for (int s = 0; s < ACROSS; ++s) {
+            V of_gates[4];
+            for (int gate = 0; gate < 4; ++gate) of_gates[gate] = load(grads + gate * stretch + first + s * lanes);
+            for (int k = 0; k < COUNT; ++k) {
+                V value = load(mixed + first * inner + k * block + s * lanes);
+                IN_REGISTER(value);
+                for (int gate = 0; gate < 4; ++gate) sums[k][gate] += value * of_gates[gate];
+            }
+        }
+    for (int k = 0; k < COUNT; ++k)
+        for (int gate = 0; gate < 4; ++gate) store(totals + (k * 4 + gate) * lanes, sums[k][gate]);
+}
+
+// The gradients of `advance`: of the weight, of what is mixed, of the c before, of bias (4 channels) and peepholes
+// (3 channels). Pre-activations are computed again, and neither they nor their gradients go through memory.
+template <class T>
+void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole, const T* grad_h,
+             Index grad_h_batch, const T* grad_after, const T* mixed, const T* c, const T* weight, const T* bias,
+             const T* peephole, Index batch, Index channels, Index inner, Index cells, int threads) {
+    using V = typename Lanes<T>::V;
+    constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count, stretch = Lanes<T>::stretch;
+    const Index stretches = (cells + stretch - 1) / stretch;
+    const Index held_each = (7 + 4 * inner) * channels * lanes;
+    std::vector<T> held_by_all(threads * held_each, T(0));  // added up in their order: every run has the same bits
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> copied(inner * stretch), spread(inner * stretch);
+        T* sums = held_by_all.data() + omp_get_thread_num() * held_each;
+        T* products = sums + 7 * channels * lanes;
+        T grads[4 * stretch];
+#pragma omp for collapse(2) schedule(static)
+        for (Index b = 0; b < batch; ++b)
+            for (Index number = 0; number < stretches; ++number) {
+                const Index start = number * stretch, end = cells - start < stretch ? cells - start : stretch;
+                copy_stretch(copied.data(), mixed + b * inner * cells + start, inner, cells, end);
+                std::memset(spread.data(), 0, spread.size() * sizeof(T));
+                for (Index channel = 0; channel < channels; ++channel) {
+                for (Index first = 0; first < end; first += block) {
+                    const Index here = end - first < block ? end - first : block;
+                    V a[4][ACROSS], before[ACROSS], d_h[ACROSS], d_c[ACROSS];
+                    const T* weights[4];
+                    for (int gate = 0; gate < 4; ++gate) {
+                        weights[gate] = weight + (gate * channels + channel) * inner;
+                        for (int s = 0; s < ACROSS; ++s) a[gate][s] = V{} + bias[gate * channels + channel];
+                    }
+                    multiply<T, 4>(a, weights, 1, copied.data() + first * inner, inner);
+                    const Index place = (b * channels + channel) * cells + start + first;
+                    load_row<T>(before, c + place, here);
+                    load_row<T>(d_c, grad_after + place, here);
+                    load_row<T>(d_h, grad_h + b * grad_h_batch + channel * cells + start + first, here);
+                    const T p_i = peephole[channel], p_f = peephole[channels + channel], p_o = peephole[2 * channels + channel];
+                    V total[7] = {};
+                    V (&e_i)[ACROSS] = a[0], (&e_f)[ACROSS] = a[1], (&e_g)[ACROSS] = a[2], (&e_o)[ACROSS] = a[3], e_c[ACROSS];
+                    V after[ACROSS];
+                    for (int s = 0; s < ACROSS; ++s) {
+                        e_i[s] = -(e_i[s] + p_i * before[s]);
+                        e_f[s] = -(e_f[s] + p_f * before[s]);
+                        e_g[s] *= T(-2);
+                    }
+                    bounded_exp<T>(e_i);
+                    bounded_exp<T>(e_f);
+                    bounded_exp<T>(e_g);
+                    for (int s = 0; s < ACROSS; ++s) {
+                        e_i[s] = T(1) / (T(1) + e_i[s]);
+                        e_f[s] = T(1) / (T(1) + e_f[s]);
+                        e_g[s] = (T(1) - e_g[s]) / (T(1) + e_g[s]);
+                        after[s] = e_f[s] * before[s] + e_i[s] * e_g[s];
+                        e_o[s] = -(e_o[s] + p_o * after[s]);
+                        e_c[s] = T(-2) * after[s];
+                    }
+                    bounded_exp<T>(e_o);
+                    bounded_exp<T>(e_c);
+                    for (int s = 0; s < ACROSS; ++s) {
+                        const V i = e_i[s], f = e_f[s], g = e_g[s], o = T(1) / (T(1) + e_o[s]);
+                        const V squashed = (T(1) - e_c[s]) / (T(1) + e_c[s]);
+                        const V d_o = d_h[s] * squashed * o * (T(1) - o);
+                        const V d_after = d_c[s] + d_h[s] * o * (T(1) - squashed * squashed) + d_o * p_o;
+                        const V d_i = d_after * g * i * (T(1) - i), d_f = d_after * before[s] * f * (T(1) - f);
+                        const V d_g = d_after * i * (T(1) - g * g);
+                        d_c[s] = d_after * f + d_i * p_i + d_f * p_f;
+                        a[0][s] = d_i, a[1][s] = d_f, a[2][s] = d_g, a[3][s] = d_o;
+                        total[0] += d_i, total[1] += d_f, total[2] += d_g, total[3] += d_o;
+                        total[4] += d_i * before[s], total[5] += d_f * before[s], total[6] += d_o * after[s];
+                    }
+                    for (int one = 0; one < 7; ++one) {
+                        T* held = sums + (one * channels + channel) * lanes;
+                        store(held, load(held) + total[one]);
+                    }
+                    store_row<T>(grad_before + place, d_c, here);
+                    for (int gate = 0; gate < 4; ++gate)
+                        for (int s = 0; s < ACROSS; ++s) store(grads + gate * stretch + first + s * lanes, a[gate][s]);
+                    for (Index k = 0; k < inner; ++k) {
+                        T* row = spread.data() + first * inner + k * block;
+                        for (int s = 0; s < ACROSS; ++s) {
+                            V value = load(row + s * lanes);
+                            for (int gate = 0; gate < 4; ++gate) value += weights[gate][k] * a[gate][s];
+                            store(row + s * lanes, value);
+                        }
+                    }
+                }
+                Index k = 0;
+                for (; k + 2 <= inner; k += 2)
+                    add_products<T, 2>(products + (channel * inner + k) * 4 * lanes, grads, copied.data() + k * block, inner, end);
+                if (k < inner)
+                    add_products<T, 1>(products + (channel * inner + k) * 4 * lanes, grads, copied.data() + k * block, inner, end);
+                }
+                for (Index k = 0; k < inner; ++k)
+                    for (Index first = 0; first < end; first += block) {
+                        const Index here = end - first < block ? end - first : block;
+                        std::memcpy(grad_mixed + (b * inner + k) * cells + start + first,
+                                    spread.data() + first * inner + k * block, here * sizeof(T));
+                    }
+            }
+    }
+    const auto of_all = [&](Index one) {
+        T total = 0;
+        for (int thread = 0; thread < threads; ++thread) total += sum<T>(load(held_by_all.data() + thread * held_each + one * lanes));
+        return total;
+    };
+    for (Index one = 0; one < 4 * channels; ++one) grad_bias[one] = of_all(one);
+    for (Index one = 0; one < 3 * channels; ++one) grad_peephole[one] = of_all(4 * channels + one);
+    for (Index channel = 0; channel < channels; ++channel)
+        for (Index k = 0; k < inner; ++k)
+            for (int gate = 0; gate < 4; ++gate)
+                grad_weight[(gate * channels + channel) * inner + k] = of_all(7 * channels + (channel * inner + k) * 4 + gate);
+}
+
+// into (batch, channels, rows, columns) = the sum over taps of weight (batch, channels, taps) times the padded cells
+// that lie there. Planes of `padded` and `into` follow each other; samples are batch strides apart.
+template <class T>
+void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T* weight, const Index* offsets,
+         Index batch, Index channels, Index taps, Index rows, Index columns, Index padded_rows, Index padded_columns,
+         int threads) {
+    using V = typename Lanes<T>::V;
+    constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Index> shifts(taps);
+        for (Index tap = 0; tap < taps; ++tap) shifts[tap] = offsets[2 * tap] * padded_columns + offsets[2 * tap + 1];
+#pragma omp for collapse(3) schedule(static)
+        for (Index b = 0; b < batch; ++b)
+            for (Index channel = 0; channel < channels; ++channel)
+                for (Index row = 0; row < rows; ++row) {
+                    const T* factors = weight + (b * channels + channel) * taps;
+                    const T* from = padded + b * padded_batch + (channel * padded_rows + row) * padded_columns;
+                    T* to = into + b * into_batch + (channel * rows + row) * columns;
+                    Index column = 0;
+                    for (; column + block <= columns; column += block) {
+                        V total[ACROSS] = {};
+                        for (Index tap = 0; tap < taps; ++tap) {
+                            const T factor = factors[tap];
+                            const T* cells = from + shifts[tap] + column;
+                            for (int s = 0; s < ACROSS; ++s) total[s] += factor * load(cells + s * lanes);
+                        }
+                        for (int s = 0; s < ACROSS; ++s) store(to + column + s * lanes, total[s]);
+                    }
+                    for (; column < columns; ++column) {
+                        T total = 0;
+                        for (Index tap = 0; tap < taps; ++tap) total += factors[tap] * from[shifts[tap] + column];
+                        to[column] = total;
+                    }
+                }
+    }
+}
+
+// grad_weight (batch, channels, taps) of `mix`: for each tap the sum over cells of the padded cell times the gradient.
+template <class T>
+void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* grad, Index grad_batch,
+                 const Index* offsets, Index batch, Index channels, Index taps, Index rows, Index columns,
+                 Index padded_rows, Index padded_columns, int threads) {
+    using V = typename Lanes<T>::V;
+    constexpr int lanes = Lanes<T>::count, at_once = 8;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (Index b = 0; b < batch; ++b)
+        for (Index channel = 0; channel < channels; ++channel)
+            for (Index tap = 0; tap < taps; tap += at_once) {
+                const int count = taps - tap < at_once ? int(taps - tap) : at_once;
+                V total[at_once] = {};
+                T rest[at_once] = {};
+                Index shifts[at_once];
+                for (int one = 0; one < at_once; ++one) {
+                    const Index* offset = offsets + 2 * (tap + (one < count ? one : 0));
+                    shifts[one] = offset[0] * padded_columns + offset[1];
+                }
+                for (Index row = 0; row < rows; ++row) {
+                    const T* from = padded + b * padded_batch + (channel * padded_rows + row) * padded_columns;
+                    const T* values = grad + b * grad_batch + (channel * rows + row) * columns;
+                    Index column = 0;
+                    for (; column + lanes <= columns; column += lanes) {
+                        const V value = load(values + column);
+                        for (int one = 0; one < at_once; ++one) total[one] += value * load(from + shifts[one] + column);
+                    }
+                    for (; column < columns; ++column)
+                        for (int one = 0; one < at_once; ++one) rest[one] += values[column] * from[shifts[one] + column];
+                }
+                for (int one = 0; one < count; ++one)
+                    grad_weight[(b * channels + channel) * taps + tap + one] = sum<T>(total[one]) + rest[one];
+            }
+}
+
+}  // namespace
+
+#define EXPORTED(T, NAME)                                                                                              \
+    extern "C" void NAME##_product(T* into, Index into_batch, const T* weight, Index weight_row, Index weight_step,    \
+                                   const T* x, Index x_batch, Index batch, Index rows, Index inner, Index cells,       \
+                                   int add, int threads) {                                                             \
+        product<T>(into, into_batch, weight, weight_row, weight_step, x, x_batch, batch, rows, inner, cells, add != 0, \
+                   threads);                                                                                           \
+    }                                                                                                                  \
+    extern "C" void NAME##_advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight,       \
+                                   const T* bias, const T* peephole, Index batch, Index channels, Index inner,         \
+                                   Index cells, int threads) {                                                         \
+        advance<T>(h, h_batch, c_after, mixed, c, weight, bias, peephole, batch, channels, inner, cells, threads);     \
+    }                                                                                                                  \
+    extern "C" void NAME##_retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole,           \
+                                   const T* grad_h, Index grad_h_batch, const T* grad_after, const T* mixed,           \
+                                   const T* c, const T* weight, const T* bias, const T* peephole, Index batch,         \
+                                   Index channels, Index inner, Index cells, int threads) {                            \
+        retreat<T>(grad_weight, grad_mixed, grad_before, grad_bias, grad_peephole, grad_h, grad_h_batch, grad_after, mixed, \
+                   c, weight, bias, peephole, batch, channels, inner, cells, threads);                                 \
+    }                                                                                                                  \
+    extern "C" void NAME##_mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T* weight,        \
+                               const Index* offsets, Index batch, Index channels, Index taps, Index rows,              \
+                               Index columns, Index padded_rows, Index padded_columns, int threads) {                  \
+        mix<T>(into, into_batch, padded, padded_batch, weight, offsets, batch, channels, taps, rows, columns,          \
+               padded_rows, padded_columns, threads);                                                                  \
+    }                                                                                                                  \
+    extern "C" void NAME##_mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* grad,             \
+                                       Index grad_batch, const Index* offsets, Index batch, Index channels,            \
+                                       Index taps, Index rows, Index columns, Index padded_rows,                       \
+                                       Index padded_columns, int threads) {                                            \
+        mix_weights<T>(grad_weight, padded, padded_batch, grad, grad_batch, offsets, batch, channels, taps, rows,      \
+                       columns, padded_rows, padded_columns, threads);                                                 \
+    }
+
+EXPORTED(float, float32)
+EXPORTED(double, float64)

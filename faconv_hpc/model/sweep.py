@@ -1,0 +1,314 @@
+"""The steps between two attentions as one differentiable operation, with a backward of its own.
+
+Forward, for every step::
+
+    u = W_x x + W_h h + b      in the middle of a padded buffer; its halo and its mean travel together
+    m = sum_d s_d (K_d * u)    s from the mean; or the branches one after the other
+    a = W_a m                  4 C_h channels, in one buffer for all steps
+    h, c = gates(a + b_a, c)
+
+Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and a are computed again in
+backward, which goes through the steps from the last to the first, sends the halos' gradients while it forms those of
+the expansion, and adds up the weights' gradients of all steps in float32 or better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..autograd import Context, Operation
+from ..spatial.collectives import at_least_float32
+from ..spatial.surroundings import Surroundings
+from .kernels import Kernels, Taps
+
+
+class Weights(NamedTuple):
+    """What a step learns: D dilations, K cells of a kernel, S squeezed channels, F channels of m."""
+
+    input: Tensor
+    """(C_b, C_x)"""
+    hidden: Tensor
+    """(C_b, C_h)"""
+    bias: Tensor
+    """(C_b,)"""
+    mixing: Tensor
+    """(D, C_b, K)"""
+    squeeze: Tensor
+    """(S, C_b)"""
+    squeeze_bias: Tensor
+    """(S,)"""
+    excite: Tensor
+    """(D C_b, S)"""
+    excite_bias: Tensor
+    """(D C_b,)"""
+    expansion: Tensor
+    """(4 C_h, F)"""
+    expansion_bias: Tensor
+    """(4 C_h,)"""
+    peephole: Tensor
+    """(3, C_h)"""
+
+    @property
+    def of_gates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What expands, and what the gates learn."""
+        return self.expansion, self.expansion_bias, self.peephole
+
+    @property
+    def of_bank(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the kernels that mix are made of, beside the mean."""
+        return self.mixing, self.squeeze, self.squeeze_bias, self.excite, self.excite_bias
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """The depthwise kernels: all dilations in one pass (their sum), or one pass each (side by side).
+
+    Attributes:
+        passes: the taps of each pass.
+        owner_DKN: 1 where a kernel's cell is a tap, for dilations that are summed; None: there is a pass for each.
+        kernels: what computes them.
+    """
+
+    passes: tuple[Taps, ...]
+    owner_DKN: Tensor | None
+    kernels: Kernels
+
+    def weights(
+        self, mean_BC: Tensor, mixing: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor, bias: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(B, C_b, taps) for each pass: kernels weighed by squeeze-and-excitation of the mean."""
+        excited = functional.linear(functional.silu(functional.linear(mean_BC, squeeze, squeeze_bias)), excite, bias)
+        weight_BDCK = torch.sigmoid(excited).unflatten(1, mixing.shape[:2]).unsqueeze(-1) * mixing
+        if self.owner_DKN is None:
+            kernels: tuple[Tensor, ...] = weight_BDCK.unbind(1)
+            return kernels
+        return (torch.einsum("bdck,dkn->bcn", weight_BDCK, self.owner_DKN.to(weight_BDCK.dtype)),)
+
+    def gradients(self, mean_BC: Tensor, weights: tuple[Tensor, ...], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of the mean, and of the weights that `weights` takes."""
+        with torch.enable_grad():
+            given = [one.detach().requires_grad_() for one in (mean_BC, *weights)]
+            gradients: tuple[Tensor, ...] = torch.autograd.grad(self.weights(*given), given, grads)
+        return gradients
+
+    def mix(self, into_BFYX: Tensor, padded_BCYX: Tensor, weights: Sequence[Tensor]) -> None:
+        """m of a padded u."""
+        parts = into_BFYX.chunk(len(self.passes), dim=1)
+        for part, taps, weight in zip(parts, self.passes, weights, strict=True):
+            self.kernels.mix(part, padded_BCYX, weight, taps.offsets)
+
+    def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor]) -> None:
+        """The padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""
+        parts = framed_BFYX.chunk(len(self.passes), dim=1)
+        for number, (part, taps, weight) in enumerate(zip(parts, self.passes, weights, strict=True)):
+            target = torch.empty_like(into_BCYX) if number else into_BCYX
+            self.kernels.mix(target, part, weight, taps.mirrored)
+            if number:
+                into_BCYX.add_(target)
+
+    def products(self, padded_BCYX: Tensor, grad_BFYX: Tensor) -> list[Tensor]:
+        """The gradient of each pass's weights."""
+        parts = grad_BFYX.chunk(len(self.passes), dim=1)
+        return [
+            self.kernels.mix_weights(padded_BCYX, part, taps.offsets)
+            for part, taps in zip(parts, self.passes, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What a sweep is told beside tensors that have gradients.
+
+    Attributes:
+        h_BTCYX: where h of its steps goes, but for the last, which is a tensor of its own: attention may add to it.
+        bank, surroundings: how its steps mix, and what they know beyond their tile.
+        valid_BT: bool; where it is not, a sample keeps its state. None: everywhere.
+        keep: whether there will be a backward.
+    """
+
+    h_BTCYX: Tensor
+    bank: Bank
+    surroundings: Surroundings
+    valid_BT: Tensor | None
+    keep: bool
+
+    def held(self, step: int) -> Tensor | None:
+        """(B, 1, 1, 1), the samples that keep their state; None: none does."""
+        return None if self.valid_BT is None else ~self.valid_BT[:, step, None, None, None]
+
+
+class Sweep(Operation):
+    """So many steps from a state; see the module. Its inputs besides `Steps` are tensors, all differentiable.
+
+    Args:
+        x_BTCYX: (B, T, C_x, Y, X).
+        h_BCYX: the state; None: zeros.
+        c_BCYX: float32 or better.
+        weights: those of `Weights`.
+
+    Returns:
+        h of all steps but the last (B, T - 1, C_h, Y, X), h and c of the last.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, steps: Steps, x_BTCYX: Tensor, h_BCYX: Tensor | None, c_BCYX: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        w, bank, kernels, length = Weights(*weights), steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
+        last = torch.empty_like(c_BCYX, dtype=x_BTCYX.dtype)
+        u = x_BTCYX.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
+        m = u.new_empty(u.shape[0], w.expansion.shape[1], *u.shape[2:])
+        padded, means, cells = [], [], []
+        h, c = h_BCYX, c_BCYX
+        for step in range(length):
+            kernels.product(w.input, x_BTCYX[:, step], u)
+            if h is not None:
+                kernels.product(w.hidden, h, u, add=True)
+            if steps.keep or not step:
+                padded.append(steps.surroundings.halo.framed(u))
+            torch.add(u, w.bias[:, None, None], out=steps.surroundings.halo.owned(padded[-1]))
+            means.append(steps.surroundings.start(padded[-1])())
+            bank.mix(m, padded[-1], bank.weights(means[-1], *w.of_bank))
+            # A view's alias: to the compiler a view is as many shapes as what it is a view of.
+            target = steps.h_BTCYX[:, step].data if step < length - 1 else last
+            c_after = kernels.advance(target, m, c, *w.of_gates)
+            held = steps.held(step)
+            if held is not None:
+                c_after = torch.where(held, c, c_after)
+                target.copy_(torch.where(held, 0 if h is None else h, target))
+            h, c = target, c_after
+            cells.append(c)
+        early = steps.h_BTCYX[:, : length - 1].data
+        if steps.keep:
+            ctx.steps = steps
+            ctx.save_for_backward(x_BTCYX, h_BCYX, early, c_BCYX, *cells[:-1], *means, *padded, *weights)
+        return early, last, c
+
+    @staticmethod
+    def backward(
+        ctx: Context, grad_early: Tensor | None, grad_last: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_BTCYX, h_BCYX, early, *rest = ctx.saved_tensors
+        length = x_BTCYX.shape[1]
+        cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
+        back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0])
+        wants_x, wants_h = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        grad_x = torch.empty_like(x_BTCYX) if wants_x else None
+        grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
+        grad_h = None
+        for step in reversed(range(length)):
+            of_result = grad_last if step == length - 1 else None if grad_early is None else grad_early[:, step]
+            if grad_h is None:
+                grad_h = torch.zeros_like(cells[0], dtype=x_BTCYX.dtype) if of_result is None else of_result
+            elif of_result is not None:
+                grad_h = grad_h + of_result
+            before = early[:, step - 1] if step else h_BCYX
+            wanted = None if grad_x is None else grad_x[:, step]
+            state = x_BTCYX[:, step], before, cells[step], padded[step], means[step]
+            grad_h, grad_c = back.step(step, state, grad_h, grad_c, wanted)
+        of_c = grad_c if ctx.needs_input_grad[3] else None
+        return None, grad_x, grad_h if wants_h else None, of_c, *back.gradients()
+
+
+class _Backward:
+    """The steps of a sweep from the last to the first: their buffers, and the sums of the weights' gradients."""
+
+    def __init__(self, steps: Steps, weights: Weights, c_BCYX: Tensor) -> None:
+        self.steps, self.w = steps, weights
+        batch, _, *cells = c_BCYX.shape
+        halo = steps.surroundings.halo
+        self.grad_u = weights.bias.new_empty(batch, len(weights.bias), *cells)
+        self.m = weights.bias.new_empty(batch, weights.expansion.shape[1], *cells)
+        self.framed = functional.pad(torch.zeros_like(self.m), [2 * halo.width] * 4)
+        self.grad_padded = halo.framed(self.grad_u)
+        self.sums = [one.new_zeros(one.shape, dtype=at_least_float32(one.dtype)) for one in weights]
+        self.products = {
+            name: total.expand(batch, *total.shape).clone()
+            for name, total in zip(weights._fields, self.sums, strict=True)
+            if name in ("input", "hidden")
+        }
+
+    def step(
+        self,
+        number: int,
+        state: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+        grad_h: Tensor,
+        grad_c: Tensor,
+        grad_x: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of h and c before a step from those after it; that of x is written where it is wanted."""
+        w, bank, around = self.w, self.steps.bank, self.steps.surroundings
+        x, h, c, padded, mean = state
+        held = self.steps.held(number)
+        passed = None
+        if held is not None:
+            passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
+            grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
+        weights = bank.weights(mean, *w.of_bank)
+        bank.mix(self.m, padded, weights)
+        grads = bank.kernels.retreat(self.m, c, *w.of_gates, grad_h, grad_c)
+        grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
+        frame, (rows, columns) = 2 * around.halo.width, around.halo.shape
+        self.framed[..., frame : frame + rows, frame : frame + columns].copy_(grad_m)
+        bank.adjoint(self.grad_padded, self.framed, weights)
+        halos = around.start_halo_gradient(self.grad_padded)
+        grad_mean, *of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))
+        mean_gradient = around.mean.start_gradient(grad_mean)
+        around.gradient(self.grad_padded, halos(), mean_gradient(), self.grad_u)
+
+        self._add("input", self.grad_u, x)
+        if h is not None:
+            self._add("hidden", self.grad_u, h)
+        if grad_x is not None:
+            grad_x.copy_(bank.kernels.product(w.input.t(), self.grad_u))
+        small = (self.grad_u.sum((0, 2, 3)), *of_bank, grad_expansion, grad_bias, grad_peephole)
+        for total, one in zip(self.sums[2:], small, strict=True):
+            total.add_(one)
+        grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
+        return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
+
+    def _add(self, name: str, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:
+        """Adds a product's gradient, for each sample."""
+        total, grad_BCN, x_BNC = self.products[name], grad_BCYX.flatten(2), x_BCYX.flatten(2).transpose(1, 2)
+        if total.dtype == grad_BCN.dtype:
+            total.baddbmm_(grad_BCN, x_BNC)
+        else:
+            total.add_(torch.bmm(grad_BCN, x_BNC))
+
+    def gradients(self) -> list[Tensor]:
+        """Of all weights."""
+        by_name = dict(zip(self.w._fields, self.sums, strict=True))
+        by_name |= {name: total.sum(0) for name, total in self.products.items()}
+        return [by_name[name].to(weight.dtype) for name, weight in zip(self.w._fields, self.w, strict=True)]
+
+
+class Joined(Operation):
+    """h of all steps, whose buffer the sweeps have written into; what is missing is copied.
+
+    Args:
+        h_BTCYX: the buffer.
+        ends: the step after each sweep.
+        parts: of each sweep h of its steps but the last, and of the last.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, h_BTCYX: Tensor, ends: Sequence[int], *parts: Tensor) -> Tensor:
+        ctx.ends = ends
+        result = h_BTCYX.data
+        for end, last in zip(ends, parts[1::2], strict=True):
+            result[:, end - 1].copy_(last)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Context, grad_BTCYX: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises if somebody has changed the result, which the sweeps' backward goes by
+        grads: list[Tensor | None] = [None, None]
+        for first, end in zip((0, *ctx.ends[:-1]), ctx.ends, strict=True):
+            grads += [grad_BTCYX[:, first : end - 1], grad_BTCYX[:, end - 1]]
+        return tuple(grads)
