@@ -140,7 +140,9 @@ class ModelConfig(Section):
     embedding_weight: float = Field(0.1, ge=0, description="of the coarse field's error in the loss")
     coarse_shape: tuple[Count, Count] = Field((6, 12), description="regions whose means the embedding maps to")
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")
-    kernels: Literal["eager", "compiled"] = Field("compiled", description="compiled takes a minute for each tile shape")
+    kernels: Literal["eager", "compiled"] = Field(
+        "compiled", description="compiled is several times faster, and needs g++"
+    )
 
 
 OLDER_MODEL: dict[str, Any] = {"residual": False}

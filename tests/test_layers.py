@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import weakref
 from collections import Counter
 from functools import partial
@@ -237,7 +238,7 @@ def test_native_passes_equal_eager_ones(kind, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for shape in ((1, 9, 10), (2, 1, 7), (3, 1, 1), (2, 13, 53)):
+        for shape in ((1, 9, 10), (2, 1, 7), (3, 1, 1), (2, 13, 53), (1, 5, 32)):
             native = kernels_for("compiled", torch.empty(0, dtype=kind))
             assert native is not EAGER
             results = [all_passes(kernels, *shape, kind) for kernels in (native, native, EAGER)]
@@ -247,6 +248,24 @@ def test_native_passes_equal_eager_ones(kind, threads):
                 torch.testing.assert_close(one, eager, **exact)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["-march=x86-64"], ["-DVECTOR_BYTES=64", "-DACROSS=2", "-DBLOCKS=3", "-Wno-psabi", "-O1"]],
+    ids=["narrow vectors", "wide vectors"],
+)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names another processor's vectors")
+def test_native_passes_for_processors_that_are_not_here(monkeypatch, flags):
+    """Compilers make two of a vector that is too wide."""
+    machine = [flag for flag in native.FLAGS if not (flag.startswith("-march") and flags[0].startswith("-march"))]
+    monkeypatch.setattr(native, "FLAGS", (*machine, *flags))
+    library = native.library.__wrapped__()
+    monkeypatch.setattr(native, "library", lambda: library)
+    kernels = native.NativeKernels()
+    for shape in ((1, 9, 10), (2, 13, 53), (1, 2, 192)):
+        for one, eager in zip(all_passes(kernels, *shape), all_passes(EAGER, *shape), strict=True):
+            torch.testing.assert_close(one, eager, rtol=2e-5, atol=2e-5)
 
 
 def test_native_gates_at_the_ends_of_their_range():

@@ -1,4 +1,4 @@
-"""What several ranks cost, side by side in one run: attention's two exchanges, and the comparison of weights.
+"""What several ranks cost, side by side in one run: a layer's exchanges, attention's two, the comparison of weights.
 
 Run: torchrun --standalone --nproc-per-node 2 tools/bench_tiles.py
 """
@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
+from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.model.attention import AxialAttention, exchange_costs
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.faults.drift import DriftCheck
 
 GRID = LatLonGrid(181, 360)  # the quick start's, and its network
-STEPS, FIELDS, INPUTS, HIDDEN, ATTENTION = 6, 5, 10, 32, 16
+STEPS, FIELDS, INPUTS, HIDDEN, ATTENTION, HEADS = 6, 5, 10, 32, 16, 2
 RUNS = 9
 
 
@@ -37,16 +37,41 @@ def median_s(work: Callable[[], object]) -> float:
 def attention_s(domain: Domain, exchange: str) -> float:
     """Forward and backward of one axial attention."""
     torch.manual_seed(0)
-    attention = AxialAttention(HIDDEN, 2, ATTENTION, exchange)
+    attention = AxialAttention(HIDDEN, HEADS, ATTENTION, exchange)
     h_BCYX = torch.randn(1, HIDDEN, *domain.tile.shape, requires_grad=True)
     return median_s(lambda: attention(h_BCYX, domain).square().sum().backward())
+
+
+def layer_table(domain: Domain) -> Table:
+    """A layer on tiles beside the same tiles of ranks that do not talk, in turn, forward and backward."""
+    table = Table(title=f"a layer, {domain.mesh.lat} x {domain.mesh.lon} tiles of {GRID.nlat} x {GRID.nlon}")
+    for column in ("attention", "tiles [ms]", "not talking [ms]", "not talking / tiles"):
+        table.add_column(column, justify="right")
+    alone = Domain(LatLonGrid(*domain.tile.shape))
+    for every in (0, 6):
+        torch.manual_seed(0)
+        layer = FAConvLSTM2d(
+            INPUTS, HIDDEN, attention_every=every, attention_heads=1, attention_channels=HIDDEN // 4, kernels="compiled"
+        )
+        x_BTCYX = torch.randn(1, STEPS, INPUTS, *domain.tile.shape, requires_grad=True)
+        grad_BTCYX = torch.randn(1, STEPS, HIDDEN, *domain.tile.shape)
+        times: dict[Domain, list[float]] = {domain: [], alone: []}
+        for _ in range(RUNS + 2):
+            for one, found in times.items():
+                domain.verdict(True)  # both ranks begin at once
+                start = time.perf_counter()
+                layer(x_BTCYX, domain=one)[0].backward(grad_BTCYX)
+                found.append(time.perf_counter() - start)
+        tiles_s, alone_s = (statistics.median(found[2:]) for found in times.values())
+        table.add_row(str(every), f"{tiles_s * 1e3:.0f}", f"{alone_s * 1e3:.0f}", f"{alone_s / tiles_s:.2f}")
+    return table
 
 
 def step_and_comparison_s(domain: Domain, zero_stage: int) -> tuple[float, float]:
     """One training step, and one comparison of all weights over all ranks."""
     torch.manual_seed(0)
     network = FAConvLSTMNetwork(
-        INPUTS, FIELDS, HIDDEN, 2, bottleneck_channels=HIDDEN, attention_every=6, attention_heads=2,
+        INPUTS, FIELDS, HIDDEN, 2, bottleneck_channels=HIDDEN, attention_every=6, attention_heads=HEADS,
         attention_channels=ATTENTION, kernels="compiled",
     )  # fmt: skip
     engine = Engine(network, domain.mesh, TrainingConfig(steps=100, zero_stage=zero_stage))
@@ -66,7 +91,7 @@ def attention_table(domain: Domain) -> Table:
     """Times of gather and swap along the mesh's axis, and what the cost rule counts."""
     axis = "lon" if domain.mesh.lon > 1 else "lat"
     lines = domain.tile.shape[0 if axis == "lon" else 1]
-    costs = exchange_costs(lines, domain.cuts.sizes(axis), ATTENTION, torch.float32)
+    costs = exchange_costs(lines * HEADS, domain.cuts.sizes(axis), ATTENTION // HEADS, torch.float32)
     table = Table(title=f"axial attention, {domain.mesh.lat} x {domain.mesh.lon} tiles of {GRID.nlat} x {GRID.nlon}")
     for column in ("exchange", "time [ms]", "moved [MB]", "held [MB]", "phases"):
         table.add_column(column, justify="left" if column == "exchange" else "right")
@@ -79,13 +104,13 @@ def attention_table(domain: Domain) -> Table:
 
 
 def main() -> None:
-    """Prints both tables on the first rank."""
+    """Prints the tables on the first rank."""
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
     mesh = ProcessMesh.start(lon=ranks)
     with mesh.guarded():
         domain = Domain(GRID, mesh)
-        tables = [attention_table(domain)]
+        tables = [layer_table(domain), attention_table(domain)]
         table = Table(title="comparing all weights over all ranks, every 100 steps (the default)")
         for column in ("ZeRO", "step [ms]", "comparison [ms]", "share of 100 steps"):
             table.add_column(column, justify="right")

@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
     exit 1
 }
 command -v c++ > /dev/null || command -v g++ > /dev/null || {
-    echo "A C++ compiler is needed (DeepSpeed and torch.compile use one). Install g++." >&2
+    echo "A C++ compiler is needed (the passes over cells and DeepSpeed's ops are built with one). Install g++." >&2
     exit 1
 }
 

@@ -77,7 +77,7 @@ def gpus(subject: Subject) -> list[Finding]:
 
 
 def compiler(subject: Subject) -> list[Finding]:
-    """A C++ compiler that can make what torch.compile asks of it: a library with OpenMP."""
+    """A C++ compiler that can make what model.kernels=compiled asks of it: a library with OpenMP."""
     program = os.environ.get("CXX") or "g++"
     problem = _compile_problem(program)
     if problem is None:

@@ -14,7 +14,9 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512F__)
+// How wide vectors are, how many of them make a block, and how many blocks a stretch; the last two by registers and cache.
+#if defined(VECTOR_BYTES)  // a test's
+#elif defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #define ACROSS 6
 #define BLOCKS 2
@@ -32,7 +34,9 @@
 #define BLOCKS 8
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && VECTOR_BYTES <= 32
+#define IN_REGISTER(value) asm("" : "+x"(value))
+#elif defined(__AVX512F__)
 #define IN_REGISTER(value) asm("" : "+v"(value))
 #elif defined(__aarch64__)
 #define IN_REGISTER(value) asm("" : "+w"(value))
@@ -85,11 +89,11 @@ template <class V, class T> inline V bounded(V x, T most) {
     x = x < low ? low : x;
     return x > high ? high : x;
 }
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
 inline Lanes<float>::V bounded(Lanes<float>::V x, float most) {
     return _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(-most), x));
 }
-#elif defined(__AVX__)
+#elif defined(__AVX__) && VECTOR_BYTES == 32
 inline Lanes<float>::V bounded(Lanes<float>::V x, float most) {
     return _mm256_min_ps(_mm256_set1_ps(most), _mm256_max_ps(_mm256_set1_ps(-most), x));
 }
@@ -260,16 +264,16 @@ void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const 
 
 // total[gate] += sum over a stretch of a gate's gradient times what is mixed, for COUNT of its channels side by side.
 template <class T, int COUNT>
-inline void add_products(T* totals, const T* grads, const T* mixed, Index inner, Index cells) {
+inline void add_products(T* totals, const T* grads, Index channels, const T* mixed, Index inner, Index cells) {
     using V = typename Lanes<T>::V;
-    constexpr int lanes = Lanes<T>::count, block = Lanes<T>::block, stretch = Lanes<T>::stretch;
+    constexpr int lanes = Lanes<T>::count, block = Lanes<T>::block;
     V sums[COUNT][4];
     for (int k = 0; k < COUNT; ++k)
         for (int gate = 0; gate < 4; ++gate) sums[k][gate] = load(totals + (k * 4 + gate) * lanes);
     for (Index first = 0; first < cells; first += block)
         for (int s = 0; s < ACROSS; ++s) {
             V of_gates[4];
-            for (int gate = 0; gate < 4; ++gate) of_gates[gate] = load(grads + gate * stretch + first + s * lanes);
+            for (int gate = 0; gate < 4; ++gate) of_gates[gate] = load(grads + (first * 4 + gate * block) * channels + s * lanes);
             for (int k = 0; k < COUNT; ++k) {
                 V value = load(mixed + first * inner + k * block + s * lanes);
                 IN_REGISTER(value);
@@ -293,16 +297,14 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
     std::vector<T> held_by_all(threads * held_each, T(0));  // added up in their order: every run has the same bits
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> copied(inner * stretch), spread(inner * stretch);
+        std::vector<T> copied(inner * stretch), grads(4 * channels * stretch);
         T* sums = held_by_all.data() + omp_get_thread_num() * held_each;
         T* products = sums + 7 * channels * lanes;
-        T grads[4 * stretch];
 #pragma omp for collapse(2) schedule(static)
         for (Index b = 0; b < batch; ++b)
             for (Index number = 0; number < stretches; ++number) {
                 const Index start = number * stretch, end = cells - start < stretch ? cells - start : stretch;
                 copy_stretch(copied.data(), mixed + b * inner * cells + start, inner, cells, end);
-                std::memset(spread.data(), 0, spread.size() * sizeof(T));
                 for (Index channel = 0; channel < channels; ++channel) {
                 for (Index first = 0; first < end; first += block) {
                     const Index here = end - first < block ? end - first : block;
@@ -357,28 +359,29 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
                     }
                     store_row<T>(grad_before + place, d_c, here);
                     for (int gate = 0; gate < 4; ++gate)
-                        for (int s = 0; s < ACROSS; ++s) store(grads + gate * stretch + first + s * lanes, a[gate][s]);
-                    for (Index k = 0; k < inner; ++k) {
-                        T* row = spread.data() + first * inner + k * block;
-                        for (int s = 0; s < ACROSS; ++s) {
-                            V value = load(row + s * lanes);
-                            for (int gate = 0; gate < 4; ++gate) value += weights[gate][k] * a[gate][s];
-                            store(row + s * lanes, value);
-                        }
-                    }
+                        for (int s = 0; s < ACROSS; ++s)
+                            store(grads.data() + first * 4 * channels + (gate * channels + channel) * block + s * lanes, a[gate][s]);
                 }
                 Index k = 0;
                 for (; k + 2 <= inner; k += 2)
-                    add_products<T, 2>(products + (channel * inner + k) * 4 * lanes, grads, copied.data() + k * block, inner, end);
+                    add_products<T, 2>(products + (channel * inner + k) * 4 * lanes, grads.data() + channel * block, channels,
+                                       copied.data() + k * block, inner, end);
                 if (k < inner)
-                    add_products<T, 1>(products + (channel * inner + k) * 4 * lanes, grads, copied.data() + k * block, inner, end);
+                    add_products<T, 1>(products + (channel * inner + k) * 4 * lanes, grads.data() + channel * block, channels,
+                                       copied.data() + k * block, inner, end);
                 }
-                for (Index k = 0; k < inner; ++k)
+                for (Index k = 0; k < inner; k += 4) {
+                    const int count = inner - k < 4 ? int(inner - k) : 4;
+                    const T* weights[4];
+                    for (int r = 0; r < 4; ++r) weights[r] = weight + k + (r < count ? r : 0);
                     for (Index first = 0; first < end; first += block) {
-                        const Index here = end - first < block ? end - first : block;
-                        std::memcpy(grad_mixed + (b * inner + k) * cells + start + first,
-                                    spread.data() + first * inner + k * block, here * sizeof(T));
+                        V total[4][ACROSS] = {};
+                        multiply<T, 4>(total, weights, inner, grads.data() + first * 4 * channels, 4 * channels);
+                        for (int r = 0; r < count; ++r)
+                            store_row<T>(grad_mixed + (b * inner + k + r) * cells + start + first, total[r],
+                                         end - first < block ? end - first : block);
                     }
+                }
             }
     }
     const auto of_all = [&](Index one) {
@@ -423,6 +426,12 @@ void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T
                         }
                         for (int s = 0; s < ACROSS; ++s) store(to + column + s * lanes, total[s]);
                     }
+                    for (; column < columns && columns >= lanes; column += lanes) {
+                        column = column < columns - lanes ? column : columns - lanes;  // the last cells once more
+                        V total = {};
+                        for (Index tap = 0; tap < taps; ++tap) total += factors[tap] * load(from + shifts[tap] + column);
+                        store(to + column, total);
+                    }
                     for (; column < columns; ++column) {
                         T total = 0;
                         for (Index tap = 0; tap < taps; ++tap) total += factors[tap] * from[shifts[tap] + column];
@@ -458,6 +467,13 @@ void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* g
                     for (; column + lanes <= columns; column += lanes) {
                         const V value = load(values + column);
                         for (int one = 0; one < at_once; ++one) total[one] += value * load(from + shifts[one] + column);
+                    }
+                    if (column < columns && columns >= lanes) {  // the last cells, without those that have been counted
+                        V value = load(values + columns - lanes);
+                        for (Index lane = 0; lane < lanes - (columns - column); ++lane) value[lane] = 0;
+                        for (int one = 0; one < at_once; ++one)
+                            total[one] += value * load(from + shifts[one] + columns - lanes);
+                        column = columns;
                     }
                     for (; column < columns; ++column)
                         for (int one = 0; one < at_once; ++one) rest[one] += values[column] * from[shifts[one] + column];

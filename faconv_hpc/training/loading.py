@@ -45,7 +45,7 @@ def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
     """From a run directory (its newest whole checkpoint), a checkpoint's directory, or an exported .safetensors file.
 
     Args:
-        kernels: ``compiled`` takes a minute at the first call, and less time from then on.
+        kernels: ``compiled`` is several times faster, and needs a C++ compiler.
 
     Raises:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
