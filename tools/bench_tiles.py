@@ -50,9 +50,7 @@ def layer_table(domain: Domain) -> Table:
     alone = Domain(LatLonGrid(*domain.tile.shape))
     for every in (0, 6):
         torch.manual_seed(0)
-        layer = FAConvLSTM2d(
-            INPUTS, HIDDEN, attention_every=every, attention_heads=1, attention_channels=HIDDEN // 4, kernels="compiled"
-        )
+        layer = FAConvLSTM2d(INPUTS, HIDDEN, attention_every=every, kernels="compiled")
         x_BTCYX = torch.randn(1, STEPS, INPUTS, *domain.tile.shape, requires_grad=True)
         grad_BTCYX = torch.randn(1, STEPS, HIDDEN, *domain.tile.shape)
         times: dict[Domain, list[float]] = {domain: [], alone: []}
