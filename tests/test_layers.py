@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
@@ -356,6 +357,18 @@ def test_a_forward_without_backward_frees_everything():
     hook.remove()
     gc.collect()
     assert len(kept) == 2 and all(one() is None for one in kept)
+
+
+def test_a_checkpointed_segment_keeps_its_last_states_alone():
+    """What a layer says of every step is computed again, so that its memory is free until then."""
+    network = FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, checkpoint_steps=3, attention_every=2)
+    domain, said = Domain(LatLonGrid(8, 12)), []
+    for layer in network.layers:
+        layer.register_forward_hook(lambda _, __, out: said.append(StorageWeakRef(out[0].untyped_storage())))
+    output = network(torch.randn(1, 6, 3, 8, 12), torch.zeros(1, 6), domain=domain)
+    gc.collect()
+    assert len(said) == 4 and all(one.expired() for one in said)
+    output.forecast_BTCYX.sum().backward()
 
 
 def test_second_derivatives_are_refused():

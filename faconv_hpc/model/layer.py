@@ -145,8 +145,8 @@ class FAConvLSTM2d(nn.Module):
         bank, weights, around = self._bank(x_BTCYX), self._weights(), domain.surroundings(self.taps.reach)
         for span, x in zip(spans, pieces, strict=True):
             valid = None if valid_BT is None else valid_BT[:, span]
-            steps = Steps(h_BTCYX[:, span], bank, around, valid, keep=torch.is_grad_enabled())
-            early, last, c = Sweep.call(steps, x, h, c, *weights)
+            steps = Steps(bank, around, valid, keep=torch.is_grad_enabled())
+            early, last, c = Sweep.call(steps, h_BTCYX[:, span], x, h, c, *weights)
             h = self._attended(last, domain, valid) if self._attends(first_step + span.stop) else last
             parts += early, h
         return Joined.call(h_BTCYX, ends, *parts), (parts[-1], c)

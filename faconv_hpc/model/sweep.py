@@ -4,12 +4,11 @@ Forward, for every step::
 
     u = W_x x + W_h h + b      in the middle of a padded buffer; its halo and its mean travel together
     m = sum_d s_d (K_d * u)    s from the mean; or the branches one after the other
-    a = W_a m                  4 C_h channels, in one buffer for all steps
-    h, c = gates(a + b_a, c)
+    h, c = gates(W_a m + b_a, c)
 
-Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and a are computed again in
-backward, which goes through the steps from the last to the first, sends the halos' gradients while it forms those of
-the expansion, and adds up the weights' gradients of all steps in float32 or better.
+Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and the 4 C_h channels that it
+is expanded to are computed again in backward. It goes through the steps from the last to the first, sends the halo's
+gradients while it forms those of the kernels, and adds up the weights' gradients of all steps in float32 or better.
 """
 
 from collections.abc import Sequence
@@ -124,13 +123,11 @@ class Steps:
     """What a sweep is told beside tensors that have gradients.
 
     Attributes:
-        h_BTCYX: where h of its steps goes, but for the last, which is a tensor of its own: attention may add to it.
         bank, surroundings: how its steps mix, and what they know beyond their tile.
         valid_BT: bool; where it is not, a sample keeps its state. None: everywhere.
         keep: whether there will be a backward.
     """
 
-    h_BTCYX: Tensor
     bank: Bank
     surroundings: Surroundings
     valid_BT: Tensor | None
@@ -145,6 +142,7 @@ class Sweep(Operation):
     """So many steps from a state; see the module. Its inputs besides `Steps` are tensors, all differentiable.
 
     Args:
+        h_BTCYX: where h of its steps goes, but for the last, which is a tensor of its own: attention may add to it.
         x_BTCYX: (B, T, C_x, Y, X).
         h_BCYX: the state; None: zeros.
         c_BCYX: float32 or better.
@@ -156,7 +154,13 @@ class Sweep(Operation):
 
     @staticmethod
     def forward(
-        ctx: Context, steps: Steps, x_BTCYX: Tensor, h_BCYX: Tensor | None, c_BCYX: Tensor, *weights: Tensor
+        ctx: Context,
+        steps: Steps,
+        h_BTCYX: Tensor,
+        x_BTCYX: Tensor,
+        h_BCYX: Tensor | None,
+        c_BCYX: Tensor,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         w, bank, kernels, length = Weights(*weights), steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
@@ -175,7 +179,7 @@ class Sweep(Operation):
             means.append(steps.surroundings.start(padded[-1])())
             bank.mix(m, padded[-1], bank.weights(means[-1], *w.of_bank))
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
-            target = steps.h_BTCYX[:, step].data if step < length - 1 else last
+            target = h_BTCYX[:, step].data if step < length - 1 else last
             c_after = kernels.advance(target, m, c, *w.of_gates)
             held = steps.held(step)
             if held is not None:
@@ -183,7 +187,7 @@ class Sweep(Operation):
                 target.copy_(torch.where(held, 0 if h is None else h, target))
             h, c = target, c_after
             cells.append(c)
-        early = steps.h_BTCYX[:, : length - 1].data
+        early = h_BTCYX[:, : length - 1].data
         if steps.keep:
             ctx.steps = steps
             ctx.save_for_backward(x_BTCYX, h_BCYX, early, c_BCYX, *cells[:-1], *means, *padded, *weights)
@@ -197,7 +201,7 @@ class Sweep(Operation):
         length = x_BTCYX.shape[1]
         cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
         back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0])
-        wants_x, wants_h = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        _, _, wants_x, wants_h, wants_c, *_ = ctx.needs_input_grad
         grad_x = torch.empty_like(x_BTCYX) if wants_x else None
         grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
         grad_h = None
@@ -206,13 +210,12 @@ class Sweep(Operation):
             if grad_h is None:
                 grad_h = torch.zeros_like(cells[0], dtype=x_BTCYX.dtype) if of_result is None else of_result
             elif of_result is not None:
-                grad_h = grad_h + of_result
+                grad_h.add_(of_result)
             before = early[:, step - 1] if step else h_BCYX
             wanted = None if grad_x is None else grad_x[:, step]
             state = x_BTCYX[:, step], before, cells[step], padded[step], means[step]
             grad_h, grad_c = back.step(step, state, grad_h, grad_c, wanted)
-        of_c = grad_c if ctx.needs_input_grad[3] else None
-        return None, grad_x, grad_h if wants_h else None, of_c, *back.gradients()
+        return None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *back.gradients()
 
 
 class _Backward:
