@@ -1,7 +1,6 @@
 """The config of a run: frozen, strict, and judged before any rank is started."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +18,6 @@ from pydantic import (
 from .data.dates import as_ranges
 from .data.variables import ChosenRole
 from .errors import InputError
-from .model.rules import attention_width
 
 Count = Annotated[int, Field(ge=1)]
 Dates = Annotated[tuple[str, ...], BeforeValidator(as_ranges)]
@@ -135,10 +133,8 @@ class ModelConfig(Section):
     se_reduction: Count = Field(4, description="C_b is squeezed to so many times fewer channels")
     peephole: bool = Field(True, description="whether the gates see the cell state")
     attention_every: int = Field(4, ge=0, description="axial attention every so many steps; 0: never")
-    attention_heads: Count = Field(1, description="of the axial attention")
-    attention_channels: Count | None = Field(
-        None, description="of queries and keys, over all heads; default: a quarter of C_h"
-    )
+    attention_heads: Count = Field(4, description="of the axial attention")
+    attention_channels: Count | None = Field(None, description="of queries and keys, over all heads; default: C_h")
     attention_exchange: Literal["auto", "gather", "swap"] = Field("auto", description="auto: what moves fewer bytes")
     embedding_channels: Annotated[int, Field(ge=8, multiple_of=8, description="4 heads, an even number in each")] = 32
     embedding_weight: float = Field(0.1, ge=0, description="of the coarse field's error in the loss")
@@ -148,21 +144,9 @@ class ModelConfig(Section):
         "compiled", description="compiled is several times faster, and needs g++"
     )
 
-    @model_validator(mode="after")
-    def _attention_has_a_width(self) -> "ModelConfig":
-        """What a run resolves to says it, and so keeps its meaning where the default changes."""
-        if self.attention_channels is None:
-            width = attention_width(self.hidden_channels, self.attention_heads)
-            object.__setattr__(self, "attention_channels", width)
-        return self
 
-
-def older_model(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run or an export has saved of its model, and what an older version meant where it left a value open."""
-    model = {"residual": False} | dict(saved)
-    if "attention_channels" in model and model["attention_channels"] is None:
-        model["attention_channels"] = model.get("hidden_channels", 32)
-    return model
+OLDER_MODEL: dict[str, Any] = {"residual": False}
+"""What runs and exports that say nothing of it were trained with."""
 
 
 class TrainingConfig(Section):

@@ -2,14 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from .config import RunConfig, Section, older_model
+from .config import OLDER_MODEL, RunConfig, Section
 from .errors import InputError
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -41,17 +41,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, older: bool 
         InputError: no such file, no valid YAML, an unknown key (with the nearest known one), or a
             value that breaks a rule. All findings are listed at once.
     """
-    return load_yaml(RunConfig, path, overrides, older=older)
+    return load_yaml(RunConfig, path, overrides, {"model": OLDER_MODEL} if older else None)
 
 
 def load_yaml(
     model: type[AnySection],
     path: Path | str,
     overrides: Sequence[str] = (),
-    *,
-    older: bool = False,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> AnySection:
-    """The same for any model: a run's, a study's."""
+    """The same for any model: a run's, a study's. ``defaults``: other ones, by section."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -62,8 +61,9 @@ def load_yaml(
             f"such as configs/quickstart_era5.yaml."
         ) from None
     tree = _parsed(text, str(path), model)
-    if older and isinstance(tree.setdefault("model", {}), dict):
-        tree["model"] = older_model(tree["model"])
+    for section, values in (defaults or {}).items():
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section] = {**values, **tree[section]}
     for override in overrides:
         _apply(tree, override)
     return validated(model, tree, str(path))

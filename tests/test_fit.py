@@ -20,10 +20,7 @@ CASES = {
     ),
     "a kernel without centre": ({"model": {"kernel_size": 4}}, r"kernel_size=4 has no centre. Use an odd size"),
     "no centre of the baseline's": ({"model": {"kernel_size": 4, "cell": "convlstm"}}, r"kernel_size=4 has no centre"),
-    "heads": (
-        {"model": {"attention_heads": 3, "attention_channels": 8}},
-        r"attention_channels=8 over 3 heads .* multiple of 6",
-    ),
+    "heads": ({"model": {"attention_heads": 3}}, r"attention_channels=8 over 3 heads .* multiple of 6"),
     "a coarse field": ({"model": {"coarse_shape": [12, 3]}}, r"12 x 3 regions does not fit a grid of 11 x 14"),
     "no store": ({"data": {"store": "nowhere"}}, r"store nowhere does not exist. Make one with"),
     "no variable": ({"data": {"variables": ["wav_0"]}}, r"wav_0.*wave_0"),

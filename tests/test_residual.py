@@ -1,4 +1,4 @@
-"""Layers that add to what they are given, a forecast that sees the inputs; runs of before, and of wide attention."""
+"""Layers that add to what they are given, and a forecast that sees the inputs; runs of before there were any."""
 
 import pytest
 import torch
@@ -47,17 +47,14 @@ def test_the_first_forecast_is_persistence():
 
 
 def as_before(config):
-    """A run as a version left it that knew no residuals, and whose attention was as wide as the hidden state."""
+    """A run as a version left it that knew no residuals."""
     kept = config.run_dir / "config.yaml"
     tree = yaml.safe_load(kept.read_text())
     assert tree["model"].pop("residual") is False
-    assert tree["model"]["attention_channels"] == tree["model"]["hidden_channels"]
-    tree["model"]["attention_channels"] = None
     kept.write_text(yaml.safe_dump(tree))
 
     def change(tree):
         del tree["config"]["model"]["residual"], tree["identity"]["model.residual"]
-        tree["config"]["model"]["attention_channels"] = tree["identity"]["model.attention_channels"] = None
 
     for checkpoint in checkpoints_in(config.run_dir):
         rewrite_manifest(checkpoint.path, change)
@@ -65,7 +62,7 @@ def as_before(config):
 
 def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path):
     store = make_store(tmp_path / "waves")
-    model, training = {"residual": False, "attention_channels": 8}, {"checkpoint_every": 3}
+    model, training = {"residual": False}, {"checkpoint_every": 3}
     config = small_config(tmp_path, store, model=model, training=training)
     run_on_ranks(ONE, lambda mesh: train(config, mesh))
     skills = run_on_ranks(ONE, lambda mesh: evaluate(load_run(config.run_dir), mesh, 1).skills)

@@ -59,7 +59,7 @@ def layers(inputs: int, hidden: int, kernels: list[str]) -> dict[str, Callable[[
     attentions = {
         "no attention": {"attention_every": 0},
         "attention every 4th": {},
-        "attention of 4 heads, as wide": {"attention_channels": hidden, "attention_heads": 4},
+        "a quarter as wide": {"attention_channels": hidden // 4, "attention_heads": 1},
     }
     for mode in kernels:
         for told, options in attentions.items():

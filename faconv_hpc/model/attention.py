@@ -10,7 +10,7 @@ from torch.nn import functional
 from ..spatial.axis import line_shares
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
-from .rules import attention_width, check_attention
+from .rules import check_attention
 
 
 @dataclass(frozen=True, order=True)
@@ -185,16 +185,16 @@ class AxialAttention(nn.Module):
     Args:
         channels: C of the field that is attended to.
         heads: number of heads.
-        attention_channels: C_a <= C, channels of queries, keys and values together over heads; default: C / 4.
+        attention_channels: C_a <= C, channels of queries, keys and values together over heads.
         exchange: ``"gather"`` keys and values, ``"swap"`` the split to whole lines, or ``"auto"``,
             the one that `cheaper_exchange` names. Both compute the same.
     """
 
     def __init__(
-        self, channels: int, heads: int = 1, attention_channels: int | None = None, exchange: str = "auto"
+        self, channels: int, heads: int = 4, attention_channels: int | None = None, exchange: str = "auto"
     ) -> None:
         super().__init__()
-        attention_channels = attention_channels or attention_width(channels, heads)
+        attention_channels = attention_channels or channels
         check_attention(channels, heads, attention_channels, exchange)
         self.rows = RowAttention(channels, heads, attention_channels, exchange)
         self.columns = ColumnAttention(channels, heads, attention_channels, exchange)

@@ -57,7 +57,7 @@ class FAConvLSTM2d(nn.Module):
         se_reduction: int = 4,
         peephole: bool = True,
         attention_every: int = 4,
-        attention_heads: int = 1,
+        attention_heads: int = 4,
         attention_channels: int | None = None,
         attention_exchange: str = "auto",
         kernels: str = "eager",

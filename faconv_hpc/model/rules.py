@@ -25,11 +25,6 @@ def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention
         raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
 
 
-def attention_width(channels: int, heads: int) -> int:
-    """C_a by default: a quarter of C, which did as well as all of it (docs/measurements.md), in pairs for each head."""
-    return max(channels // 4 // (2 * heads), 1) * 2 * heads
-
-
 def check_attention(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
     """Raises InputError for arguments of `AxialAttention` that no attention can have."""
     if exchange not in EXCHANGES:

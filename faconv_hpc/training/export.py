@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..config import ModelConfig, older_model
+from ..config import OLDER_MODEL, ModelConfig
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..files import replacing
@@ -85,7 +85,7 @@ def cycle_in(checkpoint: Checkpoint, contract: Contract) -> AnnualCycle:
 def metadata(manifest: Manifest) -> dict[str, str]:
     """What builds the network, and its contract: texts, as safetensors wants them, or JSON."""
     options = network_options(
-        ModelConfig.model_validate(older_model(manifest.config["model"])), manifest.contract.channels
+        ModelConfig.model_validate(OLDER_MODEL | manifest.config["model"]), manifest.contract.channels
     )
     return {
         "step": str(manifest.step),

@@ -240,9 +240,8 @@ def check_network(model: ModelConfig) -> None:
         return
     check_layer(model.kernel_size, model.dilations, model.fuse, model.attention_every)
     if model.attention_every:
-        assert model.attention_channels is not None, "a config says how wide attention is"
-        width = model.attention_channels
-        check_attention(model.hidden_channels, model.attention_heads, width, model.attention_exchange)
+        channels = model.attention_channels or model.hidden_channels
+        check_attention(model.hidden_channels, model.attention_heads, channels, model.attention_exchange)
 
 
 def reach_of(model: ModelConfig) -> int:

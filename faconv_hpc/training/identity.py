@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import older_model
+from ..config import OLDER_MODEL
 from ..data.periods import stretches_of
 from ..errors import InputError
 from .manifest import Manifest
@@ -41,8 +41,7 @@ def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
     older = {"training.stateful_windows": 0, "data.anomalies": {}}  # before there were any
-    model = older_model({key.removeprefix("model."): saved[key] for key in saved if key.startswith("model.")})
-    saved = older | dict(saved) | {f"model.{key}": value for key, value in model.items()}
+    saved = older | {f"model.{key}": value for key, value in OLDER_MODEL.items()} | dict(saved)
     for key, value in now.items():
         if key in saved and saved[key] != value:
             raise InputError(
