@@ -1,7 +1,9 @@
-"""A base for our differentiable operations that a type checker can follow."""
+"""A base for our differentiable operations that a type checker can follow, and the types they compute in."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -24,3 +26,8 @@ class Operation(Function):
     def call(cls, *arguments: Any) -> Any:
         """The operation's result, recorded for backward."""
         return cls.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+def as_given(device: torch.device) -> AbstractContextManager[Any]:
+    """Arithmetic in the types of its tensors, where autocast would change them."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -141,7 +141,7 @@ class ModelConfig(Section):
     coarse_shape: tuple[Count, Count] = Field((6, 12), description="regions whose means the embedding maps to")
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")
     kernels: Literal["eager", "compiled"] = Field(
-        "compiled", description="compiled is several times faster, and needs g++"
+        "compiled", description="compiled is several times faster; it needs g++, on a GPU Triton"
     )
 
 

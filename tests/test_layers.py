@@ -124,13 +124,100 @@ def test_a_sweep_keeps_its_states_and_the_padded_bottleneck():
     assert sum(one.numel() for one in kept.values()) <= weights + x.numel() + states + padded + means
 
 
-def test_a_changed_result_is_no_silent_error():
-    """Backward goes by h of every step, which is what the layer returned."""
+@pytest.mark.parametrize("change", [lambda out: out.mul_(2), lambda out: out.detach().mul_(2)], ids=["out", "detached"])
+@pytest.mark.parametrize("used", ["out", "state"])
+def test_a_changed_result_is_no_silent_error(change, used):
+    """Backward goes by h of every step, which is what the layer returned; whatever the loss is made of."""
     layer = FAConvLSTM2d(3, 8, attention_every=0)
-    out, _ = layer(torch.randn(1, 3, 3, 5, 6))
-    out.mul_(2)
+    out, (h, _) = layer(torch.randn(1, 3, 3, 5, 6))
+    change(out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out if used == "out" else h).sum().backward()
+
+
+def test_what_backward_does_not_go_by_may_be_changed():
+    layer, x = FAConvLSTM2d(3, 8, attention_every=1), torch.randn(1, 3, 3, 5, 6)
+    grads = []
+    for factor in (2, 1):
+        out, _ = layer(x)
+        changed = out.mul_(2) if factor == 2 else out * 2
+        grads.append(torch.autograd.grad(changed.square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(*grads)
+
+
+def test_a_mask_that_is_used_again_is_no_silent_error():
+    layer, valid = FAConvLSTM2d(3, 8, attention_every=0), torch.tensor([[True, True, False]])
+    out, _ = layer(torch.randn(1, 3, 3, 5, 6), valid_BT=valid)
+    valid.fill_(True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+def test_a_state_may_lie_in_memory_in_any_way(kernels):
+    layer = FAConvLSTM2d(3, 8, attention_every=2, kernels=kernels)
+    x, h, c = torch.randn(2, 3, 3, 5, 6), torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
+    outcomes = []
+    for turned in (lambda one: one, lambda one: one.to(memory_format=torch.channels_last),
+                   lambda one: one.transpose(2, 3).contiguous().transpose(2, 3)):  # fmt: skip
+        state = tuple(turned(one.clone()).requires_grad_() for one in (h, c))
+        out, last = layer(turned(x.flatten(0, 1)).unflatten(0, (2, 3)), state)
+        grads = torch.autograd.grad(out.square().sum() + last[1].sum(), [*state, *layer.parameters()])
+        outcomes.append((out, *last, *grads))
+    for other in outcomes[1:]:
+        torch.testing.assert_close(other, outcomes[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (lambda h, c: (h.repeat(2, 1, 1, 1), c), r"the state's h has shape \(4, 8, 5, 6\).* needs \(2, 8, 5, 6\)"),
+        (lambda h, c: (h, c[:1]), r"the state's c has shape \(1, 8, 5, 6\).*Pass the state of the same samples"),
+        (lambda h, c: (h.double(), c), r"the state's h is torch\.float64, the input torch\.float32.*h\.to"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(kernels, state, told):
+    layer = FAConvLSTM2d(3, 8, attention_every=0, kernels=kernels)
+    with pytest.raises(InputError, match=told):
+        layer(torch.randn(2, 2, 3, 5, 6), state(torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)))
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+def test_autocast_and_cells_in_float64_change_no_arithmetic(kernels):
+    layer = FAConvLSTM2d(3, 8, attention_every=2, kernels=kernels)
+    x, h, c = torch.randn(2, 3, 3, 5, 6), torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
+    want, _ = layer(x, (h, c))
+    want_grads = torch.autograd.grad(want.sum(), list(layer.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = layer(x, (h, c))
+    got_grads = torch.autograd.grad(got.sum(), list(layer.parameters()))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got_grads, want_grads)
+    finer, (_, c_last) = layer(x, (h, c.double()))
+    assert c_last.dtype == torch.float64
+    torch.testing.assert_close(finer, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+def test_native_gradients_of_kernels_keep_their_digits_on_large_tiles(kind):
+    """A quarter of a degree: sums of a million numbers that are all alike."""
+    padded, grad = torch.full((1, 1, 723, 1442), 0.1, dtype=kind), torch.full((1, 1, 721, 1440), 0.1, dtype=kind)
+    native_kernels = kernels_for("compiled", padded, padded)
+    got = native_kernels.mix_weights(padded, grad, Taps.of(3, (1,)).offsets)
+    want = (padded[0, 0, 0, 0].double() * grad[0, 0, 0, 0].double()) * 721 * 1440
+    assert ((got.double() - want).abs() / want).max() < 4e-6  # one sum for each lane: 7e-4
+
+
+def test_what_no_gradient_is_asked_of_keeps_nothing():
+    layer, made = FAConvLSTM2d(3, 8, attention_every=0).requires_grad_(False), []
+    x = torch.randn(1, 6, 3, 5, 6)
+    layer.register_forward_hook(lambda _, __, out: made.append(out))
+    for kept in (layer(x), made[-1]):
+        assert kept[0].grad_fn is None
+    layer.requires_grad_(True)
+    with torch.no_grad():
+        assert layer(x)[0].grad_fn is None
 
 
 def test_one_exchange_and_one_reduction_for_every_step_and_none_for_recomputation():
@@ -240,7 +327,7 @@ def test_native_passes_equal_eager_ones(kind, threads):
     try:
         torch.set_num_threads(threads)
         for shape in ((1, 9, 10), (2, 1, 7), (3, 1, 1), (2, 13, 53), (1, 5, 32)):
-            native = kernels_for("compiled", torch.empty(0, dtype=kind))
+            native = kernels_for("compiled", *[torch.empty(0, dtype=kind)] * 2)
             assert native is not EAGER
             results = [all_passes(kernels, *shape, kind) for kernels in (native, native, EAGER)]
             for one, again, eager in zip(*results, strict=True):
@@ -275,7 +362,7 @@ def test_native_gates_at_the_ends_of_their_range():
     channels = len(bias)
     given = torch.zeros(1, 1, 2, 3), torch.ones(1, channels, 2, 3), torch.zeros(4 * channels, 1), bias.repeat(4)
     outcomes = []
-    for kernels in (kernels_for("compiled", torch.empty(0)), EAGER):
+    for kernels in (kernels_for("compiled", *[torch.empty(0)] * 2), EAGER):
         h = torch.empty(1, channels, 2, 3)
         outcomes.append((h, kernels.advance(h, *given, torch.zeros(3, channels))))
     torch.testing.assert_close(*outcomes, equal_nan=True, rtol=1e-6, atol=1e-6)
@@ -337,13 +424,38 @@ def test_without_a_compiler_there_is_a_way_out(monkeypatch, tmp_path, compiler, 
     assert not list(tmp_path.rglob("*.so*"))
 
 
-def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path):
+@pytest.mark.parametrize("way", ["others may write", "a link"])
+def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path, way):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    theirs = tmp_path / f"faconv_hpc-{os.getuid()}"
+    predictable, theirs = tmp_path / f"faconv_hpc-{os.getuid()}", tmp_path / "theirs"
     theirs.mkdir()
-    theirs.chmod(0o777)
+    if way == "a link":
+        predictable.symlink_to(theirs)
+    else:
+        predictable.mkdir()
+        predictable.chmod(0o777)
     native.library.__wrapped__()
-    assert not list(theirs.iterdir()) and len(list(tmp_path.glob("faconv_hpc-*/passes-*.so"))) == 1
+    assert not list(predictable.iterdir()) and not list(theirs.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {predictable.name, "theirs"}
+
+
+def test_a_damaged_library_is_built_anew(monkeypatch, tmp_path):
+    (tmp_path / "whole").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "whole"))
+    native.library.__wrapped__()
+    (whole,) = tmp_path.rglob("*.so")
+    damaged = tmp_path / "damaged" / whole.parent.name / whole.name
+    damaged.parent.mkdir(parents=True, mode=0o700)
+    damaged.write_bytes(b"not a library")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "damaged"))
+    native.library.__wrapped__()
+    assert damaged.stat().st_size == whole.stat().st_size
+
+
+def test_where_nothing_can_be_kept_there_is_a_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(InputError, match=r"cannot keep or load what it builds under .*missing.*Set TMPDIR"):
+        native.library.__wrapped__()
 
 
 def test_a_forward_without_backward_frees_everything():

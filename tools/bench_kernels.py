@@ -28,20 +28,20 @@ def median_ms(work: Callable[[], object]) -> float:
 
 def measure(mode: str) -> dict[str, float]:
     """The passes of a step (three dilations, 25 taps), forward and backward."""
-    kernels, taps = kernels_for(mode), Taps.of(3, (1, 2, 4))
+    taps = Taps.of(3, (1, 2, 4))
     padded = torch.randn(1, BOTTLENECK, ROWS + 2 * taps.reach, COLUMNS + 2 * taps.reach)
     framed = torch.randn(1, BOTTLENECK, ROWS + 4 * taps.reach, COLUMNS + 4 * taps.reach)
     mixed, grad_padded = torch.randn(1, BOTTLENECK, ROWS, COLUMNS), torch.empty_like(padded)
     weight = torch.randn(1, BOTTLENECK, len(taps.offsets))
     h, c = torch.randn(2, 1, HIDDEN, ROWS, COLUMNS).unbind()
-    bias, peephole = torch.randn(4, HIDDEN), torch.randn(3, HIDDEN)
-    a = torch.randn(1, 4, HIDDEN, ROWS, COLUMNS)
+    gates = torch.randn(4 * HIDDEN, BOTTLENECK) * 0.2, torch.randn(4 * HIDDEN), torch.randn(3, HIDDEN)
+    kernels = kernels_for(mode, h, c)
     passes = {
-        "mixing": lambda: kernels.shifted_sum(mixed, padded, weight, taps.offsets),
-        "adjoint of mixing": lambda: kernels.shifted_sum(grad_padded, framed, weight, taps.mirrored),
-        "gradient of kernels": lambda: kernels.shifted_products(padded, mixed, taps.offsets),
-        "gates": lambda: kernels.gates(h, a, bias, c, peephole),
-        "gradient of gates": lambda: kernels.gate_gradients(a, bias, c, peephole, h, c),
+        "mixing": lambda: kernels.mix(mixed, padded, weight, taps.offsets),
+        "adjoint of mixing": lambda: kernels.mix(grad_padded, framed, weight, taps.mirrored),
+        "gradient of kernels": lambda: kernels.mix_weights(padded, mixed, taps.offsets),
+        "expansion and gates": lambda: kernels.advance(h, mixed, c, *gates),
+        "their gradients": lambda: kernels.retreat(mixed, c, *gates, h, c),
     }
     with torch.no_grad():
         return {name: median_ms(work) for name, work in passes.items()}

@@ -1,4 +1,4 @@
-"""The passes over all cells that are not matrix products: mixing and the gates, forward and backward.
+"""The passes over all cells of a step: products, mixing and the gates, forward and backward.
 
 ``"eager"`` is plain tensor arithmetic, and the reference. ``"compiled"`` is loops that read and write each number
 once: in C++ on a CPU (native.py), and what torch.compile makes of the arithmetic elsewhere. They know nothing of
@@ -244,8 +244,8 @@ class TracedKernels(Kernels):
         self._gate_gradients = traced(partial(_gate_gradients, squash=BY_EXP))
 
 
-def kernels_for(mode: str, like: Tensor) -> Kernels:
-    """The passes for tensors like this one.
+def kernels_for(mode: str, x: Tensor, c: Tensor) -> Kernels:
+    """The passes for activations and cell states like these.
 
     Args:
         mode: ``"eager"``, or ``"compiled"``: loops of C++ for float32 and float64 on a CPU (they need a compiler),
@@ -254,7 +254,7 @@ def kernels_for(mode: str, like: Tensor) -> Kernels:
     check_kernels(mode)
     if mode == "eager":
         return EAGER
-    if like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
+    if x.device.type == "cpu" and x.dtype == c.dtype and x.dtype in (torch.float32, torch.float64):
         return _native()
     return _traced()
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..autograd import as_given
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .attention import AxialAttention
 from .kernels import Taps, check_kernels, kernels_for
 from .recurrence import State, zero_state
 from .rules import check_layer
-from .sweep import Bank, Joined, Steps, Sweep, Weights
+from .sweep import Bank, Joined, Seal, Steps, Sweep, Weights
 
 
 class FAConvLSTM2d(nn.Module):
@@ -88,9 +89,9 @@ class FAConvLSTM2d(nn.Module):
             if attention_every
             else None
         )
-        self._owner_DKN: Tensor
+        self._owner_DKN: Tensor | None
         owner = functional.one_hot(torch.tensor(self.taps.owner), len(self.taps.offsets)).float()
-        self.register_buffer("_owner_DKN", owner, persistent=False)
+        self.register_buffer("_owner_DKN", None if fuse == "concat" else owner, persistent=False)
         self.reset_parameters()
 
     def _add_peephole(self, peephole: bool) -> None:
@@ -131,25 +132,43 @@ class FAConvLSTM2d(nn.Module):
                 its state and repeats its output, as Keras does with a mask. The same on every tile.
 
         Returns:
-            h of every step (B, T, C_h, Y, X), and the state after the last.
+            h of every step (B, T, C_h, Y, X), and the state after the last. Backward needs the former: what changes it
+            in place raises there. Under autocast all is computed in the weights' type.
+
+        Raises:
+            InputError: an input or a state of another shape, type or device.
         """
         _check_input(x_BTCYX, self.in_channels)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
+        if torch.is_autocast_enabled(x_BTCYX.device.type):
+            x_BTCYX = x_BTCYX.to(self.input_weight.dtype)
+        with as_given(x_BTCYX.device):
+            return self._swept(x_BTCYX, state, domain, first_step, valid_BT)
+
+    def _swept(
+        self, x_BTCYX: Tensor, state: State | None, domain: Domain, first_step: int, valid_BT: Tensor | None
+    ) -> tuple[Tensor, State]:
         domain.check_cells(x_BTCYX)
         h: Tensor | None
         h, c = state or (None, zero_state(x_BTCYX, self.hidden_channels)[1])
+        _check_state(h, c, x_BTCYX, self.hidden_channels)
         h_BTCYX = x_BTCYX.new_empty(*x_BTCYX.shape[:2], *c.shape[1:])
         ends, parts = self._ends(first_step, x_BTCYX.shape[1]), list[Tensor]()
         spans = [slice(*span) for span in pairwise((0, *ends))]
         pieces = x_BTCYX.split([span.stop - span.start for span in spans], dim=1)
-        bank, weights, around = self._bank(x_BTCYX), self._weights(), domain.surroundings(self.taps.reach)
+        weights, seal = self._weights(), Seal()
+        given = [x_BTCYX, c, *weights] if h is None else [x_BTCYX, h, c, *weights]
+        keep = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+        steps = Steps(self._bank(x_BTCYX, c), domain.surroundings(self.taps.reach), seal, keep)
         for span, x in zip(spans, pieces, strict=True):
             valid = None if valid_BT is None else valid_BT[:, span]
-            steps = Steps(bank, around, valid, keep=torch.is_grad_enabled())
-            early, last, c = Sweep.call(steps, h_BTCYX[:, span], x, h, c, *weights)
+            early, last, c = Sweep.call(steps, h_BTCYX[:, span], valid, x, h, c, *weights)
             h = self._attended(last, domain, valid) if self._attends(first_step + span.stop) else last
             parts += early, h
-        return Joined.call(h_BTCYX, ends, *parts), (parts[-1], c)
+        result = Joined.call(h_BTCYX, ends, *parts)
+        if keep:
+            seal.close(result)
+        return result, (parts[-1], c)
 
     def _attends(self, step: int) -> bool:
         """Whether attention follows after so many steps."""
@@ -164,8 +183,8 @@ class FAConvLSTM2d(nn.Module):
         """The step after each sweep: where attention follows, and after the last."""
         return [step for step in range(1, length + 1) if step == length or self._attends(first_step + step)]
 
-    def _bank(self, like: Tensor) -> Bank:
-        kernels = kernels_for(self.kernels, like)
+    def _bank(self, x_BTCYX: Tensor, c_BCYX: Tensor) -> Bank:
+        kernels = kernels_for(self.kernels, x_BTCYX, c_BCYX)
         if self.fuse == "concat":
             kernel_size, reach = math.isqrt(self.mixing_weight.shape[-1]), self.taps.reach
             passes = tuple(Taps.of(kernel_size, (dilation,), reach) for dilation in self.dilations)
@@ -193,4 +212,20 @@ def _check_input(x_BTCYX: Tensor, in_channels: int) -> None:
         raise InputError(
             f"the layer takes (batch, time, {in_channels} channels, rows, columns), got {tuple(x_BTCYX.shape)}. "
             f"Permute the tensor, or change in_channels."
+        )
+
+
+def _check_state(h_BCYX: Tensor | None, c_BCYX: Tensor, x_BTCYX: Tensor, hidden_channels: int) -> None:
+    """A state of other samples, cells or types would be read as what it is not."""
+    wanted = (x_BTCYX.shape[0], hidden_channels, *x_BTCYX.shape[-2:])
+    for name, one in (("h", h_BCYX), ("c", c_BCYX)):
+        if one is not None and (one.shape != wanted or one.device != x_BTCYX.device):
+            raise InputError(
+                f"the state's {name} has shape {tuple(one.shape)} on {one.device}, this input needs {wanted} on "
+                f"{x_BTCYX.device}. Pass the state of the same samples and tile, or none to begin."
+            )
+    if h_BCYX is not None and h_BCYX.dtype != x_BTCYX.dtype:
+        raise InputError(
+            f"the state's h is {h_BCYX.dtype}, the input {x_BTCYX.dtype}. Bring both to one type, h.to(x.dtype); c "
+            f"stays float32 or better."
         )

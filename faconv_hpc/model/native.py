@@ -4,6 +4,7 @@ A build takes two seconds, holds for all shapes, and lies in a directory of the 
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -11,6 +12,8 @@ import shlex
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from .kernels import Kernels, Offsets
 
 TYPES = {torch.float32: "float32", torch.float64: "float64"}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+OR_EAGER = "or use kernels: eager, which is slower"
 _SOURCE = Path(__file__).with_name("passes.cpp")
 
 
@@ -33,6 +37,8 @@ class NativeKernels(Kernels):
         x, (rows, inner) = _planar(x_BCYX), weight.shape
         if into is None:
             into = x.new_empty(x.shape[0], rows, *x.shape[2:])
+        assert into.shape == (x.shape[0], rows, *x.shape[2:]) and into.is_contiguous(), "the product's own shape"
+        assert x.shape[1] == inner, "as many channels as the weight takes"
         cells = x.shape[2] * x.shape[3]
         _call(
             "product",
@@ -53,7 +59,10 @@ class NativeKernels(Kernels):
     def advance(
         self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor
     ) -> Tensor:
-        mixed, c, after = mixed_BFYX.contiguous(), c_BCYX.contiguous(), torch.empty_like(c_BCYX)
+        mixed, c, after = mixed_BFYX.contiguous(), c_BCYX.contiguous(), c_BCYX.new_empty(c_BCYX.shape)
+        assert h.shape == c.shape and _is_planar(h) and mixed.shape[::2] == c.shape[::2], (
+            "h, c and m are of the same cells"
+        )
         parameters = weight.contiguous(), bias.contiguous(), peep_GC.contiguous()
         _call("advance", h, h.stride(0), after, mixed, c, *parameters, *_sizes(c, mixed))
         return after
@@ -77,6 +86,9 @@ class NativeKernels(Kernels):
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
         padded, weight = _planar(padded_BCYX), weight_BCN.contiguous()
+        assert _is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], (
+            "the same channels"
+        )
         given = into_BCYX, into_BCYX.stride(0), padded, padded.stride(0), weight, _table(offsets)
         _call("mix", *given, *weight.shape, *into_BCYX.shape[2:], *padded.shape[2:])
 
@@ -88,10 +100,14 @@ class NativeKernels(Kernels):
         return products
 
 
-def _planar(x_BCYX: Tensor) -> Tensor:
-    """x, whose samples may be anywhere, each of them contiguous."""
+def _is_planar(x_BCYX: Tensor) -> bool:
+    """Whether each sample is contiguous, wherever it is."""
     _, _, rows, columns = x_BCYX.shape
-    return x_BCYX if x_BCYX.stride()[1:] == (rows * columns, columns, 1) else x_BCYX.contiguous()
+    return x_BCYX.stride()[1:] == (rows * columns, columns, 1)
+
+
+def _planar(x_BCYX: Tensor) -> Tensor:
+    return x_BCYX if _is_planar(x_BCYX) else x_BCYX.contiguous()
 
 
 def _sizes(c_BCYX: Tensor, mixed_BFYX: Tensor) -> tuple[int, int, int, int]:
@@ -106,6 +122,9 @@ def _table(offsets: Offsets) -> Tensor:
 
 def _call(name: str, first: Tensor, *rest: Tensor | int) -> None:
     """Tensors as their addresses, numbers as 64 bits, and the threads that torch would use."""
+    for one in rest:
+        if isinstance(one, Tensor) and one.dtype not in (first.dtype, torch.int64):
+            raise TypeError(f"a native pass got {first.dtype} and {one.dtype}: it reads both as the same")
     function = getattr(library(), f"{TYPES[first.dtype]}_{name}")
     arguments = (
         ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int64(one) for one in (first, *rest)
@@ -115,43 +134,67 @@ def _call(name: str, first: Tensor, *rest: Tensor | int) -> None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The built passes.
+    """The built passes; of the ranks of a machine one builds them, and the others wait.
 
     Raises:
-        InputError: there is no compiler, or it cannot build them.
+        InputError: there is no compiler, or what it makes cannot be kept or loaded.
     """
     compiler = shlex.split(os.environ.get("CXX") or "g++")
-    source = _SOURCE.read_bytes()
-    about = " ".join((platform.machine(), _processor(), *compiler, *FLAGS)).encode()
-    name = hashlib.sha256(source + about).hexdigest()[:24]
-    built = _folder() / f"passes-{name}.so"
-    if not built.exists():
-        with replacing(built) as beside:
-            _build([*compiler, *FLAGS, str(_SOURCE), "-o", str(beside)])
-    return ctypes.CDLL(str(built))
-
-
-def _build(command: list[str]) -> None:
-    way_out = "Install g++, or load a compiler's module and set CXX; or use kernels: eager, which is slower"
+    command = [*compiler, *FLAGS, str(_SOURCE)]
+    about = [platform.machine(), _processor(), *platform.libc_ver(), _run([*compiler, "--version"]), *command[:-1]]
+    name = hashlib.sha256(_SOURCE.read_bytes() + "\n".join(about).encode()).hexdigest()[:24]
     try:
-        subprocess.run(command, capture_output=True, text=True, check=True)
+        with _folder() as folder:
+            built = folder / f"passes-{name}.so"
+            for again in (True, False):
+                if not built.exists():
+                    with replacing(built) as beside:
+                        _run([*command, "-o", str(beside)])
+                try:
+                    return ctypes.CDLL(str(built))
+                except OSError:  # it was damaged since
+                    built.unlink(missing_ok=True)
+                    if not again:
+                        raise
+    except OSError as error:
+        raise InputError(
+            f"kernels=compiled cannot keep or load what it builds under {tempfile.gettempdir()}: {error}. Set TMPDIR "
+            f"to a directory with room that programs may be run from, {OR_EAGER}."
+        ) from None
+    raise AssertionError("loaded or raised")
+
+
+def _run(command: list[str]) -> str:
+    """What a compiler says."""
+    way_out = f"Install g++, or load a compiler's module and set CXX; {OR_EAGER}"
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except OSError as error:
         raise InputError(
             f"kernels=compiled needs a C++ compiler, and {command[0]}: {error.strerror}. {way_out}."
         ) from None
     except subprocess.CalledProcessError as error:
-        told = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[0]
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        told = next((line for line in lines if "error" in line), lines[0])
         raise InputError(f"kernels=compiled: {shlex.join(command)} failed: {told}. {way_out}.") from None
 
 
-def _folder() -> Path:
-    """A directory that nobody else can write into: what lies there is loaded as code."""
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A directory that nobody else can write into, as what lies there is loaded as code; locked against others."""
     folder = Path(tempfile.gettempdir()) / f"faconv_hpc-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return Path(tempfile.mkdtemp(prefix="faconv_hpc-"))
-    return folder
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    about = folder.lstat()
+    ours = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+    if not ours or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        with tempfile.TemporaryDirectory(prefix="faconv_hpc-") as private:
+            yield Path(private)
+        return
+    with (folder / "lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks: whoever comes builds it once more
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 def _processor() -> str:

@@ -177,7 +177,7 @@ inline void multiply(typename Lanes<T>::V (*total)[ACROSS], const T* const* weig
 // into (batch, rows, cells) = weight (rows, inner) x (batch, inner, cells), or added to it.
 template <class T>
 void product(T* into, Index into_batch, const T* weight, Index weight_row, Index weight_step, const T* x, Index x_batch,
-             Index batch, Index rows, Index inner, Index cells, bool add, int threads) {
+             Index batch, Index rows, Index inner, Index cells, bool add, Index threads) {
     constexpr int block = Lanes<T>::block, stretch = Lanes<T>::stretch;
     const Index stretches = (cells + stretch - 1) / stretch;
 #pragma omp parallel num_threads(threads)
@@ -211,7 +211,7 @@ void product(T* into, Index into_batch, const T* weight, Index weight_row, Index
 // c (batch, channels, cells) and h after a step, from what is mixed (batch, inner, cells) and the c before.
 template <class T>
 void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight, const T* bias,
-             const T* peephole, Index batch, Index channels, Index inner, Index cells, int threads) {
+             const T* peephole, Index batch, Index channels, Index inner, Index cells, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, stretch = Lanes<T>::stretch;
     const Index stretches = (cells + stretch - 1) / stretch;
@@ -289,12 +289,12 @@ inline void add_products(T* totals, const T* grads, Index channels, const T* mix
 template <class T>
 void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole, const T* grad_h,
              Index grad_h_batch, const T* grad_after, const T* mixed, const T* c, const T* weight, const T* bias,
-             const T* peephole, Index batch, Index channels, Index inner, Index cells, int threads) {
+             const T* peephole, Index batch, Index channels, Index inner, Index cells, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count, stretch = Lanes<T>::stretch;
     const Index stretches = (cells + stretch - 1) / stretch;
     const Index held_each = (7 + 4 * inner) * channels * lanes;
-    std::vector<T> held_by_all(threads * held_each, T(0));  // added up in their order: every run has the same bits
+    std::vector<T> held_by_all(threads * held_each, T(0));  // added up in their order: with as many threads the same bits
 #pragma omp parallel num_threads(threads)
     {
         std::vector<T> copied(inner * stretch), grads(4 * channels * stretch);
@@ -402,7 +402,7 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
 template <class T>
 void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T* weight, const Index* offsets,
          Index batch, Index channels, Index taps, Index rows, Index columns, Index padded_rows, Index padded_columns,
-         int threads) {
+         Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count;
 #pragma omp parallel num_threads(threads)
@@ -445,7 +445,7 @@ void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T
 template <class T>
 void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* grad, Index grad_batch,
                  const Index* offsets, Index batch, Index channels, Index taps, Index rows, Index columns,
-                 Index padded_rows, Index padded_columns, int threads) {
+                 Index padded_rows, Index padded_columns, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int lanes = Lanes<T>::count, at_once = 8;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
@@ -455,6 +455,7 @@ void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* g
                 const int count = taps - tap < at_once ? int(taps - tap) : at_once;
                 V total[at_once] = {};
                 T rest[at_once] = {};
+                double sums[at_once] = {};  // of the rows: float32 alone would lose digits on a large tile
                 Index shifts[at_once];
                 for (int one = 0; one < at_once; ++one) {
                     const Index* offset = offsets + 2 * (tap + (one < count ? one : 0));
@@ -477,9 +478,13 @@ void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* g
                     }
                     for (; column < columns; ++column)
                         for (int one = 0; one < at_once; ++one) rest[one] += values[column] * from[shifts[one] + column];
+                    for (int one = 0; one < at_once; ++one) {
+                        sums[one] += double(sum<T>(total[one])) + rest[one];
+                        total[one] = V{};
+                        rest[one] = 0;
+                    }
                 }
-                for (int one = 0; one < count; ++one)
-                    grad_weight[(b * channels + channel) * taps + tap + one] = sum<T>(total[one]) + rest[one];
+                for (int one = 0; one < count; ++one) grad_weight[(b * channels + channel) * taps + tap + one] = T(sums[one]);
             }
 }
 
@@ -488,32 +493,32 @@ void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* g
 #define EXPORTED(T, NAME)                                                                                              \
     extern "C" void NAME##_product(T* into, Index into_batch, const T* weight, Index weight_row, Index weight_step,    \
                                    const T* x, Index x_batch, Index batch, Index rows, Index inner, Index cells,       \
-                                   int add, int threads) {                                                             \
+                                   Index add, Index threads) {                                                             \
         product<T>(into, into_batch, weight, weight_row, weight_step, x, x_batch, batch, rows, inner, cells, add != 0, \
                    threads);                                                                                           \
     }                                                                                                                  \
     extern "C" void NAME##_advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight,       \
                                    const T* bias, const T* peephole, Index batch, Index channels, Index inner,         \
-                                   Index cells, int threads) {                                                         \
+                                   Index cells, Index threads) {                                                         \
         advance<T>(h, h_batch, c_after, mixed, c, weight, bias, peephole, batch, channels, inner, cells, threads);     \
     }                                                                                                                  \
     extern "C" void NAME##_retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole,           \
                                    const T* grad_h, Index grad_h_batch, const T* grad_after, const T* mixed,           \
                                    const T* c, const T* weight, const T* bias, const T* peephole, Index batch,         \
-                                   Index channels, Index inner, Index cells, int threads) {                            \
+                                   Index channels, Index inner, Index cells, Index threads) {                            \
         retreat<T>(grad_weight, grad_mixed, grad_before, grad_bias, grad_peephole, grad_h, grad_h_batch, grad_after, mixed, \
                    c, weight, bias, peephole, batch, channels, inner, cells, threads);                                 \
     }                                                                                                                  \
     extern "C" void NAME##_mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T* weight,        \
                                const Index* offsets, Index batch, Index channels, Index taps, Index rows,              \
-                               Index columns, Index padded_rows, Index padded_columns, int threads) {                  \
+                               Index columns, Index padded_rows, Index padded_columns, Index threads) {                  \
         mix<T>(into, into_batch, padded, padded_batch, weight, offsets, batch, channels, taps, rows, columns,          \
                padded_rows, padded_columns, threads);                                                                  \
     }                                                                                                                  \
     extern "C" void NAME##_mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* grad,             \
                                        Index grad_batch, const Index* offsets, Index batch, Index channels,            \
                                        Index taps, Index rows, Index columns, Index padded_rows,                       \
-                                       Index padded_columns, int threads) {                                            \
+                                       Index padded_columns, Index threads) {                                            \
         mix_weights<T>(grad_weight, padded, padded_batch, grad, grad_batch, offsets, batch, channels, taps, rows,      \
                        columns, padded_rows, padded_columns, threads);                                                 \
     }

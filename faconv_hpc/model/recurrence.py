@@ -1,4 +1,4 @@
-"""Steps one after the other: the loop that recurrent layers share, their state, and samples that end before others."""
+"""The state of recurrent layers, and a loop over steps for one whose step is plain arithmetic."""
 
 from collections.abc import Callable
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..autograd import Context, Operation
+from ..autograd import Context, Operation, as_given
 from ..spatial.collectives import at_least_float32
 from ..spatial.surroundings import Surroundings
 from .kernels import Kernels, Taps
@@ -118,31 +118,54 @@ class Bank:
         ]
 
 
+class Seal:
+    """Whether the result of a layer is what it was: its sweeps go by it in backward, and keep it under another name."""
+
+    def __init__(self) -> None:
+        self._counter: Tensor | None = None
+        self._version = 0
+
+    def close(self, result: Tensor) -> None:
+        """From here on it is not to be changed."""
+        self._counter, self._version = result.detach(), result._version
+        self._counter.data = result.new_empty(0)  # which counts the changes of the result, and keeps none of its memory
+
+    def check(self) -> None:
+        """Raises RuntimeError, as autograd does for what it has saved itself."""
+        if self._counter is not None and self._counter._version != self._version:
+            raise RuntimeError(
+                "what a layer has returned was modified by an inplace operation, and its gradients need it. Change a "
+                "copy, or leave the operation's inplace=True out."
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What a sweep is told beside tensors that have gradients.
+    """What a sweep is told beside tensors.
 
     Attributes:
         bank, surroundings: how its steps mix, and what they know beyond their tile.
-        valid_BT: bool; where it is not, a sample keeps its state. None: everywhere.
+        seal: of the result that it writes into.
         keep: whether there will be a backward.
     """
 
     bank: Bank
     surroundings: Surroundings
-    valid_BT: Tensor | None
+    seal: Seal
     keep: bool
 
-    def held(self, step: int) -> Tensor | None:
-        """(B, 1, 1, 1), the samples that keep their state; None: none does."""
-        return None if self.valid_BT is None else ~self.valid_BT[:, step, None, None, None]
+
+def _held(valid_BT: Tensor | None, step: int) -> Tensor | None:
+    """(B, 1, 1, 1), the samples that keep their state; None: none does."""
+    return None if valid_BT is None else ~valid_BT[:, step, None, None, None]
 
 
 class Sweep(Operation):
-    """So many steps from a state; see the module. Its inputs besides `Steps` are tensors, all differentiable.
+    """So many steps from a state; see the module. Computes in the types that it is given, whatever autocast says.
 
     Args:
         h_BTCYX: where h of its steps goes, but for the last, which is a tensor of its own: attention may add to it.
+        valid_BT: bool; where it is not, a sample keeps its state. None: everywhere.
         x_BTCYX: (B, T, C_x, Y, X).
         h_BCYX: the state; None: zeros.
         c_BCYX: float32 or better.
@@ -157,6 +180,7 @@ class Sweep(Operation):
         ctx: Context,
         steps: Steps,
         h_BTCYX: Tensor,
+        valid_BT: Tensor | None,
         x_BTCYX: Tensor,
         h_BCYX: Tensor | None,
         c_BCYX: Tensor,
@@ -164,7 +188,7 @@ class Sweep(Operation):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         w, bank, kernels, length = Weights(*weights), steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
-        last = torch.empty_like(c_BCYX, dtype=x_BTCYX.dtype)
+        last = x_BTCYX.new_empty(c_BCYX.shape)
         u = x_BTCYX.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
         m = u.new_empty(u.shape[0], w.expansion.shape[1], *u.shape[2:])
         padded, means, cells = [], [], []
@@ -176,46 +200,63 @@ class Sweep(Operation):
             if steps.keep or not step:
                 padded.append(steps.surroundings.halo.framed(u))
             torch.add(u, w.bias[:, None, None], out=steps.surroundings.halo.owned(padded[-1]))
-            means.append(steps.surroundings.start(padded[-1])())
-            bank.mix(m, padded[-1], bank.weights(means[-1], *w.of_bank))
+            mean = steps.surroundings.start(padded[-1])()
+            bank.mix(m, padded[-1], bank.weights(mean, *w.of_bank))
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
             target = h_BTCYX[:, step].data if step < length - 1 else last
             c_after = kernels.advance(target, m, c, *w.of_gates)
-            held = steps.held(step)
+            held = _held(valid_BT, step)
             if held is not None:
                 c_after = torch.where(held, c, c_after)
                 target.copy_(torch.where(held, 0 if h is None else h, target))
             h, c = target, c_after
-            cells.append(c)
+            if steps.keep:
+                cells.append(c)
+                means.append(mean)
         early = h_BTCYX[:, : length - 1].data
         if steps.keep:
             ctx.steps = steps
-            ctx.save_for_backward(x_BTCYX, h_BCYX, early, c_BCYX, *cells[:-1], *means, *padded, *weights)
+            ctx.save_for_backward(valid_BT, x_BTCYX, h_BCYX, early, c_BCYX, *cells[:-1], *means, *padded, *weights)
         return early, last, c
 
     @staticmethod
     def backward(
         ctx: Context, grad_early: Tensor | None, grad_last: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x_BTCYX, h_BCYX, early, *rest = ctx.saved_tensors
-        length = x_BTCYX.shape[1]
-        cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
-        back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0])
-        _, _, wants_x, wants_h, wants_c, *_ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x_BTCYX) if wants_x else None
-        grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
-        grad_h = None
-        for step in reversed(range(length)):
-            of_result = grad_last if step == length - 1 else None if grad_early is None else grad_early[:, step]
-            if grad_h is None:
-                grad_h = torch.zeros_like(cells[0], dtype=x_BTCYX.dtype) if of_result is None else of_result
-            elif of_result is not None:
-                grad_h.add_(of_result)
-            before = early[:, step - 1] if step else h_BCYX
-            wanted = None if grad_x is None else grad_x[:, step]
-            state = x_BTCYX[:, step], before, cells[step], padded[step], means[step]
-            grad_h, grad_c = back.step(step, state, grad_h, grad_c, wanted)
-        return None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *back.gradients()
+        saved = ctx.saved_tensors  # once: a checkpointed segment gives them once
+        with as_given(saved[1].device):
+            return _swept_back(ctx, saved, grad_early, grad_last, grad_c)
+
+
+def _swept_back(
+    ctx: Context,
+    saved: Sequence[Tensor],
+    grad_early: Tensor | None,
+    grad_last: Tensor | None,
+    grad_c: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of what `Sweep` was given, from those of what it gave."""
+    valid_BT, x_BTCYX, h_BCYX, early, *rest = saved
+    length = x_BTCYX.shape[1]
+    cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
+    if length > 1:
+        ctx.steps.seal.check()
+    back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0])
+    _, _, _, wants_x, wants_h, wants_c, *_ = ctx.needs_input_grad
+    grad_x = torch.empty_like(x_BTCYX) if wants_x else None
+    grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
+    grad_h = None
+    for step in reversed(range(length)):
+        of_result = grad_last if step == length - 1 else None if grad_early is None else grad_early[:, step]
+        if grad_h is None:
+            grad_h = torch.zeros_like(cells[0], dtype=x_BTCYX.dtype) if of_result is None else of_result
+        elif of_result is not None:
+            grad_h.add_(of_result)
+        before = early[:, step - 1] if step else h_BCYX
+        wanted = None if grad_x is None else grad_x[:, step]
+        state = x_BTCYX[:, step], before, cells[step], padded[step], means[step]
+        grad_h, grad_c = back.step(_held(valid_BT, step), state, grad_h, grad_c, wanted)
+    return None, None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *back.gradients()
 
 
 class _Backward:
@@ -238,7 +279,7 @@ class _Backward:
 
     def step(
         self,
-        number: int,
+        held: Tensor | None,
         state: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
         grad_h: Tensor,
         grad_c: Tensor,
@@ -247,7 +288,6 @@ class _Backward:
         """The gradients of h and c before a step from those after it; that of x is written where it is wanted."""
         w, bank, around = self.w, self.steps.bank, self.steps.surroundings
         x, h, c, padded, mean = state
-        held = self.steps.held(number)
         passed = None
         if held is not None:
             passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
@@ -305,12 +345,10 @@ class Joined(Operation):
         result = h_BTCYX.data
         for end, last in zip(ends, parts[1::2], strict=True):
             result[:, end - 1].copy_(last)
-        ctx.save_for_backward(result)
         return result
 
     @staticmethod
     def backward(ctx: Context, grad_BTCYX: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if somebody has changed the result, which the sweeps' backward goes by
         grads: list[Tensor | None] = [None, None]
         for first, end in zip((0, *ctx.ends[:-1]), ctx.ends, strict=True):
             grads += [grad_BTCYX[:, first : end - 1], grad_BTCYX[:, end - 1]]

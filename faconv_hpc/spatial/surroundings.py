@@ -1,6 +1,6 @@
 """What a step of a recurrent layer needs from other tiles, the halo and the mean of one tensor, in one phase.
 
-Both travel at once, forward and backward, each way in two halves: what does not depend on them is computed in between.
+Both travel at once, forward and backward, each way in two halves, so that other things can be computed in between.
 No autograd here: a layer whose steps are one operation writes its own backward.
 """
 
