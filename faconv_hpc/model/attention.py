@@ -190,6 +190,9 @@ class AxialAttention(nn.Module):
             the one that `cheaper_exchange` names. Both compute the same.
     """
 
+    borrows = ("rows", "columns")
+    """Parts whose projections are made together, not where they are called: who shards parameters must know."""
+
     def __init__(
         self, channels: int, heads: int = 4, attention_channels: int | None = None, exchange: str = "auto"
     ) -> None:

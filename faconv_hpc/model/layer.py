@@ -46,6 +46,9 @@ class FAConvLSTM2d(nn.Module):
         kernels: ``"eager"`` or ``"compiled"``, see `kernels_for`.
     """
 
+    borrows = ("squeeze", "excite")
+    """Parts whose parameters a sweep is given, and that are never called: who shards parameters must know."""
+
     def __init__(
         self,
         in_channels: int,

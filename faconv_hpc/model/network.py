@@ -204,6 +204,13 @@ class FAConvLSTMNetwork(nn.Module):
                 f"works on a plane with zero boundaries."
             )
 
+    def borrowed(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """Parameters of parts that a module uses and does not call; who shards them brings together what is called."""
+        for module in self.modules():
+            for name in getattr(module, "borrows", ()):
+                for parameter in getattr(module, name).parameters():
+                    yield module, parameter
+
     def losses(
         self,
         output: NetworkOutput,

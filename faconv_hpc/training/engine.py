@@ -60,6 +60,8 @@ class Engine:
                 config=_deepspeed_config(training),
                 dist_init_required=False,
             )
+            for module, parameter in self.network.borrowed() if training.zero_stage == 3 else ():
+                deepspeed.zero.register_external_parameter(module, parameter)
         self._training, self._device = training, mesh.device
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         self._timed = _timed_collectives() if mesh.device.type == "cpu" else None
