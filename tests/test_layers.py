@@ -383,11 +383,16 @@ def traced(monkeypatch):
 
 def test_any_number_of_shapes_can_be_traced(traced):
     """More than the compilations of one function after which torch gives up: eight by default, three here."""
+    offsets = ((0, 1), (2, 2), (4, 3))
     with torch._dynamo.config.patch(recompile_limit=3):
         kernels = TracedKernels()
-        for shape in [(1, 9, 10), (2, 6, 7), (1, 1, 10), (2, 8, 1)]:
-            torch.testing.assert_close(all_passes(kernels, *shape), all_passes(EAGER, *shape), rtol=1e-5, atol=1e-5)
-    assert traced.frame_count > 4 * 3
+        for batch, rows, columns in [(1, 9, 10), (2, 6, 7), (1, 1, 10), (2, 8, 1), (1, 1, 1)]:
+            u, w = random_like((batch, 6, rows + 4, columns + 4), 0), random_like((batch, 6, 3), 1)
+            mixed = [torch.empty(batch, 6, rows, columns).double() for _ in range(2)]
+            kernels.mix(mixed[0], u, w, offsets)
+            EAGER.mix(mixed[1], u, w, offsets)
+            torch.testing.assert_close(*mixed)
+    assert traced.frame_count > 3
 
 
 def test_traced_passes_compiled_by_torch_equal_eager_ones():
