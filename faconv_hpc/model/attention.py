@@ -218,8 +218,9 @@ class AxialAttention(nn.Module):
         mixed_BYXF = torch.cat([self.rows(of_rows, domain), self.columns(of_columns, domain) * taper_Y11], dim=-1)
         back = self.gamma[:, None] * torch.cat([self.rows.out, self.columns.out], dim=1)
         mixed_BFN = mixed_BYXF.flatten(1, 2).transpose(1, 2)
-        attended: Tensor = torch.baddbmm(h_BCYX.flatten(2), back.expand(batch, -1, -1), mixed_BFN)
-        return attended.unflatten(2, cells)  # type: ignore[no-any-return]
+        attended_BCN = torch.baddbmm(h_BCYX.flatten(2), back.expand(batch, -1, -1), mixed_BFN)
+        attended: Tensor = attended_BCN.unflatten(2, cells)
+        return attended
 
 
 def _turned(x_BLNHD: Tensor, cosine_N1D: Tensor, sine_N1D: Tensor) -> Tensor:

@@ -59,24 +59,6 @@ class Taps:
         return tuple((2 * self.reach - row, 2 * self.reach - column) for row, column in self.offsets)
 
 
-def pointwise(weight: Tensor, x_BCYX: Tensor, into: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """A 1x1 convolution as one matrix product per sample: (B, C', Y, X) for a (C', C) weight.
-
-    `torch.matmul` would fold the batch into the cells and copy x to do so.
-
-    Args:
-        into: where to write it, contiguous.
-        add: to what stands there.
-    """
-    x_BCN = x_BCYX.flatten(2)
-    weights = weight.expand(x_BCN.shape[0], -1, -1)
-    if into is None:
-        return torch.bmm(weights, x_BCN).view(x_BCYX.shape[0], -1, *x_BCYX.shape[2:])
-    product = into.view(*into.shape[:2], -1)
-    torch.baddbmm(product, weights, x_BCN, out=product) if add else torch.bmm(weights, x_BCN, out=product)
-    return into
-
-
 def _shifted_sum(into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
     rows, columns = into_BCYX.shape[-2:]
     total = torch.zeros_like(padded_BCYX[..., :rows, :columns])
@@ -161,13 +143,21 @@ class Kernels:
     """The passes in plain tensor arithmetic: ``"eager"``, and what others are compared with."""
 
     def product(self, weight: Tensor, x_BCYX: Tensor, into: Tensor | None = None, *, add: bool = False) -> Tensor:
-        """A 1x1 convolution: (B, C', Y, X) for a (C', C) weight.
+        """A 1x1 convolution as one matrix product per sample: (B, C', Y, X) for a (C', C) weight.
+
+        `torch.matmul` would fold the batch into the cells and copy x to do so.
 
         Args:
             into: where to write it, contiguous.
             add: to what stands there.
         """
-        return pointwise(weight, x_BCYX, into, add=add)
+        x_BCN = x_BCYX.flatten(2)
+        weights = weight.expand(x_BCN.shape[0], -1, -1)
+        if into is None:
+            return torch.bmm(weights, x_BCN).view(x_BCYX.shape[0], -1, *x_BCYX.shape[2:])
+        product = into.view(*into.shape[:2], -1)
+        torch.baddbmm(product, weights, x_BCN, out=product) if add else torch.bmm(weights, x_BCN, out=product)
+        return into
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
         """Weighted sum of the cells at so many offsets: a depthwise convolution with merged taps.
@@ -200,7 +190,7 @@ class Kernels:
         Returns:
             The new c.
         """
-        return self._gates(h, *_gate_inputs(pointwise(weight, mixed_BFYX), c_BCYX, bias, peep_GC))
+        return self._gates(h, *_gate_inputs(self.product(weight, mixed_BFYX), c_BCYX, bias, peep_GC))
 
     def retreat(
         self,
@@ -220,11 +210,11 @@ class Kernels:
         Returns:
             Those of the weight, of m, of the old c, of the bias and of the peepholes; weights' in float32 or better.
         """
-        given = _gate_inputs(pointwise(weight, mixed_BFYX), c_BCYX, bias, peep_GC)
+        given = _gate_inputs(self.product(weight, mixed_BFYX), c_BCYX, bias, peep_GC)
         grad_a, grad_before, grad_bias, grad_peep = self._gate_gradients(*given, grad_h, grad_c)
         grad_a = grad_a.flatten(1, 2).to(mixed_BFYX.dtype)
         of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
-        return of_weight, pointwise(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
+        return of_weight, self.product(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
 
     _gates: Callable[..., Tensor] = staticmethod(_gates)
     _gate_gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = staticmethod(_gate_gradients)

@@ -1,6 +1,5 @@
 """FAConvLSTM2d: a drop-in replacement for ConvLSTM2d whose cost grows with cells, not with kernels."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -75,8 +74,9 @@ class FAConvLSTM2d(nn.Module):
         self.attention_every = attention_every
         check_kernels(kernels)
         self.kernels = kernels
-        self.dilations = tuple(dilations)
-        self.taps = Taps.of(kernel_size, dilations)
+        taps = Taps.of(kernel_size, dilations)
+        side_by_side = tuple(Taps.of(kernel_size, (dilation,), taps.reach) for dilation in dilations)
+        self.passes = side_by_side if fuse == "concat" else (taps,)
         self.input_weight = nn.Parameter(torch.empty(bottleneck, in_channels))
         self.hidden_weight = nn.Parameter(torch.empty(bottleneck, hidden_channels))
         self.bottleneck_bias = nn.Parameter(torch.empty(bottleneck))
@@ -93,7 +93,7 @@ class FAConvLSTM2d(nn.Module):
             else None
         )
         self._owner_DKN: Tensor | None
-        owner = functional.one_hot(torch.tensor(self.taps.owner), len(self.taps.offsets)).float()
+        owner = functional.one_hot(torch.tensor(taps.owner), len(taps.offsets)).float()
         self.register_buffer("_owner_DKN", None if fuse == "concat" else owner, persistent=False)
         self.reset_parameters()
 
@@ -162,7 +162,8 @@ class FAConvLSTM2d(nn.Module):
         weights, seal = self._weights(), Seal()
         given = [x_BTCYX, c, *weights] if h is None else [x_BTCYX, h, c, *weights]
         keep = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-        steps = Steps(self._bank(x_BTCYX, c), domain.surroundings(self.taps.reach), seal, keep)
+        bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, x_BTCYX, c))
+        steps = Steps(bank, domain.surroundings(self.passes[0].reach), seal, keep)
         for span, x in zip(spans, pieces, strict=True):
             valid = None if valid_BT is None else valid_BT[:, span]
             early, last, c = Sweep.call(steps, h_BTCYX[:, span], valid, x, h, c, *weights)
@@ -185,14 +186,6 @@ class FAConvLSTM2d(nn.Module):
     def _ends(self, first_step: int, length: int) -> list[int]:
         """The step after each sweep: where attention follows, and after the last."""
         return [step for step in range(1, length + 1) if step == length or self._attends(first_step + step)]
-
-    def _bank(self, x_BTCYX: Tensor, c_BCYX: Tensor) -> Bank:
-        kernels = kernels_for(self.kernels, x_BTCYX, c_BCYX)
-        if self.fuse == "concat":
-            kernel_size, reach = math.isqrt(self.mixing_weight.shape[-1]), self.taps.reach
-            passes = tuple(Taps.of(kernel_size, (dilation,), reach) for dilation in self.dilations)
-            return Bank(passes, None, kernels)
-        return Bank((self.taps,), self._owner_DKN, kernels)
 
     def _weights(self) -> Weights:
         return Weights(

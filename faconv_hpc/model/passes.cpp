@@ -208,6 +208,32 @@ void product(T* into, Index into_batch, const T* weight, Index weight_row, Index
     }
 }
 
+// The pre-activations i, f, g, o of one channel of a block, with their bias.
+template <class T>
+inline void expand(typename Lanes<T>::V (&a)[4][ACROSS], const T* weight, const T* bias, const T* mixed, Index channel,
+                   Index channels, Index inner) {
+    const T* weights[4];
+    for (int gate = 0; gate < 4; ++gate) {
+        weights[gate] = weight + (gate * channels + channel) * inner;
+        for (int s = 0; s < ACROSS; ++s) a[gate][s] = typename Lanes<T>::V{} + bias[gate * channels + channel];
+    }
+    multiply<T, 4>(a, weights, 1, mixed, inner);
+}
+
+// From the pre-activations i, f and g to what their sigmoids 1 / (1 + e) and tanh (1 - e) / (1 + e) are made of.
+template <class T>
+inline void exponentials(typename Lanes<T>::V (&i)[ACROSS], typename Lanes<T>::V (&f)[ACROSS],
+                         typename Lanes<T>::V (&g)[ACROSS], const typename Lanes<T>::V (&c)[ACROSS], T p_i, T p_f) {
+    for (int s = 0; s < ACROSS; ++s) {
+        i[s] = -(i[s] + p_i * c[s]);
+        f[s] = -(f[s] + p_f * c[s]);
+        g[s] *= T(-2);
+    }
+    bounded_exp<T>(i);
+    bounded_exp<T>(f);
+    bounded_exp<T>(g);
+}
+
 // c (batch, channels, cells) and h after a step, from what is mixed (batch, inner, cells) and the c before.
 template <class T>
 void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight, const T* bias,
@@ -227,24 +253,12 @@ void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const 
                 for (Index first = 0; first < end; first += block) {
                     const Index here = end - first < block ? end - first : block;
                     V a[4][ACROSS], before[ACROSS], after[ACROSS], out[ACROSS];
-                    const T* weights[4];
-                    for (int gate = 0; gate < 4; ++gate) {
-                        weights[gate] = weight + (gate * channels + channel) * inner;
-                        for (int s = 0; s < ACROSS; ++s) a[gate][s] = V{} + bias[gate * channels + channel];
-                    }
-                    multiply<T, 4>(a, weights, 1, copied.data() + first * inner, inner);
+                    expand<T>(a, weight, bias, copied.data() + first * inner, channel, channels, inner);
                     const Index place = (b * channels + channel) * cells + start + first;
                     load_row<T>(before, c + place, here);
                     const T p_i = peephole[channel], p_f = peephole[channels + channel], p_o = peephole[2 * channels + channel];
                     V (&e_i)[ACROSS] = a[0], (&e_f)[ACROSS] = a[1], (&e_g)[ACROSS] = a[2], (&e_o)[ACROSS] = a[3], e_c[ACROSS];
-                    for (int s = 0; s < ACROSS; ++s) {
-                        e_i[s] = -(e_i[s] + p_i * before[s]);
-                        e_f[s] = -(e_f[s] + p_f * before[s]);
-                        e_g[s] *= T(-2);
-                    }
-                    bounded_exp<T>(e_i);
-                    bounded_exp<T>(e_f);
-                    bounded_exp<T>(e_g);
+                    exponentials<T>(e_i, e_f, e_g, before, p_i, p_f);
                     for (int s = 0; s < ACROSS; ++s) {
                         const V input = (T(1) + e_i[s]) * (T(1) + e_g[s]), forget = T(1) + e_f[s];
                         after[s] = (before[s] * input + (T(1) - e_g[s]) * forget) / (input * forget);  // divisions are slow
@@ -309,12 +323,7 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
                 for (Index first = 0; first < end; first += block) {
                     const Index here = end - first < block ? end - first : block;
                     V a[4][ACROSS], before[ACROSS], d_h[ACROSS], d_c[ACROSS];
-                    const T* weights[4];
-                    for (int gate = 0; gate < 4; ++gate) {
-                        weights[gate] = weight + (gate * channels + channel) * inner;
-                        for (int s = 0; s < ACROSS; ++s) a[gate][s] = V{} + bias[gate * channels + channel];
-                    }
-                    multiply<T, 4>(a, weights, 1, copied.data() + first * inner, inner);
+                    expand<T>(a, weight, bias, copied.data() + first * inner, channel, channels, inner);
                     const Index place = (b * channels + channel) * cells + start + first;
                     load_row<T>(before, c + place, here);
                     load_row<T>(d_c, grad_after + place, here);
@@ -323,14 +332,7 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
                     V total[7] = {};
                     V (&e_i)[ACROSS] = a[0], (&e_f)[ACROSS] = a[1], (&e_g)[ACROSS] = a[2], (&e_o)[ACROSS] = a[3], e_c[ACROSS];
                     V after[ACROSS];
-                    for (int s = 0; s < ACROSS; ++s) {
-                        e_i[s] = -(e_i[s] + p_i * before[s]);
-                        e_f[s] = -(e_f[s] + p_f * before[s]);
-                        e_g[s] *= T(-2);
-                    }
-                    bounded_exp<T>(e_i);
-                    bounded_exp<T>(e_f);
-                    bounded_exp<T>(e_g);
+                    exponentials<T>(e_i, e_f, e_g, before, p_i, p_f);
                     for (int s = 0; s < ACROSS; ++s) {
                         e_i[s] = T(1) / (T(1) + e_i[s]);
                         e_f[s] = T(1) / (T(1) + e_f[s]);

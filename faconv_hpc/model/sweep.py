@@ -268,14 +268,13 @@ class _Backward:
         halo = steps.surroundings.halo
         self.grad_u = weights.bias.new_empty(batch, len(weights.bias), *cells)
         self.m = weights.bias.new_empty(batch, weights.expansion.shape[1], *cells)
-        self.framed = functional.pad(torch.zeros_like(self.m), [2 * halo.width] * 4)
+        frame = 2 * halo.width
+        self.framed = functional.pad(torch.zeros_like(self.m), [frame] * 4)
+        self.amid = self.framed[..., frame : frame + cells[0], frame : frame + cells[1]]
         self.grad_padded = halo.framed(self.grad_u)
-        self.sums = [one.new_zeros(one.shape, dtype=at_least_float32(one.dtype)) for one in weights]
-        self.products = {
-            name: total.expand(batch, *total.shape).clone()
-            for name, total in zip(weights._fields, self.sums, strict=True)
-            if name in ("input", "hidden")
-        }
+        sums = [one.new_zeros(one.shape, dtype=at_least_float32(one.dtype)) for one in weights]
+        self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in sums[:2])
+        self.others = sums[2:]
 
     def step(
         self,
@@ -296,38 +295,37 @@ class _Backward:
         bank.mix(self.m, padded, weights)
         grads = bank.kernels.retreat(self.m, c, *w.of_gates, grad_h, grad_c)
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
-        frame, (rows, columns) = 2 * around.halo.width, around.halo.shape
-        self.framed[..., frame : frame + rows, frame : frame + columns].copy_(grad_m)
+        self.amid.copy_(grad_m)
         bank.adjoint(self.grad_padded, self.framed, weights)
         halos = around.start_halo_gradient(self.grad_padded)
         grad_mean, *of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))
         mean_gradient = around.mean.start_gradient(grad_mean)
         around.gradient(self.grad_padded, halos(), mean_gradient(), self.grad_u)
 
-        self._add("input", self.grad_u, x)
+        _add_product(self.of_input, self.grad_u, x)
         if h is not None:
-            self._add("hidden", self.grad_u, h)
+            _add_product(self.of_hidden, self.grad_u, h)
         if grad_x is not None:
             grad_x.copy_(bank.kernels.product(w.input.t(), self.grad_u))
         small = (self.grad_u.sum((0, 2, 3)), *of_bank, grad_expansion, grad_bias, grad_peephole)
-        for total, one in zip(self.sums[2:], small, strict=True):
+        for total, one in zip(self.others, small, strict=True):
             total.add_(one)
         grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
         return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
 
-    def _add(self, name: str, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:
-        """Adds a product's gradient, for each sample."""
-        total, grad_BCN, x_BNC = self.products[name], grad_BCYX.flatten(2), x_BCYX.flatten(2).transpose(1, 2)
-        if total.dtype == grad_BCN.dtype:
-            total.baddbmm_(grad_BCN, x_BNC)
-        else:
-            total.add_(torch.bmm(grad_BCN, x_BNC))
-
     def gradients(self) -> list[Tensor]:
-        """Of all weights."""
-        by_name = dict(zip(self.w._fields, self.sums, strict=True))
-        by_name |= {name: total.sum(0) for name, total in self.products.items()}
-        return [by_name[name].to(weight.dtype) for name, weight in zip(self.w._fields, self.w, strict=True)]
+        """Of all weights, in their order."""
+        sums = self.of_input.sum(0), self.of_hidden.sum(0), *self.others
+        return [total.to(weight.dtype) for total, weight in zip(sums, self.w, strict=True)]
+
+
+def _add_product(total: Tensor, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:
+    """Adds the gradient of a product's weight, for each sample."""
+    grad_BCN, x_BNC = grad_BCYX.flatten(2), x_BCYX.flatten(2).transpose(1, 2)
+    if total.dtype == grad_BCN.dtype:
+        total.baddbmm_(grad_BCN, x_BNC)
+    else:
+        total.add_(torch.bmm(grad_BCN, x_BNC))
 
 
 class Joined(Operation):
