@@ -1,6 +1,7 @@
 """The config of a run: frozen, strict, and judged before any rank is started."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from pydantic import (
 from .data.dates import as_ranges
 from .data.variables import ChosenRole
 from .errors import InputError
+from .model.rules import attention_channels
 
 Count = Annotated[int, Field(ge=1)]
 Dates = Annotated[tuple[str, ...], BeforeValidator(as_ranges)]
@@ -133,8 +135,8 @@ class ModelConfig(Section):
     se_reduction: Count = Field(4, description="C_b is squeezed to so many times fewer channels")
     peephole: bool = Field(True, description="whether the gates see the cell state")
     attention_every: int = Field(4, ge=0, description="axial attention every so many steps; 0: never")
-    attention_heads: Count = Field(4, description="of the axial attention")
-    attention_channels: Count | None = Field(None, description="of queries and keys, over all heads; default: C_h")
+    attention_heads: Count = Field(1, description="of the axial attention")
+    attention_reduction: Count = Field(4, description="C_h is narrowed to so many times fewer channels to attend")
     attention_exchange: Literal["auto", "gather", "swap"] = Field("auto", description="auto: what moves fewer bytes")
     embedding_channels: Annotated[int, Field(ge=8, multiple_of=8, description="4 heads, an even number in each")] = 32
     embedding_weight: float = Field(0.1, ge=0, description="of the coarse field's error in the loss")
@@ -145,8 +147,25 @@ class ModelConfig(Section):
     )
 
 
-OLDER_MODEL: dict[str, Any] = {"residual": False}
-"""What runs and exports that say nothing of it were trained with."""
+def as_now(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole model section as an older version wrote it, in the words of this one; what is of this one stays.
+
+    Raises:
+        InputError: attention was so wide as it cannot be any more.
+    """
+    now = {"residual": False} | dict(model)  # until there were residuals
+    if "attention_channels" not in now:
+        return now
+    hidden, width = now["hidden_channels"], now.pop("attention_channels")  # until it was a share
+    if now.get("cell") == "convlstm" or not now["attention_every"]:
+        return now
+    now["attention_reduction"] = reduction = hidden // (width or hidden)
+    if attention_channels(hidden, reduction, now["attention_heads"]) != (width or hidden):
+        raise InputError(
+            f"a network was trained with model.attention_channels={width} of {hidden} hidden channels, as an older "
+            f"version allowed; now it is a whole share (model.attention_reduction). Use the version that trained it."
+        )
+    return now
 
 
 class TrainingConfig(Section):

@@ -2,14 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from .config import OLDER_MODEL, RunConfig, Section
+from .config import RunConfig, Section, as_now
 from .errors import InputError
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -35,22 +35,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, older: bool 
     """Reads the YAML config of a run, applies ``section.key=value`` overrides, and checks all of it.
 
     Args:
-        older: it is the resolved config of a run, maybe an older version's: what it says nothing of is as it was then.
+        older: it is the resolved config of a run, maybe an older version's, see `as_now`.
 
     Raises:
         InputError: no such file, no valid YAML, an unknown key (with the nearest known one), or a
             value that breaks a rule. All findings are listed at once.
     """
-    return load_yaml(RunConfig, path, overrides, {"model": OLDER_MODEL} if older else None)
+    return load_yaml(RunConfig, path, overrides, older=older)
 
 
 def load_yaml(
-    model: type[AnySection],
-    path: Path | str,
-    overrides: Sequence[str] = (),
-    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    model: type[AnySection], path: Path | str, overrides: Sequence[str] = (), *, older: bool = False
 ) -> AnySection:
-    """The same for any model: a run's, a study's. ``defaults``: other ones, by section."""
+    """The same for any model: a run's, a study's."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -61,9 +58,8 @@ def load_yaml(
             f"such as configs/quickstart_era5.yaml."
         ) from None
     tree = _parsed(text, str(path), model)
-    for section, values in (defaults or {}).items():
-        if isinstance(tree.setdefault(section, {}), dict):
-            tree[section] = {**values, **tree[section]}
+    if older and isinstance(tree.get("model"), dict):
+        tree["model"] = as_now(tree["model"])
     for override in overrides:
         _apply(tree, override)
     return validated(model, tree, str(path))

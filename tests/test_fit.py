@@ -20,7 +20,6 @@ CASES = {
     ),
     "a kernel without centre": ({"model": {"kernel_size": 4}}, r"kernel_size=4 has no centre. Use an odd size"),
     "no centre of the baseline's": ({"model": {"kernel_size": 4, "cell": "convlstm"}}, r"kernel_size=4 has no centre"),
-    "heads": ({"model": {"attention_heads": 3}}, r"attention_channels=8 over 3 heads .* multiple of 6"),
     "a coarse field": ({"model": {"coarse_shape": [12, 3]}}, r"12 x 3 regions does not fit a grid of 11 x 14"),
     "no store": ({"data": {"store": "nowhere"}}, r"store nowhere does not exist. Make one with"),
     "no variable": ({"data": {"variables": ["wav_0"]}}, r"wav_0.*wave_0"),
@@ -64,7 +63,7 @@ def test_what_cannot_be_is_told(tmp_path, store, case):
 
 
 def test_what_can_be_is_not_refused(tmp_path, store):
-    for model in ({}, {"cell": "convlstm"}, {"attention_every": 0, "attention_heads": 3}):
+    for model in ({}, {"cell": "convlstm"}, {"attention_heads": 3}, {"attention_heads": 5, "attention_reduction": 1}):
         check_fits(small_config(tmp_path, store, mesh={"lat": 11, "lon": 14}, model=model))
 
 
@@ -75,7 +74,7 @@ def test_nothing_slow_is_imported_for_it(tmp_path, store):
 
 
 @pytest.mark.parametrize("command", [["submit", "--dry-run"], ["verify", "--layout", "1x2"]])
-@pytest.mark.parametrize("case", ["a kernel without centre", "heads", "no frames"])
+@pytest.mark.parametrize("case", ["a kernel without centre", "a coarse field", "no frames"])
 def test_every_command_that_would_start_ranks_judges_it(tmp_path, store, case, command):
     verb, *options = command
     ran = faconv(verb, config_of(tmp_path, store, case, write_config), *options)

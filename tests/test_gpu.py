@@ -80,7 +80,7 @@ def test_attention_over_long_lines_is_that_of_the_cpu():
     grid = LatLonGrid(181, 360, latitude_deg=np.linspace(90, -90, 181), lat_boundary="pole")
     agree(
         lambda module, x, domain: (module(x, domain),),
-        lambda: randomized(AxialAttention(16, 2, 8)),
+        lambda: randomized(AxialAttention(16, 2, reduction=2)),
         (1, 16, 181, 360), grid, torch.float32,
     )  # fmt: skip
 

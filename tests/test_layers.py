@@ -564,7 +564,7 @@ def test_rotating_the_globe_rotates_the_output():
 def test_column_attention_weighs_keys_by_area():
     """With equal logits, the attended value is the area-weighted mean of the column."""
     grid = LatLonGrid(6, 4)
-    module = AxialAttention(4, heads=1).double()
+    module = AxialAttention(4, reduction=1).double()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.zero_()
@@ -621,7 +621,7 @@ def test_the_cost_rule_counts_the_bytes_that_the_collectives_bring(exchange, dty
 
     def check(mesh):
         domain = Domain(LatLonGrid(7, 11), mesh)
-        attention = AxialAttention(8, heads=2, attention_channels=4, exchange=exchange).to(dtype)
+        attention = AxialAttention(8, heads=2, reduction=2, exchange=exchange).to(dtype)
         x = torch.randn(2, *domain.tile.shape, 12).to(dtype).requires_grad_()
         received = dict.fromkeys(("bytes", "phases"), 0)
 
@@ -693,8 +693,8 @@ def test_the_seasonal_encoding_closes_the_year():
         (lambda: FAConvLSTM2d(3, 8, kernel_size=4), "kernel_size=4 has no centre"),
         (lambda: FAConvLSTM2d(3, 8, dilations=()), r"dilations=\(\) must be one or more"),
         (lambda: FAConvLSTM2d(3, 8, fuse="mean"), "fuse='mean' is not known. Use one of sum, concat"),
-        (lambda: FAConvLSTM2d(3, 8, attention_heads=3), "attention_channels=8 over 3 heads.*multiple of 6"),
-        (lambda: FAConvLSTM2d(3, 8, attention_channels=16), "attention_channels=16 is more than the 8 hidden"),
+        (lambda: FAConvLSTM2d(3, 8, attention_heads=0), "attention_heads=0 must be 1 or more"),
+        (lambda: FAConvLSTM2d(3, 8, attention_reduction=0), r"attention_reduction=0 must be 1 \(as many channels"),
         (lambda: FAConvLSTM2d(3, 8, attention_exchange="ring"), "attention_exchange='ring' is not known"),
         (lambda: FAConvLSTM2d(3, 8, kernels="fast"), "kernels='fast' is not known. Use one of eager, compiled"),
         (

@@ -53,8 +53,8 @@ def network(grid, checkpoint_steps, layers):
     heads, exchange = (4, "auto") if grid.nlat == 13 else (1, "gather" if grid.nlat == 11 else "swap")
     return randomized(
         FAConvLSTMNetwork(INPUTS, FIELDS, HIDDEN, layers, attention_every=2, attention_heads=heads,
-                          attention_exchange=exchange, embedding_channels=16, coarse_shape=(2, 3),
-                          checkpoint_steps=checkpoint_steps)
+                          attention_reduction=1, attention_exchange=exchange, embedding_channels=16,
+                          coarse_shape=(2, 3), checkpoint_steps=checkpoint_steps)
     )  # fmt: skip
 
 

@@ -16,10 +16,10 @@ GRIDS = {
     "zero, prime, 7 x 13": lambda: LatLonGrid(7, 13),
 }
 LAYERS = {
-    "faconv": lambda: FAConvLSTM2d(3, 8, attention_every=2, attention_heads=2),
+    "faconv": lambda: FAConvLSTM2d(3, 8, attention_every=2, attention_heads=2, attention_reduction=1),
     "concat, swap": lambda: FAConvLSTM2d(3, 8, fuse="concat", attention_every=2, attention_exchange="swap"),
     "gather, few channels": lambda: FAConvLSTM2d(
-        3, 8, dilations=(1, 3), attention_every=1, attention_heads=1, attention_channels=4, attention_exchange="gather"
+        3, 8, dilations=(1, 3), attention_every=1, attention_reduction=2, attention_exchange="gather"
     ),
     "no peephole, no attention": lambda: FAConvLSTM2d(
         3, 6, kernel_size=5, dilations=(1,), peephole=False, attention_every=0
@@ -92,7 +92,7 @@ def test_a_layer_on_tiles_equals_one_tile(layout, grid, layer):
 def test_attention_with_fewer_lines_than_ranks(layout, exchange):
     def check(mesh):
         domain = Domain(LatLonGrid(3, 4, lat_boundary="pole"), mesh)
-        module = randomized(AxialAttention(4, heads=1, exchange=exchange))
+        module = randomized(AxialAttention(4, reduction=1, exchange=exchange))
         compare(domain, lambda x, domain: (module(x, domain),), module, random_like((1, 4, 3, 4), 1))
 
     run_on_ranks(layout, check)

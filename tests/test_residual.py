@@ -1,10 +1,13 @@
 """Layers that add to what they are given, and a forecast that sees the inputs; runs of before there were any."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
 
 from faconv_hpc import FAConvLSTMNetwork, ProcessMesh, load_network
+from faconv_hpc.config import as_now
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.skill import evaluate, load_run
 from faconv_hpc.scaling.points import PointFiles
@@ -47,22 +50,30 @@ def test_the_first_forecast_is_persistence():
 
 
 def as_before(config):
-    """A run as a version left it that knew no residuals."""
-    kept = config.run_dir / "config.yaml"
-    tree = yaml.safe_load(kept.read_text())
-    assert tree["model"].pop("residual") is False
-    kept.write_text(yaml.safe_dump(tree))
+    """A run as a version left it that knew no residuals, and counted attention's channels."""
+
+    def as_then(model, prefix=""):
+        assert model.pop(f"{prefix}residual") is False
+        share = model.pop(f"{prefix}attention_reduction")
+        model[f"{prefix}attention_channels"] = None if share == 1 else model[f"{prefix}hidden_channels"] // share
 
     def change(tree):
-        del tree["config"]["model"]["residual"], tree["identity"]["model.residual"]
+        as_then(tree["config"]["model"])
+        as_then(tree["identity"], "model.")
+
+    kept = config.run_dir / "config.yaml"
+    tree = yaml.safe_load(kept.read_text())
+    as_then(tree["model"])
+    kept.write_text(yaml.safe_dump(tree))
 
     for checkpoint in checkpoints_in(config.run_dir):
         rewrite_manifest(checkpoint.path, change)
 
 
-def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path):
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path, share):
     store = make_store(tmp_path / "waves")
-    model, training = {"residual": False}, {"checkpoint_every": 3}
+    model, training = {"residual": False, "attention_reduction": share}, {"checkpoint_every": 3}
     config = small_config(tmp_path, store, model=model, training=training)
     run_on_ranks(ONE, lambda mesh: train(config, mesh))
     skills = run_on_ranks(ONE, lambda mesh: evaluate(load_run(config.run_dir), mesh, 1).skills)
@@ -82,7 +93,7 @@ def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path):
     assert again.step == 6
     for name, value in again.weights().items():
         assert torch.equal(want.state_dict()[name], value)
-    other = small_config(tmp_path, store, training=training)
+    other = small_config(tmp_path, store, model={"attention_reduction": share}, training=training)
 
     def refused(mesh):
         with pytest.raises(InputError, match=r"holds a run with model\.residual=False, this config says True"):
@@ -101,11 +112,30 @@ def test_a_run_says_that_it_begins_with_a_network_that_is_connected_otherwise(tm
             config = small_config(tmp_path / "other", store, model={"residual": now})
             beginning = Beginning.of(first.run_dir)
             network = build_network(config, beginning.contract.channels)
-            told[now] = beginning.fill(network, beginning.contract.channels, ProcessMesh.alone())
+            told[now] = beginning.fill(network, config.model, beginning.contract.channels, ProcessMesh.alone())
         assert told[residual].splitlines() == [f"begins with the weights of {first.run_dir}, step 6"]
         other = told[not residual]
         assert f"model.residual={str(residual).lower()} would keep it" in other
         assert ("new" if not residual else "left out, as this network has no such") + ": forecast.from_inputs" in other
+
+
+def test_a_run_says_what_its_network_has_in_another_way_than_that_of_its_weights(tmp_path):
+    """Also what no parameter's shape shows: heads share the same projections."""
+    first = small_config(tmp_path, make_store(tmp_path / "waves"), model={"attention_reduction": 1})
+    run_on_ranks(ONE, lambda mesh: train(first, mesh))
+    beginning = Beginning.of(first.run_dir)
+    channels = beginning.contract.channels
+
+    def told(**model):
+        config = small_config(tmp_path, "waves", model={"attention_reduction": 1} | model)
+        text = beginning.fill(build_network(config, channels), config.model, channels, ProcessMesh.alone())
+        return text.partition("the forecast does not begin as it was: ")[2].splitlines()
+
+    assert told(attention_heads=4) == ["model.attention_heads=2 would keep it"]
+    assert told(attention_reduction=4, dilations=[1, 2, 3]) == [
+        "model.dilations=[1, 2, 4], model.attention_reduction=1 would keep it"
+    ]
+    assert told(kernels="compiled", attention_exchange="swap", checkpoint_steps=2, embedding_weight=0.5) == []
 
 
 def test_what_has_no_place_in_the_new_network_is_said(tmp_path):
@@ -115,11 +145,30 @@ def test_what_has_no_place_in_the_new_network_is_said(tmp_path):
     beginning = Beginning.of(first.run_dir)
     config = small_config(tmp_path, store, model={"layers": 1})
     channels = beginning.contract.channels
-    told = beginning.fill(build_network(config, channels), channels, ProcessMesh.alone())
+    told = beginning.fill(build_network(config, channels), config.model, channels, ProcessMesh.alone())
     assert "left out, as this network has no such: layers.1." in told and " more" in told
     config = small_config(tmp_path, store, model={"layers": 3})
-    told = beginning.fill(build_network(config, channels), channels, ProcessMesh.alone())
+    told = beginning.fill(build_network(config, channels), config.model, channels, ProcessMesh.alone())
     assert "new: layers.2." in told and "another shape" not in told
+
+
+def test_keys_of_an_attention_that_is_not_there_hold_no_run_back(tmp_path):
+    store = make_store(tmp_path / "waves")
+    for model in ({"attention_every": 0}, {"cell": "convlstm"}):
+        first = small_config(tmp_path, store, model=model, training={"steps": 4})
+        run_on_ranks(ONE, lambda mesh, config: train(config, mesh), first)
+        now = small_config(tmp_path, store, model=model | {"attention_reduction": 2}, training={"steps": 4})
+        assert run_on_ranks(ONE, lambda mesh, config: train(config, mesh), now) == [0]
+        shutil.rmtree(first.run_dir)
+
+
+def test_attention_as_wide_as_no_share_any_more_is_refused():
+    model = {"hidden_channels": 24, "attention_every": 2, "attention_heads": 2, "attention_channels": 16}
+    with pytest.raises(InputError, match=r"attention_channels=16 of 24 hidden channels.*Use the version that trained"):
+        as_now(model)
+    assert as_now(model | {"attention_every": 0}) == {
+        "residual": False, "hidden_channels": 24, "attention_every": 0, "attention_heads": 2,
+    }  # fmt: skip
 
 
 def test_a_point_of_a_study_of_before_is_not_taken_for_one_of_now(tmp_path):

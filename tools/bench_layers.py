@@ -59,7 +59,7 @@ def layers(inputs: int, hidden: int, kernels: list[str]) -> dict[str, Callable[[
     attentions = {
         "no attention": {"attention_every": 0},
         "attention every 4th": {},
-        "a quarter as wide": {"attention_channels": hidden // 4, "attention_heads": 1},
+        "as wide as the state": {"attention_reduction": 1, "attention_heads": 4},
     }
     for mode in kernels:
         for told, options in attentions.items():

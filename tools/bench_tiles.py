@@ -19,7 +19,7 @@ from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.faults.drift import DriftCheck
 
 GRID = LatLonGrid(181, 360)  # the quick start's, and its network
-STEPS, FIELDS, INPUTS, HIDDEN, ATTENTION, HEADS = 6, 5, 10, 32, 16, 2
+STEPS, FIELDS, INPUTS, HIDDEN, ATTENTION = 6, 5, 10, 32, 8
 RUNS = 9
 
 
@@ -37,7 +37,7 @@ def median_s(work: Callable[[], object]) -> float:
 def attention_s(domain: Domain, exchange: str) -> float:
     """Forward and backward of one axial attention."""
     torch.manual_seed(0)
-    attention = AxialAttention(HIDDEN, HEADS, ATTENTION, exchange)
+    attention = AxialAttention(HIDDEN, exchange=exchange)
     h_BCYX = torch.randn(1, HIDDEN, *domain.tile.shape, requires_grad=True)
     return median_s(lambda: attention(h_BCYX, domain).square().sum().backward())
 
@@ -69,8 +69,8 @@ def step_and_comparison_s(domain: Domain, zero_stage: int) -> tuple[float, float
     """One training step, and one comparison of all weights over all ranks."""
     torch.manual_seed(0)
     network = FAConvLSTMNetwork(
-        INPUTS, FIELDS, HIDDEN, 2, bottleneck_channels=HIDDEN, attention_every=6, attention_heads=HEADS,
-        attention_channels=ATTENTION, kernels="compiled",
+        INPUTS, FIELDS, HIDDEN, 2, bottleneck_channels=HIDDEN, attention_every=6,
+        kernels="compiled",
     )  # fmt: skip
     engine = Engine(network, domain.mesh, TrainingConfig(steps=100, zero_stage=zero_stage))
     x_BTCYX = torch.randn(1, STEPS, INPUTS, *domain.tile.shape)
@@ -89,7 +89,7 @@ def attention_table(domain: Domain) -> Table:
     """Times of gather and swap along the mesh's axis, and what the cost rule counts."""
     axis = "lon" if domain.mesh.lon > 1 else "lat"
     lines = domain.tile.shape[0 if axis == "lon" else 1]
-    costs = exchange_costs(lines * HEADS, domain.cuts.sizes(axis), ATTENTION // HEADS, torch.float32)
+    costs = exchange_costs(lines, domain.cuts.sizes(axis), ATTENTION, torch.float32)
     table = Table(title=f"axial attention, {domain.mesh.lat} x {domain.mesh.lon} tiles of {GRID.nlat} x {GRID.nlon}")
     for column in ("exchange", "time [ms]", "moved [MB]", "held [MB]", "phases"):
         table.add_column(column, justify="left" if column == "exchange" else "right")

@@ -10,7 +10,7 @@ from torch.nn import functional
 from ..spatial.axis import line_shares
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
-from .rules import check_attention
+from .rules import attention_channels, check_attention
 
 
 @dataclass(frozen=True, order=True)
@@ -185,7 +185,8 @@ class AxialAttention(nn.Module):
     Args:
         channels: C of the field that is attended to.
         heads: number of heads.
-        attention_channels: C_a <= C, channels of queries, keys and values together over heads.
+        reduction: C / C_a, see `attention_channels`. A quarter of the channels and one head did as well on shallow
+            water as all of them and four (docs/measurements.md).
         exchange: ``"gather"`` keys and values, ``"swap"`` the split to whole lines, or ``"auto"``,
             the one that `cheaper_exchange` names. Both compute the same.
     """
@@ -193,14 +194,12 @@ class AxialAttention(nn.Module):
     borrows = ("rows", "columns")
     """Parts whose projections are made together, not where they are called: who shards parameters must know."""
 
-    def __init__(
-        self, channels: int, heads: int = 4, attention_channels: int | None = None, exchange: str = "auto"
-    ) -> None:
+    def __init__(self, channels: int, heads: int = 1, reduction: int = 4, exchange: str = "auto") -> None:
         super().__init__()
-        attention_channels = attention_channels or channels
-        check_attention(channels, heads, attention_channels, exchange)
-        self.rows = RowAttention(channels, heads, attention_channels, exchange)
-        self.columns = ColumnAttention(channels, heads, attention_channels, exchange)
+        check_attention(heads, reduction, exchange)
+        width = attention_channels(channels, reduction, heads)
+        self.rows = RowAttention(channels, heads, width, exchange)
+        self.columns = ColumnAttention(channels, heads, width, exchange)
         self.gamma = nn.Parameter(torch.full((channels,), 0.1))
 
     def reset_parameters(self) -> None:

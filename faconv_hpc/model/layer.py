@@ -41,7 +41,7 @@ class FAConvLSTM2d(nn.Module):
         se_reduction: the squeeze has C_b / se_reduction channels.
         peephole: whether the gates see the cell state.
         attention_every: K; 0 switches attention off.
-        attention_heads, attention_channels, attention_exchange: see `AxialAttention`.
+        attention_heads, attention_reduction, attention_exchange: see `AxialAttention`.
         kernels: ``"eager"`` or ``"compiled"``, see `kernels_for`.
     """
 
@@ -60,8 +60,8 @@ class FAConvLSTM2d(nn.Module):
         se_reduction: int = 4,
         peephole: bool = True,
         attention_every: int = 4,
-        attention_heads: int = 4,
-        attention_channels: int | None = None,
+        attention_heads: int = 1,
+        attention_reduction: int = 4,
         attention_exchange: str = "auto",
         kernels: str = "eager",
     ) -> None:
@@ -88,7 +88,7 @@ class FAConvLSTM2d(nn.Module):
         self.expansion_bias = nn.Parameter(torch.empty(4 * hidden_channels))
         self._add_peephole(peephole)
         self.attention = (
-            AxialAttention(hidden_channels, attention_heads, attention_channels, attention_exchange)
+            AxialAttention(hidden_channels, attention_heads, attention_reduction, attention_exchange)
             if attention_every
             else None
         )

@@ -25,20 +25,21 @@ def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention
         raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
 
 
-def check_attention(channels: int, heads: int, attention_channels: int, exchange: str) -> None:
+def attention_channels(channels: int, reduction: int, heads: int) -> int:
+    """C_a, of queries, keys and values over all heads: C / reduction, rounded up to an even number for each head, as
+    rotary positions turn pairs."""
+    pairs = 2 * heads
+    return pairs * -(-channels // (reduction * pairs))
+
+
+def check_attention(heads: int, reduction: int, exchange: str) -> None:
     """Raises InputError for arguments of `AxialAttention` that no attention can have."""
     if exchange not in EXCHANGES:
         raise InputError(f"attention_exchange={exchange!r} is not known. Use one of {', '.join(EXCHANGES)}.")
-    if attention_channels > channels:
-        raise InputError(
-            f"attention_channels={attention_channels} is more than the {channels} hidden channels. "
-            f"Use {channels} or fewer."
-        )
-    if heads < 1 or attention_channels % (2 * heads):
-        raise InputError(
-            f"attention_channels={attention_channels} over {heads} heads must give each head an even number of "
-            f"channels (rotary positions turn pairs). Use a multiple of {2 * max(heads, 1)}."
-        )
+    if heads < 1:
+        raise InputError(f"attention_heads={heads} must be 1 or more.")
+    if reduction < 1:
+        raise InputError(f"attention_reduction={reduction} must be 1 (as many channels as the field has) or more.")
 
 
 def check_coarse(coarse_shape: tuple[int, int], nlat: int, nlon: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..config import OLDER_MODEL, ModelConfig
+from ..config import ModelConfig, as_now
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..files import replacing
@@ -84,12 +84,10 @@ def cycle_in(checkpoint: Checkpoint, contract: Contract) -> AnnualCycle:
 
 def metadata(manifest: Manifest) -> dict[str, str]:
     """What builds the network, and its contract: texts, as safetensors wants them, or JSON."""
-    options = network_options(
-        ModelConfig.model_validate(OLDER_MODEL | manifest.config["model"]), manifest.contract.channels
-    )
+    model = ModelConfig.model_validate(as_now(manifest.config["model"]))
     return {
         "step": str(manifest.step),
-        "network": json.dumps(options),
+        "network": json.dumps(network_options(model, manifest.contract.channels)),
         "contract": manifest.contract.model_dump_json(),
         "faconv_hpc": manifest.versions["faconv_hpc"],
     }

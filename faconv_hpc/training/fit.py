@@ -18,7 +18,7 @@ from ..data.store import Store
 from ..data.times import ALIKE, SECONDS_PER_HOUR
 from ..data.unknown_names import index_of, unknown_name
 from ..errors import InputError
-from ..model.rules import check_attention, check_coarse, check_kernel, check_layer
+from ..model.rules import check_coarse, check_kernel, check_layer
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.halo import halo_rectangles
 
@@ -239,9 +239,6 @@ def check_network(model: ModelConfig) -> None:
         check_kernel(model.kernel_size)
         return
     check_layer(model.kernel_size, model.dilations, model.fuse, model.attention_every)
-    if model.attention_every:
-        channels = model.attention_channels or model.hidden_channels
-        check_attention(model.hidden_channels, model.attention_heads, channels, model.attention_exchange)
 
 
 def reach_of(model: ModelConfig) -> int:

@@ -7,19 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from ..config import OLDER_MODEL
+from ..config import as_now
 from ..data.periods import stretches_of
 from ..errors import InputError
 from .manifest import Manifest
-from .setup import Workspace
+from .setup import WAYS, Workspace, model_options
 
 
 def identity(workspace: Workspace) -> dict[str, Any]:
     """What a run must keep to go on as it began: network, data, order and number of samples, optimizer."""
     config, contract, axis = workspace.config, workspace.contract, workspace.store.layout.time
     tree = config.model_dump(mode="json")
-    free = ("kernels", "checkpoint_steps", "attention_exchange")  # other ways to the same numbers
-    kept = {f"model.{key}": value for key, value in tree["model"].items() if key not in free}
+    kept = {f"model.{key}": value for key, value in model_options(config.model).items() if key not in WAYS}
     same = ("forcings", "roles", "log1p", "anomalies", "loss_weights", "window", "lat_boundary", "lon_boundary")
     kept |= {f"data.{key}": tree["data"][key] for key in same}
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}
@@ -41,7 +40,8 @@ def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
     older = {"training.stateful_windows": 0, "data.anomalies": {}}  # before there were any
-    saved = older | {f"model.{key}": value for key, value in OLDER_MODEL.items()} | dict(saved)
+    model = as_now({key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")})
+    saved = older | dict(saved) | {f"model.{key}": value for key, value in model.items()}
     for key, value in now.items():
         if key in saved and saved[key] != value:
             raise InputError(

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import OLDER_MODEL
+from ..config import as_now
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
@@ -51,7 +51,7 @@ def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
     about, contract, weights, cycle = read_weights(Path(path))
-    options = OLDER_MODEL | json.loads(about["network"]) | {"checkpoint_steps": 0}  # as nothing is trained
+    options = as_now(json.loads(about["network"])) | {"checkpoint_steps": 0}  # as nothing is trained
     if options["cell"] == "faconvlstm":
         options["kernels"] = kernels
     network = FAConvLSTMNetwork(**options)

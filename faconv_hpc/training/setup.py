@@ -117,6 +117,10 @@ class Workspace:
         )
 
 
+WAYS = ("kernels", "checkpoint_steps", "attention_exchange")
+"""Keys of a model section that are other ways to the same numbers."""
+
+
 def build_network(config: RunConfig, channels: Channels) -> FAConvLSTMNetwork:
     """The network of the config, drawn from its seed: the same on every rank and every mesh."""
     with torch.random.fork_rng(devices=[]):
@@ -126,21 +130,27 @@ def build_network(config: RunConfig, channels: Channels) -> FAConvLSTMNetwork:
 
 def network_options(model: ModelConfig, channels: Channels) -> dict[str, Any]:
     """Arguments of `FAConvLSTMNetwork`; plain values, as JSON can hold."""
+    sizes = {
+        "in_channels": len(channels.inputs),
+        "field_channels": len(channels.prognostic),
+        "diagnostic_channels": len(channels.diagnostic),
+    }
+    return sizes | model_options(model)
+
+
+def model_options(model: ModelConfig) -> dict[str, Any]:
+    """What of a model section counts for its network; the rest belongs to another cell, or to attention without any."""
     kept = {
         "hidden_channels", "layers", "embedding_channels", "coarse_shape", "embedding_weight", "checkpoint_steps",
         "cell", "residual", "kernel_size",
     }  # fmt: skip
     if model.cell == "faconvlstm":
         kept |= {
-            "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole", "attention_every",
-            "attention_heads", "attention_channels", "attention_exchange", "kernels",
+            "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole", "attention_every", "kernels",
         }  # fmt: skip
-    sizes = {
-        "in_channels": len(channels.inputs),
-        "field_channels": len(channels.prognostic),
-        "diagnostic_channels": len(channels.diagnostic),
-    }
-    return sizes | model.model_dump(include=kept)
+        if model.attention_every:
+            kept |= {"attention_heads", "attention_reduction", "attention_exchange"}
+    return model.model_dump(include=kept)
 
 
 def order_of(config: RunConfig, windows: Windows) -> Order:

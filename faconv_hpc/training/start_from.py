@@ -1,20 +1,25 @@
 """A run that begins with the weights of another: what fits is taken over, channels by the names of their variables."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig, as_now
 from ..data.variables import Channels, Variable
 from ..errors import InputError
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
 from .loading import read_weights
+from .setup import WAYS, model_options
 
 INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
 INPUTS_TO_TARGETS = "forecast.from_inputs.weight"
+OF_THE_EMBEDDING = ("embedding_channels", "embedding_weight", "coarse_shape")
 SHOWN = 6  # names in one message
 Key = tuple[str | float | None, ...]
 """What tells channels apart: a variable's name, and what makes it another one."""
@@ -27,12 +32,14 @@ class Beginning:
     Attributes:
         path: a run's, a checkpoint's or an export's.
         step: of that training.
+        options: of its network.
         contract: of that training; the statistics of the variables that both have are kept.
         weights: by their names; empty but on the first rank.
     """
 
     path: Path
     step: int
+    options: dict[str, Any]
     contract: Contract
     weights: dict[str, Tensor]
 
@@ -52,10 +59,12 @@ class Beginning:
     def of(cls, path: Path) -> "Beginning":
         """The same, for this process alone."""
         about, contract, weights, _ = read_weights(path)
-        return cls(path, int(about["step"]), contract, weights)
+        return cls(path, int(about["step"]), as_now(json.loads(about["network"])), contract, weights)
 
-    def fill(self, network: nn.Module, channels: Channels, mesh: ProcessMesh) -> str:
+    def fill(self, network: nn.Module, model: ModelConfig, channels: Channels, mesh: ProcessMesh) -> str:
         """Puts the weights into a network, on every rank; says what is new. Collective.
+
+        The network is what the model section says, for these channels.
 
         What a channel has no weight for, as its variable is new, begins at 0: the forecast of the others is what it was
         before; and a new variable is forecast by persistence. What has another shape stays as it was drawn.
@@ -84,14 +93,17 @@ class Beginning:
             for name in names:
                 parameters[name].copy_(mesh.from_rank(kept.get(name), parameters[name].shape, 0))
         lists = {"new": news, "of another shape, so drawn anew": drawn, "left out, as this network has no such": out}
-        lines = [*self._told(before, channels), *_listed(lists)]
-        residual = INPUTS_TO_TARGETS in had
-        if residual != (INPUTS_TO_TARGETS in parameters):
-            lines.append(
-                f"its layers were connected in another way, so the forecast does not begin as it was: "
-                f"model.residual={str(residual).lower()} would keep it"
+        return "\n  ".join([*self._told(before, channels), *_listed(lists), *self._built_otherwise(model)])
+
+    def _built_otherwise(self, model: ModelConfig) -> Iterator[str]:
+        now = json.loads(json.dumps(model_options(model)))
+        both = [key for key in now if key in self.options and key not in (*WAYS, *OF_THE_EMBEDDING)]
+        other = [f"model.{key}={json.dumps(self.options[key])}" for key in both if now[key] != self.options[key]]
+        if other:
+            yield (
+                f"its network was built in another way, so the forecast does not begin as it was: {', '.join(other)} "
+                f"would keep it"
             )
-        return "\n  ".join(lines)
 
     def _told(self, before: Channels, channels: Channels) -> list[str]:
         lines = [f"begins with the weights of {self.path}, step {self.step}"]

@@ -114,7 +114,7 @@ def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace
     workspace = Workspace.of(config, store, mesh, contract, before.contract if before else None, cycle)
     network = build_network(config, workspace.contract.channels)
     if before is not None:
-        told = before.fill(network, workspace.contract.channels, mesh)
+        told = before.fill(network, config.model, workspace.contract.channels, mesh)
         if mesh.rank == 0:
             print(f"{config.run_dir}: {told}", file=sys.stderr)
     return workspace, Engine(network, mesh, config.training)
