@@ -17,7 +17,7 @@ from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatL
 from faconv_hpc.errors import InputError
 from faconv_hpc.model import native
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
-from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, Taps, TracedKernels, kernels_for
+from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, Taps, TracedKernels, Turn, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
 from faconv_hpc.spatial import collectives
 from faconv_hpc.spatial.area_mean import AreaMean
@@ -319,6 +319,31 @@ def all_passes(kernels, batch, rows, columns, kind=torch.float32):
         )  # fmt: skip
 
 
+def attentions(kernels, lines, cells, others, heads, size, kind=torch.float32):
+    """What attention makes of the same numbers and its gradients, along rows and columns of one tensor, and of others;
+    logits are far from 0, as those of a trained network are."""
+
+    def numbers(seed, *shape):
+        return random_like(shape, seed).to(kind)
+
+    def turn(seed, count):
+        angles = numbers(seed, count, 1, size // 2)
+        return Turn(angles.cos(), angles.sin())
+
+    field, results = 3 * numbers(0, 2, lines, cells, 6 * heads * size).requires_grad_(), []
+    rows, columns = (half.unflatten(-1, (3, heads, size)) for half in field.chunk(2, dim=-1))
+    far = 3 * numbers(1, 2, lines, others, 2, heads, size).requires_grad_()
+    for own, more, keys, bias in (
+        (rows, None, cells, None),
+        (columns.transpose(1, 2), None, lines, -20 * numbers(2, lines).abs()),
+        (rows[:, :, :, :1], far, others, numbers(3, others)),
+    ):
+        attended = kernels.attend(own, more, turn(4, own.shape[2]), turn(5, keys), bias)
+        grads = torch.autograd.grad(attended, (field, far), numbers(6, *attended.shape), allow_unused=True)
+        results += attended.detach(), *(grad for grad in grads if grad is not None)
+    return results
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_native_passes_equal_eager_ones(kind, threads):
@@ -333,6 +358,13 @@ def test_native_passes_equal_eager_ones(kind, threads):
             for one, again, eager in zip(*results, strict=True):
                 assert torch.equal(one, again)
                 exact = {"rtol": 2e-5, "atol": 2e-5} if kind == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
+                torch.testing.assert_close(one, eager, **exact)
+        for sizes in ((3, 7, 5, 2, 2), (2, 50, 31, 1, 6), (1, 1, 1, 1, 4), (5, 24, 100, 3, 16)):
+            results = [attentions(kernels, *sizes, kind) for kernels in (native, native, EAGER)]
+            assert len(results[0]) == 7
+            for one, again, eager in zip(*results, strict=True):
+                assert torch.equal(one, again)
+                exact = {"rtol": 1e-4, "atol": 1e-4} if kind == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
                 torch.testing.assert_close(one, eager, **exact)
     finally:
         torch.set_num_threads(before)
@@ -354,6 +386,8 @@ def test_native_passes_for_processors_that_are_not_here(monkeypatch, flags):
     for shape in ((1, 9, 10), (2, 13, 53), (1, 2, 192)):
         for one, eager in zip(all_passes(kernels, *shape), all_passes(EAGER, *shape), strict=True):
             torch.testing.assert_close(one, eager, rtol=2e-5, atol=2e-5)
+    of_both = [attentions(one, 3, 37, 50, 2, 6, torch.float64) for one in (kernels, EAGER)]
+    torch.testing.assert_close(*of_both, rtol=1e-12, atol=1e-12)
 
 
 def test_native_gates_at_the_ends_of_their_range():

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..spatial.axis import line_shares
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
+from .kernels import Turn, check_kernels, kernels_for
 from .rules import attention_channels, check_attention
 
 
@@ -79,15 +79,15 @@ class LineAttention(nn.Module):
         channels: C of the field that is attended to.
         heads: number of heads.
         attention_channels: C_a, channels of queries, keys and values together over heads.
-        exchange: see `AxialAttention`.
+        exchange, kernels: see `AxialAttention`.
     """
 
     axis: str
     """``"lon"`` or ``"lat"``: along which lines run."""
 
-    def __init__(self, channels: int, heads: int, attention_channels: int, exchange: str) -> None:
+    def __init__(self, channels: int, heads: int, attention_channels: int, exchange: str, kernels: str) -> None:
         super().__init__()
-        self.heads, self.exchange = heads, exchange
+        self.heads, self.exchange, self.kernels = heads, exchange, kernels
         self.head_size = attention_channels // heads
         self.qkv = nn.Parameter(torch.empty(3 * attention_channels, channels))
         self.out = nn.Parameter(torch.empty(channels, attention_channels))
@@ -103,43 +103,46 @@ class LineAttention(nn.Module):
 
         A cell's numbers lie side by side, which is how attention reads them: nothing is turned over but to be sent.
         """
-        qkv_BLNF = self._lines(qkv_BYXF)
-        q, k, v = qkv_BLNF.unflatten(-1, (3, self.heads, self.head_size)).unbind(3)
-        cosine_N1D, sine_N1D = self._turn(domain, qkv_BYXF)
-        q, k = (_turned(one, cosine_N1D, sine_N1D) for one in (q, k))
-        return self._lines(self._exchanged(q, k, v, domain).flatten(3))
+        qkv_BLN3HD = self._lines(qkv_BYXF).unflatten(-1, (3, self.heads, self.head_size))
+        return self._lines(self._exchanged(qkv_BLN3HD, domain).flatten(3))
 
     def _lines(self, x_BYXF: Tensor) -> Tensor:
         """All lines of every sample, (B, L, N, F); and back."""
         raise NotImplementedError
 
-    def _turn(self, domain: Domain, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 1, D / 2) cosines and sines of the angles by which the pairs of each owned cell of a line are turned."""
+    def _owned(self, domain: Domain) -> slice:
+        """Which cells of a line are this tile's."""
+        raise NotImplementedError
+
+    def _turn(self, domain: Domain, like: Tensor) -> Turn:
+        """Of the cells of a whole line."""
         raise NotImplementedError
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
         """(N',) what is added to the logits of each key of a whole line; None: nothing."""
         raise NotImplementedError
 
-    def _exchanged(self, q: Tensor, k: Tensor, v: Tensor, domain: Domain) -> Tensor:
+    def _exchanged(self, qkv_BLN3HD: Tensor, domain: Domain) -> Tensor:
         """Attention over whole lines, (B, L, N, H, D) of the owned cells: over gathered keys, or on lines dealt out.
 
         A line of one head is what is dealt out, so that ranks idle only where there are more of them than those.
         """
-        (batch, lines, _, heads, size), sizes = q.shape, domain.cuts.sizes(self.axis)
-        bias, exchange = self._key_bias(domain, q), self.exchange
+        (batch, lines, _, _, heads, size), sizes = qkv_BLN3HD.shape, domain.cuts.sizes(self.axis)
+        turn, bias, exchange = self._turn(domain, qkv_BLN3HD), self._key_bias(domain, qkv_BLN3HD), self.exchange
+        attend = kernels_for(self.kernels, qkv_BLN3HD, qkv_BLN3HD).attend
         if len(sizes) == 1:
-            return _attend(q, k, v, bias)
+            return attend(qkv_BLN3HD, None, turn, turn, bias)
         if exchange == "auto":  # the same on all ranks of the axis: they share their lines
-            exchange = cheaper_exchange(batch * lines * heads, sizes, size, q.dtype)
-        if exchange == "swap":
-            of_heads = torch.cat([q, k, v], dim=-1).transpose(2, 3).flatten(0, 2)
-            q, k, v = domain.swap(of_heads, self.axis)[None, :, :, None].chunk(3, dim=-1)
-            owned_LNF = domain.swap_back(_attend(q, k, v, bias)[0, :, :, 0], self.axis, of_heads.shape[0])
-            mixed: Tensor = owned_LNF.unflatten(0, (batch, lines, heads))
-            return mixed.transpose(2, 3)
-        k, v = domain.gather(torch.stack([k, v], dim=3), self.axis, dim=2).unbind(3)
-        return _attend(q, k, v, bias)
+            exchange = cheaper_exchange(batch * lines * heads, sizes, size, qkv_BLN3HD.dtype)
+        if exchange == "gather":
+            own, others = qkv_BLN3HD.split([1, 2], dim=3)
+            return attend(own, domain.gather(others, self.axis, dim=2), turn.of(self._owned(domain)), turn, bias)
+        of_heads = qkv_BLN3HD.permute(0, 1, 4, 2, 3, 5).flatten(0, 2).flatten(2)
+        whole = domain.swap(of_heads, self.axis)[None].unflatten(3, (3, 1, size))
+        mixed_LND = attend(whole, None, turn, turn, bias)[0, :, :, 0]
+        owned_LND = domain.swap_back(mixed_LND, self.axis, of_heads.shape[0])
+        mixed: Tensor = owned_LND.unflatten(0, (batch, lines, heads))
+        return mixed.transpose(2, 3)
 
 
 class RowAttention(LineAttention):
@@ -150,8 +153,11 @@ class RowAttention(LineAttention):
     def _lines(self, x_BYXF: Tensor) -> Tensor:
         return x_BYXF
 
-    def _turn(self, domain: Domain, like: Tensor) -> tuple[Tensor, Tensor]:
-        return domain.coordinates.turns_of_longitude(self.head_size // 2, like)
+    def _owned(self, domain: Domain) -> slice:
+        return domain.tile.slices[1]
+
+    def _turn(self, domain: Domain, like: Tensor) -> Turn:
+        return Turn(*domain.coordinates.turns_of_longitude(self.head_size // 2, like))
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
         return None  # the cells of a row are equal
@@ -168,8 +174,11 @@ class ColumnAttention(LineAttention):
     def _lines(self, x_BYXF: Tensor) -> Tensor:
         return x_BYXF.transpose(1, 2)
 
-    def _turn(self, domain: Domain, like: Tensor) -> tuple[Tensor, Tensor]:
-        return domain.coordinates.turns_of_latitude(self.head_size // 2, like)
+    def _owned(self, domain: Domain) -> slice:
+        return domain.tile.slices[0]
+
+    def _turn(self, domain: Domain, like: Tensor) -> Turn:
+        return Turn(*domain.coordinates.turns_of_latitude(self.head_size // 2, like))
 
     def _key_bias(self, domain: Domain, like: Tensor) -> Tensor | None:
         return domain.coordinates.log_areas(like)
@@ -189,17 +198,21 @@ class AxialAttention(nn.Module):
             water as all of them and four (docs/measurements.md).
         exchange: ``"gather"`` keys and values, ``"swap"`` the split to whole lines, or ``"auto"``,
             the one that `cheaper_exchange` names. Both compute the same.
+        kernels: ``"eager"`` or ``"compiled"``, see `kernels_for`.
     """
 
     borrows = ("rows", "columns")
     """Parts whose projections are made together, not where they are called: who shards parameters must know."""
 
-    def __init__(self, channels: int, heads: int = 1, reduction: int = 4, exchange: str = "auto") -> None:
+    def __init__(
+        self, channels: int, heads: int = 1, reduction: int = 4, exchange: str = "auto", kernels: str = "eager"
+    ) -> None:
         super().__init__()
         check_attention(heads, reduction, exchange)
+        check_kernels(kernels)
         width = attention_channels(channels, reduction, heads)
-        self.rows = RowAttention(channels, heads, width, exchange)
-        self.columns = ColumnAttention(channels, heads, width, exchange)
+        self.rows = RowAttention(channels, heads, width, exchange, kernels)
+        self.columns = ColumnAttention(channels, heads, width, exchange, kernels)
         self.gamma = nn.Parameter(torch.full((channels,), 0.1))
 
     def reset_parameters(self) -> None:
@@ -220,22 +233,3 @@ class AxialAttention(nn.Module):
         attended_BCN = torch.baddbmm(h_BCYX.flatten(2), back.expand(batch, -1, -1), mixed_BFN)
         attended: Tensor = attended_BCN.unflatten(2, cells)
         return attended
-
-
-def _turned(x_BLNHD: Tensor, cosine_N1D: Tensor, sine_N1D: Tensor) -> Tensor:
-    """Rotary positions (Su et al., arXiv 2104.09864): pairs of channels turned by their angle."""
-    first, second = x_BLNHD.chunk(2, dim=-1)
-    return torch.cat([first * cosine_N1D - second * sine_N1D, first * sine_N1D + second * cosine_N1D], dim=-1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias_M: Tensor | None) -> Tensor:
-    """Scaled dot-product attention over the cells of each line: (B, L, N, H, D); keys and values may have others."""
-    lines = q.shape[:2]
-    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
-    mask = None if bias_M is None else bias_M.expand(1, 1, q.shape[-2], -1)
-    if not q.shape[0]:
-        mixed = q + k[..., :1, :] * 0 + v[..., :1, :] * 0  # no lines: keep the graph
-    else:
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    attended: Tensor = mixed.transpose(1, 2).unflatten(0, lines)
-    return attended

@@ -1,8 +1,8 @@
-"""The passes over all cells of a step: products, mixing and the gates, forward and backward.
+"""The passes over all cells of a step: products, mixing and the gates, forward and backward; and attention.
 
 ``"eager"`` is plain tensor arithmetic, and the reference. ``"compiled"`` is loops that read and write each number
 once: in C++ on a CPU (native.py), and what torch.compile makes of the arithmetic elsewhere. They know nothing of
-autograd: sweep.py calls them, forward and backward.
+autograd, but for attention: sweep.py calls them, forward and backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import InputError
 
@@ -139,6 +140,27 @@ def _gate_gradients(
     return grad_a, d_c * f + d_i * p_i + d_f * p_f, grad_bias, grad_peep
 
 
+class Turn(NamedTuple):
+    """By what the pairs of numbers of each cell of a line are turned: rotary positions (Su et al., arXiv 2104.09864).
+
+    Attributes:
+        cosine_N1D, sine_N1D: of D angles; a pair is a number of the first half and its fellow of the second.
+    """
+
+    cosine_N1D: Tensor
+    sine_N1D: Tensor
+
+    def of(self, cells: slice) -> "Turn":
+        """Of some of the cells."""
+        return Turn(self.cosine_N1D[cells], self.sine_N1D[cells])
+
+    def __call__(self, x_BLNHD: Tensor) -> Tensor:
+        """The numbers of all cells, turned."""
+        first, second = x_BLNHD.chunk(2, dim=-1)
+        cosine, sine = self
+        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
 class Kernels:
     """The passes in plain tensor arithmetic: ``"eager"``, and what others are compared with."""
 
@@ -215,6 +237,30 @@ class Kernels:
         grad_a = grad_a.flatten(1, 2).to(mixed_BFYX.dtype)
         of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
         return of_weight, self.product(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
+
+    def attend(self, own: Tensor, others: Tensor | None, turn_q: Turn, turn_k: Turn, bias_M: Tensor | None) -> Tensor:
+        """Scaled dot-product attention among the cells of each line, differentiable by what they have.
+
+        Args:
+            own: (B, L, N, 3, H, D), queries, keys and values, the numbers of a head of a cell side by side; or queries
+                alone, (B, L, N, 1, H, D), where they attend to others.
+            others: (B, L, M, 2, H, D), keys and values of those.
+            turn_q, turn_k: of the cells of queries and of keys.
+            bias_M: (M,) what is added to the logits of each key's cell.
+
+        Returns:
+            (B, L, N, H, D).
+        """
+        q, k, v = (*own.unbind(3), *(() if others is None else others.unbind(3)))
+        lines = q.shape[:2]
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (turn_q(q), turn_k(k), v))
+        mask = None if bias_M is None else bias_M.expand(1, 1, q.shape[-2], -1)
+        if not q.shape[0]:
+            mixed = q + k[..., :1, :] * 0 + v[..., :1, :] * 0  # no lines: keep the graph
+        else:
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended: Tensor = mixed.transpose(1, 2).unflatten(0, lines)
+        return attended
 
     _gates: Callable[..., Tensor] = staticmethod(_gates)
     _gate_gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = staticmethod(_gate_gradients)

@@ -88,7 +88,7 @@ class FAConvLSTM2d(nn.Module):
         self.expansion_bias = nn.Parameter(torch.empty(4 * hidden_channels))
         self._add_peephole(peephole)
         self.attention = (
-            AxialAttention(hidden_channels, attention_heads, attention_reduction, attention_exchange)
+            AxialAttention(hidden_channels, attention_heads, attention_reduction, attention_exchange, kernels)
             if attention_every
             else None
         )

@@ -1,4 +1,4 @@
-"""The passes as loops in C++ (passes.cpp), for float32 and float64 on a CPU: built once for every kind of machine.
+"""The passes as loops in C++ (passes.cpp, attend.cpp), for float32 and float64 on a CPU, built once for a machine.
 
 A build takes two seconds, holds for all shapes, and lies in a directory of the user's under that for temporary files.
 """
@@ -12,7 +12,7 @@ import shlex
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..autograd import Context, Operation
 from ..errors import InputError
 from ..files import replacing
-from .kernels import Kernels, Offsets
+from .kernels import Kernels, Offsets, Turn
 
 TYPES = {torch.float32: "float32", torch.float64: "float64"}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 OR_EAGER = "or use kernels: eager, which is slower"
-_SOURCE = Path(__file__).with_name("passes.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "attend.cpp", "blocks.hpp"))
 
 
 class NativeKernels(Kernels):
@@ -99,6 +100,50 @@ class NativeKernels(Kernels):
         _call("mix_weights", *given, *products.shape, *grad.shape[2:], *padded.shape[2:])
         return products
 
+    def attend(self, own: Tensor, others: Tensor | None, turn_q: Turn, turn_k: Turn, bias_M: Tensor | None) -> Tensor:
+        attended: Tensor = Attended.call(own, others, *turn_q, *turn_k, own.new_empty(0) if bias_M is None else bias_M)
+        return attended
+
+
+class Attended(Operation):
+    """`Kernels.attend`. Kept are what is given, the result and a number for each query; logits are computed again."""
+
+    @staticmethod
+    def forward(ctx: Context, own: Tensor, others: Tensor | None, *places: Tensor) -> Tensor:
+        batch, lines, queries, _, heads, size = own.shape
+        keys = (own if others is None else others).shape[2]
+        attended, logarithms = (
+            own.new_empty(batch, lines, queries, heads, size),
+            own.new_empty(batch, lines, heads, queries),
+        )
+        ctx.sizes = batch, lines, heads, queries, keys, size
+        _call("attend", attended, logarithms, *_strided(_each(own, others)), *places, *ctx.sizes)
+        ctx.save_for_backward(own, others, attended, logarithms)
+        ctx.places = places
+        return attended
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own, others, attended, logarithms = ctx.saved_tensors
+        grads = torch.empty_like(own), None if others is None else torch.empty_like(others)  # side by side as they are
+        given = *_strided((grad.contiguous(), attended)), logarithms, *_strided(_each(own, others))
+        _call("attend_back", *_strided(_each(*grads)), *given, *ctx.places, *ctx.sizes)
+        return *grads, *(None for _ in ctx.places)
+
+
+def _each(own: Tensor, others: Tensor | None) -> Iterable[Tensor]:
+    """Queries, keys and values."""
+    yield from own.unbind(3)
+    yield from () if others is None else others.unbind(3)
+
+
+def _strided(several: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Of each the numbers, and the strides of all dims but the last."""
+    for one in several:
+        assert one.stride(-1) == 1, "the numbers of a head lie side by side"
+        yield one
+        yield torch.tensor(one.stride()[:-1])
+
 
 def _is_planar(x_BCYX: Tensor) -> bool:
     """Whether each sample is contiguous, wherever it is."""
@@ -140,9 +185,10 @@ def library() -> ctypes.CDLL:
         InputError: there is no compiler, or what it makes cannot be kept or loaded.
     """
     compiler = shlex.split(os.environ.get("CXX") or "g++")
-    command = [*compiler, *FLAGS, str(_SOURCE)]
-    about = [platform.machine(), _processor(), *platform.libc_ver(), _run([*compiler, "--version"]), *command[:-1]]
-    name = hashlib.sha256(_SOURCE.read_bytes() + "\n".join(about).encode()).hexdigest()[:24]
+    command = [*compiler, *FLAGS, *(str(source) for source in _SOURCES if source.suffix == ".cpp")]
+    about = [platform.machine(), _processor(), *platform.libc_ver(), _run([*compiler, "--version"]), *compiler, *FLAGS]
+    texts = [source.read_bytes() for source in _SOURCES]
+    name = hashlib.sha256(b"\n".join([*texts, *(one.encode() for one in about)])).hexdigest()[:24]
     try:
         with _folder() as folder:
             built = folder / f"passes-{name}.so"

@@ -20,7 +20,7 @@ class Coordinates:
 
     def __init__(self, grid: LatLonGrid, tile: Tile) -> None:
         self._grid = grid
-        self._rows, self._columns = tile.slices
+        self._rows, _ = tile.slices
         self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def row_weights(self, like: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ class Coordinates:
         return self._like("log area", self._log_areas, like)
 
     def turns_of_longitude(self, harmonics: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(X, 1, harmonics) cosines and sines of so many harmonics of the owned columns' longitudes, from 1."""
-        return self._turns("longitude", self._grid.longitude[self._columns], harmonics, like)
+        """(nlon, 1, harmonics) cosines and sines of so many harmonics of all columns' longitudes, from 1."""
+        return self._turns("longitude", self._grid.longitude, harmonics, like)
 
     def turns_of_latitude(self, harmonics: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(Y, 1, harmonics) cosines and sines of so many times the owned rows' latitudes."""
-        return self._turns("latitude", self._grid.latitude[self._rows], harmonics, like)
+        """(nlat, 1, harmonics) cosines and sines of so many times all rows' latitudes."""
+        return self._turns("latitude", self._grid.latitude, harmonics, like)
 
     def pole_taper(self, like: Tensor) -> Tensor:
         """(Y,) cosine of the owned rows' latitudes where the grid ends at a pole, ones on other grids."""
