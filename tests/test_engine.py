@@ -119,7 +119,7 @@ def check_updates(mesh, stage, precision, pairs):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.every(2, "layout", "stage", "precision")
+@pytest.mark.every(4, "layout", "stage", "precision")
 def test_one_update_equals_one_process(layout, stage, precision, share):
     """At each place two of the four pairs of accumulation and clipping, in which each of both is on once."""
     pairs = [(1, 0.0), (1, CLIP_NORM), (3, CLIP_NORM), (3, 0.0)]
