@@ -7,8 +7,9 @@ Forward, for every step::
     h, c = gates(W_a m + b_a, c)
 
 Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and the 4 C_h channels that it
-is expanded to are computed again in backward. It goes through the steps from the last to the first, sends the halo's
-gradients while it forms those of the kernels, and adds up the weights' gradients of all steps in float32 or better.
+is expanded to are computed again in backward. It goes through the steps from the last to the first and adds up the
+weights' gradients of all steps in float32 or better. While halo and mean travel, W_x x of the next step is computed;
+while their gradients do, those of the step's kernels, and those of W_x, W_h, b and x of the step before.
 """
 
 from collections.abc import Sequence
@@ -193,14 +194,17 @@ class Sweep(Operation):
         m = u.new_empty(u.shape[0], w.expansion.shape[1], *u.shape[2:])
         padded, means, cells = [], [], []
         h, c = h_BCYX, c_BCYX
+        kernels.product(w.input, x_BTCYX[:, 0], u)
         for step in range(length):
-            kernels.product(w.input, x_BTCYX[:, step], u)
             if h is not None:
                 kernels.product(w.hidden, h, u, add=True)
             if steps.keep or not step:
                 padded.append(steps.surroundings.halo.framed(u))
             torch.add(u, w.bias[:, None, None], out=steps.surroundings.halo.owned(padded[-1]))
-            mean = steps.surroundings.start(padded[-1])()
+            finish = steps.surroundings.start(padded[-1])
+            if step < length - 1:
+                kernels.product(w.input, x_BTCYX[:, step + 1], u)
+            mean = finish()
             bank.mix(m, padded[-1], bank.weights(mean, *w.of_bank))
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
             target = h_BTCYX[:, step].data if step < length - 1 else last
@@ -256,7 +260,8 @@ def _swept_back(
         wanted = None if grad_x is None else grad_x[:, step]
         state = x_BTCYX[:, step], before, cells[step], padded[step], means[step]
         grad_h, grad_c = back.step(_held(valid_BT, step), state, grad_h, grad_c, wanted)
-    return None, None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *back.gradients()
+    of_weights = back.gradients()  # which writes the last of x's
+    return None, None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *of_weights
 
 
 class _Backward:
@@ -275,6 +280,7 @@ class _Backward:
         sums = [one.new_zeros(one.shape, dtype=at_least_float32(one.dtype)) for one in weights]
         self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in sums[:2])
         self.others = sums[2:]
+        self.left: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def step(
         self,
@@ -300,21 +306,30 @@ class _Backward:
         halos = around.start_halo_gradient(self.grad_padded)
         grad_mean, *of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))
         mean_gradient = around.mean.start_gradient(grad_mean)
+        self._do_what_is_left()
+        for total, one in zip(self.others[1:], (*of_bank, grad_expansion, grad_bias, grad_peephole), strict=True):
+            total.add_(one)
         around.gradient(self.grad_padded, halos(), mean_gradient(), self.grad_u)
+        self.left = x, h, grad_x
+        grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
+        return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
 
+    def _do_what_is_left(self) -> None:
+        """What no other step waits for: the gradients of W_x, W_h, b and x of the step after this one."""
+        if self.left is None:
+            return
+        x, h, grad_x = self.left
         _add_product(self.of_input, self.grad_u, x)
         if h is not None:
             _add_product(self.of_hidden, self.grad_u, h)
         if grad_x is not None:
-            grad_x.copy_(bank.kernels.product(w.input.t(), self.grad_u))
-        small = (self.grad_u.sum((0, 2, 3)), *of_bank, grad_expansion, grad_bias, grad_peephole)
-        for total, one in zip(self.others, small, strict=True):
-            total.add_(one)
-        grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
-        return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
+            grad_x.copy_(self.steps.bank.kernels.product(self.w.input.t(), self.grad_u))
+        self.others[0].add_(self.grad_u.sum((0, 2, 3)))
+        self.left = None
 
     def gradients(self) -> list[Tensor]:
-        """Of all weights, in their order."""
+        """Of all weights, in their order, after the last step."""
+        self._do_what_is_left()
         sums = self.of_input.sum(0), self.of_hidden.sum(0), *self.others
         return [total.to(weight.dtype) for total, weight in zip(sums, self.w, strict=True)]
 
