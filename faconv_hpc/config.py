@@ -337,6 +337,9 @@ class RunConfig(Section):
     """Everything that decides a run's result, and how Slurm is asked for its ranks."""
 
     run_dir: Path = Field(description="records, checkpoints and figures go here")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="what ranks compute on; auto: a GPU each where there are some"
+    )
     mesh: MeshConfig = MeshConfig()
     data: DataConfig
     model: ModelConfig = ModelConfig()

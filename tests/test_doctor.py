@@ -591,7 +591,7 @@ def test_ranks_that_cannot_join_are_told_and_end(tmp_path):
         "import json, os\n"
         "if os.environ.get('RANK') == '1':\n"
         "    from faconv_hpc.launch import doctor\n"
-        "    doctor._place = lambda local_rank: json.dumps(['n2', 'GPU-1'])\n"
+        "    doctor._place = lambda device, local_rank: json.dumps(['n2', 'GPU-1'])\n"
     )
     codes, printed, told = processes_of_a_job(tmp_path, [[], []], PYTHONPATH=str(site), SLURMD_NODENAME="n1")
     assert (codes, printed[1], told) == ([2, 2], "", "")

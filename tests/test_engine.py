@@ -134,18 +134,18 @@ def test_one_update_equals_one_process(layout, stage, precision, share):
 @contextmanager
 def every_parameter_cut():
     """Engines made inside cut all at ZeRO 3."""
-    config = engine_module._deepspeed_config
+    config = engine_module.deepspeed_config
 
-    def cut_all(training):
-        tree = config(training)
+    def cut_all(*given):
+        tree = config(*given)
         tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return tree
 
-    engine_module._deepspeed_config = cut_all
+    engine_module.deepspeed_config = cut_all
     try:
         yield
     finally:
-        engine_module._deepspeed_config = config
+        engine_module.deepspeed_config = config
 
 
 @pytest.mark.parametrize("checkpoint_steps", [0, 2])
@@ -190,6 +190,19 @@ def test_a_state_put_in_place_continues_bit_for_bit(stage, precision):
 
     for moved, equal in run_on_ranks(Layout(1, 1, 3), check):
         assert moved > 1e-3 and equal
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_buckets_fit_the_network(stage):
+    """By default they hold 5e8 numbers, of which it allocates all."""
+
+    def check(mesh):
+        numbers = sum(one.numel() for one in network().parameters())
+        engine = Engine(network(), mesh, TrainingConfig(steps=100, zero_stage=stage, micro_batch=3))
+        return numbers, engine._optimizer.reduce_bucket_size
+
+    for numbers, bucket in run_on_ranks(Layout(2, 1, 1), check):
+        assert bucket == numbers > 1000
 
 
 UNCOMPILED = """

@@ -71,15 +71,16 @@ def _examined(subject: "Subject", as_json: bool) -> int:
     if isinstance(torch, str):
         return _show(examine_alone(subject), as_json)
     timeout_s = subject.config.training.timeout_s if subject.config else TIMEOUT_S
+    device = "cpu" if subject.device == "cpu" else "auto"  # where a GPU is missing a finding says so
     try:
         if job_ranks() > 1:
-            roll = call_roll(timeout_s)
+            roll = call_roll(timeout_s, device)
             problems = joining_problems(roll)
             if problems:
                 code = _show(examine_alone(subject, problems), as_json) if roll.rank == 0 else EXIT_INPUT
                 roll.until_rank_0_is_done(timeout_s)
                 _leave_together(code)
-        with joined(None, timeout_s) as mesh:
+        with joined(None, timeout_s, device) as mesh:
             return _examined_job(mesh, subject, as_json)
     except RuntimeError as error:  # the ranks have not met
         print(f"faconv: failed: {error}", file=sys.stderr)

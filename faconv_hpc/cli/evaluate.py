@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from ..config import MeshConfig
-from .options import AsJson, ModelPath, Ranks
+from .options import AsJson, Device, ModelPath, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
 
@@ -24,7 +24,12 @@ Samples = Annotated[
 
 
 def evaluate_command(
-    model: ModelPath, ranks: Ranks = None, leads: Leads = 1, samples: Samples = None, as_json: AsJson = False
+    model: ModelPath,
+    ranks: Ranks = None,
+    leads: Leads = 1,
+    samples: Samples = None,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Forecast the test period of a run: RMSE per variable and lead, and a figure. Persistence (no change) and
     climatology (the mean of the training period at that time of year and day) stand beside it.
@@ -39,14 +44,17 @@ def evaluate_command(
 
     run_dir, checkpoint = run_of(model)
     run = load_run(run_dir)
+    device = device or run.device
     tiles = MeshConfig(lat=run.mesh.lat, lon=run.mesh.lon)
     if starts_ranks(ranks):
         from ..data.store import Store
+        from ..spatial.device import check_device
 
+        check_device(device)
         Store.open(run.data.store).close()  # or says why not, before any rank is started
         check_ranks(tiles, ranks, "leave it out: one process has the globe whole")
         some = [] if samples is None else ["--samples", str(samples)]
-        given = ["evaluate", str(model), "--leads", str(leads), *some, *["--json"] * as_json]
+        given = ["evaluate", str(model), "--leads", str(leads), *some, "--device", device, *["--json"] * as_json]
         raise typer.Exit(run_ranks(given, ranks))
     from ..evaluation.figures import draw_forecast
     from ..evaluation.skill import evaluate as evaluate_run
@@ -54,7 +62,7 @@ def evaluate_command(
 
     run = run.model_copy(update={"run_dir": run_dir})
 
-    with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s) as mesh:
+    with joined(tiles if job_ranks() > 1 else MeshConfig(), run.training.timeout_s, device) as mesh:
         evaluation = evaluate_run(run, mesh, leads, checkpoint, samples)
         if mesh.rank == 0:
             figure = draw_forecast(evaluation, run_dir / "figures" / "forecast.png", run_dir.name)

@@ -1,7 +1,7 @@
 """Arguments and options that several verbs take."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -17,6 +17,10 @@ Overrides = Annotated[
 Ranks = Annotated[
     int | None,
     typer.Option("--ranks", min=1, help="Start so many ranks on this machine; without it, this process is one rank."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="What ranks compute on. Default: as the run says."),
 ]
 Extend = Annotated[
     Rule | None,

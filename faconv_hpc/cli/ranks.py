@@ -52,7 +52,7 @@ def run_ranks(arguments: Sequence[str], ranks: int | None) -> int:
 
 
 @contextmanager
-def joined(mesh: MeshConfig | None, timeout_s: float) -> "Iterator[ProcessMesh]":
+def joined(mesh: MeshConfig | None, timeout_s: float, device: str) -> "Iterator[ProcessMesh]":
     """The ranks, arranged in a mesh (all of them along lon, if none is given); they leave together when the block ends.
 
     An exception inside ends all of them, with one message.
@@ -60,7 +60,7 @@ def joined(mesh: MeshConfig | None, timeout_s: float) -> "Iterator[ProcessMesh]"
     from ..spatial.mesh import ProcessMesh
 
     sizes = (mesh.replicas, mesh.lat, mesh.lon) if mesh else (1, 1, job_ranks())
-    ranks = ProcessMesh.start(*sizes, timeout_s=timeout_s)
+    ranks = ProcessMesh.start(*sizes, device=device, timeout_s=timeout_s)
     with ranks.guarded():
         yield ranks
     ranks.stop()

@@ -51,7 +51,7 @@ def train_command(
             raise
         from ..training.trainer import train as train_run
 
-        with joined(run.mesh, run.training.timeout_s) as mesh:
+        with joined(run.mesh, run.training.timeout_s, run.device) as mesh:
             code = train_run(run, mesh, strict=strict, extend=extend, stop=stop, counted=counted)
     raise typer.Exit(code)
 

@@ -58,7 +58,7 @@ def verify_command(
 
     from ..training.parity import verify_parity
 
-    with joined(None, run.training.timeout_s) as mesh:
+    with joined(None, run.training.timeout_s, run.device) as mesh:
         rows = verify_parity(run, mesh, torch.float64 if float64 else torch.float32, layouts or None)
         if mesh.rank == 0:
             _show_parity(rows, as_json)

@@ -44,7 +44,7 @@ def backend(subject: Subject) -> list[Finding]:
         fix = "Install torch again in this environment: pip install --force-reinstall torch."
         return [Finding(SOFTWARE, "backend", Verdict.FAILURE, f"torch cannot be imported: {torch}", fix)]
     value = "CPU, gloo"
-    if torch.cuda.is_available():
+    if subject.device != "cpu" and torch.cuda.is_available():
         nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
         value = f"CUDA {torch.version.cuda}, NCCL {nccl}"  # GPUs of several kinds do work together
     return [Finding(SOFTWARE, "backend", Verdict.OK, value, differs=Verdict.FAILURE)]
@@ -57,16 +57,23 @@ def gpus(subject: Subject) -> list[Finding]:
         return []  # the backend says so
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen:
-        return [Finding(MACHINE, "GPUs", Verdict.OK, f"{seen} x {torch.cuda.get_device_name()}")]
+        unused = ", not used: device is cpu" if subject.device == "cpu" else ""
+        return [Finding(MACHINE, "GPUs", Verdict.OK, f"{seen} x {torch.cuda.get_device_name()}{unused}")]
     listed, problem = _listed_gpus()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed and hidden in ("", "-1"):
+    if listed and subject.device == "cpu":
+        return [Finding(MACHINE, "GPUs", Verdict.OK, f"{listed}, not used: device is cpu")]
+    if listed and hidden in ("", "-1") and subject.device != "cuda":
         return [Finding(MACHINE, "GPUs", Verdict.OK, f"{listed}, hidden by CUDA_VISIBLE_DEVICES={hidden!r}: CPU, gloo")]
     if listed:
         value = f"nvidia-smi lists {listed}, torch {torch.__version__} can use none"
         return [Finding(MACHINE, "GPUs", Verdict.FAILURE, value, _unusable_fix(torch))]
-    asked = subject.config.slurm.gpus_per_node if subject.config else 0
-    if asked and "SLURM_JOB_ID" in os.environ:
+    asked, in_job = subject.config.slurm.gpus_per_node if subject.config else 0, "SLURM_JOB_ID" in os.environ
+    if subject.device == "cuda":
+        verdict = Verdict.FAILURE if in_job else Verdict.WARNING  # a login node need not have any
+        fix = "Start the ranks where there is one, or compute on CPUs (--set device=cpu)."
+        return [Finding(MACHINE, "GPUs", verdict, problem or "none here, and device is cuda", fix)]
+    if asked and in_job:
         value = f"none, but slurm.gpus_per_node asks for {asked} on each node"
         fix = "Start the job with `faconv submit`, or give sbatch --gpus-per-node; or set slurm.gpus_per_node to 0."
         return [Finding(MACHINE, "GPUs", Verdict.FAILURE, value, fix)]

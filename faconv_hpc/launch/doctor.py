@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -69,14 +70,14 @@ def examine_alone(subject: Subject, found: Sequence[Finding] = ()) -> Report:
     return Report.of([node_name()], [*mine, *found])
 
 
-def call_roll(timeout_s: float) -> "RollCall":
+def call_roll(timeout_s: float, device: str) -> "RollCall":
     """What every rank would join with, before any does. Collective; see `roll_call` for its errors."""
     from ..spatial.environment import RankEnvironment
     from ..spatial.roll_call import roll_call
 
     by_slurm = RankEnvironment.launcher_name() == "srun"
     before = {name: os.environ.get(name) for name in RankEnvironment().variables()}
-    roll = roll_call(_place, timeout_s)
+    roll = roll_call(partial(_place, device), timeout_s)
     if by_slurm:  # or the ranks, when they join, would open the store of this meeting once more
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -92,7 +93,7 @@ def joining_problems(roll: "RollCall") -> list[Finding]:
     without = [rank for rank, device in enumerate(devices) if device is None]
     if 0 < len(without) < len(devices):
         value = f"no GPU for {places(without, nodes)}, but for the others: they use gloo, the others NCCL"
-        fix = "Leave those nodes out (--exclude), or hide all GPUs (CUDA_VISIBLE_DEVICES='')."
+        fix = "Leave those nodes out (--exclude), or compute on CPUs (--set device=cpu)."
         return [Finding(RANKS, "joining", Verdict.FAILURE, value, fix)]
     return _shared_gpus(nodes, devices)
 
@@ -102,14 +103,15 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _place(local_rank: int) -> str:
-    """The node of this rank, and the device that it will take."""
+def _place(device: str, local_rank: int) -> str:
+    """The node of this rank, and the GPU that it will take."""
     import torch
 
-    if not torch.cuda.is_available():
-        return json.dumps([node_name(), None])
-    index = local_rank % torch.cuda.device_count()
-    return json.dumps([node_name(), str(torch.cuda.get_device_properties(index).uuid)])
+    from ..spatial.device import device_for
+
+    place = device_for(device, local_rank)
+    gpu = None if place.type == "cpu" else str(torch.cuda.get_device_properties(place).uuid)
+    return json.dumps([node_name(), gpu])
 
 
 def _shared_gpus(nodes: list[str], devices: list[str | None]) -> list[Finding]:

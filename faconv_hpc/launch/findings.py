@@ -40,6 +40,11 @@ class Subject:
     config: RunConfig | None = None
     quick: bool = False
 
+    @property
+    def device(self) -> str:
+        """That the run asks for."""
+        return self.config.device if self.config else "auto"
+
 
 @dataclass(frozen=True)
 class Finding:

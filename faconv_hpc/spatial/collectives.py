@@ -24,6 +24,13 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def carried(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The tensor where the group's messages begin and end: Gloo's in host memory, NCCL's on the device."""
+    if group is None or value.device.type == "cpu" or dist.get_backend(group) != dist.Backend.GLOO:
+        return value
+    return value.cpu()
+
+
 def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb: str) -> Finish:
     """Starts the sum of ``value`` over the group, for a verb; ``value`` is overwritten.
 
@@ -31,6 +38,7 @@ def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb
     """
     if group is None:
         return lambda: value
+    device, value = value.device, carried(value, group)
     if _goes_directly(value, group):
         with clock.communicating(verb):
             everyones, sent = _start_to_all(value, group)
@@ -38,7 +46,7 @@ def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb
         def summed() -> Tensor:
             with clock.communicating(verb):
                 sent.wait()
-            return everyones.sum(0, dtype=value.dtype)
+            return everyones.sum(0, dtype=value.dtype).to(device)
 
         return summed
     with clock.communicating(verb):
@@ -47,7 +55,7 @@ def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb
     def finish() -> Tensor:
         with clock.communicating(verb):
             work.wait()
-        return value
+        return value.to(device)
 
     return finish
 
@@ -70,7 +78,7 @@ def reduce_scatter(
     """Sums ``whole`` over the group and leaves each rank its own part along ``dim``: adjoint of `gather`."""
     largest = max(sizes)
     spans = whole.movedim(dim, 0).to(at_least_float32(whole.dtype)).split(list(sizes))
-    parts = torch.cat([_filled(span, largest) for span in spans])
+    parts = carried(torch.cat([_filled(span, largest) for span in spans]), group)
     part = parts.new_empty(largest, *parts.shape[1:])
     with clock.communicating("adjoint of gather"):
         if parts.device.type == "cpu":  # Gloo would sum up all of it on every rank
@@ -79,14 +87,14 @@ def reduce_scatter(
             part = received.view(len(sizes), *part.shape).sum(0)
         else:
             _reduce_scatter(part, parts, group=group)
-    return part[: sizes[index]].to(whole.dtype).movedim(0, dim)
+    return part[: sizes[index]].to(whole).movedim(0, dim)
 
 
 def all_to_all(
     pieces: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup, clock: Clock
 ) -> list[Tensor]:
     """Sends piece i to rank i of the group and returns what each rank sent here, of the given shapes."""
-    outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
+    outgoing = carried(torch.cat([piece.reshape(-1) for piece in pieces]), group)
     counts = [shape.numel() for shape in shapes]
     incoming = outgoing.new_empty(sum(counts))
     with clock.communicating("swap"):
@@ -97,19 +105,21 @@ def all_to_all(
             input_split_sizes=[piece.numel() for piece in pieces],
             group=group,
         )
+    incoming = incoming.to(pieces[0].device)
     return [part.view(shape) for part, shape in zip(incoming.split(counts), shapes, strict=True)]
 
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(R, ...) the tensors of the R ranks of the group, all of one shape."""
+    device, mine = mine.device, carried(mine, group)
     if _goes_directly(mine, group):
         everyones, sent = _start_to_all(mine, group)
         sent.wait()
-        return everyones
+        return everyones.to(device)
     ranks = dist.get_world_size(group)
     everyone = mine.new_empty(ranks * mine.numel())
     _all_gather(everyone, mine.flatten(), group=group)
-    return everyone.view(ranks, *mine.shape)
+    return everyone.view(ranks, *mine.shape).to(device)
 
 
 def gathered_hashes(text: str, group: dist.ProcessGroup, device: torch.device) -> list[int]:

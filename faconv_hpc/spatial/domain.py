@@ -139,13 +139,13 @@ class Domain:
     # Between a tile and the whole grid, for small tensors: tests, figures, examples
 
     def scatter(self, x: Tensor) -> Tensor:
-        """This tile's cells of x (..., nlat, nlon), which every rank holds. Nothing is sent."""
+        """This tile's cells of x (..., nlat, nlon), which every rank holds, on the mesh's device. Nothing is sent."""
         if x.shape[-2:] != (self.grid.nlat, self.grid.nlon):
             raise InputError(
                 f"scatter takes a field of the whole grid, {self.grid.nlat} x {self.grid.nlon}, "
                 f"got {tuple(x.shape[-2:])}. Pass the same whole field on every rank."
             )
-        return x[..., *self.tile.slices]
+        return x[..., *self.tile.slices].to(self.mesh.device)
 
     def assemble(self, x: Tensor) -> Tensor:
         """The whole field (..., nlat, nlon) on every rank, from the owned cells x (..., Y, X)."""

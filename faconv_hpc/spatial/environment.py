@@ -100,7 +100,6 @@ class RankEnvironment:
     def export(self) -> None:
         """Writes the values where torch and DeepSpeed look for them."""
         os.environ.update(self.variables())
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if _cuda_is_available() else "cpu")
 
     def variables(self) -> dict[str, str]:
         """The same values as the environment of a process."""
@@ -111,6 +110,25 @@ class RankEnvironment:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
+
+
+@contextmanager
+def deepspeed_finds(kind: str, index: int | None) -> Iterator[None]:
+    """The device that DeepSpeed takes where it is imported and makes an engine inside.
+
+    By itself it would move the network to a GPU wherever there is one, to that of the local rank's number.
+
+    Args:
+        kind: ``cpu`` or ``cuda``.
+        index: of a GPU.
+    """
+    os.environ["DS_ACCELERATOR"] = kind
+    before = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = before if index is None else str(index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 @contextmanager
@@ -152,12 +170,6 @@ def choose_steady_mpi(library: str) -> None:
     device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
     if RankEnvironment.launcher_name() == "srun" and {"ucx", "ofi"} <= set(re.split(r"\W+", device)):
         os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
-
-
-def _cuda_is_available() -> bool:
-    import torch  # here, so that reading the environment does not cost the import
-
-    return torch.cuda.is_available()
 
 
 def _integer(name: str, default: str | None = None) -> int:

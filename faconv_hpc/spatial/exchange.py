@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..observe import Clock
+from .collectives import carried
 from .grid import Cuts, LatLonGrid
 from .halo import Rectangle, halo_rectangles, rectangles_sent
 
@@ -100,7 +101,11 @@ class HaloExchange:
     ) -> Callable[[], Received]:
         """One grouped exchange, a message each way for every peer."""
         lead = like.shape[:-2].numel()
-        incoming = {peer: like.new_empty(lead * sum(part.cells for part in parts)) for peer, parts in expected.items()}
+        outgoing = {peer: carried(cells, self._group) for peer, cells in outgoing.items()}
+        incoming = {
+            peer: carried(like.new_empty(lead * sum(part.cells for part in parts)), self._group)
+            for peer, parts in expected.items()
+        }
         operations = [
             dist.P2POp(operation, buffer, group=self._group, group_peer=peer)
             for operation, buffers in ((dist.irecv, incoming), (dist.isend, outgoing))
@@ -114,7 +119,7 @@ class HaloExchange:
                 for work in works:
                     work.wait()
             outgoing.clear()  # sent; until here the buffers had to live
-            return incoming
+            return {peer: cells.to(like.device) for peer, cells in incoming.items()}
 
         return finish
 

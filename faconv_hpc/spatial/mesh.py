@@ -14,7 +14,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ..errors import InputError
 from ..observe import Activity
-from .collectives import all_gather
+from .collectives import all_gather, carried
+from .device import device_for
 from .environment import RankEnvironment
 from .failure import MARGIN_S, FailureWatch
 from .meeting import meet
@@ -44,32 +45,46 @@ class ProcessMesh:
     tile_group: dist.ProcessGroup | None = None
     axis_groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)
     watch: FailureWatch | None = None
+    host_group: dist.ProcessGroup | None = None
     activity: Activity = field(default_factory=Activity)
 
     @classmethod
-    def alone(cls) -> "ProcessMesh":
+    def alone(cls, device: torch.device | str = "cpu") -> "ProcessMesh":
         """One tile, one replica, in this process."""
-        return cls()
+        return cls(device=torch.device(device))
 
     @classmethod
-    def start(cls, replicas: int = 1, lat: int = 1, lon: int = 1, *, timeout_s: float = TIMEOUT_S) -> "ProcessMesh":
+    def start(
+        cls,
+        replicas: int = 1,
+        lat: int = 1,
+        lon: int = 1,
+        *,
+        device: str = "auto",
+        through_host: bool = False,
+        timeout_s: float = TIMEOUT_S,
+    ) -> "ProcessMesh":
         """Joins the ranks of this job and arranges them. Collective.
 
         Args:
             replicas, lat, lon: the mesh's sizes; their product is the number of ranks.
+            device: see `device_for`.
+            through_host: messages of GPUs go by Gloo and host memory, not by NCCL, which refuses ranks that share one.
             timeout_s: seconds after which a collective that does not finish is an error.
 
         Raises:
-            InputError: the product is not the number of ranks that were started.
+            InputError: the product is not the number of ranks that were started, or there is no such device.
         """
         environment = RankEnvironment.read()
         store = meet(environment, timeout_s)
         watch = _watch(store, environment, timeout_s)  # first, so that none waits in vain for one that fails here
         with watch.guarded():
-            device = _device(environment)
-            _join(environment, store, device, timeout_s)
+            place = device_for(device, environment.local_rank)
+            if place.type == "cuda":
+                torch.cuda.set_device(place)
+            _join(environment, store, None if through_host or place.type == "cpu" else place, timeout_s)
             ranks = range(environment.world_size)
-            mesh = cls.arrange(ranks, replicas, lat, lon, device=device, watch=watch)
+            mesh = cls.arrange(ranks, replicas, lat, lon, device=place, watch=watch)
         assert mesh is not None, f"rank {environment.rank} is one of {environment.world_size} ranks"
         return mesh
 
@@ -134,27 +149,30 @@ class ProcessMesh:
             )
 
     def gathered(self, values: Sequence[float]) -> list[list[float]]:
-        """Some numbers of every rank of the mesh, in the order of ranks, in float64. Collective."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.group is None:
+        """Some numbers of every rank of the mesh, in the order of ranks, in float64. Collective.
+
+        They stay in host memory, as objects do that are sent: no device is waited for.
+        """
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.host_group is None:
             return [mine.tolist()]
-        rows: list[list[float]] = all_gather(mine, self.group).tolist()
+        rows: list[list[float]] = all_gather(mine, self.host_group).tolist()
         return rows
 
     def from_first(self, value: Value) -> Value:
         """The value that the mesh's first rank has, on every rank; anything that pickles. Collective."""
-        if self.group is None:
+        if self.host_group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=self.job_ranks[0], group=self.group, device=self.device)
+        dist.broadcast_object_list(box, src=self.job_ranks[0], group=self.host_group)
         return box[0]
 
     def gathered_objects(self, value: Value) -> list[Value]:
         """The value of every rank, in the order of ranks; anything small that pickles. Collective."""
-        if self.group is None:
+        if self.host_group is None:
             return [value]
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def from_rank(self, value: torch.Tensor | None, shape: Sequence[int], rank: int) -> torch.Tensor:
@@ -162,9 +180,11 @@ class ProcessMesh:
         if value is None:
             value = torch.empty(*shape, dtype=torch.float32, device=self.device)
         value = value.to(self.device).contiguous()
-        if self.group is not None:
-            dist.broadcast(value, src=self.job_ranks[rank], group=self.group)
-        return value
+        if self.group is None:
+            return value
+        sent = carried(value, self.group)
+        dist.broadcast(sent, src=self.job_ranks[rank], group=self.group)
+        return sent.to(self.device)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -191,10 +211,12 @@ class ProcessMesh:
             dist.destroy_process_group()
 
     def _with_groups(self) -> "ProcessMesh":
-        """The same mesh with the groups that this rank is in, four at most: its members alone make each of them."""
+        """The same mesh with the groups that this rank is in, five at most: its members alone make each of them."""
+        by_nccl = dist.get_backend() == dist.Backend.NCCL
         return replace(
             self,
             group=self._group(range(self.ranks)),
+            host_group=self._group(range(self.ranks), "gloo" if by_nccl else None),
             tile_group=self._group(self._members(self.replica)),
             axis_groups={
                 "lon": self._group(self._members(self.replica, lat_index=self.index("lat"))),
@@ -202,11 +224,12 @@ class ProcessMesh:
             },
         )
 
-    def _group(self, members: Sequence[int]) -> dist.ProcessGroup | None:
+    def _group(self, members: Sequence[int], backend: str | None = None) -> dist.ProcessGroup | None:
         """A group of some places of the mesh, of which this rank's is one; None for one alone."""
         if len(members) == 1:
             return None
-        return _group_of(tuple(self.job_ranks[member] for member in members), dist.group.WORLD, self._limit)
+        ranks, world = tuple(self.job_ranks[member] for member in members), dist.group.WORLD
+        return _group_of(ranks, world, backend or dist.get_backend(world), self._limit)
 
     @property
     def _limit(self) -> timedelta | None:
@@ -224,28 +247,24 @@ class ProcessMesh:
 
 
 @cache
-def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup, limit: timedelta | None) -> dist.ProcessGroup:
+def _group_of(
+    ranks: tuple[int, ...], world: dist.ProcessGroup, backend: str, limit: timedelta | None
+) -> dist.ProcessGroup:
     """The group of these ranks of a job, made once: each has threads of its own, or buffers on a GPU.
 
     Its members ask for it, in the same order. Collectives end at the limit; None: torch's.
     """
-    if len(ranks) == world.size():
+    if len(ranks) == world.size() and backend == dist.get_backend(world):
         return world
-    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks), timeout=limit, backend=backend, use_local_synchronization=True
+    )
     return group
 
 
 def _limit(timeout_s: float) -> timedelta:
     """Of every collective: later than a silent rank is named."""
     return timedelta(seconds=timeout_s + MARGIN_S)
-
-
-def _device(environment: RankEnvironment) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def report_before_joining(error: BaseException) -> NoReturn:
@@ -259,14 +278,15 @@ def report_before_joining(error: BaseException) -> NoReturn:
     _watch(store, environment, TIMEOUT_S).end(error)
 
 
-def _join(environment: RankEnvironment, store: Store, device: torch.device, timeout_s: float) -> None:
+def _join(environment: RankEnvironment, store: Store, device: torch.device | None, timeout_s: float) -> None:
+    """By NCCL on a device, else by Gloo."""
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if device is not None else "gloo",
         store=PrefixStore("mesh", store),
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=_limit(timeout_s),
-        device_id=device if device.type == "cuda" else None,
+        device_id=device,
     )
 
 

@@ -12,10 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import TrainingConfig
+from ..errors import InputError
 from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
+from ..spatial.environment import deepspeed_finds
 from ..spatial.mesh import ProcessMesh
+from .deepspeed_config import deepspeed_config
 from .optimizers import optimizer_of
 from .shards import AVERAGE
 from .timed import Timed
@@ -39,25 +42,26 @@ class Engine:
         training: optimizer, ZeRO stage, precision, clipping, accumulation.
 
     Attributes:
-        gradient_norm: of the last step's whole gradient, before clipping.
+        gradient_norm: of the last step's whole gradient, before clipping; on the device, where nobody waits for it.
         activation_type: of inputs and activations.
     """
 
     def __init__(self, network: FAConvLSTMNetwork, mesh: ProcessMesh, training: TrainingConfig) -> None:
-        with _quiet(), _without_compiler():
+        with _quiet(), _without_compiler(), deepspeed_finds(mesh.device.type, mesh.device.index):
             import deepspeed  # here, so that only ranks that train pay for the import
 
             # Not compiled: an all-reduce for inference on CPUs that training never calls. Its build takes a
             # minute, and one that is killed leaves a lock behind at which every later start waits forever.
             # Nor is it asked what could be: every rank would try a C compiler.
             deepspeed.ops.__compatible_ops__ = {}
+            _check_accelerator(deepspeed.get_accelerator().device_name(), mesh.device.type)
             groups = deepspeed.utils.groups  # its own group would know no training.timeout_s
             groups._WORLD_GROUP = groups._WORLD_GROUP or mesh.new_group_of_job()
             self.network = network.to(mesh.device)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,
                 optimizer=optimizer_of(self.network, training),
-                config=_deepspeed_config(training),
+                config=deepspeed_config(training, sum(map(_size, self.network.parameters()))),
                 dist_init_required=False,
             )
             for module, parameter in self.network.borrowed() if training.zero_stage == 3 else ():
@@ -65,7 +69,7 @@ class Engine:
         self._training, self._device = training, mesh.device
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         self._timed = _timed_collectives() if mesh.device.type == "cpu" else None
-        self.gradient_norm = float("nan")
+        self.gradient_norm = torch.tensor(float("nan"), device=mesh.device)
         # Torch makes the moments at the first update, which may be left out; and in bf16 at ZeRO 0 DeepSpeed makes
         # them by a step of its own, which Adam counts.
         self._prepare_moments(0)
@@ -103,19 +107,20 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         updates = self._engine.is_gradient_accumulation_boundary()
-        whole_norm = self._whole_gradient_norm() if updates else float("nan")
+        whole_norm = self._whole_gradient_norm() if updates else None
         self._engine.step()
         if updates:
             self._average()
             norm = self._engine.get_global_grad_norm()
-            self.gradient_norm = whole_norm if norm is None else float(norm)
+            norm = whole_norm if norm is None else norm
+            self.gradient_norm = norm if isinstance(norm, Tensor) else torch.tensor(norm, device=self._device)
 
-    def _whole_gradient_norm(self) -> float:
+    def _whole_gradient_norm(self) -> Tensor | float:
         """The norm where every rank holds the whole gradient and DeepSpeed reports none: ZeRO 0 in fp32."""
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
         if self._training.zero_stage or not gradients:
             return float("nan")
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
     def take_communication_s(self) -> float:
         """Seconds in DeepSpeed's own collectives since the last call; on a GPU not measured (0)."""
@@ -301,6 +306,15 @@ class Engine:
                 used.data.copy_(precise.data)
 
 
+def _check_accelerator(found: str, wanted: str) -> None:
+    """DeepSpeed chooses once in a process, and moves the network there."""
+    if found != wanted:
+        raise InputError(
+            f"DeepSpeed computes on {found} in this process, this mesh on {wanted}: it would move the network away. "
+            f"Give both the same device, by a process of its own for each."
+        )
+
+
 def _timed_collectives() -> Timed:
     """DeepSpeed has one backend for all engines of a process."""
     from deepspeed.comm import comm
@@ -346,24 +360,6 @@ def _part_of(full: Tensor) -> Tensor:
 def _kept(value: Tensor) -> Tensor:
     """A copy in host memory that later steps do not change."""
     return value.detach().to("cpu", torch.float32, copy=True)
-
-
-def _deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
-    """What DeepSpeed is told. It counts every rank as a replica, so its batch size is not the true one."""
-    return {
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": training.accumulation,
-        "gradient_clipping": training.clip_norm,
-        # At ZeRO 3 DeepSpeed would replace torch's linear layers by others, which round differently, for good.
-        "zero_optimization": {"stage": training.zero_stage, "memory_efficient_linear": False},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": training.precision == "bf16"},
-        # Gradients are summed over ranks in float32, whatever the activations' type. Over micro-batches only at
-        # ZeRO 2 and 3: at 0 DeepSpeed 0.19.8 does not offer it, at 1 its optimizer for it gets the sum wrong.
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"} if training.zero_stage > 1 else {},
-        "steps_per_print": 2**31,
-    }
 
 
 @contextlib.contextmanager

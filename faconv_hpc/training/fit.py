@@ -29,11 +29,11 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
     """Judges all that config and store.nc can tell.
 
     Args:
-        here: whether the ranks run on this machine, whose memory must do.
+        here: whether the ranks run on this machine, whose memory and device must do.
 
     Raises:
         InputError: no such store, or one that does not go with the config; a network that cannot be; a mesh that does
-            not fit the grid; more memory than this machine has.
+            not fit the grid; more memory than this machine has, or a GPU where it has none.
         TryAgainError: the store's file system is away.
     """
     check_network(config.model)
@@ -46,6 +46,10 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
         halo_rectangles(grid, cuts, tile, reach_of(config.model))
     if here:
         _check_memory(config, cuts)
+    if here and config.device == "cuda":
+        from ..spatial.device import check_device  # which imports torch
+
+        check_device(config.device)
 
 
 def grid_of(config: RunConfig, store: Store) -> LatLonGrid:

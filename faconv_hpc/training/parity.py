@@ -109,7 +109,7 @@ def verify_parity(
     grid = grid_of(config, store)
     cycle = annual_cycle_of(config, store, mesh)
     contract = make_contract(config, store, mesh, cycle=cycle)
-    alone = replace(ProcessMesh.alone(), device=mesh.device)
+    alone = ProcessMesh.alone(mesh.device)
     reference = _Reference(Workspace(config, store, contract, Domain(contract.grid, alone), cycle))
     rows: list[ParityRow] = []
     for layout in layouts_of(mesh.ranks, grid) if layouts is None else layouts:

@@ -1,14 +1,11 @@
 """The training loop: read ahead, forward, backward, step, record."""
 
-import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -32,6 +29,7 @@ from .faults.starts import counted_start, made_progress
 from .fit import check_store, least_bytes, windows_over_gaps
 from .free_run import feedback_for
 from .looks import NONE, Looks
+from .machines import machines_of, peak_memory_gib
 from .objective import losses_of
 from .records import Recorder, StepRecord, beginning, ending, look_is_missing, recording
 from .resume import bring_back, contract_of_run, resume
@@ -41,6 +39,10 @@ from .start_from import Beginning
 from .validation import Validation
 
 ASKED_S = 2.0  # a step that takes longer looks between micro-batches whether there is time for the rest of it
+FOUND = (
+    "loss", "forecast_loss", "gradient_norm", "data_share", "exchange_share", "reduction_share", "peak_memory_gib"
+)  # fmt: skip
+"""In each step, by each rank; see `StepRecord`."""
 UNSAVED = 3  # saves in a row that may fail before a run ends: until then it may lose so many intervals
 
 
@@ -94,7 +96,7 @@ def train(
         kept = resumed, legs, carried
         writer = CheckpointWriter(workspace, engine, *kept, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))
-        recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=_machines(mesh)))
+        recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=machines_of(mesh)))
         requests = _requests(config, order, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
@@ -131,14 +133,6 @@ def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int)
     left_out = windows_over_gaps(workspace.store, workspace.training_spans, windows.window)
     told = beginning(workspace.config, workspace.contract, windows, left_out, parameters, rank_gib, done)
     print(told, file=sys.stderr, flush=True)
-
-
-def _machines(mesh: ProcessMesh) -> dict[str, Any]:
-    """The hosts of all ranks, each once, and what computes. Collective."""
-    cuda = mesh.device.type == "cuda"
-    device = torch.cuda.get_device_name(mesh.device) if cuda else mesh.device.type
-    hosts = mesh.gathered_objects(socket.gethostname())
-    return {"hosts": list(dict.fromkeys(hosts)), "device": device}
 
 
 def _requests(config: RunConfig, order: Order, replica: int, done: int) -> Iterator[tuple[list[int], int]]:
@@ -302,7 +296,7 @@ class Trainer:
         return EXIT_INTERRUPTED if end.signal == signal.SIGINT else EXIT_STOPPED
 
     def _step(self, step: int) -> tuple[StepRecord | None, StepEnd]:
-        """One optimizer step, numbered from 1: the numbers leave the device once, before the update.
+        """One optimizer step, numbered from 1.
 
         No record: between two micro-batches there was too little time left for the rest of them, as far as the step
         before tells. Of a start's first step, which compiles, nothing is known; and short ones are not interrupted.
@@ -319,15 +313,15 @@ class Trainer:
                         return None, end
                 self._engine.step(rate)  # ends the micro-batch before; DeepSpeed updates after the last one only
             micros.append(self._backward(self._next_batch(), self._carried.before(step - 1, micro)))
-        loss, forecast = torch.stack([micro.losses for micro in micros]).mean(0).tolist()
         with self._activity.during("optimizer step"):
-            doubt = self._not_finite.before_update(step, loss, micros)
+            before = self._not_finite.before_update()
             self._engine.step(rate)
-            update = self._not_finite.after_update(doubt)
+            found, end = self._found(micros, start)
+            seen = found["loss"], found["gradient_norm"]
+            update = self._not_finite.after_update(step, *seen, micros, before)
             self._carried.end_step(applied=update == "applied")
-        record, end = self._record(step, loss, forecast, rate, time.perf_counter() - start, update)
         self._step_s = 0.0 if self._step_s is None else end.step_s  # the first is no measure of the next
-        return record, end
+        return self._record(step, rate, found, end.step_s, update), end
 
     def _next_batch(self) -> Batch:
         with self._clock.timing("data", READING):
@@ -347,36 +341,40 @@ class Trainer:
             self._engine.backward(losses.total)
         return MicroBatch.of(torch.stack([losses.total.value, losses.forecast.value]), output, batch)
 
-    def _record(
-        self, step: int, loss: float, forecast: float, rate: float, seconds: float, update: str
-    ) -> tuple[StepRecord, StepEnd]:
-        mesh, samples = self._mesh, self._config.global_batch
+    def _found(self, micros: Sequence[MicroBatch], start: float) -> tuple[dict[str, tuple[float, ...]], StepEnd]:
+        """Some numbers of a step, of every rank, and where all ranks stand. Collective.
+
+        In a step the processor waits for the device here and nowhere else; all that was found goes in one message.
+
+        Args:
+            start: when the step began, by `time.perf_counter`.
+        """
+        losses = torch.stack([micro.losses for micro in micros]).mean(0)
+        of_device = torch.cat([losses, self._engine.gradient_norm.reshape(1).to(losses)]).tolist()
+        seconds = time.perf_counter() - start
         waited = [
             self._clock.take("data"),
             self._domain.clock.take("exchange"),
             self._engine.take_communication_s(),
         ]
-        shared = [loss, forecast, *(value / seconds for value in waited)]
-        own = [_peak_memory_gib(mesh.device), *self._standing(seconds)]
-        columns = list(zip(*mesh.gathered([*shared, *own]), strict=True))
-        loss, forecast, *shares = (sum(column) / mesh.ranks for column in columns[: len(shared)])
-        peaks, *standings = columns[len(shared) :]
-        record = StepRecord(
+        mine = [*of_device, *(one / seconds for one in waited), peak_memory_gib(self._mesh.device)]
+        columns = list(zip(*self._mesh.gathered([*mine, *self._standing(seconds)]), strict=True))
+        return dict(zip(FOUND, columns, strict=False)), StepEnd.of(columns[len(FOUND) :])
+
+    def _record(
+        self, step: int, rate: float, found: dict[str, tuple[float, ...]], seconds: float, update: str
+    ) -> StepRecord:
+        samples, means = self._config.global_batch, {name: sum(ones) / len(ones) for name, ones in found.items()}
+        own = {"gradient_norm": found["gradient_norm"][0], "peak_memory_gib": max(found["peak_memory_gib"])}
+        return StepRecord(
             step=step,
-            loss=loss,
-            forecast_loss=forecast,
-            gradient_norm=self._engine.gradient_norm,
             learning_rate=rate,
             samples=samples,
             seconds=seconds,
             samples_per_s=samples / seconds,
-            data_share=shares[0],
-            exchange_share=shares[1],
-            reduction_share=shares[2],
-            peak_memory_gib=max(peaks),
             update=update,
+            **(means | own),
         )
-        return record, StepEnd.of(standings)
 
     def _standing(self, step_s: float) -> list[float]:
         """What this rank knows of a `StepEnd`."""
@@ -386,9 +384,3 @@ class Trainer:
     def _agreed(self, rest_s: float) -> StepEnd:
         """Before something that takes so long: where all ranks stand. Collective."""
         return StepEnd.of(list(zip(*self._mesh.gathered(self._standing(rest_s)), strict=True)))
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

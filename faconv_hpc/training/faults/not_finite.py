@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...errors import NoProgressError
 from ..checkpoint import CheckpointWriter
@@ -15,25 +14,8 @@ SKIPS, RESTORES = 10, 3  # in a row, then the run ends
 NOT_STOP = "With training.on_not_finite such steps are left out, or a checkpoint is restored."
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """What was known of a step before its update.
-
-    Attributes:
-        step: its number.
-        loss: of some rank, that is no finite number; None: all are.
-        micros: the step's micro-batches.
-        before: what the update changes, where the policy is to skip.
-    """
-
-    step: int
-    loss: float | None
-    micros: Sequence[MicroBatch]
-    before: Snapshot | None
-
-
 class NotFinite:
-    """Follows ``training.on_not_finite`` before and after every update.
+    """Follows ``training.on_not_finite`` after every update: before it nobody has waited for the step's numbers.
 
     ``stop`` ends the run; the newest checkpoint is from before. ``skip`` leaves the step out: parameters, moments
     and the optimizer's count stay as they were, and the next samples come. ``restore`` goes back to parameters and
@@ -51,40 +33,45 @@ class NotFinite:
         self._policy = workspace.config.training.on_not_finite
         self._in_a_row = 0  # steps without an update
 
-    def before_update(self, step: int, loss: float, micros: Sequence[MicroBatch]) -> Doubt:
-        """Looks at the losses of all ranks. Collective.
+    def before_update(self) -> Snapshot | None:
+        """What the update is going to change, where the policy is to skip."""
+        return self._engine.snapshot() if self._policy == "skip" else None
 
-        Raises:
-            FloatingPointError: one is not finite and the policy is to stop.
-        """
-        losses = [one for (one,) in self._mesh.gathered([loss])]
-        worst = next((one for one in losses if not is_sound(one)), None)
-        if worst is not None and self._policy == "stop":
-            raise FloatingPointError(f"{self._told('loss', worst, step, micros)} {NOT_STOP}")
-        return Doubt(step, worst, micros, self._engine.snapshot() if self._policy == "skip" else None)
-
-    def after_update(self, doubt: Doubt) -> str:
+    def after_update(
+        self,
+        step: int,
+        losses: Sequence[float],
+        norms: Sequence[float],
+        micros: Sequence[MicroBatch],
+        before: Snapshot | None,
+    ) -> str:
         """``applied``, or what was done where loss or gradient are not finite: ``skipped``, ``restored``. Collective.
+
+        Args:
+            step: its number.
+            losses, norms: that all ranks have found.
+            micros: the step's micro-batches.
+            before: what `before_update` gave.
 
         Raises:
             FloatingPointError: the policy is to stop, or has led nowhere.
             NoProgressError: restoring has led nowhere.
         """
-        norms = [one for (one,) in self._mesh.gathered([self._engine.gradient_norm])]
-        norm = next((one for one in norms if not is_sound(one)), norms[0])  # the same on all ranks
-        if doubt.loss is None and is_sound(norm):
+        seen = {"loss": losses, "norm of the gradient": norms}
+        found = [(what, one) for what, ones in seen.items() for one in ones if not is_sound(one)]
+        if not found:
             self._in_a_row = 0
             return "applied"
-        what, value = ("norm of the gradient", norm) if doubt.loss is None else ("loss", doubt.loss)
-        told = self._told(what, value, doubt.step, doubt.micros)
+        what, value = found[0]
+        told = self._told(what, value, step, micros)
         self._in_a_row += 1
         if self._policy == "restore":
-            return self._restore(doubt.step, told)
-        if doubt.before is None:
+            return self._restore(step, told)
+        if before is None:
             raise FloatingPointError(f"{told} {NOT_STOP}")
         if self._in_a_row > SKIPS:
             raise FloatingPointError(f"{told} {SKIPS} steps in a row were left out, in vain.")
-        self._engine.put_back(doubt.before)
+        self._engine.put_back(before)
         self._say(f"{told} The step is left out.")
         return "skipped"
 
