@@ -28,6 +28,11 @@ class Operation(Function):
         return cls.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast changes the types of what is computed there."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def as_given(device: torch.device) -> AbstractContextManager[Any]:
     """Arithmetic in the types of its tensors, where autocast would change them."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

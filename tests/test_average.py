@@ -49,7 +49,7 @@ def averaged(mesh, stage, precision, optimizer):
     plain.load_state_dict(mean)
     plain.to(engine.activation_type)
     with torch.no_grad():
-        want = plain(x.to(engine.activation_type), season, domain=domain).tendency_BTCYX
+        want = plain(x, season, domain=domain).tendency_BTCYX
     return seen, mean, used, dict(engine.full_parameters()), relative_difference(got, want)
 
 

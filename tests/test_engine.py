@@ -36,18 +36,18 @@ def network(checkpoint_steps=0, layers=2):
     ).float()  # fmt: skip
 
 
-def samples(dtype=torch.float32):
+def samples():
     x, target = random_like((BATCH, STEPS, 4, 9, 10), 1), random_like((BATCH, STEPS, 3, 9, 10), 2)
     valid = random_like(target.shape, 3) > -0.5
-    return x.to(dtype), target.float(), random_like((BATCH, STEPS), 4).sigmoid(), valid
+    return x.float(), target.float(), random_like((BATCH, STEPS), 4).sigmoid(), valid
 
 
 @cache
 def one_process_gradient(precision="fp32", layers=2):
-    """Of the whole batch at once, by torch alone; in bf16 of weights and activations cast to it."""
+    """Of the whole batch at once, by torch alone; in bf16 of weights cast to it."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, domain = network(layers=layers).to(dtype), Domain(grid())
-    x, target, season, valid = samples(dtype)
+    x, target, season, valid = samples()
     model.losses(model(x, season, domain=domain), x, target, domain, valid).total.objective.backward()
     return {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 

@@ -174,7 +174,7 @@ def test_a_state_may_lie_in_memory_in_any_way(kernels):
     [
         (lambda h, c: (h.repeat(2, 1, 1, 1), c), r"the state's h has shape \(4, 8, 5, 6\).* needs \(2, 8, 5, 6\)"),
         (lambda h, c: (h, c[:1]), r"the state's c has shape \(1, 8, 5, 6\).*Pass the state of the same samples"),
-        (lambda h, c: (h.double(), c), r"the state's h is torch\.float64, the input torch\.float32.*h\.to"),
+        (lambda h, c: (h.double(), c), r"the state's h is torch\.float64, the layer computes in torch\.float32.*h\.to"),
     ],
 )
 def test_a_state_of_something_else_is_refused(kernels, state, told):

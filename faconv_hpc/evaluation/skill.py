@@ -18,6 +18,7 @@ from ..data.store import Store
 from ..data.variables import Variable
 from ..errors import InputError
 from ..files import write_durably
+from ..model.arithmetic import arithmetic
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
@@ -137,10 +138,12 @@ def evaluate(
     climatology, window, domain = workspace.climatology(), config.data.window, workspace.domain
     first_step: LeadFields | None = None
     some = windows.spread(samples or len(windows))
-    for index in some:
-        for lead, fields in enumerate(forecasts_from(network, windows, index, window, domain, climatology), start=1):
-            sums.add(lead, fields, domain)
-            first_step = fields if lead == 1 else first_step
+    with arithmetic(config.training.precision, mesh.device):
+        for index in some:
+            forecasts = forecasts_from(network, windows, index, window, domain, climatology)
+            for lead, fields in enumerate(forecasts, start=1):
+                sums.add(lead, fields, domain)
+                first_step = fields if lead == 1 else first_step
     assert first_step is not None, "a Windows has at least one window"
     first, last = _ends([record.loss for record in read_records(config.run_dir) if record.update == "applied"])
     return Evaluation(

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .recurrence import State, unrolled, zero_state
+from .recurrence import State, as_taken, unrolled, zero_state
 from .rules import check_kernel
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,6 +74,7 @@ class ConvLSTM2d(nn.Module):
         valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
+        x_BTCYX = as_taken(x_BTCYX, self.in_channels, self.bias.dtype)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         gates_BTCYX = self._input_gates(x_BTCYX, domain)
         of_steps = gates_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them
@@ -86,7 +87,7 @@ class ConvLSTM2d(nn.Module):
         return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
 
     def _input_gates(self, x_BTCYX: Tensor, domain: Domain) -> Tensor:
-        """The input convolution of all steps at once, (B, T, 4 C_h, Y, X)."""
+        """The input convolution of all steps at once, in its type, (B, T, 4 C_h, Y, X) in the weights'."""
         x = x_BTCYX.flatten(0, 1)
         if self.padding == "same":
             x = domain.pad(x, self.reach)
@@ -95,7 +96,7 @@ class ConvLSTM2d(nn.Module):
                 f"padding='valid' makes the output smaller than the grid, which {domain.tiles} tiles cannot "
                 f"share. Use padding='same', or a single tile."
             )
-        gates = functional.conv2d(x, self.input_weight, self.bias)
+        gates = functional.conv2d(x, self.input_weight.to(x.dtype), self.bias.to(x.dtype)).to(self.bias.dtype)
         return gates.view(*x_BTCYX.shape[:2], *gates.shape[1:])
 
     def _step(self, gates_BCYX: Tensor, state: State, domain: Domain) -> State:

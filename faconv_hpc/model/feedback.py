@@ -42,10 +42,10 @@ class Feedback:
         step_C11 = _on_device(self.step, change_BCYX.device, change_BCYX.dtype)
         now_BCYX = last_BCYX[:, : self.fields] + change_BCYX * step_C11
         known = [place for place in self.masks if place is not None]
-        if known:
-            known_BCYX = torch.ones_like(now_BCYX)
-            known_BCYX[:, [place is not None for place in self.masks]] = last_BCYX[:, known].to(now_BCYX)
-            now_BCYX = now_BCYX * known_BCYX  # what is missing is 0, as in the data
+        if known:  # what is missing is 0, as in the data; without a list as an index, whose copy a device waits for
+            everywhere = torch.ones_like(last_BCYX[:, 0])
+            masks = [everywhere if place is None else last_BCYX[:, place] for place in self.masks]
+            now_BCYX = now_BCYX * torch.stack(masks, dim=1)
         parts = (
             now_BCYX.to(given_BCYX),
             given_BCYX[:, self.fields : self.forcings],

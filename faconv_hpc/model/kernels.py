@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import InputError
+from ..spatial.collectives import at_least_float32
 
 Offsets = tuple[tuple[int, int], ...]
 """(row, column) of each tap in the padded buffer, relative to the cell's own north-western corner."""
@@ -62,7 +63,7 @@ class Taps:
 
 def _shifted_sum(into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
     rows, columns = into_BCYX.shape[-2:]
-    total = torch.zeros_like(padded_BCYX[..., :rows, :columns])
+    total = torch.zeros_like(padded_BCYX[..., :rows, :columns], dtype=weight_BCN.dtype)
     for tap, (row, column) in enumerate(offsets):
         total = (
             total + weight_BCN[:, :, tap, None, None] * padded_BCYX[..., row : row + rows, column : column + columns]
@@ -72,9 +73,10 @@ def _shifted_sum(into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, off
 
 def _shifted_products(padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
     rows, columns = grad_BCYX.shape[-2:]
+    grad = grad_BCYX.to(at_least_float32(grad_BCYX.dtype))
     return torch.stack(
         [
-            (padded_BCYX[..., row : row + rows, column : column + columns] * grad_BCYX).sum((-2, -1))
+            (padded_BCYX[..., row : row + rows, column : column + columns] * grad).sum((-2, -1))
             for row, column in offsets
         ],
         dim=-1,
@@ -170,7 +172,8 @@ class Kernels:
         `torch.matmul` would fold the batch into the cells and copy x to do so.
 
         Args:
-            into: where to write it, contiguous.
+            weight: of x's type.
+            into: where to write it, contiguous; of x's type or a better one, in which is added.
             add: to what stands there.
         """
         x_BCN = x_BCYX.flatten(2)
@@ -178,7 +181,13 @@ class Kernels:
         if into is None:
             return torch.bmm(weights, x_BCN).view(x_BCYX.shape[0], -1, *x_BCYX.shape[2:])
         product = into.view(*into.shape[:2], -1)
-        torch.baddbmm(product, weights, x_BCN, out=product) if add else torch.bmm(weights, x_BCN, out=product)
+        if into.dtype != x_BCYX.dtype:
+            rounded = torch.bmm(weights, x_BCN)
+            product.add_(rounded) if add else product.copy_(rounded)
+        elif add:
+            torch.baddbmm(product, weights, x_BCN, out=product)
+        else:
+            torch.bmm(weights, x_BCN, out=product)
         return into
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
@@ -189,12 +198,12 @@ class Kernels:
         Args:
             into_BCYX: where it goes.
             padded_BCYX: so many more rows and columns as the offsets need.
-            weight_BCN: a weight for every sample, channel and tap.
+            weight_BCN: a weight for every sample, channel and tap, float32 or better: the sum is made in its type.
         """
         _shifted_sum(into_BCYX, padded_BCYX, weight_BCN, offsets)
 
     def mix_weights(self, padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
-        """(B, C, N) the gradient of the weights of `mix`."""
+        """(B, C, N) the gradient of the weights of `mix`, in float32 or better."""
         return _shifted_products(padded_BCYX, grad_BCYX, offsets)
 
     def advance(

@@ -9,10 +9,11 @@ from torch.nn import functional
 
 from ..autograd import as_given
 from ..errors import InputError
+from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from .attention import AxialAttention
 from .kernels import Taps, check_kernels, kernels_for
-from .recurrence import State, zero_state
+from .recurrence import State, as_taken, zero_state
 from .rules import check_layer
 from .sweep import Bank, Joined, Seal, Steps, Sweep, Weights
 
@@ -127,7 +128,8 @@ class FAConvLSTM2d(nn.Module):
         """Runs a sequence. A sequence continued in pieces equals the whole.
 
         Args:
-            x_BTCYX: this tile's input, (B, T, C_x, Y, X).
+            x_BTCYX: this tile's input, (B, T, C_x, Y, X). A layer whose weights are in bf16 takes it in float32, too,
+                and rounds what it makes of it, not the input.
             state: (h, c) to start from; zeros by default.
             domain: where the tile lies; default: all there is, a plane with zero boundaries.
             first_step: number of steps before this piece, so that attention keeps its period.
@@ -141,10 +143,8 @@ class FAConvLSTM2d(nn.Module):
         Raises:
             InputError: an input or a state of another shape, type or device.
         """
-        _check_input(x_BTCYX, self.in_channels)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        if torch.is_autocast_enabled(x_BTCYX.device.type):
-            x_BTCYX = x_BTCYX.to(self.input_weight.dtype)
+        x_BTCYX = as_taken(x_BTCYX, self.in_channels, self.input_weight.dtype)
         with as_given(x_BTCYX.device):
             return self._swept(x_BTCYX, state, domain, first_step, valid_BT)
 
@@ -154,15 +154,16 @@ class FAConvLSTM2d(nn.Module):
         domain.check_cells(x_BTCYX)
         h: Tensor | None
         h, c = state or (None, zero_state(x_BTCYX, self.hidden_channels)[1])
-        _check_state(h, c, x_BTCYX, self.hidden_channels)
-        h_BTCYX = x_BTCYX.new_empty(*x_BTCYX.shape[:2], *c.shape[1:])
+        activations = self.input_weight.dtype
+        _check_state(h, c, x_BTCYX, self.hidden_channels, activations)
+        h_BTCYX = x_BTCYX.new_empty(*x_BTCYX.shape[:2], *c.shape[1:], dtype=activations)
         ends, parts = self._ends(first_step, x_BTCYX.shape[1]), list[Tensor]()
         spans = [slice(*span) for span in pairwise((0, *ends))]
         pieces = x_BTCYX.split([span.stop - span.start for span in spans], dim=1)
         weights, seal = self._weights(), Seal()
         given = [x_BTCYX, c, *weights] if h is None else [x_BTCYX, h, c, *weights]
         keep = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-        bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, x_BTCYX, c))
+        bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, h_BTCYX, c))
         steps = Steps(bank, domain.surroundings(self.passes[0].reach), seal, keep)
         for span, x in zip(spans, pieces, strict=True):
             valid = None if valid_BT is None else valid_BT[:, span]
@@ -188,7 +189,8 @@ class FAConvLSTM2d(nn.Module):
         return [step for step in range(1, length + 1) if step == length or self._attends(first_step + step)]
 
     def _weights(self) -> Weights:
-        return Weights(
+        """In float32 or better, however they are kept: their gradients are rounded once, not for every sweep."""
+        weights = Weights(
             self.input_weight,
             self.hidden_weight,
             self.bottleneck_bias,
@@ -201,17 +203,12 @@ class FAConvLSTM2d(nn.Module):
             self.expansion_bias,
             self.peephole_weight,
         )
+        return Weights(*(one.to(at_least_float32(one.dtype)) for one in weights))
 
 
-def _check_input(x_BTCYX: Tensor, in_channels: int) -> None:
-    if x_BTCYX.dim() != 5 or x_BTCYX.shape[2] != in_channels:
-        raise InputError(
-            f"the layer takes (batch, time, {in_channels} channels, rows, columns), got {tuple(x_BTCYX.shape)}. "
-            f"Permute the tensor, or change in_channels."
-        )
-
-
-def _check_state(h_BCYX: Tensor | None, c_BCYX: Tensor, x_BTCYX: Tensor, hidden_channels: int) -> None:
+def _check_state(
+    h_BCYX: Tensor | None, c_BCYX: Tensor, x_BTCYX: Tensor, hidden_channels: int, activations: torch.dtype
+) -> None:
     """A state of other samples, cells or types would be read as what it is not."""
     wanted = (x_BTCYX.shape[0], hidden_channels, *x_BTCYX.shape[-2:])
     for name, one in (("h", h_BCYX), ("c", c_BCYX)):
@@ -220,8 +217,8 @@ def _check_state(h_BCYX: Tensor | None, c_BCYX: Tensor, x_BTCYX: Tensor, hidden_
                 f"the state's {name} has shape {tuple(one.shape)} on {one.device}, this input needs {wanted} on "
                 f"{x_BTCYX.device}. Pass the state of the same samples and tile, or none to begin."
             )
-    if h_BCYX is not None and h_BCYX.dtype != x_BTCYX.dtype:
+    if h_BCYX is not None and h_BCYX.dtype != activations:
         raise InputError(
-            f"the state's h is {h_BCYX.dtype}, the input {x_BTCYX.dtype}. Bring both to one type, h.to(x.dtype); c "
-            f"stays float32 or better."
+            f"the state's h is {h_BCYX.dtype}, the layer computes in {activations}. Bring it to that type, "
+            f"h.to({activations}); c stays float32 or better."
         )

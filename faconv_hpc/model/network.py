@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
@@ -66,6 +67,13 @@ class TrainingLosses:
     forecast: Loss
 
 
+class _InInputsType(nn.Conv2d):
+    """A convolution in the type of its input, whatever its weights are kept in."""
+
+    def forward(self, x_NCYX: Tensor) -> Tensor:
+        return functional.conv2d(x_NCYX, self.weight.to(x_NCYX.dtype))
+
+
 class ForecastHead(nn.Conv2d):
     """What is forecast of each cell: linear in the last layer's h, and in the inputs where there are some.
 
@@ -75,10 +83,10 @@ class ForecastHead(nn.Conv2d):
 
     def __init__(self, hidden_channels: int, inputs: int, targets: int) -> None:
         super().__init__(hidden_channels, targets, kernel_size=1)
-        self.from_inputs = nn.Conv2d(inputs, targets, kernel_size=1, bias=False) if inputs else None
+        self.from_inputs = _InInputsType(inputs, targets, kernel_size=1, bias=False) if inputs else None
 
     def forward(self, h_NCYX: Tensor, x_NCYX: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, targets, Y, X)."""
+        """(N, targets, Y, X), in the inputs' type where it sees them: in float32 a small change of them is not lost."""
         forecast = super().forward(h_NCYX)
         return forecast if self.from_inputs is None else forecast + self.from_inputs(x_NCYX)
 
@@ -155,7 +163,8 @@ class FAConvLSTMNetwork(nn.Module):
         """Runs a sequence; see `FAConvLSTM2d.forward` for state, first_step and valid_BT.
 
         Args:
-            x_BTCYX: normalized fields and forcings of this tile.
+            x_BTCYX: normalized fields and forcings of this tile; float32 where the weights are in bf16, too: rounded to
+                that, they lose several percent of a small change.
             year_fraction_BT: position of each step in the year, 0 to 1.
             feedback: how it goes on by itself after a window, with gradients through all steps; default: it does not.
         """

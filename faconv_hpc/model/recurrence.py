@@ -5,8 +5,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..autograd import autocasts
+from ..errors import InputError
+from ..spatial.collectives import at_least_float32
+
 State = tuple[Tensor, Tensor]
 """(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
+
+
+def as_taken(x_BTCYX: Tensor, in_channels: int, activations: torch.dtype) -> Tensor:
+    """The input of a layer whose weights are of this type: of the same, or of float32; under autocast of the same.
+
+    Raises:
+        InputError: it has another shape than the layer takes, or a type that would be rounded.
+    """
+    if x_BTCYX.dim() != 5 or x_BTCYX.shape[2] != in_channels:
+        raise InputError(
+            f"the layer takes (batch, time, {in_channels} channels, rows, columns), got {tuple(x_BTCYX.shape)}. "
+            f"Permute the tensor, or change in_channels."
+        )
+    if autocasts(x_BTCYX.device):
+        return x_BTCYX.to(activations)
+    kinds = dict.fromkeys((activations, at_least_float32(activations)))
+    if x_BTCYX.dtype not in kinds:
+        raise InputError(
+            f"the layer's weights are {activations}, the input {x_BTCYX.dtype}. Bring both to one type: the layer "
+            f"takes {' or '.join(map(str, kinds))}."
+        )
+    return x_BTCYX
 
 
 def zero_state(like_BTCYX: Tensor, hidden_channels: int) -> State:

@@ -6,6 +6,9 @@ Forward, for every step::
     m = sum_d s_d (K_d * u)    s from the mean; or the branches one after the other
     h, c = gates(W_a m + b_a, c)
 
+With activations in bf16, u is summed up and the kernels are made in float32, and rounded once, when they are used; a
+product is rounded to the type of what it is made of, whatever is added to it is added in float32 or better.
+
 Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and the 4 C_h channels that it
 is expanded to are computed again in backward. It goes through the steps from the last to the first and adds up the
 weights' gradients of all steps in float32 or better. While halo and mean travel, W_x x of the next step is computed;
@@ -21,13 +24,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..autograd import Context, Operation, as_given
-from ..spatial.collectives import at_least_float32
 from ..spatial.surroundings import Surroundings
 from .kernels import Kernels, Taps
 
 
 class Weights(NamedTuple):
-    """What a step learns: D dilations, K cells of a kernel, S squeezed channels, F channels of m."""
+    """What a step learns: D dilations, K cells of a kernel, S squeezed channels, F channels of m.
+
+    In float32 or better, so that their gradients are added up in that, over steps and sweeps.
+    """
 
     input: Tensor
     """(C_b, C_x)"""
@@ -51,6 +56,14 @@ class Weights(NamedTuple):
     """(4 C_h,)"""
     peephole: Tensor
     """(3, C_h)"""
+
+    def of_products(self, activations: torch.dtype, inputs: torch.dtype) -> "Weights":
+        """The same, for products with what is of these types."""
+        return self._replace(
+            input=self.input.to(inputs),
+            hidden=self.hidden.to(activations),
+            expansion=self.expansion.to(activations),
+        )
 
     @property
     def of_gates(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,9 +178,10 @@ class Sweep(Operation):
     """So many steps from a state; see the module. Computes in the types that it is given, whatever autocast says.
 
     Args:
-        h_BTCYX: where h of its steps goes, but for the last, which is a tensor of its own: attention may add to it.
+        h_BTCYX: where h of its steps goes, but for the last, which is a tensor of its own: attention may add to it. Its
+            type is that of activations.
         valid_BT: bool; where it is not, a sample keeps its state. None: everywhere.
-        x_BTCYX: (B, T, C_x, Y, X).
+        x_BTCYX: (B, T, C_x, Y, X), of the activations' type, or float32.
         h_BCYX: the state; None: zeros.
         c_BCYX: float32 or better.
         weights: those of `Weights`.
@@ -188,10 +202,11 @@ class Sweep(Operation):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        w, bank, kernels, length = Weights(*weights), steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
-        last = x_BTCYX.new_empty(c_BCYX.shape)
-        u = x_BTCYX.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
-        m = u.new_empty(u.shape[0], w.expansion.shape[1], *u.shape[2:])
+        bank, kernels, length = steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
+        w = Weights(*weights).of_products(h_BTCYX.dtype, x_BTCYX.dtype)
+        last = h_BTCYX.new_empty(c_BCYX.shape)
+        u = w.bias.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
+        m = h_BTCYX.new_empty(u.shape[0], w.expansion.shape[1], *u.shape[2:])
         padded, means, cells = [], [], []
         h, c = h_BCYX, c_BCYX
         kernels.product(w.input, x_BTCYX[:, 0], u)
@@ -199,7 +214,7 @@ class Sweep(Operation):
             if h is not None:
                 kernels.product(w.hidden, h, u, add=True)
             if steps.keep or not step:
-                padded.append(steps.surroundings.halo.framed(u))
+                padded.append(steps.surroundings.halo.framed(u, h_BTCYX.dtype))
             torch.add(u, w.bias[:, None, None], out=steps.surroundings.halo.owned(padded[-1]))
             finish = steps.surroundings.start(padded[-1])
             if step < length - 1:
@@ -245,7 +260,7 @@ def _swept_back(
     cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
     if length > 1:
         ctx.steps.seal.check()
-    back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0])
+    back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0], early.dtype, x_BTCYX.dtype)
     _, _, _, wants_x, wants_h, wants_c, *_ = ctx.needs_input_grad
     grad_x = torch.empty_like(x_BTCYX) if wants_x else None
     grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
@@ -253,7 +268,7 @@ def _swept_back(
     for step in reversed(range(length)):
         of_result = grad_last if step == length - 1 else None if grad_early is None else grad_early[:, step]
         if grad_h is None:
-            grad_h = torch.zeros_like(cells[0], dtype=x_BTCYX.dtype) if of_result is None else of_result
+            grad_h = torch.zeros_like(cells[0], dtype=early.dtype) if of_result is None else of_result
         elif of_result is not None:
             grad_h.add_(of_result)
         before = early[:, step - 1] if step else h_BCYX
@@ -267,17 +282,19 @@ def _swept_back(
 class _Backward:
     """The steps of a sweep from the last to the first: their buffers, and the sums of the weights' gradients."""
 
-    def __init__(self, steps: Steps, weights: Weights, c_BCYX: Tensor) -> None:
-        self.steps, self.w = steps, weights
+    def __init__(
+        self, steps: Steps, weights: Weights, c_BCYX: Tensor, activations: torch.dtype, inputs: torch.dtype
+    ) -> None:
+        self.steps, self.w = steps, weights.of_products(activations, inputs)
         batch, _, *cells = c_BCYX.shape
         halo = steps.surroundings.halo
-        self.grad_u = weights.bias.new_empty(batch, len(weights.bias), *cells)
-        self.m = weights.bias.new_empty(batch, weights.expansion.shape[1], *cells)
+        self.grad_u = c_BCYX.new_empty(batch, len(weights.bias), *cells, dtype=activations)
+        self.m = c_BCYX.new_empty(batch, weights.expansion.shape[1], *cells, dtype=activations)
         frame = 2 * halo.width
         self.framed = functional.pad(torch.zeros_like(self.m), [frame] * 4)
         self.amid = self.framed[..., frame : frame + cells[0], frame : frame + cells[1]]
         self.grad_padded = halo.framed(self.grad_u)
-        sums = [one.new_zeros(one.shape, dtype=at_least_float32(one.dtype)) for one in weights]
+        sums = [torch.zeros_like(one) for one in weights]
         self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in sums[:2])
         self.others = sums[2:]
         self.left: tuple[Tensor, Tensor | None, Tensor | None] | None = None
@@ -323,20 +340,20 @@ class _Backward:
         if h is not None:
             _add_product(self.of_hidden, self.grad_u, h)
         if grad_x is not None:
-            grad_x.copy_(self.steps.bank.kernels.product(self.w.input.t(), self.grad_u))
-        self.others[0].add_(self.grad_u.sum((0, 2, 3)))
+            product = self.steps.bank.kernels.product(self.w.input.to(self.grad_u.dtype).t(), self.grad_u)
+            grad_x.copy_(product)
+        self.others[0].add_(self.grad_u.sum((0, 2, 3), dtype=self.w.bias.dtype))
         self.left = None
 
     def gradients(self) -> list[Tensor]:
         """Of all weights, in their order, after the last step."""
         self._do_what_is_left()
-        sums = self.of_input.sum(0), self.of_hidden.sum(0), *self.others
-        return [total.to(weight.dtype) for total, weight in zip(sums, self.w, strict=True)]
+        return [self.of_input.sum(0), self.of_hidden.sum(0), *self.others]
 
 
 def _add_product(total: Tensor, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:
     """Adds the gradient of a product's weight, for each sample."""
-    grad_BCN, x_BNC = grad_BCYX.flatten(2), x_BCYX.flatten(2).transpose(1, 2)
+    grad_BCN, x_BNC = grad_BCYX.flatten(2).to(x_BCYX.dtype), x_BCYX.flatten(2).transpose(1, 2)
     if total.dtype == grad_BCN.dtype:
         total.baddbmm_(grad_BCN, x_BNC)
     else:

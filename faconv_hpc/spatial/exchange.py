@@ -86,10 +86,11 @@ class HaloExchange:
                 _owned_view(owned, part).add_(cells)
         return owned
 
-    def framed(self, like: Tensor) -> Tensor:
-        """A padded tile whose cells are to be written: those that nothing is copied into are 0."""
+    def framed(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A padded tile whose cells are to be written: those that nothing is copied into are 0. Default: its type."""
         shape = (*like.shape[:-2], *(size + 2 * self.width for size in self.shape))
-        return like.new_empty(shape) if self._covers_halo else like.new_zeros(shape)
+        make = like.new_empty if self._covers_halo else like.new_zeros
+        return make(shape, dtype=dtype)
 
     def owned(self, padded: Tensor) -> Tensor:
         """The owned cells (..., Y, X) of a padded tile, a view."""

@@ -26,7 +26,8 @@ class Surroundings:
     remembered: Callable[[Callable[[], Started[tuple[Received, Tensor]]]], Started[tuple[Received, Tensor]]]
 
     def start(self, padded: Tensor) -> Started[Tensor]:
-        """Sends what others need of the owned cells. What is returned waits, fills the halo and gives the mean."""
+        """Sends what others need of the owned cells. What is returned waits, fills the halo and gives the mean,
+        float32 or better."""
         owned = self.halo.owned(padded)
 
         def both() -> Started[tuple[Received, Tensor]]:
@@ -38,7 +39,7 @@ class Surroundings:
         def finish() -> Tensor:
             received, mean = started()
             self.halo.fill(padded, received)
-            return mean.to(padded.dtype)
+            return mean
 
         return finish
 

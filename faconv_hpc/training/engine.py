@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import TrainingConfig
 from ..errors import InputError
+from ..model.arithmetic import ACTIVATIONS
 from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
@@ -43,7 +44,7 @@ class Engine:
 
     Attributes:
         gradient_norm: of the last step's whole gradient, before clipping; on the device, where nobody waits for it.
-        activation_type: of inputs and activations.
+        activation_type: of activations.
     """
 
     def __init__(self, network: FAConvLSTMNetwork, mesh: ProcessMesh, training: TrainingConfig) -> None:
@@ -74,11 +75,10 @@ class Engine:
         # them by a step of its own, which Adam counts.
         self._prepare_moments(0)
         self.take_communication_s()  # forget what setting up has cost
-        self.activation_type = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        self.activation_type = ACTIVATIONS[training.precision]
 
     def forward(self, inputs_BTCYX: Tensor, year_fraction_BT: Tensor, domain: Domain, **further: Any) -> NetworkOutput:
-        """The network's output; inputs are cast to the run's precision. See `FAConvLSTMNetwork.forward`."""
-        inputs_BTCYX = inputs_BTCYX.to(self.activation_type)
+        """The network's output, from inputs in float32 at every precision. See `FAConvLSTMNetwork.forward`."""
         output: NetworkOutput = self._engine(inputs_BTCYX, year_fraction_BT, domain=domain, **further)
         return output
 

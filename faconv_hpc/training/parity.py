@@ -12,6 +12,7 @@ from ..config import MeshConfig, RunConfig
 from ..data.samples import Batch, Windows
 from ..data.store import Store
 from ..errors import InputError
+from ..model.arithmetic import arithmetic
 from ..model.network import FAConvLSTMNetwork
 from ..spatial.domain import Domain
 from ..spatial.grid import Cuts, LatLonGrid
@@ -118,12 +119,13 @@ def verify_parity(
         arranged = ProcessMesh.arrange(mesh.job_ranks, *sizes, device=mesh.device, watch=mesh.watch)
         assert arranged is not None, f"rank {mesh.rank} is not part of {layout}"
         workspace = Workspace(config, store, contract, Domain(contract.grid, arranged), cycle)
-        got = _results(workspace, dtype)
-        if dtype == torch.float32:
-            got |= _update(workspace)
-        if mesh.rank == 0:
-            want = reference.values(dtype, layout.replicas)
-            rows += _compared(workspace, got, want, TOLERANCES[dtype])
+        with arithmetic("fp32", mesh.device):
+            got = _results(workspace, dtype)
+            if dtype == torch.float32:
+                got |= _update(workspace)
+            if mesh.rank == 0:
+                want = reference.values(dtype, layout.replicas)
+                rows += _compared(workspace, got, want, TOLERANCES[dtype])
     return mesh.from_first(rows)
 
 

@@ -14,6 +14,7 @@ from ..data.order import Order
 from ..data.samples import Batch, ReadAhead, Windows
 from ..data.store import Store
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
+from ..model.arithmetic import arithmetic
 from ..model.recurrence import State
 from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
@@ -78,6 +79,7 @@ def train(
         stack.enter_context(counted_start(config, stop, here=here, counted=counted))
         store = Store.open(config.data.store)
         check_store(config, store)
+        stack.enter_context(arithmetic(config.training.precision, mesh.device))
         claim = stack.enter_context(claimed(config.run_dir, here=here))  # from here on nobody else saves there
         workspace, engine = _made(config, store, mesh)
         windows = workspace.training_windows()
@@ -96,7 +98,9 @@ def train(
         kept = resumed, legs, carried
         writer = CheckpointWriter(workspace, engine, *kept, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))
-        recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=machines_of(mesh)))
+        recorder = stack.enter_context(
+            recording(config, workspace.contract, done, here=here, machines=machines_of(mesh))
+        )
         requests = _requests(config, order, mesh.replica, done)
         read = partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
