@@ -53,6 +53,7 @@ class Clock:
 
     def __init__(self, activity: Activity | None = None) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._waits: dict[str, float] = defaultdict(float)
         self._activity = activity or Activity()
 
     @contextmanager
@@ -63,7 +64,10 @@ class Clock:
             with self._activity.during(doing, waits=waits):
                 yield
         finally:
-            self._seconds[name] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[name] += seconds
+            if waits:
+                self._waits[doing] += seconds
 
     def communicating(self, verb: str) -> AbstractContextManager[None]:
         """Adds the time inside the ``with`` block to ``"exchange"``: this rank waits for others in ``verb``."""
@@ -72,3 +76,8 @@ class Clock:
     def take(self, name: str) -> float:
         """Seconds collected under ``name`` since it was last taken; resets them to zero."""
         return self._seconds.pop(name, 0.0)
+
+    def take_waits(self) -> dict[str, float]:
+        """Seconds in which this rank waited for others, by verb, since they were last taken; resets them."""
+        waits, self._waits = dict(self._waits), defaultdict(float)
+        return waits

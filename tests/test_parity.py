@@ -6,6 +6,7 @@ import torch
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, LatLonGrid
 from faconv_hpc.model.attention import AxialAttention
+from faconv_hpc.model.peers import BottleneckLSTM2d, DepthwiseConvLSTM2d
 from ranks import Layout, run_on_ranks
 from test_domain import LAYOUTS, all_agree, random_like
 
@@ -25,6 +26,8 @@ LAYERS = {
         3, 6, kernel_size=5, dilations=(1,), peephole=False, attention_every=0
     ),
     "convlstm": lambda: ConvLSTM2d(3, 5, 3),
+    "bottleneck lstm": lambda: BottleneckLSTM2d(3, 5, 3),
+    "depthwise convlstm": lambda: DepthwiseConvLSTM2d(3, 5, 5),
 }  # fmt: skip
 
 

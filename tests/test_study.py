@@ -24,10 +24,11 @@ from faconv_hpc.files import read_json_lines
 from faconv_hpc.scaling.driver import StudyDriver
 from faconv_hpc.scaling.page import markdown, write_report
 from faconv_hpc.scaling.points import Outcomes, PointFiles, locked
-from faconv_hpc.scaling.report import Spread, report_of
+from faconv_hpc.scaling.report import report_of
 from faconv_hpc.scaling.results import repeats_of, write_results
 from faconv_hpc.scaling.stores import check_stores
 from faconv_hpc.scaling.study import StudyConfig, merged, points_of
+from faconv_hpc.spread import Spread
 from runs import make_store, write_config
 from studies import FakeCluster, fail, finish, record, write_records
 from test_cli import faconv, messages

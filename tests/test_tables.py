@@ -15,7 +15,8 @@ from faconv_hpc.cli.study import _progress_table, _show_report
 from faconv_hpc.cli.verify import _show_parity
 from faconv_hpc.data.inspection import describe_reading, describe_store
 from faconv_hpc.data.store import Store
-from faconv_hpc.scaling.report import PointResult, Spread, StudyReport
+from faconv_hpc.scaling.report import PointResult, StudyReport
+from faconv_hpc.spread import Spread
 from faconv_hpc.training import export, shards
 from faconv_hpc.training.parity import ParityRow
 from faconv_hpc.training.records import StepRecord, _Display

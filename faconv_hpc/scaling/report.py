@@ -5,32 +5,14 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..spread import Spread
+from ..versions import processor
 from .driver import PointState, standing
 from .points import DONE, FAILED, Outcomes
 from .results import LOCAL, Repeat, write_results
 from .study import Point, StudyConfig
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Of one figure over the repeats."""
-
-    median: float
-    quartile_1: float
-    quartile_3: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Quartiles are interpolated linearly between repeats."""
-        least, low, median, high, most = np.quantile(np.asarray(values, dtype=np.float64), [0, 0.25, 0.5, 0.75, 1])
-        return cls(float(median), float(low), float(high), float(least), float(most))
 
 
 @dataclass(frozen=True)
@@ -171,20 +153,11 @@ def _machine(repeats: Sequence[Repeat]) -> str:
     )
     text = f"{' and '.join(kinds)}, {'hosts' if len(hosts) > 1 else 'host'} {', '.join(hosts) or 'unknown'}"
     if hosts == [platform.node()]:
-        text += f" ({_processor()}, {os.cpu_count()} cores)"
+        text += f" ({processor()}, {os.cpu_count()} cores)"
     devices = sorted({str(one.versions["device"]) for one in repeats if "device" in one.versions})
     return "; ".join(
         [text, *devices, libraries, f"{min(one.date for one in repeats)} to {max(one.date for one in repeats)}"]
     )
-
-
-def _processor() -> str:
-    """The processor's name, on Linux; else its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _notes(repeats: Sequence[Repeat]) -> tuple[str, ...]:
