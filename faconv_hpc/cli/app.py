@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError, LostRankError, RunError, describe, exit_code_of
 from ..spatial.environment import RankEnvironment
+from .bench import bench_command
 from .checkpoint import checkpoint_app
 from .data import data_app
 from .doctor import doctor_command
@@ -36,6 +37,7 @@ app.command("evaluate", cls=Verb)(evaluate_command)
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
 app.command("doctor", cls=Verb)(doctor_command)
+app.command("bench", cls=Verb)(bench_command)
 app.command("study", cls=Verb)(study_command)
 app.command("submit", cls=Verb)(submit_command)
 

@@ -1,0 +1,81 @@
+"""Seconds and bytes of work, all of it in turn, so that what slows the machine down slows everything."""
+
+import ctypes
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+WARM_UP = 2
+"""Runs that are not counted: passes are compiled, and the library chooses among its ways."""
+
+Key = TypeVar("Key")
+Work = Callable[[], object]
+
+
+def timed(device: torch.device, *works: Work) -> list[float]:
+    """Seconds of each of some works, one after the other; on a GPU by its own clock, until the last is done."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for work in works:
+            work()
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)]
+    torch.cuda.synchronize(device)
+    events[0].record()
+    for work, event in zip(works, events[1:], strict=True):
+        work()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
+
+
+def interleaved(
+    works: Mapping[Key, Callable[[], Sequence[float]]], repeats: int, show: Callable[[str], None]
+) -> dict[Key, list[Sequence[float]]]:
+    """What each work measures, in every repeat once; each repeat begins with another one.
+
+    Args:
+        works: by name; what they return is kept.
+        repeats: how many are counted, after `WARM_UP` that are not.
+        show: is told which repeat it is.
+    """
+    names = list(works)
+    found: dict[Key, list[Sequence[float]]] = {name: [] for name in names}
+    for repeat in range(-WARM_UP, repeats):
+        show(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up")
+        first = repeat % len(names)
+        for name in (*names[first:], *names[:first]):
+            measured = works[name]()
+            if repeat >= 0:
+                found[name].append(measured)
+    return found
+
+
+def peak_bytes(work: Work, device: torch.device) -> int | None:
+    """Memory that some work takes at most beyond what is there before; None where nothing tells.
+
+    On a CPU it is the process's: what it has freed goes back to the system first.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is: proc(5)
+    except (OSError, AttributeError):
+        return None
+    before = _resident_bytes("VmRSS")
+    work()
+    return max(_resident_bytes("VmHWM") - before, 0)
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
