@@ -13,6 +13,7 @@ ROOMS = {
     "spatial": set(),
     "model": {"spatial"},
     "data": {"spatial"},
+    "bench": {"spatial", "model"},
     "prepare": {"spatial", "data"},
     "training": {"spatial", "model", "data"},
     "evaluation": {"spatial", "model", "data", "training"},

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from faconv_hpc.bench.case import BenchCase
+from faconv_hpc.bench.result import BenchResult, Fall, Limits, Machine, OnTiles, Row
+from faconv_hpc.cli.bench import _show as show_bench
 from faconv_hpc.cli.checkpoint import list_command
 from faconv_hpc.cli.data import _show
 from faconv_hpc.cli.evaluate import _show_skill
 from faconv_hpc.cli.study import _progress_table, _show_report
 from faconv_hpc.cli.verify import _show_parity
+from faconv_hpc.config import MeshConfig
 from faconv_hpc.data.inspection import describe_reading, describe_store
 from faconv_hpc.data.store import Store
 from faconv_hpc.scaling.report import PointResult, StudyReport
@@ -85,7 +89,7 @@ def test_checkpoints(printed, monkeypatch):
     assert "as written, the best" in printed(lambda: list_command(Path("runs/long")))
 
 
-SPREAD = Spread(0.12344, 0.12001, 0.13002, 0.11, 0.15)
+SPREAD, MANY = Spread(0.12344, 0.12001, 0.13002, 0.11, 0.15), Spread(123.44, 120.01, 130.02, 110.0, 150.0)
 
 
 def test_a_study(printed):
@@ -96,6 +100,33 @@ def test_a_study(printed):
     report = StudyReport("strong", "strong", "16x16x16", (done, waiting), "8 nodes", ())
     told = printed(lambda: _show_report(report, Path("runs/study")))
     assert "efficiency" in told and "139.25" in told
+
+
+def test_a_bench(printed):
+    """Of a large grid on many tiles."""
+    layers = ("ConvLSTM k=3", "BottleneckLSTM", "FAConvLSTM eager + attention")
+    verbs = ("adjoint of gather", "adjoint of mean", "adjoint of pad", "gather", "mean", "pad", "swap")
+    tiles = OnTiles(
+        apart_s=MANY, whole_s=MANY, efficiency=SPREAD, speed_up=SPREAD, exposed_s=dict.fromkeys(verbs, 0.12)
+    )
+    bases = ("ConvLSTM k=3", "ConvLSTM k=5")
+    row = Row(
+        layer="", layout="channels last", parameters=1_234_567, multiply_adds=10**15, kept_bytes=2**40,
+        moved_bytes=2**41, peak_bytes=2**37, forward_s=MANY, backward_s=MANY, total_s=MANY,
+        faster=dict.fromkeys(bases, SPREAD), smaller=dict.fromkeys(bases, 12.345), product_share=0.5, copy_share=0.5,
+        tiles=tiles,
+    )  # fmt: skip
+    mesh = MeshConfig(lat=16, lon=16)
+    result = BenchResult(
+        case=BenchCase(nlat=721, nlon=1440, inputs=74, hidden=128, steps=32, batch=1, precision="bf16", mesh=mesh),
+        repeats=7,
+        machine=Machine(kind="cuda", device="NVIDIA H200", threads=12, cores=96, torch="2.13.0", faconv_hpc="0.1.0"),
+        limits=Limits(products={"8192 x 8192 x 8192": MANY}, copy_gb_s=MANY),
+        rows=[row.model_copy(update={"layer": layer}) for layer in layers],
+        fell=[Fall("FAConvLSTM", "faster than ConvLSTM k=3", 7.6, 5.1)],
+    )
+    told = printed(lambda: show_bench(result, None))
+    assert "adjoint" in told and "FELL: FAConvLSTM, faster than ConvLSTM k=3: 5.100, was 7.600" in told
 
 
 def test_the_points_of_a_study_that_runs(printed):

@@ -47,16 +47,13 @@ class Kernels(StrEnum):
     COMPILED = "compiled"
 
 
-Size = typer.Option(min=1)
-
-
 def bench_command(
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
     grid: Annotated[str, typer.Option(metavar="ROWSxCOLUMNS", help="Cells of the grid.")] = "96x192",
-    inputs: Annotated[int, Size] = 16,
-    hidden: Annotated[int, Size] = 64,
-    steps: Annotated[int, Size] = 8,
-    batch: Annotated[int, Size] = 1,
+    inputs: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 16,
+    hidden: Annotated[int, typer.Option(min=1, help="Channels of the state, of all layers.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Time steps of the sequence.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     precision: Annotated[Precision, typer.Option(help="tf32: on a GPU only.")] = Precision.FP32,
     kernels: Annotated[
         list[Kernels] | None, typer.Option(help="FAConvLSTM's passes. May be repeated. Default: compiled.")
