@@ -214,9 +214,7 @@ def changed(printed, layer="FAConvLSTM eager", by=1.0, **updates):
 
 def test_a_ratio_that_fell_by_a_fifth_is_named_and_a_tenth_is_not(printed):
     now = changed(printed[0])
-    assert (
-        falls(now, now) == falls(now, changed(printed[0], by=1 / 0.91)) == falls(now, changed(printed[0], by=0.5)) == ()
-    )
+    assert not any(falls(now, changed(printed[0], by=by)) for by in (0.5, 1.0, 1 / 0.91))
     fallen = falls(now, changed(printed[0], by=1 / 0.8))
     assert {(one.layer, one.ratio) for one in fallen} == {
         ("FAConvLSTM eager", f"{kind} than {base}")
@@ -250,11 +248,9 @@ def test_a_reference_of_another_case_or_machine_is_refused(printed):
     reference, here = BenchResult.model_validate_json(printed[0]), machine_of(CPU)
     check_comparable(CASE, here, reference)
     check_comparable(CASE, here.model_copy(update={"torch": "9", "cores": 99}), reference)
-    with pytest.raises(
-        InputError, match=r"another case or machine: nlat 7 \(reference: 6\), hidden 9 \(reference: 8\)"
-    ):
+    with pytest.raises(InputError, match=r"case or machine: nlat 7 \(reference: 6\), hidden 9 \(reference: 8\)\. "):
         check_comparable(case_of(nlat=7, hidden=9), here, reference)
-    with pytest.raises(InputError, match=r"mesh .*'lon': 2.*--json > FILE"):
+    with pytest.raises(InputError, match=r"mesh 1x2 \(reference: 1x1\)\. .*--json > FILE"):
         check_comparable(case_of(mesh=MeshConfig(lon=2)), here, reference)
     with pytest.raises(InputError, match=r"device Another \(reference: .*threads 7"):
         check_comparable(CASE, here.model_copy(update={"device": "Another", "threads": 7}), reference)
@@ -267,7 +263,7 @@ def test_another_file_is_no_reference(printed, tmp_path):
     with pytest.raises(InputError, match="holds no result of faconv bench: No such file"):
         BenchResult.load(path)
     path.write_text("{}")
-    with pytest.raises(InputError, match="case: Field required. Make one: faconv bench --json > "):
+    with pytest.raises(InputError, match=r"case: Field required\. Make one: faconv bench --json > "):
         BenchResult.load(path)
     path.write_text(json.dumps(json.loads(printed[0]) | {"format": 2}))
     with pytest.raises(InputError, match="format: Input should be 1"):

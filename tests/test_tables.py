@@ -106,9 +106,8 @@ def test_a_bench(printed):
     """Of a large grid on many tiles."""
     layers = ("ConvLSTM k=3", "BottleneckLSTM", "FAConvLSTM eager + attention")
     verbs = ("adjoint of gather", "adjoint of mean", "adjoint of pad", "gather", "mean", "pad", "swap")
-    tiles = OnTiles(
-        apart_s=MANY, whole_s=MANY, efficiency=SPREAD, speed_up=SPREAD, exposed_s=dict.fromkeys(verbs, 0.12)
-    )
+    exposed_s = dict.fromkeys(verbs, 0.12)
+    tiles = OnTiles(apart_s=MANY, whole_s=MANY, efficiency=SPREAD, speed_up=SPREAD, exposed_s=exposed_s)
     bases = ("ConvLSTM k=3", "ConvLSTM k=5")
     row = Row(
         layer="", layout="channels last", parameters=1_234_567, multiply_adds=10**15, kept_bytes=2**40,

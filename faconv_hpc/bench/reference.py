@@ -11,14 +11,18 @@ COMPARABLE = ("kind", "device", "threads")  # of the machine: with others ratios
 
 def check_comparable(case: BenchCase, machine: Machine, reference: BenchResult) -> None:
     """Raises InputError, which says what differs, unless the reference is of this case and such a machine."""
-    theirs = reference.case.model_dump() | reference.machine.model_dump(include=set(COMPARABLE))
-    ours = case.model_dump() | machine.model_dump(include=set(COMPARABLE))
+    ours, theirs = _described(case, machine), _described(reference.case, reference.machine)
     different = [f"{name} {ours[name]} (reference: {theirs[name]})" for name in ours if ours[name] != theirs[name]]
     if different:
         raise InputError(
             f"the reference is of another case or machine: {', '.join(different)}. Give the options that it was made "
             f"with, or make one here: faconv bench ... --json > FILE."
         )
+
+
+def _described(case: BenchCase, machine: Machine) -> dict[str, str]:
+    sizes = {name: str(getattr(case, name)) for name in BenchCase.model_fields}
+    return sizes | {name: str(getattr(machine, name)) for name in COMPARABLE}
 
 
 def falls(result: BenchResult, reference: BenchResult) -> tuple[Fall, ...]:
