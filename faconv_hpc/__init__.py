@@ -11,6 +11,7 @@ from .versions import __version__
 if TYPE_CHECKING:
     from .config import RunConfig
     from .config_file import load_config
+    from .forecasting.forecaster import Forecaster
     from .model.convlstm import ConvLSTM2d
     from .model.layer import FAConvLSTM2d
     from .model.network import FAConvLSTMNetwork
@@ -24,6 +25,7 @@ _HOMES = {
     "Domain": "spatial.domain",
     "FAConvLSTM2d": "model.layer",
     "FAConvLSTMNetwork": "model.network",
+    "Forecaster": "forecasting.forecaster",
     "LatLonGrid": "spatial.grid",
     "ProcessMesh": "spatial.mesh",
     "RunConfig": "config",
@@ -36,6 +38,7 @@ __all__ = [
     "Domain",
     "FAConvLSTM2d",
     "FAConvLSTMNetwork",
+    "Forecaster",
     "LatLonGrid",
     "ProcessMesh",
     "RunConfig",

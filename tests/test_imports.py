@@ -16,7 +16,8 @@ ROOMS = {
     "bench": {"spatial", "model"},
     "prepare": {"spatial", "data"},
     "training": {"spatial", "model", "data"},
-    "evaluation": {"spatial", "model", "data", "training"},
+    "forecasting": {"spatial", "model", "data", "prepare", "training"},
+    "evaluation": {"spatial", "model", "data", "prepare", "training", "forecasting"},
     "scaling": {"spatial", "model", "data", "training"},
     "launch": {"spatial", "data", "training", "scaling"},
 }
@@ -25,8 +26,9 @@ CHOKE_POINTS = {
     "deepspeed": ("training/engine.py",),
     "submitit": ("launch/submit.py",),
     "h5py": ("data/", "prepare/"),
-    "h5netcdf": ("prepare/",),
-    "xarray": ("prepare/", "evaluation/"),
+    "h5netcdf": ("prepare/", "forecasting/netcdf.py"),
+    "zarr": ("prepare/", "forecasting/zarr_store.py"),
+    "xarray": ("prepare/", "forecasting/", "evaluation/"),
     "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
 }
 ENVIRONMENT_READERS = ("spatial/environment.py", "launch/", "model/native.py")  # the last: which compiler

@@ -135,23 +135,32 @@ def _limits(text: str, calendar: str) -> tuple[float, float]:
     match = RANGE.fullmatch(text)
     assert match is not None, f"{text!r} was checked before"
     one, begin, end = match.groups()
+    what = f"the period {text!r}"
     begin, end = one or begin, one or end
-    first = _second(begin, calendar, text) if begin else -np.inf
-    last = _second(end, calendar, text, after=True) - 1 if end else np.inf
+    first = second_of(begin, calendar, what) if begin else -np.inf
+    last = second_of(end, calendar, what, after=True) - 1 if end else np.inf
     if last < first:
         raise InputError(f"the period {text!r} ends before it begins. Write the earlier date first.")
     return first, last
 
 
-def _second(date: str, calendar: str, text: str, *, after: bool = False) -> float:
-    """Of the beginning of a date, or of what comes after it: the next year, month, ..., second."""
+def second_of(date: str, calendar: str, what: str, *, after: bool = False) -> int:
+    """Of the beginning of a date, or of what comes after it: the next year, month, ..., second.
+
+    Args:
+        date: as `dates.DATE` has it.
+        what: names it in messages, such as ``the period '1979/2015'``.
+
+    Raises:
+        InputError: the calendar has no such date.
+    """
     given = [int(part) for part in re.split(r"[-T :]", date)]
     unit = UNITS[len(given) - 1]
     try:
         begin = cftime.datetime(*given, *FIRST[len(given) - 1 :], calendar=calendar)
     except ValueError as error:
         raise InputError(
-            f"the period {text!r} names {date}, which is no date of the calendar {calendar} ({error}). Change it."
+            f"{what} names {date}, which is no date of the calendar {calendar} ({error}). Change it."
         ) from None
     if after and unit == "year":
         begin = begin.replace(year=begin.year + 1)

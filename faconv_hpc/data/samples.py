@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..spatial.grid import LatLonGrid, Tile
 from .annual_cycle import AnnualCycle
-from .forcings import Instants, check_forcings, compute_forcings
+from .forcings import Instants
+from .inputs import Inputs, column
 from .periods import evenly
 from .store import Store
-from .variables import Channels, logarithm
+from .variables import Channels
 
 T = TypeVar("T")
 
@@ -107,23 +108,14 @@ class Windows:
         cycle: AnnualCycle | None = None,
     ) -> None:
         assert (grid.nlat, grid.nlon) == store.layout.grid_shape, f"{grid.nlat} x {grid.nlon} is another grid"
-        check_forcings(channels.forcings)
         self.store, self.tile, self.window, self.starts, self.channels = store, tile, window, starts, channels
-        self._cycle = cycle or AnnualCycle()
-        seen = {one.name for one in channels.fields if one.harmonics is not None}
-        assert seen == self._cycle.coefficients.keys(), f"{sorted(seen)} are seen without an annual cycle"
         self._stored = store.channel_indices([one.name for one in channels.fields])
         for variable, index in zip(channels.fields, self._stored, strict=True):
             assert variable.may_miss or not store.misses_some([index]), f"{variable.name} misses data unexpectedly"
         self._may_miss = any(one.may_miss for one in channels.targets)
-        self._latitude = grid.latitude[slice(*tile.rows)]
-        self._longitude = grid.longitude[slice(*tile.columns)]
-        self._static_SYX = store.read_static([one.name for one in channels.static], tile)
-        for field_YX, variable in zip(self._static_SYX, channels.static, strict=True):
-            field_YX[:] = (field_YX - np.float32(variable.mean)) / np.float32(variable.scale)
-        self._mean = _column([one.mean for one in channels.fields])
-        self._per_unit = _column([1 / one.scale for one in channels.fields])
-        self._per_tendency = _column([1 / one.target_scale for one in channels.prognostic])
+        static_SYX = store.read_static([one.name for one in channels.static], tile)
+        self._inputs = Inputs(channels, tile, grid, static_SYX, cycle or AnnualCycle())
+        self._per_tendency = column([1 / one.target_scale for one in channels.prognostic])
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -163,15 +155,8 @@ class Windows:
         return range(start, start + self.window + 1)
 
     def cycle_of(self, frames: range) -> NDArray[np.float32]:
-        """(T, C, Y, X) what the targets' values are that the network sees as 0: 0 where it sees them as they are, and
-        (T, C, 1, 1) where it sees all as they are."""
-        fractions = self.store.year_fraction[list(frames)]
-        shape = self.tile.shape if self._cycle.coefficients else (1, 1)
-        cycle_TCYX = np.zeros((len(frames), len(self.channels.targets), *shape), dtype=np.float32)
-        for place, variable in enumerate(self.channels.targets):
-            if variable.harmonics is not None:
-                cycle_TCYX[:, place] = self._cycle.at(variable.name, fractions)
-        return cycle_TCYX
+        """(T, C, Y, X) what the targets' values are that the network sees as 0, see `Inputs.cycle_at`."""
+        return self._inputs.cycle_at(self.store.year_fraction[list(frames)])
 
     def _fill(
         self,
@@ -180,51 +165,22 @@ class Windows:
         target_TCYX: NDArray[np.float32],
         valid_TCYX: NDArray[np.bool_] | None,
     ) -> None:
-        channels, changing, given = self.channels, len(self.channels.prognostic), self.channels.given
-        values_TCYX, known_TCYX = self.store.read(frames, self.tile, self._stored)
-        for field, variable in enumerate(channels.fields):
-            if variable.log1p is not None:
-                values_TCYX[:, field] = logarithm(values_TCYX[:, field], variable.log1p, variable.name)
-            elif variable.harmonics is not None:
-                values_TCYX[:, field] -= self._cycle.at(variable.name, self.store.year_fraction[list(frames)])
-        np.subtract(values_TCYX[1:, :changing], values_TCYX[:-1, :changing], out=target_TCYX[:, :changing])
-        target_TCYX[:, :changing] *= self._per_tendency
-        values_TCYX -= self._mean
-        values_TCYX *= self._per_unit
-        target_TCYX[:, changing:] = values_TCYX[1:, given:]
-        inputs_TCYX[:, :given] = values_TCYX[:-1, :given]
-        self._mark_missing(known_TCYX, inputs_TCYX, target_TCYX, valid_TCYX)
-        first = len(channels.inputs) - len(channels.forcings)
-        inputs_TCYX[:, first - len(channels.static) : first] = self._static_SYX
+        inputs, changing, given = self._inputs, len(self.channels.prognostic), self.channels.given
         span = slice(frames.start, frames.stop)
         at = Instants(self.store.time_hours[span], self.store.year_fraction[span], self.store.utc_hour[span])
-        compute_forcings(channels.forcings, at, self._latitude, self._longitude, inputs_TCYX[:, first:])
-
-    def _mark_missing(
-        self,
-        known_TCYX: NDArray[np.bool_] | None,
-        inputs_TCYX: NDArray[np.float32],
-        target_TCYX: NDArray[np.float32],
-        valid_TCYX: NDArray[np.bool_] | None,
-    ) -> None:
-        """Fills in masks, and 0 where inputs and targets are not known."""
-        channels, changing, given = self.channels, len(self.channels.prognostic), self.channels.given
-        for place, variable in enumerate(channels.masked):
-            known = True if known_TCYX is None else known_TCYX[:-1, channels.fields.index(variable)]
-            inputs_TCYX[:, given + place] = known
+        values_TCYX, known_TCYX = self.store.read(frames, self.tile, self._stored)
+        inputs.transform(values_TCYX, at.year_fraction)
+        np.subtract(values_TCYX[1:, :changing], values_TCYX[:-1, :changing], out=target_TCYX[:, :changing])
+        target_TCYX[:, :changing] *= self._per_tendency
+        inputs.normalise(values_TCYX)
+        target_TCYX[:, changing:] = values_TCYX[1:, given:]
+        inputs.fill(values_TCYX[:-1, :given], None if known_TCYX is None else known_TCYX[:-1, :given], at, inputs_TCYX)
         if valid_TCYX is not None:
             valid_TCYX[:] = True
-        if known_TCYX is not None:
-            inputs_TCYX[:, :given][~known_TCYX[:-1, :given]] = 0.0
         if known_TCYX is not None and valid_TCYX is not None:
             np.logical_and(known_TCYX[1:, :changing], known_TCYX[:-1, :changing], out=valid_TCYX[:, :changing])
             valid_TCYX[:, changing:] = known_TCYX[1:, given:]
             target_TCYX[~valid_TCYX] = 0.0
-
-
-def _column(numbers: Sequence[float]) -> NDArray[np.float32]:
-    """(C, 1, 1) one for each channel."""
-    return np.array(numbers, dtype=np.float64).astype(np.float32)[:, None, None]
 
 
 class ReadAhead(Generic[T], Iterator[Batch]):

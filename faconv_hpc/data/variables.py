@@ -30,6 +30,7 @@ class Variable(BaseModel):
         loss_weight: of its squared error among those of the others.
         inherited: whether the statistics are of the data of the network whose weights the run began with.
         mean, std, tendency_std: of z; the last of its change from a frame to the next.
+        long_name: as the store has it; of a level it ends in `` at 500 hPa``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,7 @@ class Variable(BaseModel):
     mean: float
     std: float
     tendency_std: float
+    long_name: str = ""
 
     @property
     def kind(self) -> tuple[str | float | None, ...]:

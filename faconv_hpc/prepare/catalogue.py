@@ -1,11 +1,12 @@
 """Sources joined: for every channel, where each frame comes from. Reads them slab by slab."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from ..data.layout import Channel, same_units
@@ -95,10 +96,18 @@ def build_catalogue(
     Raises:
         InputError: nothing to take, or sources that do not fit together.
     """
-    found = Found(options)
-    for path in paths:
-        for dataset in open_sources(path, options.select):
-            found.add(dataset, path)
+    opened = ((dataset, path) for path in paths for dataset in open_sources(path, options.select))
+    return catalogue_of(opened, options, longitude_deg)
+
+
+def catalogue_of(
+    opened: Iterable[tuple[xr.Dataset, Path]], options: SourceOptions, longitude_deg: NDArray[np.float64] | None = None
+) -> Catalogue:
+    """Joins what is open, each with the name of its source; see `build_catalogue`."""
+    found, paths = Found(options), []
+    for dataset, path in opened:
+        found.add(dataset, path)
+        paths.append(path)
     alone = longitude_deg is None
     found.check(paths, alone=alone)
     chosen, constant = _choose(found.segments, options.variables, paths, found.static, alone=alone)

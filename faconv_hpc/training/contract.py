@@ -1,8 +1,8 @@
 """The contract of a run: what its network was trained on, and needs to be used."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from ..data.statistics import Seen, Statistics, Stretches, merged, moments_of, p
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
 from ..data.unknown_names import index_of
-from ..data.variables import Channels, Variable
+from ..data.variables import Channels, Role, Variable
 from ..errors import InputError
 from ..observe import READING
 from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid, Tile
@@ -101,69 +101,77 @@ class Contract(BaseModel):
         axis = store.layout.time
         return frames_within(axis, [text for text in self.training if is_there(axis, text)])
 
-    def check(self, store: Store) -> None:
+    def check(self, store: Store, roles: Collection[Role] = get_args(Role)) -> None:
         """Holds data to the contract.
+
+        Args:
+            roles: of the variables that are asked for.
 
         Raises:
             InputError: a variable is not there or in other units, or grid, step or calendar differ, or cells are
                 missing where none were in training; with both values.
         """
-        for variable in self.variables:
-            self._check_variable(store, variable)
-        for name in ("latitude_deg", "longitude_deg"):
-            mine, others = np.array(getattr(self, name)), getattr(store, name)
+        where = f"the store {store.path}"
+        for variable in (one for one in self.variables if one.role in roles):
+            if variable.role == "static":
+                index = index_of("static variable", variable.name, store.static_names, f"store {store.path}")
+                static = store.static[index]
+                self.check_units(variable, static.channel.units, where)
+                self.check_static(variable, static.mean, static.std, where)
+                continue
+            (index,) = store.channel_indices([variable.name])
+            self.check_units(variable, store.units[index], where)
+            if store.misses_some([index]) and not variable.may_miss:
+                raise self._refusal(
+                    where,
+                    f"a {variable.name!r} without missing cells",
+                    "some that are missing",
+                    "Fill them in the source, or leave those frames out with --from and --to.",
+                )
+        self.check_grid(store.latitude_deg, store.longitude_deg, where)
+        self._check_times(store, where)
+
+    def check_grid(self, latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64], where: str) -> None:
+        """Raises InputError for another grid; ``where`` names the data."""
+        for name, others in (("latitude_deg", latitude_deg), ("longitude_deg", longitude_deg)):
+            mine = np.array(getattr(self, name))
             if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
                 way_out = _rolled(mine, others) if name == "longitude_deg" else ""
-                raise self._refusal(
-                    store.path, f"{name} {_range(mine)}", _range(others), way_out or "Regrid the source."
-                )
-        self._check_times(store)
+                raise self._refusal(where, f"{name} {_range(mine)}", _range(others), way_out or "Regrid the source.")
 
-    def _check_variable(self, store: Store, variable: Variable) -> None:
-        if variable.role == "static":
-            index = index_of("static variable", variable.name, store.static_names, f"store {store.path}")
-            static = store.static[index]
-            units, misses = static.channel.units, False
-        else:
-            (index,) = store.channel_indices([variable.name])
-            units, misses = store.units[index], store.misses_some([index])
+    def check_units(self, variable: Variable, units: str, where: str) -> None:
+        """Raises InputError for a variable in other units than it was trained in; ``where`` names the data."""
         if not same_units(variable.units, units):
             raise self._refusal(
-                store.path,
+                where,
                 f"{variable.name!r} in {variable.units or 'no units'}",
                 f"it in {units or 'no units'}",
                 "Convert it in the source, and prepare the store again.",
             )
-        if variable.role == "static" and not (
-            variable.inherited or _are_close(variable, (static.mean, static.std, 0.0))
-        ):
+
+    def check_static(self, variable: Variable, mean: float, std: float, where: str) -> None:
+        """Raises InputError for another field without time; ``where`` names the data."""
+        if not variable.inherited and not _are_close(variable, (mean, std, 0.0)):
             raise self._refusal(
-                store.path,
+                where,
                 f"a {variable.name!r} of mean {variable.mean:.7g} and deviation {variable.std:.7g} {variable.units}",
-                f"one of {static.mean:.7g} and {static.std:.7g}",
+                f"one of {mean:.7g} and {std:.7g}",
                 "Use the same field: it is what the network knows the place by.",
             )
-        if misses and not variable.may_miss:
-            raise self._refusal(
-                store.path,
-                f"a {variable.name!r} without missing cells",
-                "some that are missing",
-                "Fill them in the source, or leave those frames out with --from and --to.",
-            )
 
-    def _check_times(self, store: Store) -> None:
+    def _check_times(self, store: Store, where: str) -> None:
         if self.calendar != store.calendar:
-            raise self._refusal(store.path, f"the calendar {self.calendar}", store.calendar, "See --calendar.")
+            raise self._refusal(where, f"the calendar {self.calendar}", store.calendar, "See --calendar.")
         mine, others = self.step_hours, _steps_of(store, [range(store.frames)])
         margin = IRREGULAR_S / SECONDS_PER_HOUR
         if others[0] < mine[0] - margin or others[1] > mine[1] + margin:
             told, found = (
                 f"steps of {' to '.join(f'{one:g}' for one in sorted(set(pair)))} h" for pair in (mine, others)
             )
-            raise self._refusal(store.path, told, found, "Thin out the source with --every, or interpolate it.")
+            raise self._refusal(where, told, found, "Thin out the source with --every, or interpolate it.")
 
-    def _refusal(self, path: Path, trained: str, found: str, way_out: str) -> InputError:
-        return InputError(f"the network was trained on {trained}, the store {path} has {found}. {way_out}")
+    def _refusal(self, where: str, trained: str, found: str, way_out: str) -> InputError:
+        return InputError(f"the network was trained on {trained}, {where} has {found}. {way_out}")
 
 
 def check_same_data(
@@ -271,7 +279,8 @@ def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str
     if name in store.static_names:
         static = store.static[store.static_names.index(name)]
         numbers = {"mean": static.mean, "std": static.std, "tendency_std": 0}
-        return Variable(name=name, units=static.channel.units, role="static", **numbers)
+        told = {"units": static.channel.units, "long_name": static.channel.long_name}
+        return Variable(name=name, role="static", **told, **numbers)
     (channel,) = store.channel_indices([name])
     mean, std, tendency_std = statistics[name].tolist()
     return Variable(
@@ -285,6 +294,7 @@ def _variable(name: str, data: DataConfig, store: Store, statistics: Mapping[str
         mean=mean,
         std=std,
         tendency_std=tendency_std,
+        long_name=store.layout.channels[channel].long_name,
     )
 
 

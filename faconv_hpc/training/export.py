@@ -83,11 +83,14 @@ def cycle_in(checkpoint: Checkpoint, contract: Contract) -> AnnualCycle:
 
 
 def metadata(manifest: Manifest) -> dict[str, str]:
-    """What builds the network, and its contract: texts, as safetensors wants them, or JSON."""
+    """What builds the network, its contract, and how its run used it: texts, as safetensors wants them, or JSON."""
     model = ModelConfig.model_validate(as_now(manifest.config["model"]))
     return {
         "step": str(manifest.step),
         "network": json.dumps(network_options(model, manifest.contract.channels)),
         "contract": manifest.contract.model_dump_json(),
         "faconv_hpc": manifest.versions["faconv_hpc"],
+        "run": Path(manifest.config["run_dir"]).name,
+        "window": str(manifest.config["data"]["window"]),
+        "mesh": manifest.mesh,
     }

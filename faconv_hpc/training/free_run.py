@@ -1,6 +1,6 @@
 """Forecasts beyond a window: the network goes on from what it has forecast."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
@@ -27,14 +27,34 @@ def free_run(
         for each of the leads 1 to T - window + 1: (B, P, Y, X) how the prognostic fields have changed, as the sum of
         the tendencies, and (B, D, Y, X) the diagnostics.
     """
-    inputs, season, feedback = batch.inputs_BTCYX, batch.year_fraction_BT, feedback_of(batch.channels, window)
-    output = network(inputs[:, :window], season[:, :window], domain=domain)
+    inputs, season = batch.inputs_BTCYX, batch.year_fraction_BT
+    given = zip(inputs[:, window:].unbind(1), season[:, window:].unbind(1), strict=True)
+    return free_run_from(network, inputs[:, :window], season[:, :window], given, batch.channels, domain)
+
+
+def free_run_from(
+    network: Callable[..., NetworkOutput],
+    window_BTCYX: Tensor,
+    year_fraction_BT: Tensor,
+    given: Iterable[tuple[Tensor, Tensor]],
+    channels: Channels,
+    domain: Domain,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`free_run` whose inputs come one after the other: it asks for the next when the lead before it is taken.
+
+    Args:
+        given: (B, C, Y, X) of the times after the window, of which only the forcings are used, and (B,) their fractions
+            of the year.
+    """
+    window, last_BCYX = window_BTCYX.shape[1], window_BTCYX[:, -1]
+    feedback = feedback_of(channels, window)
+    output = network(window_BTCYX, year_fraction_BT, domain=domain)
     precision = at_least_float32(output.forecast_BTCYX.dtype)  # as tendencies are summed up
     change_BCYX = output.tendency_BTCYX[:, -1].to(precision)
     yield change_BCYX, output.diagnostic_BTCYX[:, -1].to(precision)
-    for at in range(window, inputs.shape[1]):
-        x_BTCYX = feedback.inputs(inputs[:, window - 1], inputs[:, at], change_BCYX)[:, None]
-        output = network(x_BTCYX, season[:, at : at + 1], domain=domain, state=output.state, first_step=at)
+    for at, (given_BCYX, season_B) in enumerate(given, start=window):
+        x_BTCYX = feedback.inputs(last_BCYX, given_BCYX, change_BCYX)[:, None]
+        output = network(x_BTCYX, season_B[:, None], domain=domain, state=output.state, first_step=at)
         change_BCYX = change_BCYX + output.tendency_BTCYX[:, 0]
         yield change_BCYX, output.diagnostic_BTCYX[:, 0].to(precision)
 

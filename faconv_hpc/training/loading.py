@@ -1,12 +1,15 @@
 """A trained network and what it needs to be used, from a run, a checkpoint or an exported file."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..config import as_now
@@ -17,7 +20,8 @@ from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
 from .export import CYCLE, cycle_in, metadata
-from .shards import newest_at
+from .manifest import Manifest
+from .shards import Checkpoint, DamagedCheckpointError, checkpoints_at, newest_at
 
 
 @dataclass(frozen=True)
@@ -29,35 +33,84 @@ class TrainedNetwork:
         contract: its variables with units and statistics, its forcings and its grid.
         step: of its training.
         cycle: of the variables that it sees without it (those with ``harmonics``), on the whole grid.
+        about: what else is said of it, see `metadata`; of a run's or a checkpoint's, ``store`` too.
     """
 
     network: FAConvLSTMNetwork
     contract: Contract
     step: int
     cycle: AnnualCycle
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def window(self) -> int:
+        """How many inputs in a row it was trained on, which spin its state up.
+
+        Raises:
+            InputError: it was exported by a version that did not say so.
+        """
+        return window_of(self.about)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its weights, and of all that makes something of them: its architecture and its contract."""
+        weights = {name: value.cpu().contiguous() for name, value in sorted(self.network.state_dict().items())}
+        said = {"network": json.loads(self.about["network"]), "contract": self.contract.model_dump(mode="json")}
+        for free in ("kernels", "checkpoint_steps", "attention_exchange"):  # other ways to the same numbers
+            said["network"].pop(free, None)
+        return hashlib.sha256(save(weights) + json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def domain(self, mesh: ProcessMesh | None = None) -> Domain:
         """The grid that it was trained on, cut over the ranks of a mesh; default: all of it here."""
         return Domain(self.contract.grid, mesh)
 
 
-def load_network(path: Path | str, *, kernels: str = "eager") -> TrainedNetwork:
+def load_network(path: Path | str, *, kernels: str | None = "eager") -> TrainedNetwork:
     """From a run directory (its newest whole checkpoint), a checkpoint's directory, or an exported .safetensors file.
 
     Args:
-        kernels: ``compiled`` is several times faster, and needs a C++ compiler.
+        kernels: ``compiled`` is several times faster, and needs a C++ compiler. None: those that it was trained with.
 
     Raises:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
     about, contract, weights, cycle = read_weights(Path(path))
     options = as_now(json.loads(about["network"])) | {"checkpoint_steps": 0}  # as nothing is trained
-    if options["cell"] == "faconvlstm":
+    if options["cell"] == "faconvlstm" and kernels is not None:
         options["kernels"] = kernels
     network = FAConvLSTMNetwork(**options)
     network.load_state_dict(weights)
     network.boundaries = contract.grid.boundaries
-    return TrainedNetwork(network.eval(), contract, int(about["step"]), cycle)
+    return TrainedNetwork(network.eval(), contract, int(about["step"]), cycle, about)
+
+
+def window_of(about: Mapping[str, str]) -> int:
+    """Of what is said of a network; raises InputError where it does not say, see `TrainedNetwork.window`."""
+    if "window" not in about:
+        raise InputError(
+            f"the network was exported by a version of faconv_hpc ({about.get('faconv_hpc', 'unknown')}) that did not "
+            f"say how many inputs spin its state up. Export it again from its run: `faconv checkpoint export`."
+        )
+    return int(about["window"])
+
+
+def about_network(path: Path) -> dict[str, str]:
+    """What is said of a network (see `TrainedNetwork.about`), without reading its weights.
+
+    Raises:
+        InputError: as `load_network`, as far as can be told.
+    """
+    if path.is_file():
+        return _metadata_in(path)
+    found = [one for one in map(_manifest_of, reversed(checkpoints_at(path))) if one is not None]
+    return _said_of(found[0]) if found else _said_of(newest_at(path).manifest())
+
+
+def _manifest_of(checkpoint: Checkpoint) -> Manifest | None:
+    try:
+        return checkpoint.manifest()
+    except DamagedCheckpointError:
+        return None
 
 
 Read = tuple[dict[str, str], Contract, dict[str, Tensor], AnnualCycle]
@@ -71,27 +124,39 @@ def read_weights(path: Path) -> Read:
 def _saved(path: Path) -> Read:
     checkpoint = newest_at(path)
     manifest = checkpoint.manifest()
-    return metadata(manifest), manifest.contract, checkpoint.weights(), cycle_in(checkpoint, manifest.contract)
+    return _said_of(manifest), manifest.contract, checkpoint.weights(), cycle_in(checkpoint, manifest.contract)
 
 
-def _exported(path: Path) -> Read:
+def _said_of(manifest: Manifest) -> dict[str, str]:
+    return metadata(manifest) | {"store": str(manifest.config["data"]["store"])}
+
+
+def _metadata_in(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        weights = load_file(path)
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read ({error}). Give a run_dir, a checkpoint's directory, or the .safetensors file that "
             f"`faconv checkpoint export` writes; a .pt file holds the tensors alone."
         ) from None
+
+
+def contract_in(about: Mapping[str, str], path: Path | str = "the file") -> Contract:
+    """What is said of a network's data; raises InputError where nothing is."""
     try:
-        contract = Contract.model_validate_json(about["contract"])
+        return Contract.model_validate_json(about["contract"])
     except (KeyError, ValidationError):
         raise InputError(
             f"{path} says nothing of what its network was trained on: it was not written by this version's "
             f"`faconv checkpoint export`, which does. Export it again."
         ) from None
-    prefix = f"{CYCLE}/"
+
+
+def _exported(path: Path) -> Read:
+    about = _metadata_in(path)
+    contract = contract_in(about, path)
+    prefix, weights = f"{CYCLE}/", load_file(path)
     cycle = {name.removeprefix(prefix): weights.pop(name).numpy() for name in list(weights) if name.startswith(prefix)}
     whole = AnnualCycle(cycle, contract.globe)
     if whole.digest != contract.annual_cycle:

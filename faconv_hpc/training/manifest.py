@@ -8,10 +8,12 @@ from ..spatial.grid import Span
 from .contract import Contract
 from .schedule import Leg
 
-# 1 had no legs, 2 no contract, 3 no roles, 4 no states, and 5 no annual cycle; the last three can be read.
-Format = Literal["faconv_hpc checkpoint 4", "faconv_hpc checkpoint 5", "faconv_hpc checkpoint 6"]
+# 1 had no legs, 2 no contract, 3 no roles, 4 no states, 5 no annual cycle, 6 no long names; from 4 on they are read.
+Format = Literal[
+    "faconv_hpc checkpoint 4", "faconv_hpc checkpoint 5", "faconv_hpc checkpoint 6", "faconv_hpc checkpoint 7"
+]  # fmt: skip
 READ: tuple[str, ...] = get_args(Format)
-FORMAT = "faconv_hpc checkpoint 6"
+FORMAT = "faconv_hpc checkpoint 7"
 
 
 class _Section(BaseModel):

@@ -16,6 +16,7 @@ from ..observe import READING
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .free_run import free_run
+from .units import in_units, reference_of
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def forecasts_of(
     diagnostics_TCYX = targets_TCYX[:, changing:]
     before_CYX = torch.full_like(diagnostics_TCYX[0], float("nan")) if window == 1 else diagnostics_TCYX[window - 2]
     start_CYX = batch.inputs_BTCYX[0, window - 1]
-    z_CYX = _reference(start_CYX, channels)
-    persistence_CYX = _in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), z_CYX, channels)
+    z_CYX = reference_of(start_CYX, channels)
+    persistence_CYX = in_units(torch.cat([torch.zeros_like(changes_TCYX[0]), before_CYX]), z_CYX, channels)
     reference_CYX = torch.stack([one.value(z) for one, z in zip(channels.targets, z_CYX, strict=True)])
     cycle_LCYX = cycle_LCYX.double()
     turned_LCYX = cycle_LCYX - cycle_LCYX[0]
@@ -152,25 +153,10 @@ def forecasts_of(
         truth_CYX = torch.cat([changes_TCYX[lead], came_CYX])
         forecast_CYX = torch.cat([part[0] for part in forecast])
         turned_CYX = turned_LCYX[lead + 1].where(prognostic_C, 0.0)
-        came, said = (_in_units(fields, z_CYX, channels) + turned_CYX for fields in (truth_CYX, forecast_CYX))
+        came, said = (in_units(fields, z_CYX, channels) + turned_CYX for fields in (truth_CYX, forecast_CYX))
         persisted_CYX = persistence_CYX - turned_LCYX[lead + 1].where(~prognostic_C, 0.0)
         mean_CYX = reference_CYX + cycle_LCYX[0].where(prognostic_C, cycle_LCYX[lead + 1])
         yield LeadFields(came, said, persisted_CYX, climatology_LCYX[lead] - mean_CYX)
-
-
-def _in_units(fields_CYX: Tensor, z_CYX: Tensor, channels: Channels) -> Tensor:
-    """(C, Y, X) float64 of the targets' changes from a `_reference`, or of diagnostics' departures from their mean."""
-    changes = zip(channels.targets, z_CYX, fields_CYX.double(), strict=True)
-    return torch.stack([variable.change(z, dz * variable.target_scale) for variable, z, dz in changes])
-
-
-def _reference(start_CYX: Tensor, channels: Channels) -> Tensor:
-    """(C, Y, X) float64 what the changes of the targets are from: the last input, or the mean of diagnostics."""
-    parts = []
-    for place, variable in enumerate(channels.targets):
-        mean = torch.full(start_CYX.shape[-2:], variable.mean, dtype=torch.float64, device=start_CYX.device)
-        parts.append(start_CYX[place] * variable.scale + mean if variable.role == "prognostic" else mean)
-    return torch.stack(parts)
 
 
 def _area_squares(error_RCYX: Tensor, valid_RCYX: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,176 @@
+"""Forecasts from several dates, dealt over replicas and streamed to an output."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data.layout import STORE_FILE
+from ..data.store import Store
+from ..errors import InputError
+from ..observe import SAVING
+from ..spatial.domain import Domain
+from ..spatial.mesh import ProcessMesh
+from ..training.contract import Contract
+from .dates import Start, Timeline, seconds_of
+from .forecaster import Forecaster
+from .frames import Frames, store_frames
+from .layout import ForecastLayout
+from .output import Asked, Request, Sink, Writer, finish_output, opened_output, written_to
+
+Progress = Callable[[int, int], None]
+"""Called with (leads that are written, leads there are), of the first replica."""
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What is to be forecast, checked; no weights are needed for it.
+
+    Attributes:
+        request: what makes it another one, but for the network.
+    """
+
+    frames: Frames
+    starts: tuple[Start, ...]
+    layout: ForecastLayout
+    request: Request
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was made."""
+
+    path: str
+    variables: tuple[str, ...]
+    dates: int
+    kept_dates: int
+    steps: int
+    first: str
+    last: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def plan_campaign(
+    contract: Contract, window: int, data: Sequence[Path], start: Sequence[str], steps: int, sequence: str | None = None
+) -> Campaign:
+    """Opens the data and finds the frames of every date; reads no fields but those without time.
+
+    Args:
+        window: of the network.
+        data: a store, or files.
+        start: see `seconds_of`; or ``last``, the last date that the data allow.
+        sequence: of a store that has several.
+
+    Raises:
+        InputError: the data have not what the contract says, or not what a date needs.
+    """
+    frames = open_frames(contract, data, sequence)
+    timeline = Timeline(frames, contract, window, steps)
+    seconds = [timeline.last()] if list(start) == [LAST] else seconds_of(start, contract.calendar)
+    starts = tuple(timeline.start(second) for second in seconds)
+    dates = [one.times.date(one.window - 1) for one in starts]
+    told = f"{len(dates)} dates from {dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]
+    request = {
+        "--data": Asked(frames.identity, f"{frames.name} (digest {frames.identity[:8]})"),
+        "--start": Asked(hashlib.sha256(json.dumps(dates).encode()).hexdigest(), told),
+        "--steps": Asked(str(steps), str(steps)),
+    }
+    return Campaign(frames, starts, ForecastLayout.of(contract, starts), request)
+
+
+def open_frames(contract: Contract, data: Sequence[Path], sequence: str | None = None) -> Frames:
+    """A store, or files of any other kind; see `store_frames` and `file_frames`."""
+    stores = [path for path in data if (path / STORE_FILE).is_file()]
+    if len(data) == 1 and stores:
+        return store_frames(Store.open(data[0]), contract, sequence)
+    if sequence is not None:
+        raise InputError(f"--sequence {sequence} is of a store that has several, and --data names other files.")
+    from .sources import file_frames
+
+    return file_frames(data, contract)
+
+
+def run_campaign(
+    forecaster: Forecaster,
+    campaign: Campaign,
+    output: Path,
+    mesh: ProcessMesh,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Collective. Each replica forecasts from another date; a lead is written when it is there. Dates that an earlier
+    start has finished are kept.
+
+    Raises:
+        InputError: the output is of another request, or cannot be written; or fields that cannot be read.
+    """
+    began, trained = time.monotonic(), forecaster.trained
+    network = Asked(trained.digest, f"step {trained.step} of {trained.about.get('run', 'a network')}")
+    told = f"{network.told} (digest {network.value[:8]})"
+    request = {"MODEL": Asked(network.value, told), **campaign.request}
+    kept = count = len(campaign.starts)
+    with opened_output(output, campaign.layout, request, mesh, overwrite=overwrite) as writer:
+        if writer is not None:
+            todo = mesh.from_first([init for init in range(count) if not writer.is_done(init)])
+            kept = count - len(todo)
+            _Work(forecaster, campaign, writer, mesh, output).do(todo, progress)
+            finish_output(writer, output, mesh)
+    dates = [one.times.date(one.window - 1) for one in campaign.starts]
+    names, steps = tuple(one.name for one in campaign.layout.fields), campaign.layout.leads_s.size
+    return Summary(str(output), names, count, kept, steps, dates[0], dates[-1], time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Of this rank."""
+
+    forecaster: Forecaster
+    campaign: Campaign
+    writer: Writer
+    mesh: ProcessMesh
+    output: Path
+
+    def do(self, todo: Sequence[int], progress: Progress | None) -> None:
+        """Forecasts from some dates, as many at once as there are replicas; all ranks go from lead to lead together,
+        so that none waits long for another."""
+        steps, replicas = self.campaign.layout.leads_s.size, self.mesh.replicas
+        turns = [todo[first : first + replicas] for first in range(0, len(todo), replicas)]
+        for number, turn in enumerate(turns):
+            mine = turn[self.mesh.replica] if self.mesh.replica < len(turn) else None
+
+            def after_each(lead: int, number: int = number) -> None:
+                self.mesh.gathered([0.0])
+                if progress is not None:
+                    progress(number * steps + lead + 1, len(turns) * steps)
+
+            if mine is None:
+                for lead in range(steps):
+                    after_each(lead)
+            else:
+                self._forecast(mine, after_each)
+
+    def _forecast(self, init: int, after_each: Callable[[int], None]) -> None:
+        leads = self.forecaster.leads(self.campaign.frames, self.campaign.starts[init])
+        with written_to(self.output), self.writer.writing(init, self.mesh.tile_index == 0) as sink:
+            for lead, lead_CYX in enumerate(leads):
+                self._write(sink, lead, lead_CYX, self.forecaster.domain)
+                after_each(lead)
+
+    def _write(self, sink: Sink | None, lead: int, lead_CYX: Tensor, domain: Domain) -> None:
+        """One field of the whole grid after the other, on every rank; one of them writes it."""
+        for channel, field_YX in enumerate(lead_CYX):
+            whole_YX = domain.assemble(field_YX)
+            if sink is not None and self.writer.writes(channel, self.mesh.tile_index, self.mesh.tiles):
+                with self.mesh.activity.during(SAVING):
+                    sink.write(channel, lead, whole_YX.cpu().numpy())

@@ -1,0 +1,183 @@
+"""Dates to forecast from, and the frames that a forecast from one of them needs."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.dates import DATE
+from ..data.periods import second_of, spans_of, stretches_of
+from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR, TimeAxis
+from ..errors import InputError
+from ..training.contract import Contract
+from .frames import Frames
+
+STARTS = re.compile(rf"({DATE})(?:/({DATE})/([1-9]\d*)\s*(min|h|d))?")
+UNIT_S = {"min": 60, "h": SECONDS_PER_HOUR, "d": 24 * SECONDS_PER_HOUR}
+SHOWN = 4  # dates or ranges of dates in a message
+
+
+def seconds_of(texts: Sequence[str], calendar: str) -> list[int]:
+    """Instants in a calendar, in their order, each once.
+
+    Args:
+        texts: dates (a day is its midnight) or ranges with a step, ``2020-01-01/2020-02-01/24h``, whose end belongs to
+            them; or several of them with commas between.
+
+    Raises:
+        InputError: a text that is none.
+    """
+    seconds: set[int] = set()
+    for text in (part.strip() for one in texts for part in one.split(",")):
+        match = STARTS.fullmatch(text)
+        if match is None:
+            raise InputError(
+                f"--start takes dates such as 2020-01-01 or 2020-01-01T12, or a range with its step (min, h or d) such "
+                f"as 2020-01-01/2020-02-01/24h, got {text!r}."
+            )
+        first, last, number, unit = match.groups()
+        begin = second_of(first, calendar, f"--start {text}")
+        end = second_of(last, calendar, f"--start {text}") if last else begin
+        if end < begin:
+            raise InputError(f"--start {text} ends before it begins. Write the earlier date first.")
+        seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit] if number else 1))
+    return sorted(seconds)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A forecast from one date: where its inputs are, and its times.
+
+    Attributes:
+        states: frames of the window, the last of which is the start.
+        forcings: frames of the variables that are forcings, of the window and all leads but the last; empty where the
+            network has none.
+        times: of the window, and of the leads.
+    """
+
+    states: tuple[int, ...]
+    forcings: tuple[int, ...]
+    times: TimeAxis
+
+    @property
+    def window(self) -> int:
+        """How many inputs are given."""
+        return len(self.states)
+
+    @property
+    def second(self) -> int:
+        """Of the start."""
+        return int(self.times.seconds[self.window - 1])
+
+    @property
+    def leads_s(self) -> NDArray[np.int64]:
+        """(N,) from the start to each lead."""
+        leads: NDArray[np.int64] = self.times.seconds[self.window :] - self.second
+        return leads
+
+
+class Timeline:
+    """Which dates some frames allow to forecast from.
+
+    Where training's frames had one step, each time is a step from the one before, and is looked up; else, as with
+    months, the data say which times follow each other.
+
+    Args:
+        window: inputs that spin the state up.
+        steps: leads.
+    """
+
+    def __init__(self, frames: Frames, contract: Contract, window: int, steps: int) -> None:
+        self._frames, self._window, self._steps = frames, window, steps
+        shortest, longest = (hours * SECONDS_PER_HOUR for hours in contract.step_hours)
+        self.step_s = round((shortest + longest) / 2) if longest - shortest <= IRREGULAR_S else None
+        self._told = f"{contract.step_hours[0]:g} to {contract.step_hours[1]:g} h"
+
+    def start(self, second: int) -> Start:
+        """The forecast from an instant.
+
+        Raises:
+            InputError: frames are missing; with those, and the dates that can be.
+        """
+        found = self._found(second)
+        if isinstance(found, Start):
+            return found
+        raise InputError(f"no forecast from {self._date(second)}: {found}. {self._dates_that_can_be()}")
+
+    def last(self) -> int:
+        """The last instant that can be forecast from; raises InputError if there is none."""
+        for second in reversed(self._frames.states.axis.seconds.tolist()):
+            if isinstance(self._found(second), Start):
+                return int(second)
+        return self.start(int(self._frames.states.axis.seconds[-1])).second
+
+    def all(self) -> list[Start]:
+        """From every instant that can be forecast from; raises InputError if there is none."""
+        seconds = self._frames.states.axis.seconds.tolist()
+        return [one for one in map(self._found, seconds) if isinstance(one, Start)] or [self.start(seconds[-1])]
+
+    def _found(self, second: int) -> Start | str:
+        """What there is, or what is not."""
+        states, axis = self._frames.states, self._frames.states.axis
+        seconds = self._times_around(second)
+        if isinstance(seconds, str):
+            return seconds
+        places = places_of(axis, seconds)
+        missing = [time for time, place in zip(seconds[: self._window], places, strict=False) if place < 0]
+        if missing:
+            frames = f"of its window of {self._window} frames" if self._window > 1 else "of its time"
+            return f"{self._frames.name} has no frame {frames} at {self._listed(missing)}"
+        seconds = np.where(places >= 0, axis.seconds[places], seconds)  # as they are, to the second
+        forcings: tuple[int, ...] = ()
+        if self._frames.forcings is not None:
+            needed = seconds[: self._window + self._steps - 1]
+            there = places_of(self._frames.forcings.axis, needed)
+            missing = needed[there < 0].tolist()
+            if missing:
+                return f"{self._frames.name} has no {', '.join(self._frames.forcings.names)} at {self._listed(missing)}"
+            forcings = tuple(there.tolist())
+        assert len(seconds) == self._window + self._steps, f"{len(seconds)} times of {states.names}"
+        return Start(tuple(places[: self._window].tolist()), forcings, TimeAxis(seconds, axis.calendar))
+
+    def _times_around(self, second: int) -> NDArray[np.int64] | str:
+        """(window + steps,) instants, or why they are not known."""
+        axis, before, after = self._frames.states.axis, self._window - 1, self._steps
+        if self.step_s is not None:
+            return second + self.step_s * np.arange(-before, after + 1, dtype=np.int64)
+        (frame,) = places_of(axis, np.array([second])).tolist()
+        if frame < 0:
+            return f"{self._frames.name} has no such date"
+        (stretch,) = (one for one in stretches_of(axis, [range(len(axis))]) if frame in one)
+        if frame - before < stretch.start or frame + after >= stretch.stop:
+            return (
+                f"its window of {self._window} frames and {self._steps} dates after them must follow each other in "
+                f"{self._frames.name}, as the network's steps ({self._told}) tell no dates"
+            )
+        return axis.seconds[frame - before : frame + after + 1]
+
+    def _dates_that_can_be(self) -> str:
+        axis = self._frames.states.axis
+        able = np.array([isinstance(self._found(second), Start) for second in axis.seconds.tolist()])
+        if not able.any():
+            return f"Its times, {axis.described}, allow no date at all."
+        spans = [f"{axis.date(span[0])} to {axis.date(span[-1])}" for span in spans_of(able)]
+        return f"Dates that can be: {_shortened(spans)} ({able.sum()} of {axis.described})."
+
+    def _listed(self, seconds: Sequence[int]) -> str:
+        return _shortened([self._date(second) for second in seconds])
+
+    def _date(self, second: int) -> str:
+        return TimeAxis(np.array([second], dtype=np.int64), self._frames.states.axis.calendar).date(0)
+
+
+def places_of(axis: TimeAxis, seconds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Frames at some instants, to the second to which times are kept; -1 where there is none."""
+    at = np.searchsorted(axis.seconds, seconds - IRREGULAR_S).clip(max=len(axis) - 1)
+    return np.where(np.abs(axis.seconds[at] - seconds) <= IRREGULAR_S, at, -1)
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more

@@ -1,0 +1,111 @@
+"""Raw fields to forecast from, as a network's contract has them, whatever holds them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.store import Store
+from ..data.times import TimeAxis
+from ..data.unknown_names import index_of
+from ..errors import InputError
+from ..spatial.grid import Tile
+from ..training.contract import Contract
+
+
+class Fields(Protocol):
+    """Some variables at some times, which increase.
+
+    Attributes:
+        names: of the variables.
+        axis: the times.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def axis(self) -> TimeAxis: ...
+
+    def read(self, frames: Sequence[int], tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """fields_TCYX, NaN where data are missing, and where they are not; None: nowhere.
+
+        Raises:
+            InputError: damaged files, or values missing where none were in training.
+        """
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What is read to forecast, held to a contract.
+
+    Attributes:
+        name: for messages.
+        identity: what makes it other data.
+        states: the prognostic variables.
+        forcings: those that are forcings; None if there are none. They may have other times.
+        read_static: fields_SYX without time, of a tile.
+    """
+
+    name: str
+    identity: str
+    states: Fields
+    forcings: Fields | None
+    read_static: Callable[[Tile], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class StoreFields:
+    """Of a store, or of a sequence in it.
+
+    Attributes:
+        own: frames of the store.
+    """
+
+    store: Store
+    names: tuple[str, ...]
+    own: range
+
+    @property
+    def axis(self) -> TimeAxis:
+        """Times of the frames."""
+        return TimeAxis(self.store.layout.time.seconds[self.own.start : self.own.stop], self.store.calendar)
+
+    def read(self, frames: Sequence[int], tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """See `Store.read`."""
+        there = [self.own[frame] for frame in frames]
+        return self.store.read(there, tile, self.store.channel_indices(self.names))
+
+
+def store_frames(store: Store, contract: Contract, sequence: str | None = None) -> Frames:
+    """What a store holds.
+
+    Args:
+        sequence: which one, where the store has several.
+
+    Raises:
+        InputError: the store has not what the contract says, or another sequence.
+    """
+    contract.check(store, roles=("prognostic", "forcing", "static"))
+    axis, channels = store.layout.time, contract.channels
+    if axis.names and sequence is None:
+        raise InputError(
+            f"the store {store.path} holds {len(axis.names)} sequences: {', '.join(axis.names[:8])}"
+            f"{', ...' if len(axis.names) > 8 else ''}. Say with --sequence which one to forecast from."
+        )
+    own = range(len(axis))
+    if sequence is not None:
+        own = axis.sequences[index_of("sequence", sequence, axis.names, f"the store {store.path}")]
+    states, forcings = (
+        StoreFields(store, tuple(one.name for one in ones), own) for ones in (channels.prognostic, channels.forcing)
+    )
+    static = [one.name for one in channels.static]
+    return Frames(
+        name=f"the store {store.path}" + (f" (sequence {sequence})" if sequence else ""),
+        identity=f"{store.digest} {sequence or ''}".strip(),
+        states=states,
+        forcings=forcings if forcings.names else None,
+        read_static=lambda tile: store.read_static(static, tile),
+    )
