@@ -91,8 +91,7 @@ class Timeline:
 
     def __init__(self, frames: Frames, contract: Contract, window: int, steps: int) -> None:
         self._frames, self._window, self._steps = frames, window, steps
-        shortest, longest = (hours * SECONDS_PER_HOUR for hours in contract.step_hours)
-        self.step_s = round((shortest + longest) / 2) if longest - shortest <= IRREGULAR_S else None
+        self.step_s = step_of(contract)
         self._told = f"{contract.step_hours[0]:g} to {contract.step_hours[1]:g} h"
 
     def start(self, second: int) -> Start:
@@ -170,6 +169,12 @@ class Timeline:
 
     def _date(self, second: int) -> str:
         return TimeAxis(np.array([second], dtype=np.int64), self._frames.states.axis.calendar).date(0)
+
+
+def step_of(contract: Contract) -> int | None:
+    """Seconds from each time to the next; None where they differ, as with months."""
+    shortest, longest = (hours * SECONDS_PER_HOUR for hours in contract.step_hours)
+    return round((shortest + longest) / 2) if longest - shortest <= IRREGULAR_S else None
 
 
 def places_of(axis: TimeAxis, seconds: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ from .dates import Start
 from .frames import Frames
 
 if TYPE_CHECKING:
+    from collections import OrderedDict
+
     import xarray as xr
+
+    from .earth2 import Coords
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Forecaster:
         contract: what it was trained on.
         domain: the grid, and this rank's tile of it.
         window: inputs that spin its state up.
+        cycle: of the variables that it sees without it, on this rank's tile.
+
+    It also is a prognostic model in earth2studio's sense, see earth2.py, where it needs nothing but states.
     """
 
     def __init__(
@@ -65,7 +72,7 @@ class Forecaster:
         self.domain: Domain = trained.domain(mesh)
         self.device = torch.device(device)
         self.network = trained.network.to(self.device)
-        self._cycle = trained.cycle.part(self.domain.tile)
+        self.cycle = trained.cycle.part(self.domain.tile)
 
     @classmethod
     def load(
@@ -126,6 +133,30 @@ class Forecaster:
 
         return embedding_of(self, dataset)
 
+    def input_coords(self) -> "OrderedDict[str, NDArray[Any]]":
+        """earth2studio's protocol: coordinates of the states that it goes on from; see earth2.py."""
+        from .earth2 import input_coords
+
+        return input_coords(self)
+
+    def output_coords(self, input_coords: "Coords") -> "OrderedDict[str, NDArray[Any]]":
+        """earth2studio's protocol: coordinates of the step after those of an input."""
+        from .earth2 import output_coords
+
+        return output_coords(self, input_coords)
+
+    def create_iterator(self, x: Tensor, coords: "Coords") -> "Iterator[tuple[Tensor, OrderedDict[str, NDArray[Any]]]]":
+        """earth2studio's protocol: the last state of an input, and then step after step, without end."""
+        from .earth2 import iterate
+
+        return iterate(self, x, coords)
+
+    def __call__(self, x: Tensor, coords: "Coords") -> "tuple[Tensor, OrderedDict[str, NDArray[Any]]]":
+        """earth2studio's protocol: the step after an input."""
+        steps = self.create_iterator(x, coords)
+        next(steps)
+        return next(steps)
+
     @torch.no_grad()
     def leads(self, frames: Frames, start: Start) -> Iterator[Tensor]:
         """Forecasts from one date, lead by lead. Collective over the tiles of a replica.
@@ -172,7 +203,7 @@ class Forecaster:
 
     def _inputs(self, frames: Frames) -> Inputs:
         tile = self.domain.tile
-        return Inputs(self.contract.channels, tile, self.domain.grid, frames.read_static(tile), self._cycle)
+        return Inputs(self.contract.channels, tile, self.domain.grid, frames.read_static(tile), self.cycle)
 
     def _window_of(self, inputs: Inputs, frames: Frames, start: Start) -> Window:
         """Reads it."""

@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.moments import ChannelMoments, Moments
+from ..data.statistics import Statistics, row_weights
 from ..data.store import Store
 from ..data.times import TimeAxis
 from ..data.unknown_names import index_of
@@ -109,3 +111,14 @@ def store_frames(store: Store, contract: Contract, sequence: str | None = None) 
         forcings=forcings if forcings.names else None,
         read_static=lambda tile: store.read_static(static, tile),
     )
+
+
+def check_static_fields(contract: Contract, fields_SYX: NDArray[np.float32], where: str) -> None:
+    """Raises InputError for fields without time of the whole grid that are not those of training."""
+    weights = row_weights(np.array(contract.latitude_deg), np.array(contract.longitude_deg))
+    for variable, field_YX in zip(contract.channels.static, fields_SYX, strict=True):
+        if not np.isfinite(field_YX).all():
+            raise InputError(f"{variable.name!r} has missing cells in {where}, and it has no time. Fill them.")
+        moments = ChannelMoments(Moments.of(field_YX[None], weights))
+        mean, std, _ = Statistics.of([moments]).rows[0].tolist()
+        contract.check_static(variable, mean, std, where)

@@ -11,8 +11,6 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ..data.layout import digest_of
-from ..data.moments import ChannelMoments, Moments
-from ..data.statistics import Statistics, row_weights
 from ..data.times import EPOCH_UNITS, TimeAxis, normal_calendar
 from ..data.variables import Variable
 from ..errors import InputError
@@ -22,7 +20,7 @@ from ..prepare.roles import SourceOptions
 from ..prepare.sources import open_sources
 from ..spatial.grid import Tile
 from ..training.contract import Contract
-from .frames import Frames
+from .frames import Frames, check_static_fields
 
 Opened = Sequence[tuple[xr.Dataset, Path]]
 DATASET = Path("the dataset")
@@ -126,15 +124,12 @@ def _static_fields(catalogue: Catalogue, contract: Contract, where: str) -> NDAr
     static, grid = contract.channels.static, contract.grid
     by_name = {one.channel.name: one for one in catalogue.static}
     fields_SYX = np.empty((len(static), grid.nlat, grid.nlon), dtype=np.float32)
-    weights = row_weights(catalogue.grid.latitude_deg, catalogue.grid.longitude_deg)
     for place, variable in enumerate(static):
         segment = by_name[variable.name]
         contract.check_units(variable, segment.channel.units, where)
         with _told_by_prepare():
             fields_SYX[place] = segment.read_once()
-        moments = ChannelMoments(Moments.of(fields_SYX[place][None], weights))
-        mean, std, _ = Statistics.of([moments]).rows[0].tolist()
-        contract.check_static(variable, mean, std, where)
+    check_static_fields(contract, fields_SYX, where)
     return fields_SYX
 
 

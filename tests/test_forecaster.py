@@ -1,0 +1,231 @@
+"""`Forecaster`: from an exported file alone, by files and datasets in any order; embeddings; earth2studio."""
+
+from collections import OrderedDict
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import forecasts
+from faconv_hpc import Forecaster, load_network
+from faconv_hpc.data.store import Store
+from faconv_hpc.data.variables import Variable
+from faconv_hpc.errors import InputError
+from faconv_hpc.forecasting.names import fields_of, in_vocabulary
+from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.setup import Workspace
+from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.trainer import train
+from forecasts import WINDOW
+from ranks import Layout, run_on_ranks
+from runs import small_config
+from test_cli import faconv
+from test_forecast import NAMES, STARTS, STEPS, alone, config, exported, opened  # noqa: F401
+
+START = "2003-06-06"
+
+
+@pytest.fixture(scope="module")
+def turned():
+    """The same fields south first, from another meridian, in other orders, their times decoded."""
+    data = forecasts.decoded().isel(latitude=slice(None, None, -1)).roll(longitude=5, roll_coords=True)
+    data = data.assign_coords(longitude=(data.longitude + 180) % 360 - 180).transpose("longitude", ...)
+    data = data.isel(level=[1, 0]).rename(latitude="lat", longitude="lon", level="pressure_level")
+    return data[["rain", "height", "t", "sst", "ice", "vapour", "heat"]]
+
+
+@pytest.fixture(scope="module")
+def forecaster(exported):  # noqa: F811
+    return Forecaster.load(exported, device="cpu")
+
+
+def assert_same(found, expected):
+    for name in NAMES:
+        scale = float(np.abs(expected[name]).max())
+        np.testing.assert_allclose(found[name].values, expected[name].values, rtol=0, atol=2e-6 * scale, err_msg=name)
+
+
+def test_files_without_run_and_store_give_the_same(exported, turned, alone, tmp_path, monkeypatch):  # noqa: F811
+    """Fields of two files, prognostic ones without the last frames; the command is given a pattern."""
+    given = turned.drop_vars(["sst", "rain"]).isel(time=slice(0, 31))
+    given.to_netcdf(tmp_path / "given_states.nc", engine="h5netcdf")
+    turned[["sst"]].to_netcdf(tmp_path / "given_sst.nc", engine="h5netcdf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(exported.read_bytes())
+    starts = [part for text in STARTS for part in ("--start", text)]
+    command = ["forecast", "model.safetensors", "--data", "given_*.nc", "--steps", STEPS, "--output", "f.zarr"]
+    done = faconv(*command, *starts, "--ranks", 2, "--mesh", "1x2")
+    assert done.returncode == 0, done.stderr
+    assert_same(opened(tmp_path / "f.zarr"), alone)
+
+
+def test_a_dataset_gives_the_same(forecaster, turned, alone):  # noqa: F811
+    found = forecaster.forecast(turned.isel(time=slice(26 - WINDOW + 1, 26 + STEPS)), STEPS)
+    assert found.init_time.values.astype(str)[0].startswith(START)  # the last that forcings allow
+    assert_same(found, alone.sel(init_time=[START]))
+    xr.testing.assert_equal(found.drop_vars(NAMES), alone.sel(init_time=[START]).drop_vars(NAMES))
+    assert found.t.attrs == {key: alone.t.attrs[key] for key in found.t.attrs}
+    by_cftime = xr.decode_cf(forecasts.dataset(), decode_times=xr.coders.CFDatetimeCoder(use_cftime=True))
+    assert_same(forecaster.forecast(by_cftime, STEPS, START), found)
+
+
+def test_tiles_hold_their_part_of_a_dataset(exported, turned, alone):  # noqa: F811
+    def part(mesh):
+        return Forecaster.load(exported, mesh=mesh).forecast(turned, STEPS, STARTS)
+
+    for found in run_on_ranks(Layout(1, 2, 1), part):
+        assert found.latitude.size in (5, 6)
+        assert_same(found, alone.sel(latitude=found.latitude))
+
+
+def changed(data, name, **changes):
+    return data.assign({name: data[name].assign_attrs(changes)})
+
+
+@pytest.mark.parametrize(
+    ("change", "start", "told"),
+    [
+        (lambda one: one.isel(lat=slice(1, None)), START, r"latitude_deg of 11 values .* has of 10 values"),
+        (lambda one: one.assign_coords(lon=one.lon + 3), START, r"longitude_deg of 14 .*, the dataset has of 14"),
+        (lambda one: changed(one, "heat", units="degC"), START, r"'heat' in K, the dataset has it in degC"),
+        (lambda one: one.drop_vars("vapour"), START, r"no variable 'vapour' in the sources the dataset"),
+        (lambda one: one.assign(height=one.height + 1), START, r"a 'height' of mean .* and deviation .* has one of"),
+        (
+            lambda one: one.assign(heat=one.heat.where(one.lat < 70)),
+            START,
+            r"'heat' is nan in 14 cells at 2003-05-25 .* without missing cells",
+        ),
+        (lambda one: one.isel(time=[24, 26, 27, 28, 29]), START, r"no frame of its window of 3 frames at 2003-05-31"),
+        (lambda one: one.isel(time=slice(24, 29)), START, r"has no sst at 2003-06-24 .* allow no date at all"),
+        (lambda one: one.isel(time=slice(20, 40)), "2003-06-07", r"2003-06-07 .*Dates that can be: 2003-05-13 .*\(15 "),
+        (lambda one: one, "2003-06-31", r"--start 2003-06-31 names 2003-06-31, which is no date"),
+        (lambda one: one, "June", r"--start takes dates such as .* got 'June'"),
+        (lambda one: one, "2003-06-06/2003-05-06/6d", r"ends before it begins"),
+    ],
+)
+def test_what_does_not_fit_is_refused(forecaster, turned, change, start, told):
+    with pytest.raises(InputError, match=told):
+        forecaster.forecast(change(turned), STEPS, start)
+
+
+def test_embeddings_are_those_of_the_window(config, forecaster, turned):  # noqa: F811
+    found = forecaster.embed(turned.isel(time=slice(20, 26)))
+    assert found.embedding.dims == ("time", "component") and found.embedding.shape == (4, 16)
+    workspace = Workspace.of(
+        config,
+        Store.open(config.data.store),
+        ProcessMesh.alone(),
+        forecaster.contract,
+        kept=checkpoints_in(config.run_dir)[-1].path / "annual-cycle.safetensors",
+    )
+    batch = workspace.windows(np.arange(20, 24), WINDOW).read(range(4))
+    network = load_network(config.run_dir).network
+    with torch.no_grad():
+        z_BTE = network(batch.inputs_BTCYX, batch.year_fraction_BT, domain=workspace.domain).embedding_BTE
+    np.testing.assert_allclose(found.embedding.values, z_BTE[:, -1].numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(found.time, turned.time[22:26])
+
+
+def test_levels_become_a_dim_where_all_have_the_same():
+    def one(name, long_name=""):
+        return Variable(name=name, units="K", mean=0, std=1, tendency_std=1, long_name=long_name)
+
+    some = [one("z500", "Z at 500 hPa"), one("u10", "10 metre wind"), one("t850", "T at 850 hPa")]
+    more = [one("z850", "Z at 850 hPa"), one("t500", "T at 500 hPa"), one("t2m")]
+    assert [field.name for field in fields_of(some)] == ["z500", "u10", "t850"]
+    found = {field.name: (field.channels, field.levels) for field in fields_of(some + more)}
+    levels = (500.0, 850.0)
+    assert found == {"z": ((0, 3), levels), "u10": ((1,), ()), "t": ((4, 2), levels), "t2m": ((5,), ())}
+    assert [in_vocabulary(each) for each in some] == ["z500", "u10", "t850"]  # z in K is another z
+    wind = one("10m_u_component_of_wind").model_copy(update={"units": "m s**-1"})
+    assert in_vocabulary(wind) == "u10m"
+
+
+# earth2studio
+
+
+@pytest.fixture(scope="module")
+def given_nothing(tmp_path_factory):
+    """A network without forcing variables, and the same in files."""
+    directory = tmp_path_factory.mktemp("nothing")
+    names = {"heat": "t2m"}
+    data = forecasts.dataset().drop_vars(["sst"])
+    data.to_netcdf(directory / "source.nc", engine="h5netcdf")
+    prepare([directory / "source.nc"], directory / "store", rename=names)
+    options = {key: value for key, value in forecasts.DATA.items() if key != "variables"}
+    options |= {"roles": {"rain": "diagnostic"}, "anomalies": {"t2m": 1, "rain": 0}}
+    training = {"steps": 8, "warmup_steps": 2, "learning_rate": 0.05}
+    run = small_config(directory, directory / "store", data=options, training=training)
+    run_on_ranks(Layout(1, 1, 1), lambda mesh: train(run, mesh))
+    return Forecaster.load(run.run_dir, device="cpu"), xr.decode_cf(data).rename(names)
+
+
+def state_of(data, coords, times):
+    """As earth2studio's fetch_data gives it: (time, lead_time, variable, lat, lon)."""
+    levels = {"t500": data.t.sel(level=500), "t850": data.t.sel(level=850)}
+    x = np.empty([len(times), *(len(coords[name]) for name in ("lead_time", "variable", "lat", "lon"))], np.float32)
+    for place, name in enumerate(coords["variable"]):
+        field = levels[name] if name in levels else data[name]
+        for at, time in enumerate(times):
+            x[at, :, place] = field.sel(time=time + coords["lead_time"]) if "time" in field.dims else field
+    filled = OrderedDict(time=times, **{name: coords[name] for name in ("lead_time", "variable", "lat", "lon")})
+    return torch.from_numpy(x), filled
+
+
+def test_it_is_a_prognostic_model_of_earth2studio(given_nothing):
+    model, data = given_nothing
+    wanted = model.input_coords()
+    assert list(wanted) == ["batch", "time", "lead_time", "variable", "lat", "lon"]
+    assert wanted["lead_time"].tolist() == [np.timedelta64(hours, "h") for hours in (-288, -144, 0)]
+    assert set(wanted["variable"]) == {"t2m", "t500", "t850", "ice", "vapour", "height"}
+    times = np.array(["2003-06-06", "2003-03-02"], dtype="datetime64[ns]")
+    x, coords = state_of(data, wanted, times)
+    assert model.to("cpu") is model
+    steps = list(islice(model.create_iterator(x, coords), 4))
+    expected = model.forecast(data, 3, ["2003-03-02", "2003-06-06"]).sel(init_time=times)
+    variables = list(steps[0][1]["variable"])
+    for lead, (state, there) in enumerate(steps):
+        assert tuple(there) == ("time", "lead_time", "variable", "lat", "lon")
+        assert state.shape == tuple(len(values) for values in there.values())
+        assert there["lead_time"].tolist() == [np.timedelta64(144 * lead, "h")]
+        for name in ("t2m", "ice", "vapour", "rain", "t500"):
+            want = expected.t.sel(level=500) if name == "t500" else expected[name]
+            first = data.t.sel(level=500) if name == "t500" else data[name]
+            want = want.isel(lead_time=lead - 1) if lead else first.sel(time=times)
+            if lead == 0 and name == "rain":
+                want = want * np.nan  # is not an input
+            found = state[:, 0, variables.index(name)].numpy()
+            np.testing.assert_allclose(found, want.values, rtol=2e-6, atol=1e-5, err_msg=name)
+    one, there = model(x, coords)
+    torch.testing.assert_close(one, steps[1][0], equal_nan=True)
+    after = model.output_coords(coords)
+    assert {name: list(values) for name, values in after.items()} == {
+        name: list(values) for name, values in there.items()
+    }
+    members, _ = model(torch.stack([x, x]), OrderedDict(ensemble=np.arange(2), **coords))
+    torch.testing.assert_close(members[1], one, equal_nan=True)
+
+
+def test_what_is_no_state_of_the_protocol_is_refused(given_nothing, forecaster):
+    model, data = given_nothing
+    x, coords = state_of(data, model.input_coords(), np.array([START], dtype="datetime64[ns]"))
+    for change, told in (
+        ({"lat": coords["lat"][::-1]}, "takes lat"),
+        ({"variable": coords["variable"][::-1]}, "takes variable"),
+        ({"lead_time": coords["lead_time"] * 2}, "takes lead_time"),
+    ):
+        with pytest.raises(InputError, match=told):
+            model(x, coords | change)
+    some = x.clone()
+    some[:, 0, list(coords["variable"]).index("t2m"), 3, 4] = torch.nan
+    with pytest.raises(InputError, match=r"'t2m' is missing in some cells"):
+        model(some, coords)
+    with pytest.raises(InputError, match=r"'height' has missing cells in the state"):
+        model(x * torch.nan, coords)
+    with pytest.raises(InputError, match=r"has shape \(1, 3, 6, 10, 14\), its coordinates .*lat \(11\)"):
+        model(x[..., 1:, :], coords)
+    with pytest.raises(InputError, match="no prognostic model in earth2studio's sense: it is given sst"):
+        forecaster.input_coords()
