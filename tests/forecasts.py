@@ -1,15 +1,28 @@
 """A store with variables of all kinds, and a run of it that has learnt something, for tests of forecasts."""
 
-import numpy as np
-import xarray as xr
+import json
 
+import numpy as np
+import torch
+import xarray as xr
+from safetensors.torch import save_file
+
+from faconv_hpc import Forecaster
+from faconv_hpc.data.store import Store
+from faconv_hpc.forecasting.campaign import plan_campaign, run_campaign
 from faconv_hpc.prepare.preparation import prepare
+from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.export import CYCLE
+from faconv_hpc.training.setup import Workspace, build_network, network_options
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import small_config
+from test_parity import randomized
 
 NLAT, NLON, FRAMES, DAYS, WINDOW = 11, 14, 80, 6, 3
 DIMS = ("time", "latitude", "longitude")
+STEPS, STARTS = 4, ["2003-03-02", "2003-06-06/2003-07-06/12d"]
+NAMES = ("heat", "t", "ice", "vapour", "rain")
 DATA = {
     "window": WINDOW,
     "variables": ["heat", "t500", "ice", "vapour", "sst", "rain", "t850", "height"],
@@ -19,7 +32,6 @@ DATA = {
     "periods": {"test": "2004-03-15/"},
     "forcings": ["insolation", "next_insolation", "step_hours"],
 }
-SST_AFTER = 75  # sea temperatures go on to here where prognostic fields end
 
 
 def dataset(frames=FRAMES):
@@ -53,10 +65,33 @@ def dataset(frames=FRAMES):
     return xr.Dataset(values, coordinates)
 
 
-def make(directory):
+def make_store(directory, data=None, **options):
+    """Of the dataset, or another."""
+    (dataset() if data is None else data).to_netcdf(directory / "source.nc", engine="h5netcdf")
+    prepare([directory / "source.nc"], directory / "store", frames_per_file=13, mesh=(2, 2), **options)
+    return directory / "store"
+
+
+def draw_model(directory, store, data=None):
+    """A network with drawn weights as an exported file, and what reads its store: no run is trained."""
+    config = small_config(directory, store, data=DATA if data is None else data)
+    workspace = Workspace.of(config, Store.open(store), ProcessMesh.alone())
+    network = randomized(build_network(config, workspace.contract.channels)).float()
+    cycle = {f"{CYCLE}/{name}": torch.from_numpy(values) for name, values in workspace.cycle.coefficients.items()}
+    about = {
+        "step": "0",
+        "network": json.dumps(network_options(config.model, workspace.contract.channels)),
+        "contract": workspace.contract.model_dump_json(),
+        "run": "drawn",
+        "window": str(config.data.window),
+    }
+    save_file(network.state_dict() | cycle, directory / "model.safetensors", metadata=about)
+    return directory / "model.safetensors", workspace
+
+
+def make_run(directory):
     """The config of a trained run; the store is ``directory / "store"``, made of ``directory / "source.nc"``."""
-    dataset().to_netcdf(directory / "source.nc", engine="h5netcdf")
-    prepare([directory / "source.nc"], directory / "store", frames_per_file=13, mesh=(2, 2))
+    make_store(directory)
     training = {"steps": 12, "warmup_steps": 2, "learning_rate": 0.05}
     config = small_config(directory, directory / "store", data=DATA, training=training)
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
@@ -66,3 +101,15 @@ def make(directory):
 def decoded():
     """The dataset as xarray shows it."""
     return xr.decode_cf(dataset())
+
+
+def written(mesh, model, output, data, start=STARTS, steps=STEPS, **options):
+    """The summary of a forecast on the ranks of a mesh."""
+    forecaster = Forecaster.load(model, mesh=mesh)
+    sequence = options.pop("sequence", None)
+    campaign = plan_campaign(forecaster.contract, forecaster.window, data, start, steps, sequence)
+    return run_campaign(forecaster, campaign, output, mesh, **options)
+
+
+def opened(path):
+    return xr.open_zarr(path).load() if path.suffix == ".zarr" else xr.load_dataset(path, engine="h5netcdf")

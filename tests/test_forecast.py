@@ -8,27 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import forecasts
 import forks
-from faconv_hpc import Forecaster
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.skill import evaluate
-from faconv_hpc.forecasting.campaign import plan_campaign, run_campaign
+from faconv_hpc.locks import locked_directory
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.export import export
 from faconv_hpc.training.shards import checkpoints_in
+from forecasts import NAMES, STARTS, STEPS, opened, written
 from ranks import Layout, run_on_ranks
-from test_cli import command_after, faconv, messages
+from test_cli import command_after, faconv, faconv_after, messages
 from test_roles import weights_of
-
-STEPS, STARTS = 4, ["2003-03-02", "2003-06-06/2003-07-06/12d"]
-NAMES = ("heat", "t", "ice", "vapour", "rain")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return forecasts.make(tmp_path_factory.mktemp("forecast"))
+    return forecasts.make_run(tmp_path_factory.mktemp("forecast"))
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +36,6 @@ def exported(config, tmp_path_factory):
     path = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
     export(checkpoints_in(config.run_dir)[-1], path)
     return path
-
-
-def written(mesh, model, output, data, start=STARTS, steps=STEPS, **options):
-    """The summary of a forecast on the ranks of a mesh."""
-    forecaster = Forecaster.load(model, mesh=mesh)
-    campaign = plan_campaign(forecaster.contract, forecaster.window, data, start, steps)
-    return run_campaign(forecaster, campaign, output, mesh, **options)
-
-
-def opened(path):
-    return xr.open_zarr(path).load() if path.suffix == ".zarr" else xr.load_dataset(path, engine="h5netcdf")
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +152,81 @@ def test_killed_and_started_again_it_ends_with_the_same(config, alone, tmp_path,
         assert refused.returncode == 2
         assert len(messages(refused)) == 1 and re.search(told, refused.stderr), refused.stderr
     xr.testing.assert_identical(opened(output), before)
+
+
+def test_another_model_at_the_same_output_is_refused(config, exported, tmp_path):
+    output, data = tmp_path / "f.nc", [config.data.store]
+    written(ProcessMesh.alone(), exported, output, data, ["2003-03-02"], 1)
+    written(ProcessMesh.alone(), config.run_dir, output, data, ["2003-03-02"], 1)  # the same, by its run
+    tensors = load_file(exported)
+    with safe_open(exported, "pt") as file:
+        about = file.metadata()
+    save_file(tensors | {"forecast.bias": tensors["forecast.bias"] + 1}, tmp_path / "other.safetensors", about)
+    told = r"f.nc was made with MODEL step 12 of run \(digest \w+\), this command says step 12 of run \(digest"
+    with pytest.raises(InputError, match=told):
+        written(ProcessMesh.alone(), tmp_path / "other.safetensors", output, data, ["2003-03-02"], 1)
+    before = opened(output)
+    written(ProcessMesh.alone(), tmp_path / "other.safetensors", output, data, ["2003-03-02"], 1, overwrite=True)
+    assert (np.abs(opened(output).heat - before.heat) > 0.1).all()
+
+
+def test_bad_input_is_told_before_ranks_start(config, exported, tmp_path):
+    """One message, by the command that would have started them."""
+    (tmp_path / "plain.nc").write_text("mine")
+    start, steps = ("--start", "2003-03-02"), ("--steps", 1)
+    older = tmp_path / "older.safetensors"
+    with safe_open(exported, "pt") as file:
+        save_file(load_file(exported), older, {key: text for key, text in file.metadata().items() if key != "window"})
+    store, good = ("--data", config.data.store), ("--output", tmp_path / "f.nc")
+    for given, told in (
+        ((exported, *start, *steps, *good), "is no run, and brings no data. Name a store or files with --data"),
+        ((older, *store, *start, *steps, *good), "did not say how many inputs spin its state up. Export it again"),
+        ((config.run_dir, *start, *steps, "--output", tmp_path / "f.grib"), "the output is NAME.nc or NAME.zarr, got"),
+        (
+            (config.run_dir, *start, *steps, "--output", tmp_path / "plain.nc"),
+            "is there, and no output of `faconv",
+        ),
+        (
+            (config.run_dir, *start, *steps, *good, "--mesh", "1x3"),
+            "needs 3 ranks, --ranks is 2. Use .* or say",
+        ),
+        ((config.run_dir, *start, *steps, *good, "--sequence", "r1"), "no sequence 'r1' in the store"),
+        ((config.run_dir, "--data", tmp_path / "no_*.nc", *start, *steps, *good), "no_\\*.nc matches no file"),
+        ((config.run_dir, "--data", tmp_path / "plain.nc", *start, *steps, *good), "starts with b'mine', which is no"),
+        (
+            (config.run_dir, "--start", "2003-01-07", *steps, *good),
+            "frames at 2002-12-26 00:00:00. Dates that can",
+        ),
+        ((tmp_path / "nowhere", *start, *steps, *good), "holds no checkpoints"),
+    ):
+        refused = faconv("forecast", *given, "--ranks", 2)
+        assert refused.returncode == 2 and len(messages(refused)) == 1, refused.stderr
+        assert re.search(told, refused.stderr) and "(rank" not in refused.stderr, refused.stderr
+    assert not (tmp_path / "f.nc").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_two_do_not_write_one_output(config, tmp_path):
+    output = tmp_path / "f.zarr"
+
+    def refusal(holder):
+        return InputError(holder)
+
+    with (
+        locked_directory(tmp_path / "f.zarr.partial" / ".lock", "--output", refusal),
+        pytest.raises(InputError, match=r"another forecast writes to .*f.zarr: process \d+ on"),
+    ):
+        written(ProcessMesh.alone(), config.run_dir, output, [config.data.store], ["2003-03-02"], 1)
+
+
+def test_a_rank_that_fails_ends_all(config, tmp_path):
+    """While others wait for its part of a field."""
+    code = """
+from faconv_hpc.forecasting import netcdf
+def failing(self, channel, lead, field_YX):
+    raise OSError(28, "No space left on device")
+netcdf.Part.write = failing
+"""
+    options = ["--start", STARTS[1], "--steps", 2, "--output", tmp_path / "f.nc", "--ranks", 2, "--mesh", "1x2"]
+    failed = faconv_after(code, "forecast", config.run_dir, *options)
+    assert failed.returncode == 2 and len(messages(failed)) == 1
+    assert re.search(r"cannot write to .*f.nc \(No space left on device\).*dates that are done are kept", failed.stderr)

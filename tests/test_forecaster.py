@@ -10,22 +10,35 @@ import xarray as xr
 
 import forecasts
 from faconv_hpc import Forecaster, load_network
-from faconv_hpc.data.store import Store
 from faconv_hpc.data.variables import Variable
 from faconv_hpc.errors import InputError
 from faconv_hpc.forecasting.names import fields_of, in_vocabulary
-from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.mesh import ProcessMesh
-from faconv_hpc.training.setup import Workspace
-from faconv_hpc.training.shards import checkpoints_in
-from faconv_hpc.training.trainer import train
-from forecasts import WINDOW
+from forecasts import NAMES, STARTS, STEPS, WINDOW, opened, written
 from ranks import Layout, run_on_ranks
-from runs import small_config
 from test_cli import faconv
-from test_forecast import NAMES, STARTS, STEPS, alone, config, exported, opened  # noqa: F401
 
 START = "2003-06-06"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An exported file, and what reads its store."""
+    directory = tmp_path_factory.mktemp("forecaster")
+    return forecasts.draw_model(directory, forecasts.make_store(directory))
+
+
+@pytest.fixture(scope="module")
+def exported(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory):
+    """Forecasts from the store."""
+    output = tmp_path_factory.mktemp("alone") / "forecast.nc"
+    written(ProcessMesh.alone(), made[0], output, [made[1].store.path])
+    return opened(output)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +51,7 @@ def turned():
 
 
 @pytest.fixture(scope="module")
-def forecaster(exported):  # noqa: F811
+def forecaster(exported):
     return Forecaster.load(exported, device="cpu")
 
 
@@ -48,7 +61,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[name].values, expected[name].values, rtol=0, atol=2e-6 * scale, err_msg=name)
 
 
-def test_files_without_run_and_store_give_the_same(exported, turned, alone, tmp_path, monkeypatch):  # noqa: F811
+def test_files_without_run_and_store_give_the_same(exported, turned, alone, tmp_path, monkeypatch):
     """Fields of two files, prognostic ones without the last frames; the command is given a pattern."""
     given = turned.drop_vars(["sst", "rain"]).isel(time=slice(0, 31))
     given.to_netcdf(tmp_path / "given_states.nc", engine="h5netcdf")
@@ -62,7 +75,7 @@ def test_files_without_run_and_store_give_the_same(exported, turned, alone, tmp_
     assert_same(opened(tmp_path / "f.zarr"), alone)
 
 
-def test_a_dataset_gives_the_same(forecaster, turned, alone):  # noqa: F811
+def test_a_dataset_gives_the_same(forecaster, turned, alone):
     found = forecaster.forecast(turned.isel(time=slice(26 - WINDOW + 1, 26 + STEPS)), STEPS)
     assert found.init_time.values.astype(str)[0].startswith(START)  # the last that forcings allow
     assert_same(found, alone.sel(init_time=[START]))
@@ -72,7 +85,7 @@ def test_a_dataset_gives_the_same(forecaster, turned, alone):  # noqa: F811
     assert_same(forecaster.forecast(by_cftime, STEPS, START), found)
 
 
-def test_tiles_hold_their_part_of_a_dataset(exported, turned, alone):  # noqa: F811
+def test_tiles_hold_their_part_of_a_dataset(exported, turned, alone):
     def part(mesh):
         return Forecaster.load(exported, mesh=mesh).forecast(turned, STEPS, STARTS)
 
@@ -111,18 +124,12 @@ def test_what_does_not_fit_is_refused(forecaster, turned, change, start, told):
         forecaster.forecast(change(turned), STEPS, start)
 
 
-def test_embeddings_are_those_of_the_window(config, forecaster, turned):  # noqa: F811
+def test_embeddings_are_those_of_the_window(made, forecaster, turned):
     found = forecaster.embed(turned.isel(time=slice(20, 26)))
     assert found.embedding.dims == ("time", "component") and found.embedding.shape == (4, 16)
-    workspace = Workspace.of(
-        config,
-        Store.open(config.data.store),
-        ProcessMesh.alone(),
-        forecaster.contract,
-        kept=checkpoints_in(config.run_dir)[-1].path / "annual-cycle.safetensors",
-    )
+    workspace = made[1]
     batch = workspace.windows(np.arange(20, 24), WINDOW).read(range(4))
-    network = load_network(config.run_dir).network
+    network = load_network(made[0]).network
     with torch.no_grad():
         z_BTE = network(batch.inputs_BTCYX, batch.year_fraction_BT, domain=workspace.domain).embedding_BTE
     np.testing.assert_allclose(found.embedding.values, z_BTE[:, -1].numpy(), rtol=0, atol=1e-5)
@@ -150,17 +157,13 @@ def test_levels_become_a_dim_where_all_have_the_same():
 @pytest.fixture(scope="module")
 def given_nothing(tmp_path_factory):
     """A network without forcing variables, and the same in files."""
-    directory = tmp_path_factory.mktemp("nothing")
-    names = {"heat": "t2m"}
+    directory, names = tmp_path_factory.mktemp("nothing"), {"heat": "t2m"}
     data = forecasts.dataset().drop_vars(["sst"])
-    data.to_netcdf(directory / "source.nc", engine="h5netcdf")
-    prepare([directory / "source.nc"], directory / "store", rename=names)
+    store = forecasts.make_store(directory, data, rename=names)
     options = {key: value for key, value in forecasts.DATA.items() if key != "variables"}
     options |= {"roles": {"rain": "diagnostic"}, "anomalies": {"t2m": 1, "rain": 0}}
-    training = {"steps": 8, "warmup_steps": 2, "learning_rate": 0.05}
-    run = small_config(directory, directory / "store", data=options, training=training)
-    run_on_ranks(Layout(1, 1, 1), lambda mesh: train(run, mesh))
-    return Forecaster.load(run.run_dir, device="cpu"), xr.decode_cf(data).rename(names)
+    model, _ = forecasts.draw_model(directory, store, options)
+    return Forecaster.load(model, device="cpu"), xr.decode_cf(data).rename(names)
 
 
 def state_of(data, coords, times):
@@ -229,3 +232,47 @@ def test_what_is_no_state_of_the_protocol_is_refused(given_nothing, forecaster):
         model(x[..., 1:, :], coords)
     with pytest.raises(InputError, match="no prognostic model in earth2studio's sense: it is given sst"):
         forecaster.input_coords()
+
+
+# Other stores
+
+
+def test_months_go_on_as_long_as_the_data_say_how(tmp_path):
+    """Their steps differ, so no date can be computed; leads of one file are the same."""
+    random = np.random.default_rng(3)
+    days = np.cumsum([0, *[31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] * 2])
+    values = {"u": (forecasts.DIMS, random.normal(size=(25, 7, 10)).astype(np.float32), {"units": "m"})}
+    axes = {"latitude": np.linspace(75, -75, 7), "longitude": np.arange(10) * 36.0}
+    time = {"time": ("time", days, {"units": "days since 2001-01-01", "calendar": "noleap"})}
+    store = forecasts.make_store(tmp_path, xr.Dataset(values, axes | time))
+    model, _ = forecasts.draw_model(tmp_path, store, {"forcings": ["step_hours"], "periods": {}})
+    given, alone = (store,), ProcessMesh.alone()
+    written(alone, model, tmp_path / "f.nc", given, ["2001-03-01", "2002-03-01"], 3)
+    found = opened(tmp_path / "f.nc")
+    assert (found.lead_time / np.timedelta64(1, "D")).values.tolist() == [31, 61, 92]
+    assert [str(date) for date in found.init_time.values] == ["2001-03-01 00:00:00", "2002-03-01 00:00:00"]  # noleap
+    with pytest.raises(InputError, match=r"after 2001-03-01 00:00:00 and after 2001-04-01 .* not of the same length"):
+        written(alone, model, tmp_path / "g.nc", given, ["2001-03-01,2001-04-01"], 3)
+    with pytest.raises(
+        InputError, match=r"3 dates after them .*\(672 to 744 h\).* to 2002-10-01 .*\(20 of"
+    ):
+        written(alone, model, tmp_path / "g.nc", given, ["2002-11-01"], 3)
+    with pytest.raises(InputError, match="no prognostic model in earth2studio's sense: its steps differ"):
+        Forecaster.load(model, device="cpu").input_coords()
+
+
+def test_a_sequence_of_a_store_is_named(tmp_path):
+    axes = {"latitude": np.linspace(75, -75, 7), "longitude": np.arange(10) * 36.0}
+    time = {"time": ("time", np.arange(8) * 6.0, {"units": "hours since 2001-01-01"})}
+    shape, random = (2, 8, 7, 10), np.random.default_rng(4)
+    values = {"u": (("number", *forecasts.DIMS), random.normal(size=shape).astype(np.float32), {"units": "m"})}
+    both = xr.Dataset(values, axes | time | {"number": [3, 5]})
+    store = forecasts.make_store(tmp_path, both, sequence_dim="number")
+    model, _ = forecasts.draw_model(tmp_path, store, {"periods": {}})
+    with pytest.raises(InputError, match=r"holds 2 sequences: 3, 5. Say with --sequence which one"):
+        written(ProcessMesh.alone(), model, tmp_path / "f.nc", [store], ["last"], 2)
+    for name in ("3", "5"):
+        written(ProcessMesh.alone(), model, tmp_path / f"{name}.nc", [store], ["last"], 2, sequence=name)
+        one = xr.decode_cf(both.sel(number=int(name), drop=True))
+        expected = Forecaster.load(model, device="cpu").forecast(one, 2)
+        np.testing.assert_allclose(opened(tmp_path / f"{name}.nc").u, expected.u, atol=1e-6)

@@ -113,6 +113,8 @@ class _Asked:
         from ..forecasting.output import check_output
         from ..training.loading import contract_in, window_of
 
+        if self.output.absolute() in [path.absolute() for path in self.data]:
+            raise InputError(f"--output {self.output} is the data, which it would replace. Give another --output.")
         contract, window = contract_in(about), window_of(about)
         campaign = plan_campaign(contract, window, self.data, self.start, self.steps, self.sequence)
         check_output(self.output, campaign.request, overwrite=self.overwrite)

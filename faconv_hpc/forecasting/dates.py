@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,15 +108,13 @@ class Timeline:
 
     def last(self) -> int:
         """The last instant that can be forecast from; raises InputError if there is none."""
-        for second in reversed(self._frames.states.axis.seconds.tolist()):
-            if isinstance(self._found(second), Start):
-                return int(second)
-        return self.start(int(self._frames.states.axis.seconds[-1])).second
+        seconds = self._frames.states.axis.seconds
+        return int(seconds[self._able][-1]) if self._able.any() else self.start(int(seconds[-1])).second
 
     def all(self) -> list[Start]:
         """From every instant that can be forecast from; raises InputError if there is none."""
-        seconds = self._frames.states.axis.seconds.tolist()
-        return [one for one in map(self._found, seconds) if isinstance(one, Start)] or [self.start(seconds[-1])]
+        seconds = self._frames.states.axis.seconds
+        return [self.start(second) for second in (seconds[self._able] if self._able.any() else seconds[-1:]).tolist()]
 
     def _found(self, second: int) -> Start | str:
         """What there is, or what is not."""
@@ -156,9 +155,21 @@ class Timeline:
             )
         return axis.seconds[frame - before : frame + after + 1]
 
+    @cached_property
+    def _able(self) -> NDArray[np.bool_]:
+        """(time,) which frames of the states can be forecast from."""
+        states, forcings = self._frames.states.axis, self._frames.forcings
+        if self.step_s is None:
+            return np.array([isinstance(self._found(second), Start) for second in states.seconds.tolist()])
+        needed = [(states, 0)] + ([(forcings.axis, self._steps - 1)] if forcings is not None else [])
+        able = np.ones(len(states), dtype=bool)
+        for axis, after in needed:
+            for place in range(1 - self._window, after + 1):
+                able &= places_of(axis, states.seconds + place * self.step_s) >= 0
+        return able
+
     def _dates_that_can_be(self) -> str:
-        axis = self._frames.states.axis
-        able = np.array([isinstance(self._found(second), Start) for second in axis.seconds.tolist()])
+        axis, able = self._frames.states.axis, self._able
         if not able.any():
             return f"Its times, {axis.described}, allow no date at all."
         spans = [f"{axis.date(span[0])} to {axis.date(span[-1])}" for span in spans_of(able)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -70,7 +71,7 @@ class StoreFields:
     names: tuple[str, ...]
     own: range
 
-    @property
+    @cached_property
     def axis(self) -> TimeAxis:
         """Times of the frames."""
         return TimeAxis(self.store.layout.time.seconds[self.own.start : self.own.stop], self.store.calendar)

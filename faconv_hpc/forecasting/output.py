@@ -94,7 +94,7 @@ def check_output(path: Path, request: Request, *, overwrite: bool) -> bool:
 
 
 def _check_same(path: Path, said: Mapping[str, Any], request: Request) -> None:
-    for option in request.keys() & said.keys():
+    for option in (one for one in request if one in said):
         before, now = Asked(**said[option]), request[option]
         if before.value != now.value:
             raise InputError(
