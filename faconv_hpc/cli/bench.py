@@ -123,7 +123,7 @@ def _bench(
 
     makers = layers_of(case, kernels, only)
     reference = BenchResult.load(against) if against else None
-    with joined(case.mesh, TIMEOUT_S) as ranks:
+    with joined(case.mesh, TIMEOUT_S, device) as ranks:
         mesh = _on(device, ranks, case)
         if reference is not None:
             check_comparable(case, machine_of(mesh.device), reference)

@@ -80,7 +80,7 @@ def forecast_command(
         given = ["--kernels", kernels] if kernels else []
         again = ["forecast", str(model), *asked.arguments, "--mesh", str(sizes), *given, *["--json"] * as_json]
         raise typer.Exit(run_ranks(again, ranks))
-    with joined(sizes, TIMEOUT_S) as ranks_here:
+    with joined(sizes, TIMEOUT_S, "auto") as ranks_here:
         summary = _forecast(model, asked, kernels, ranks_here)
         if ranks_here.rank == 0:
             print(json.dumps(summary.as_dict(), indent=2)) if as_json else _report(summary)
