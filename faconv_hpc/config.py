@@ -183,7 +183,7 @@ class TrainingConfig(Section):
     ema: float = Field(0.0, ge=0, lt=1, description="decay per step of a mean of the weights, which forecasts; 0: none")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed ZeRO shards over all ranks")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
-        "fp32", description="of activations, or (tf32, on a GPU) of products alone; inputs, cell states, sums stay fp32"
+        "fp32", description="of activations; tf32: of products on a GPU alone; inputs, cell states and sums stay fp32"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights and of the order of samples")
     checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")

@@ -42,6 +42,7 @@ ONLY_PARSED = {  # commands that begin so, and why they are not run here
     "bash tools/test.sh": "this is it",
     "bash tools/mini_slurm.sh": "starts daemons: tests/conftest.py does",
     "python tools/chaos.py": "takes minutes: tests/test_chaos.py",
+    "python tools/gpu_check.py": "needs a GPU: tests/test_gpu_check.py",
     "sbatch": "needs a cluster: tests/test_slurm_jobs.py",
     "srun": "needs a cluster: tests/test_slurm.py, tests/test_slurm_data.py",
     "faconv submit configs/global_era5_025.yaml --wait": "needs a cluster",

@@ -4,13 +4,13 @@ NCCL does from 2.30.7 on, told so by NCCL_MULTI_RANK_GPU_ENABLE=1; an older torc
 """
 
 import os
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
+from faconv_hpc.model.arithmetic import arithmetic
 from faconv_hpc.model.attention import AxialAttention
 from faconv_hpc.model.kernels import KERNEL_MODES
 from faconv_hpc.training.checkpoint import checkpoints_in
@@ -22,7 +22,6 @@ from test_parity import GRIDS, LAYERS, randomized, relative_difference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"
 LAYOUTS = [(1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 2, 2), (1, 3, 1)]
@@ -34,8 +33,14 @@ needs_several = pytest.mark.skipif(
 
 def computed(run, module, x, grid, device, dtype):
     """Outputs and all gradients of a random function of them, back on the CPU in float64."""
-    module, domain = module.to(device, dtype), Domain(grid, replace(ProcessMesh.alone(), device=torch.device(device)))
-    x = x.to(device, dtype).requires_grad_()
+    module, domain = module.to(device, dtype), Domain(grid, ProcessMesh.alone(device))
+    wide = torch.promote_types(dtype, torch.float32)  # inputs are not rounded
+    x = x.to(device, wide).requires_grad_()
+    with arithmetic("fp32", torch.device(device)):
+        return outcomes(run, module, x, domain)
+
+
+def outcomes(run, module, x, domain):
     outputs = run(module, x, domain)
     weights = [random_like(output.shape, 50 + number).to(output) for number, output in enumerate(outputs)]
     objective = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
@@ -119,13 +124,14 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("gpu") / "waves")
 
 
-def trained(directory, store, layout=(1, 1, 1), *, environment=None, kernels="eager", **training):
+def trained(directory, store, layout=(1, 1, 1), *, device="cuda", kernels="eager", **training):
     """The losses of a run, from the command line."""
     mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
     training = {"micro_batch": 6 // layout[0], "learning_rate": 0.04, "steps": 8} | training
     config = write_config(directory, store, mesh=mesh, model={"kernels": kernels}, training=training)
     ranks = int(np.prod(layout))
-    finished = faconv("train", config, *(["--ranks", ranks] if ranks > 1 else []), environment=environment)
+    started = ["--ranks", ranks] if ranks > 1 else []
+    finished = faconv("train", config, "--set", f"device={device}", *started)
     assert finished.returncode == 0, finished.stderr
     return [record.loss for record in read_records(directory / "run")]
 
@@ -133,7 +139,7 @@ def trained(directory, store, layout=(1, 1, 1), *, environment=None, kernels="ea
 @pytest.mark.parametrize("kernels", KERNEL_MODES)
 @pytest.mark.parametrize("zero_stage", range(4))
 def test_a_run_is_that_of_the_cpu(tmp_path, store, zero_stage, kernels):
-    on_cpu = trained(tmp_path / "cpu", store, environment=ON_CPU, zero_stage=zero_stage)
+    on_cpu = trained(tmp_path / "cpu", store, device="cpu", zero_stage=zero_stage)
     on_gpu = trained(tmp_path / "gpu", store, zero_stage=zero_stage, kernels=kernels)
     assert on_gpu[-1] < 0.95 * on_gpu[0]
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-4)
@@ -167,11 +173,11 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path, store, precision)
 def test_evaluation_is_that_of_the_cpu(tmp_path, store):
     trained(tmp_path, store)
     tables = {}
-    for name, environment in (("gpu", {}), ("cpu", ON_CPU)):
-        finished = faconv("evaluate", tmp_path / "run", environment=environment)
+    for device in ("cuda", "cpu"):
+        finished = faconv("evaluate", tmp_path / "run", "--device", device)
         assert finished.returncode == 0, finished.stderr
-        tables[name] = finished.stdout
-    assert tables["gpu"] == tables["cpu"]
+        tables[device] = finished.stdout
+    assert tables["cuda"] == tables["cpu"]
 
 
 @needs_several
