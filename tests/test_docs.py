@@ -48,6 +48,8 @@ ONLY_PARSED = {  # commands that begin so, and why they are not run here
     "faconv submit configs/global_era5_025.yaml --wait": "needs a cluster",
     "faconv submit my.yaml --wait": "needs a cluster",
     "faconv study configs/": "needs a cluster: tests/test_slurm_study.py",
+    "faconv bench --json": "takes minutes: tests/test_bench.py measures a small case",
+    "faconv bench --against": "of the machine that it was made on: tests/test_bench.py",
     "faconv data sample": "fetches 17 MB: tests/test_sample_fetch.py",
 }
 SMALL = {

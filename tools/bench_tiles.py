@@ -1,4 +1,6 @@
-"""What several ranks cost, side by side in one run: a layer's exchanges, attention's two, the comparison of weights.
+"""What several ranks cost, side by side in one run: attention's two exchanges, and the comparison of weights.
+
+A layer's exchanges: `faconv bench --ranks 2`.
 
 Run: torchrun --standalone --nproc-per-node 2 tools/bench_tiles.py
 """
@@ -12,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
+from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.model.attention import AxialAttention, exchange_costs
 from faconv_hpc.training.engine import Engine
@@ -40,29 +42,6 @@ def attention_s(domain: Domain, exchange: str) -> float:
     attention = AxialAttention(HIDDEN, exchange=exchange)
     h_BCYX = torch.randn(1, HIDDEN, *domain.tile.shape, requires_grad=True)
     return median_s(lambda: attention(h_BCYX, domain).square().sum().backward())
-
-
-def layer_table(domain: Domain) -> Table:
-    """A layer on tiles beside the same tiles of ranks that do not talk, in turn, forward and backward."""
-    table = Table(title=f"a layer, {domain.mesh.lat} x {domain.mesh.lon} tiles of {GRID.nlat} x {GRID.nlon}")
-    for column in ("attention", "tiles [ms]", "not talking [ms]", "not talking / tiles"):
-        table.add_column(column, justify="right")
-    alone = Domain(LatLonGrid(*domain.tile.shape))
-    for every in (0, 6):
-        torch.manual_seed(0)
-        layer = FAConvLSTM2d(INPUTS, HIDDEN, attention_every=every, kernels="compiled")
-        x_BTCYX = torch.randn(1, STEPS, INPUTS, *domain.tile.shape, requires_grad=True)
-        grad_BTCYX = torch.randn(1, STEPS, HIDDEN, *domain.tile.shape)
-        times: dict[Domain, list[float]] = {domain: [], alone: []}
-        for _ in range(RUNS + 2):
-            for one, found in times.items():
-                domain.verdict(True)  # both ranks begin at once
-                start = time.perf_counter()
-                layer(x_BTCYX, domain=one)[0].backward(grad_BTCYX)
-                found.append(time.perf_counter() - start)
-        tiles_s, alone_s = (statistics.median(found[2:]) for found in times.values())
-        table.add_row(str(every), f"{tiles_s * 1e3:.0f}", f"{alone_s * 1e3:.0f}", f"{alone_s / tiles_s:.2f}")
-    return table
 
 
 def step_and_comparison_s(domain: Domain, zero_stage: int) -> tuple[float, float]:
@@ -108,7 +87,6 @@ def main() -> None:
     mesh = ProcessMesh.start(lon=ranks)
     with mesh.guarded():
         domain = Domain(GRID, mesh)
-        tables = [layer_table(domain), attention_table(domain)]
         table = Table(title="comparing all weights over all ranks, every 100 steps (the default)")
         for column in ("ZeRO", "step [ms]", "comparison [ms]", "share of 100 steps"):
             table.add_column(column, justify="right")
@@ -116,9 +94,9 @@ def main() -> None:
             step_s, comparison_s = step_and_comparison_s(domain, stage)
             share = comparison_s / (100 * step_s)
             table.add_row(str(stage), f"{step_s * 1e3:.0f}", f"{comparison_s * 1e3:.2f}", f"{share:.4%}")
-        tables.append(table)
+        of_attention = attention_table(domain)
         if mesh.rank == 0:
-            Console().print(*tables)
+            Console().print(of_attention, table)
     mesh.stop()
 
 
