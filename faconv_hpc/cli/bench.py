@@ -199,8 +199,8 @@ def _costs(result: "BenchResult") -> Table:
     case, bases = result.case, list(result.rows[0].faster)
     cells = case.batch * case.steps * case.nlat * case.nlon
     ratios = [f"smaller than {base.removeprefix('ConvLSTM ')}" for base in bases]
-    columns = ("layer", "para- meters", "multiply- adds a cell", "kept [MiB]", "moved [MiB]", "peak [MiB]", *ratios)
-    table = table_of(*columns, text=columns[:1], title="what it costs")
+    columns = ("layer", "para- meters", "multiply- adds", "kept [MiB]", "moved [MiB]", "peak [MiB]", *ratios)
+    table = table_of(*columns, text=columns[:1], title="what it costs; multiply-adds of a cell and a time step")
     for row in result.rows:
         sizes = row.kept_bytes, row.moved_bytes, row.peak_bytes
         in_mib = ["-" if size is None else f"{size / 2**20:.4g}" for size in sizes]
