@@ -253,9 +253,7 @@ def test_months_go_on_as_long_as_the_data_say_how(tmp_path):
     assert [str(date) for date in found.init_time.values] == ["2001-03-01 00:00:00", "2002-03-01 00:00:00"]  # noleap
     with pytest.raises(InputError, match=r"after 2001-03-01 00:00:00 and after 2001-04-01 .* not of the same length"):
         written(alone, model, tmp_path / "g.nc", given, ["2001-03-01,2001-04-01"], 3)
-    with pytest.raises(
-        InputError, match=r"3 dates after them .*\(672 to 744 h\).* to 2002-10-01 .*\(20 of"
-    ):
+    with pytest.raises(InputError, match=r"3 dates after them .*\(672 to 744 h\).* to 2002-10-01 .*\(20 of"):
         written(alone, model, tmp_path / "g.nc", given, ["2002-11-01"], 3)
     with pytest.raises(InputError, match="no prognostic model in earth2studio's sense: its steps differ"):
         Forecaster.load(model, device="cpu").input_coords()

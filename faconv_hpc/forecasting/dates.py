@@ -36,7 +36,7 @@ def seconds_of(texts: Sequence[str], calendar: str) -> list[int]:
         if match is None:
             raise InputError(
                 f"--start takes dates such as 2020-01-01 or 2020-01-01T12, or a range with its step (min, h or d) such "
-                f"as 2020-01-01/2020-02-01/24h, got {text!r}."
+                f"as 2020-01-01/2020-02-01/24h, or `last` alone, got {text!r}."
             )
         first, last, number, unit = match.groups()
         begin = second_of(first, calendar, f"--start {text}")

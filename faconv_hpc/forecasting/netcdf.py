@@ -52,7 +52,7 @@ class NetcdfWriter:
         with new_netcdf(final) as (nc, disk):
             create(nc, self._layout, self._attributes)
             for init in range(self._layout.seconds.size):
-                with h5netcdf.File(self._part(init), "r") as part:
+                with h5netcdf.File(self._part(init), "r", locking=False) as part:
                     for field in self._layout.fields:
                         for place in np.ndindex(self._layout.shape_of(field)[1:-2]):
                             nc.variables[field.name][(init, *place)] = part.variables[field.name][(0, *place)]
@@ -99,7 +99,7 @@ def create(nc: h5netcdf.File, layout: ForecastLayout, attributes: Mapping[str, s
 def attributes_in(path: Path) -> dict[str, Any]:
     """Of a file; none where it cannot be read as NetCDF4."""
     try:
-        with h5netcdf.File(path, "r") as nc:
+        with h5netcdf.File(path, "r", locking=False) as nc:
             return dict(nc.attrs)
     except OSError:
         return {}
