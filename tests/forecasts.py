@@ -72,9 +72,9 @@ def make_store(directory, data=None, **options):
     return directory / "store"
 
 
-def draw_model(directory, store, data=None):
+def draw_model(directory, store, data=None, **sections):
     """A network with drawn weights as an exported file, and what reads its store: no run is trained."""
-    config = small_config(directory, store, data=DATA if data is None else data)
+    config = small_config(directory, store, data=DATA if data is None else data, **sections)
     workspace = Workspace.of(config, Store.open(store), ProcessMesh.alone())
     network = randomized(build_network(config, workspace.contract.channels)).float()
     cycle = {f"{CYCLE}/{name}": torch.from_numpy(values) for name, values in workspace.cycle.coefficients.items()}

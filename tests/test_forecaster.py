@@ -14,6 +14,7 @@ from faconv_hpc.data.variables import Variable
 from faconv_hpc.errors import InputError
 from faconv_hpc.forecasting.names import fields_of, in_vocabulary
 from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.free_run import free_run
 from forecasts import NAMES, STARTS, STEPS, WINDOW, opened, written
 from ranks import Layout, run_on_ranks
 from test_cli import faconv
@@ -59,6 +60,35 @@ def assert_same(found, expected):
     for name in NAMES:
         scale = float(np.abs(expected[name]).max())
         np.testing.assert_allclose(found[name].values, expected[name].values, rtol=0, atol=2e-6 * scale, err_msg=name)
+
+
+@torch.no_grad()
+def test_a_forecast_is_a_free_run_in_units(made, alone):
+    """Of the samples that training reads; what the network sees is turned back by hand."""
+    (model, workspace), first, data = made, 10, forecasts.decoded()
+    batch = workspace.windows(np.array([first - WINDOW + 1]), WINDOW + STEPS - 1).read([0])
+    channels, fractions = workspace.contract.channels, workspace.store.year_fraction
+    fields = {name: data[name].values for name in ("heat", "ice", "vapour")}
+    fields |= {f"t{level}": data.t.sel(level=level).values for level in (500, 850)}
+
+    def cycle(name, frame):
+        return workspace.cycle.at(name, fractions[frame : frame + 1])[0].astype(np.float64)
+
+    found = alone.isel(init_time=0)
+    forecast = {name: found[name].values for name in NAMES if name != "t"}
+    forecast |= {f"t{level}": found.t.sel(level=level).values for level in (500, 850)}
+    runs = free_run(load_network(model).network, batch, WINDOW, workspace.domain)
+    for lead, (change, diagnostic) in enumerate(runs):
+        for place, one in enumerate(channels.prognostic):
+            dz = change[0, place].double().numpy() * one.tendency_std
+            x = fields[one.name][first].astype(np.float64)
+            want = x + dz if one.log1p is None else (x + one.log1p) * np.exp(dz) - one.log1p
+            if one.name == "heat":
+                want += cycle("heat", first + lead + 1) - cycle("heat", first)
+            np.testing.assert_allclose(forecast[one.name][lead], want, rtol=2e-6, atol=1e-6, err_msg=one.name)
+        (rain,) = channels.diagnostic
+        want = rain.mean + rain.std * diagnostic[0, 0].double().numpy() + cycle("rain", first + lead + 1)
+        np.testing.assert_allclose(forecast["rain"][lead], want, rtol=2e-6)
 
 
 def test_files_without_run_and_store_give_the_same(exported, turned, alone, tmp_path, monkeypatch):
@@ -208,6 +238,8 @@ def test_it_is_a_prognostic_model_of_earth2studio(given_nothing):
     assert {name: list(values) for name, values in after.items()} == {
         name: list(values) for name, values in there.items()
     }
+    planned = model.output_coords(wanted)
+    assert list(planned) == list(wanted) and planned["lead_time"].tolist() == [np.timedelta64(144, "h")]
     members, _ = model(torch.stack([x, x]), OrderedDict(ensemble=np.arange(2), **coords))
     torch.testing.assert_close(members[1], one, equal_nan=True)
 
@@ -274,3 +306,18 @@ def test_a_sequence_of_a_store_is_named(tmp_path):
         one = xr.decode_cf(both.sel(number=int(name), drop=True))
         expected = Forecaster.load(model, device="cpu").forecast(one, 2)
         np.testing.assert_allclose(opened(tmp_path / f"{name}.nc").u, expected.u, atol=1e-6)
+
+
+def test_one_frame_is_enough_for_a_window_of_one(tmp_path):
+    """A store of one frame has no step that could differ."""
+    axes = {"latitude": np.linspace(75, -75, 7), "longitude": np.arange(10) * 36.0}
+    time = {"time": ("time", np.arange(4) * 6.0, {"units": "hours since 2001-01-01"})}
+    random = np.random.default_rng(6).normal(size=(4, 7, 10)).astype(np.float32)
+    data = xr.Dataset({"u": (forecasts.DIMS, random, {"units": "m"})}, axes | time)
+    (tmp_path / "one").mkdir()
+    store, one = forecasts.make_store(tmp_path, data), forecasts.make_store(tmp_path / "one", data.isel(time=[3]))
+    model, _ = forecasts.draw_model(tmp_path, store, {"window": 1, "periods": {}}, model={"attention_every": 0})
+    summary = written(ProcessMesh.alone(), model, tmp_path / "f.nc", [one], ["last"], 2)
+    assert summary.first == "2001-01-01 18:00:00"
+    expected = Forecaster.load(model, device="cpu").forecast(xr.decode_cf(data), 2)
+    np.testing.assert_allclose(opened(tmp_path / "f.nc").u, expected.u, atol=1e-6)

@@ -164,7 +164,7 @@ class Contract(BaseModel):
             raise self._refusal(where, f"the calendar {self.calendar}", store.calendar, "See --calendar.")
         mine, others = self.step_hours, _steps_of(store, [range(store.frames)])
         margin = IRREGULAR_S / SECONDS_PER_HOUR
-        if others[0] < mine[0] - margin or others[1] > mine[1] + margin:
+        if others[1] and (others[0] < mine[0] - margin or others[1] > mine[1] + margin):
             told, found = (
                 f"steps of {' to '.join(f'{one:g}' for one in sorted(set(pair)))} h" for pair in (mine, others)
             )
