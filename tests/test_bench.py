@@ -131,6 +131,16 @@ def test_the_peak_is_of_the_work_alone():
     assert held[0] == 1
 
 
+def test_what_the_allocator_has_kept_is_not_there_before_the_work():
+    def small_tensors(count):
+        return [torch.ones(25_000) for _ in range(count)]  # 100 kB each, which glibc keeps when they are freed
+
+    gone, above = small_tensors(600), small_tensors(1)
+    del gone
+    assert 28e6 <= peak_bytes(lambda: small_tensors(300), CPU) <= 36e6
+    assert above[0][0] == 1
+
+
 def test_the_limits_are_of_the_sizes_used_and_of_the_type():
     limits = LimitRuns(case_of(precision="bf16"), 54, CPU)
     works = limits.works()
