@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
+from faconv_hpc.bench.result import BenchResult
 from faconv_hpc.model.arithmetic import arithmetic
 from faconv_hpc.model.attention import AxialAttention
 from faconv_hpc.model.kernels import KERNEL_MODES
@@ -178,6 +179,16 @@ def test_evaluation_is_that_of_the_cpu(tmp_path, store):
         assert finished.returncode == 0, finished.stderr
         tables[device] = finished.stdout
     assert tables["cuda"] == tables["cpu"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_bench_tells_what_a_gpu_does(precision):
+    sizes = ["--grid", "12x16", "--inputs", "3", "--hidden", "8", "--steps", "4", "--repeats", "5"]
+    finished = faconv("bench", *sizes, "--precision", precision, "--json")
+    assert finished.returncode == 0, finished.stderr
+    result = BenchResult.model_validate_json(finished.stdout)
+    assert (result.machine.kind, result.machine.device) == ("cuda", torch.cuda.get_device_name())
+    assert all(row.peak_bytes > row.kept_bytes > 0 and 0 < row.product_share < 1 for row in result.rows)
 
 
 @needs_several
