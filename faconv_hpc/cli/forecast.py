@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -41,7 +41,9 @@ Mesh = Annotated[
 OfSequence = Annotated[
     str | None, typer.Option(help="Which sequence of the store to forecast from, if it has several.")
 ]
-Kernels = Annotated[str | None, typer.Option(help="eager or compiled. Default: those that it was trained with.")]
+Kernels = Annotated[
+    Literal["eager", "compiled"] | None, typer.Option(help="How passes are computed. Default: as in training.")
+]
 Steps = Annotated[int, typer.Option(min=1, help="How many steps to forecast from each date.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 
@@ -122,13 +124,11 @@ class _Asked:
 
 
 def _forecast(model: Path, asked: _Asked, kernels: str | None, mesh: "ProcessMesh") -> "Summary":
-    """On all ranks, by the checkpoint that the first of them finds."""
+    """On all ranks."""
     from ..forecasting.campaign import run_campaign
     from ..forecasting.forecaster import Forecaster
-    from ..training.shards import newest_at
 
-    found = mesh.from_first(newest_at(model).path if mesh.rank == 0 and model.is_dir() else model)
-    forecaster = Forecaster.load(found, mesh=mesh, kernels=kernels)
+    forecaster = Forecaster.load(model, mesh=mesh, kernels=kernels)
     campaign = asked.plan(forecaster.trained.about)
     with Progress(*PROGRESS, console=Console(stderr=True), transient=True, disable=mesh.rank > 0) as shown:
         task = shown.add_task("leads", total=None)

@@ -18,6 +18,7 @@ from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.free_run import free_run_from
 from ..training.loading import TrainedNetwork, load_network
+from ..training.shards import newest_at
 from ..training.units import in_units, reference_of
 from .dates import Start
 from .frames import Frames
@@ -83,6 +84,7 @@ class Forecaster:
         kernels: str | None = "eager",
     ) -> "Forecaster":
         """Of a run directory (its newest whole checkpoint), a checkpoint's directory, or an exported .safetensors file.
+        Collective over a mesh: all take the checkpoint that the first rank finds.
 
         Args:
             device, mesh: see the class.
@@ -91,6 +93,8 @@ class Forecaster:
         Raises:
             InputError: as `load_network`; or it does not say how long its window is.
         """
+        if mesh is not None and Path(path).is_dir():
+            path = mesh.from_first(newest_at(Path(path)).path if mesh.rank == 0 else path)
         return cls(load_network(path, kernels=kernels), mesh, device)
 
     def to(self, device: torch.device | str) -> "Forecaster":
