@@ -3,17 +3,14 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import nn
 
 from ..errors import InputError
 from ..model.convlstm import ConvLSTM2d
 from ..model.layer import FAConvLSTM2d
 from ..model.peers import BottleneckLSTM2d, DepthwiseConvLSTM2d
-from .case import BenchCase, Precision
+from .case import BenchCase
 
-TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-"""Of activations and weights."""
 BASES = ("ConvLSTM k=3", "ConvLSTM k=5")
 """What all others are compared with."""
 

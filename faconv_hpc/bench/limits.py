@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
+from ..model.arithmetic import ACTIVATIONS
 from ..spread import Spread
 from .case import BenchCase
-from .layers import TYPES
 from .timing import timed
 
 SQUARES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
@@ -30,7 +30,7 @@ class LimitRuns:
     def __init__(self, case: BenchCase, cells: int, device: torch.device) -> None:
         expansion = (4 * case.hidden, max(case.hidden // 2, 1), cells)
         self._shapes = {_name(shape): shape for shape in (expansion, *((n, n, n) for n in SQUARES[device.type]))}
-        self._dtype, self._device = TYPES[case.precision], device
+        self._dtype, self._device = ACTIVATIONS[case.precision], device
 
     def works(self) -> dict[str, Callable[[], list[float]]]:
         """By what `interleaved` calls them; each gives its seconds."""

@@ -9,6 +9,7 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 
+from ..model.arithmetic import ACTIVATIONS, arithmetic
 from ..spatial.domain import Domain
 from ..spatial.grid import LatLonGrid
 from ..spatial.mesh import ProcessMesh
@@ -16,7 +17,7 @@ from ..spread import Spread
 from ..versions import __version__, processor
 from .arithmetic import PASSES, KeptForBackward, least_moved_bytes, multiply_adds
 from .case import BenchCase
-from .layers import BASES, TYPES, Makers
+from .layers import BASES, Makers
 from .limits import COPY, LimitRuns
 from .result import BenchResult, Limits, Machine, OnTiles, Row
 from .timing import WARM_UP, interleaved, peak_bytes, timed
@@ -47,7 +48,7 @@ class Place:
 
         def numbers(channels: int) -> Tensor:
             shape = case.batch, case.steps, channels, *domain.tile.shape
-            return torch.randn(shape, device=domain.mesh.device, dtype=TYPES[case.precision])
+            return torch.randn(shape, device=domain.mesh.device, dtype=ACTIVATIONS[case.precision])
 
         return cls(domain, numbers(case.inputs).requires_grad_(), numbers(case.hidden))
 
@@ -98,7 +99,7 @@ def measure(
         repeats: how often each layer is timed.
         show: is told what is being done.
     """
-    with _arithmetic_of(case):
+    with _arithmetic_of(case, mesh.device):
         return _Bench(case, makers, mesh, show).run(repeats)
 
 
@@ -114,7 +115,7 @@ class _Bench:
             self.places[APART] = Place.of(Domain(LatLonGrid(*domain.tile.shape), alone), case)
             self.places[WHOLE] = Place.of(Domain(grid, alone), case) if mesh.rank == 0 else None
         torch.manual_seed(0)
-        self.layers = {name: make().to(mesh.device, TYPES[case.precision]) for name, make in makers.items()}
+        self.layers = {name: make().to(mesh.device, ACTIVATIONS[case.precision]) for name, make in makers.items()}
         self.limits = LimitRuns(case, domain.tile.shape[0] * domain.tile.shape[1], mesh.device)
         self.waits: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
 
@@ -281,13 +282,11 @@ def machine_of(device: torch.device) -> Machine:
 
 
 @contextmanager
-def _arithmetic_of(case: BenchCase) -> Iterator[None]:
-    """TF32 where the case says so; the library may try its convolutions and take the fastest."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32 = cudnn.allow_tf32 = case.precision == "tf32"
-    cudnn.benchmark = True
+def _arithmetic_of(case: BenchCase, device: torch.device) -> Iterator[None]:
+    """That of the case's precision; and the library may try its convolutions and take the fastest."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
-        yield
+        with arithmetic(case.precision, device):
+            yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = before

@@ -1,7 +1,6 @@
 """``faconv bench``: FAConvLSTM beside ConvLSTM and its depthwise peers."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,23 +12,14 @@ from rich.table import Table
 from ..bench.case import BenchCase, cells_of
 from ..config import MeshConfig
 from ..errors import EXIT_FAILED, EXIT_OK, InputError
-from .options import AsJson, Ranks
+from .options import AsJson, Device, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
 
 if TYPE_CHECKING:
     from ..bench.result import BenchResult
-    from ..spatial.mesh import ProcessMesh
 
 TIMEOUT_S = 1800.0  # the other ranks wait while the first has the whole grid
-
-
-class Device(StrEnum):
-    """What computes."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class Precision(StrEnum):
@@ -48,7 +38,6 @@ class Kernels(StrEnum):
 
 
 def bench_command(
-    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
     grid: Annotated[str, typer.Option(metavar="ROWSxCOLUMNS", help="Cells of the grid.")] = "96x192",
     inputs: Annotated[int, typer.Option(min=1, help="Channels of the input.")] = 16,
     hidden: Annotated[int, typer.Option(min=1, help="Channels of the state, of all layers.")] = 64,
@@ -63,6 +52,7 @@ def bench_command(
         typer.Option(metavar="LAYER", help="A layer to measure, as the table names it. May be repeated."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=5, help="How often each layer is timed.")] = 7,
+    device: Device = None,
     ranks: Ranks = None,
     mesh: Annotated[
         str | None, typer.Option(metavar="LATxLON", help="Tiles of the ranks. Default: all along lon.")
@@ -89,7 +79,7 @@ def bench_command(
         mesh=MeshConfig.parse(mesh) if mesh else MeshConfig(lon=ranks or job_ranks()),
     )  # fmt: skip
     case.check()
-    modes, names = kernels or [Kernels.COMPILED], only or []
+    modes, names, device = kernels or [Kernels.COMPILED], only or [], device or "auto"
     if starts_ranks(ranks):
         check_ranks(case.mesh, ranks, "another --mesh")
         more = [part for mode in modes for part in ("--kernels", mode)]
@@ -108,7 +98,7 @@ def _options(case: BenchCase) -> list[str]:
 
 def _bench(
     case: BenchCase,
-    device: Device,
+    device: str,
     kernels: Sequence[str],
     only: Sequence[str],
     repeats: int,
@@ -123,8 +113,11 @@ def _bench(
 
     makers = layers_of(case, kernels, only)
     reference = BenchResult.load(against) if against else None
-    with joined(case.mesh, TIMEOUT_S, device) as ranks:
-        mesh = _on(device, ranks, case)
+    with joined(case.mesh, TIMEOUT_S, device) as mesh:
+        if case.precision == "tf32" and mesh.device.type != "cuda":
+            raise InputError(
+                f"--precision tf32 is how a GPU multiplies, this is a {mesh.device.type}. Use fp32 or bf16."
+            )
         if reference is not None:
             check_comparable(case, machine_of(mesh.device), reference)
         with Console(stderr=True, quiet=mesh.rank > 0).status("starting") as status:
@@ -134,23 +127,6 @@ def _bench(
         if mesh.rank == 0:
             print(result.to_json()) if as_json else _show(result, against)
     return EXIT_FAILED if result.fell else EXIT_OK
-
-
-def _on(device: Device, mesh: "ProcessMesh", case: BenchCase) -> "ProcessMesh":
-    """The ranks, on the device that was asked for."""
-    import torch
-
-    kind = mesh.device.type if device is Device.AUTO else device.value
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here. Use --device cpu; faconv doctor says what is there.")
-    if kind != mesh.device.type and mesh.ranks > 1:
-        raise InputError(
-            f"--device {kind}: these {mesh.ranks} ranks have met on {mesh.device.type}. Leave --device out, or hide "
-            f"the GPUs from them: CUDA_VISIBLE_DEVICES= faconv bench ..."
-        )
-    if case.precision == "tf32" and kind != "cuda":
-        raise InputError(f"--precision tf32 is how a GPU multiplies, this is a {kind}. Use fp32 or bf16.")
-    return mesh if kind == mesh.device.type else replace(mesh, device=torch.device(kind))
 
 
 def _show(result: "BenchResult", against: Path | None) -> None:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import MeshConfig
 from ..errors import InputError
-from .options import AsJson, Ranks
+from .options import AsJson, Device, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def forecast_command(
     data: Data = None,
     ranks: Ranks = None,
     mesh: Mesh = None,
+    device: Device = None,
     sequence: OfSequence = None,
     kernels: Kernels = None,
     overwrite: Overwrite = False,
@@ -70,6 +71,7 @@ def forecast_command(
 
     Example: `faconv forecast runs/quickstart_era5 --start last --steps 8 --output forecast.nc`
     """
+    from ..spatial.device import check_device
     from ..spatial.mesh import TIMEOUT_S
     from ..training.loading import about_network
 
@@ -79,10 +81,11 @@ def forecast_command(
     asked = _Asked(_paths(data, about.get("store"), model), start, steps, sequence, output, overwrite)
     if starting:
         asked.plan(about)  # or says why not, before any rank is started
-        given = ["--kernels", kernels] if kernels else []
+        check_device(device or "auto")
+        given = [*(["--kernels", kernels] if kernels else []), *(["--device", device] if device else [])]
         again = ["forecast", str(model), *asked.arguments, "--mesh", str(sizes), *given, *["--json"] * as_json]
         raise typer.Exit(run_ranks(again, ranks))
-    with joined(sizes, TIMEOUT_S, "auto") as ranks_here:
+    with joined(sizes, TIMEOUT_S, device or "auto") as ranks_here:
         summary = _forecast(model, asked, kernels, ranks_here)
         if ranks_here.rank == 0:
             print(json.dumps(summary.as_dict(), indent=2)) if as_json else _report(summary)

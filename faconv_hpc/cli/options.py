@@ -20,7 +20,7 @@ Ranks = Annotated[
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(help="What ranks compute on. Default: as the run says."),
+    typer.Option(help="What ranks compute on. Default: as a run says, or a GPU each where there are some."),
 ]
 Extend = Annotated[
     Rule | None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.layout import STORE_FILE
 from ..data.store import Store
 from ..errors import InputError
+from ..model.arithmetic import arithmetic
 from ..observe import SAVING
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
@@ -124,7 +125,8 @@ def run_campaign(
         if writer is not None:
             todo = mesh.from_first([init for init in range(count) if not writer.is_done(init)])
             kept = count - len(todo)
-            _Work(forecaster, campaign, writer, mesh, output).do(todo, progress)
+            with arithmetic("fp32", forecaster.device):
+                _Work(forecaster, campaign, writer, mesh, output).do(todo, progress)
             finish_output(writer, output, mesh)
     dates = [one.times.date(one.window - 1) for one in campaign.starts]
     names, steps = tuple(one.name for one in campaign.layout.fields), campaign.layout.leads_s.size

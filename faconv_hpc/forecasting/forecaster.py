@@ -14,6 +14,7 @@ from ..data.forcings import Instants
 from ..data.inputs import Inputs
 from ..data.times import TimeAxis
 from ..observe import READING
+from ..spatial.device import device_for
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.free_run import free_run_from
@@ -68,7 +69,7 @@ class Forecaster:
         self, trained: TrainedNetwork, mesh: ProcessMesh | None = None, device: torch.device | str | None = None
     ) -> None:
         if device is None:
-            device = mesh.device if mesh is not None else "cuda" if torch.cuda.is_available() else "cpu"
+            device = mesh.device if mesh is not None else device_for("auto")
         self.trained, self.contract, self.window = trained, trained.contract, trained.window
         self.domain: Domain = trained.domain(mesh)
         self.device = torch.device(device)
