@@ -90,19 +90,16 @@ def train(
         looks = mesh.from_first(here and done == config.training.steps and look_is_missing(config, done))
         if done >= config.training.steps and not looks:
             if here:
-                progress()
-                _say_that_all_is_done(config, done)
+                _say_that_all_is_done(config, done, progress)
             return EXIT_OK
         order = order_of(config, windows)
         carried = CarriedStates.resumed(config, workspace.domain, order, resumed, engine.activation_type)
-        kept = resumed, legs, carried
-        writer = CheckpointWriter(workspace, engine, *kept, before_commit=claim.check, on_commit=progress)
+        kept = workspace, engine, resumed, legs, carried
+        writer = CheckpointWriter(*kept, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))
-        recorder = stack.enter_context(
-            recording(config, workspace.contract, done, here=here, machines=machines_of(mesh))
-        )
-        requests = _requests(config, order, mesh.replica, done)
-        read = partial(_read, windows, mesh.device)
+        machines = machines_of(mesh)
+        recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=machines))
+        requests, read = _requests(config, order, mesh.replica, done), partial(_read, windows, mesh.device)
         batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
         if here and not looks:
             _announce(workspace, engine, windows, done)
@@ -126,7 +123,8 @@ def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace
     return workspace, Engine(network, mesh, config.training)
 
 
-def _say_that_all_is_done(config: RunConfig, done: int) -> None:
+def _say_that_all_is_done(config: RunConfig, done: int, progress: Callable[[], None]) -> None:
+    progress()
     told = f"{config.run_dir} is already at step {done}; raise training.steps, with --extend, to train on"
     print(told, file=sys.stderr)
 
