@@ -31,7 +31,7 @@ from faconv_hpc.training.trainer import train
 from faconv_hpc.versions import versions
 
 # `faconv bench --device` once there is that verb: change it here.
-BENCH = [sys.executable, "tools/bench_layers.py", "--precision", "fp32", "tf32", "bf16", "--device"]
+BENCH = [sys.executable, "-m", "faconv_hpc", "bench"]
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 """How far losses of a short run may be from the CPU's in fp32, relatively; as in tests/test_gpu.py."""
 SKILL_TOLERANCE = 1e-3
@@ -143,8 +143,14 @@ class Check:
         return Section("tests/test_gpu.py", ran.returncode == 0, f"```\n{_end_of(ran)}\n```")
 
     def bench(self) -> Section:
-        """The layers beside ConvLSTM."""
-        return Section("the layers' benchmark", True, f"```\n{printed([*BENCH, self.options.device]).strip()}\n```")
+        """The layers beside ConvLSTM, in each precision."""
+        kinds = ("fp32",) if self.options.device == "cpu" else ("fp32", "tf32", "bf16")
+        told = [printed([*BENCH, "--device", self.options.device, "--precision", kind]).strip() for kind in kinds]
+        return Section(
+            "the layers' benchmark",
+            True,
+            "\n\n".join(f"{kind}:\n\n```\n{text}\n```" for kind, text in zip(kinds, told, strict=True)),
+        )
 
     def _trained(self, device: str, precision: str, *more: str, name: str = "") -> list[StepRecord]:
         """On one rank; once."""
