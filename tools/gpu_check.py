@@ -4,7 +4,7 @@ The quick start is trained on both, in every precision, and forecasts; two ranks
 are compared with one; then the tests that need a GPU, and the layers' benchmark. Run:
 
     bash tools/quickstart.sh                       # once: the data of the quick start
-    python tools/gpu_check.py                      # about ten minutes (guess); runs/gpu_check/report.md
+    python tools/gpu_check.py                      # writes runs/gpu_check/report.md
     python tools/gpu_check.py --device cpu --skip tests bench      # the check itself, where there is no GPU
 
 Exit code 1 where something is not as it should be; the report says what.
@@ -30,7 +30,6 @@ from faconv_hpc.training.records import StepRecord, read_records
 from faconv_hpc.training.trainer import train
 from faconv_hpc.versions import versions
 
-# `faconv bench --device` once there is that verb: change it here.
 BENCH = [sys.executable, "-m", "faconv_hpc", "bench"]
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 """How far losses of a short run may be from the CPU's in fp32, relatively; as in tests/test_gpu.py."""
