@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import forecasts
-import forks
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.locks import locked_directory
@@ -21,7 +19,7 @@ from faconv_hpc.training.export import export
 from faconv_hpc.training.shards import checkpoints_in
 from forecasts import NAMES, STARTS, STEPS, opened, written
 from ranks import Layout, run_on_ranks
-from test_cli import command_after, faconv, faconv_after, messages
+from test_cli import faconv, faconv_after, messages
 from test_roles import weights_of
 
 
@@ -133,7 +131,7 @@ def test_killed_and_started_again_it_ends_with_the_same(config, alone, tmp_path,
     command += [part for text in STARTS for part in ("--start", text)]
     each = STEPS * 6
     for field, done in ((each + 7, 1), (2 * each + each // 2, 3)):  # in the second date; two dates on, in the fourth
-        killed = forks.run(command_after(kill_at(field), *command), timeout=300, cwd=Path(__file__).parent)
+        killed = faconv_after(kill_at(field), *command)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not output.exists()
         partial = tmp_path / f"forecast{suffix}.partial"
