@@ -45,7 +45,8 @@ def bench_command(
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     precision: Annotated[Precision, typer.Option(help="tf32: on a GPU only.")] = Precision.FP32,
     kernels: Annotated[
-        list[Kernels] | None, typer.Option(help="FAConvLSTM's passes. May be repeated. Default: compiled.")
+        list[Kernels] | None,
+        typer.Option(metavar="eager|compiled", help="FAConvLSTM's passes. May be repeated. Default: compiled."),
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -26,7 +26,9 @@ Model = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", help="A store; or NetCDF, zarr, GRIB, a pattern, may be repeated. Default: the run's store."
+        "--data",
+        metavar="PATH",
+        help="A store; or NetCDF, zarr, GRIB, a pattern, may be repeated. Default: the run's store.",
     ),
 ]
 Start = Annotated[
