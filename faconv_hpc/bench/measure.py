@@ -19,7 +19,7 @@ from .arithmetic import PASSES, KeptForBackward, least_moved_bytes, multiply_add
 from .case import BenchCase
 from .layers import BASES, Makers
 from .limits import COPY, LimitRuns
-from .result import BenchResult, Limits, Machine, OnTiles, Row
+from .result import BenchResult, Costs, Limits, Machine, OnTiles, Row
 from .timing import WARM_UP, interleaved, peak_bytes, timed
 
 TILES, APART, WHOLE = "tiles", "apart", "whole"
@@ -124,7 +124,7 @@ class _Bench:
         costs = {}
         for name, layer in self.layers.items():
             self.show(f"memory of {name}")
-            costs[name] = self._costs(layer)
+            costs[name] = self._costs(name, layer)
         works: dict[tuple[str, str], Work] = {
             (name, place): self._timing(name, layer, place)
             for name, layer in self.layers.items()
@@ -140,7 +140,7 @@ class _Bench:
         machine = machine_of(self.mesh.device)
         return BenchResult(case=self.case, repeats=repeats, machine=machine, limits=limits, rows=tuple(rows))
 
-    def _costs(self, layer: nn.Module) -> "_Costs":
+    def _costs(self, name: str, layer: nn.Module) -> Costs:
         """Also chooses the layout of a layer of library convolutions."""
         place = self.places[TILES]
         assert place is not None, "every rank has a tile"
@@ -151,9 +151,15 @@ class _Bench:
         peak = None if None in peaks else median(one for one in peaks if one is not None)
         mine = [kept, moved, -1 if peak is None else peak]
         kept, moved, most = (int(max(of_ranks)) for of_ranks in zip(*self.mesh.gathered(mine), strict=True))
-        parameters = sum(parameter.numel() for parameter in layer.parameters())
-        of_layer = parameters, multiply_adds(layer, self.case)
-        return _Costs(layout, *of_layer, kept, moved, None if peak is None else most)
+        return Costs(
+            layer=name,
+            layout=layout,
+            parameters=sum(parameter.numel() for parameter in layer.parameters()),
+            multiply_adds=multiply_adds(layer, self.case),
+            kept_bytes=kept,
+            moved_bytes=moved,
+            peak_bytes=None if peak is None else most,
+        )
 
     def _faster_layout(self, layer: nn.Module, run: LayerRun) -> str:
         """The faster of two runs in each, after one that is not counted."""
@@ -203,22 +209,10 @@ class _Bench:
         return [fmean(values) for values in zip(*of_ranks, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """Of one layer; bytes of the rank with most. See `Row`."""
-
-    layout: str
-    parameters: int
-    multiply_adds: int
-    kept_bytes: int
-    moved_bytes: int
-    peak_bytes: int | None
-
-
 def _row(
     name: str,
     case: BenchCase,
-    costs: Mapping[str, _Costs],
+    costs: Mapping[str, Costs],
     limits: Limits,
     seconds: Seconds,
     waits: Sequence[Sequence[Mapping[str, float]]],
@@ -228,7 +222,6 @@ def _row(
     best = limits.products[limits.best_product].median
     flop = 2 * PASSES * mine.multiply_adds / case.mesh.ranks
     return Row(
-        layer=name,
         **vars(mine),
         forward_s=Spread.of(forward),
         backward_s=Spread.of(backward),
@@ -262,7 +255,7 @@ def _ratio(these: Sequence[Sequence[float]], those: Sequence[Sequence[float]]) -
     return Spread.of([this[-1] / that[-1] for this, that in zip(these, those, strict=True)])
 
 
-def _smaller(base: _Costs, mine: _Costs) -> float | None:
+def _smaller(base: Costs, mine: Costs) -> float | None:
     if base.peak_bytes is None or mine.peak_bytes is None:
         return None
     told = min(base.peak_bytes, mine.peak_bytes) >= LEAST_PEAK_BYTES

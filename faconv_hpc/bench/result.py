@@ -63,8 +63,8 @@ class OnTiles(Section):
     exposed_s: dict[str, float]
 
 
-class Row(Section):
-    """One layer; bytes and seconds are of the rank with most of them.
+class Costs(Section):
+    """What a layer costs but for time; bytes are of the rank with most of them.
 
     Attributes:
         layout: of memory in which the library's convolutions were faster; ``""`` where there are none.
@@ -72,10 +72,6 @@ class Row(Section):
         kept_bytes: what autograd keeps for backward beside input, output and parameters.
         moved_bytes: see `least_moved_bytes`.
         peak_bytes: memory at most beyond what is there before; None: not known.
-        forward_s, backward_s, total_s: seconds of a sequence.
-        faster: by base, the base's seconds over this layer's, of every repeat.
-        smaller: by base, the base's peak over this layer's, where both can be told.
-        product_share: of the best product's FLOP/s; copy_share: of the copy's bytes per second.
     """
 
     layer: str
@@ -85,6 +81,18 @@ class Row(Section):
     kept_bytes: int
     moved_bytes: int
     peak_bytes: int | None
+
+
+class Row(Costs):
+    """One layer; seconds are of the rank with most of them.
+
+    Attributes:
+        forward_s, backward_s, total_s: seconds of a sequence.
+        faster: by base, the base's seconds over this layer's, of every repeat.
+        smaller: by base, the base's peak over this layer's, where both can be told.
+        product_share: of the best product's FLOP/s; copy_share: of the copy's bytes per second.
+    """
+
     forward_s: Spread
     backward_s: Spread
     total_s: Spread

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .recurrence import State, as_taken, unrolled, zero_state
+from .recurrence import State, Unrolled
 from .rules import check_kernel
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -19,7 +19,7 @@ RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 PADDINGS = ("same", "valid")
 
 
-class ConvLSTM2d(nn.Module):
+class ConvLSTM2d(Unrolled):
     """Convolutional LSTM (Shi et al., arXiv 1506.04214) as Keras computes it: no peepholes.
 
     Gates are ordered i, f, c, o. ``padding`` is that of the input convolution; the recurrent one is
@@ -64,45 +64,22 @@ class ConvLSTM2d(nn.Module):
         if self.unit_forget_bias:
             nn.init.ones_(self.bias.data[self.hidden_channels : 2 * self.hidden_channels])
 
-    def forward(
-        self,
-        x_BTCYX: Tensor,
-        state: State | None = None,
-        *,
-        domain: Domain | None = None,
-        first_step: int = 0,
-        valid_BT: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
-        x_BTCYX = as_taken(x_BTCYX, self.in_channels, self.bias.dtype)
-        domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        gates_BTCYX = self._input_gates(x_BTCYX, domain)
-        of_steps = gates_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them
-        inner = domain if self.padding == "same" else Domain.plane(*gates_BTCYX.shape[-2:])
-        start = state if state is not None else zero_state(gates_BTCYX, self.hidden_channels)
-
-        def step(number: int, before: State) -> State:
-            return self._step(of_steps[number], before, inner)
-
-        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
-
-    def _input_gates(self, x_BTCYX: Tensor, domain: Domain) -> Tensor:
-        """The input convolution of all steps at once, in its type, (B, T, 4 C_h, Y, X) in the weights'."""
-        x = x_BTCYX.flatten(0, 1)
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+        """The input convolution, in the input's type."""
         if self.padding == "same":
-            x = domain.pad(x, self.reach)
+            x_NCYX = domain.pad(x_NCYX, self.reach)
         elif domain.tiles > 1:
             raise InputError(
                 f"padding='valid' makes the output smaller than the grid, which {domain.tiles} tiles cannot "
                 f"share. Use padding='same', or a single tile."
             )
-        gates = functional.conv2d(x, self.input_weight.to(x.dtype), self.bias.to(x.dtype)).to(self.bias.dtype)
-        return gates.view(*x_BTCYX.shape[:2], *gates.shape[1:])
+        gates = functional.conv2d(x_NCYX, self.input_weight.to(x_NCYX.dtype), self.bias.to(x_NCYX.dtype))
+        return gates.to(self.bias.dtype)
 
-    def _step(self, gates_BCYX: Tensor, state: State, domain: Domain) -> State:
+    def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state
         recurrent = functional.conv2d(domain.pad(h, self.reach), self.recurrent_weight)
-        i, f, g, o = (gates_BCYX + recurrent).to(c.dtype).chunk(4, dim=1)
+        i, f, g, o = (of_input_BCYX + recurrent).to(c.dtype).chunk(4, dim=1)
         activation = self.recurrent_activation
         c = activation(f) * c + activation(i) * torch.tanh(g)
         return (activation(o) * torch.tanh(c)).to(h.dtype), c

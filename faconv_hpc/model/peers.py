@@ -9,48 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..spatial.domain import Domain
-from .recurrence import State, unrolled, zero_state
+from .recurrence import State, Unrolled
 from .rules import check_kernel
 
 
-class _Unrolled(nn.Module):
-    """What only depends on the input is computed of all steps at once, the rest step by step."""
-
+class _Depthwise(Unrolled):
     def __init__(self, in_channels: int, hidden_channels: int, kernel_size: int) -> None:
         super().__init__()
         check_kernel(kernel_size)
         self.in_channels, self.hidden_channels, self.reach = in_channels, hidden_channels, kernel_size // 2
 
-    def forward(
-        self,
-        x_BTCYX: Tensor,
-        state: State | None = None,
-        *,
-        domain: Domain | None = None,
-        first_step: int = 0,
-        valid_BT: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
-        where = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        of_steps = self._of_inputs(x_BTCYX.flatten(0, 1), where).unflatten(0, x_BTCYX.shape[:2]).unbind(1)
-        start = state if state is not None else zero_state(x_BTCYX, self.hidden_channels)
-
-        def step(number: int, before: State) -> State:
-            return self._step(of_steps[number], before, where)
-
-        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
-
-    def _of_inputs(self, x_BCYX: Tensor, domain: Domain) -> Tensor:
-        raise NotImplementedError
-
-    def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
-        raise NotImplementedError
-
     def _depthwise(self, x_BCYX: Tensor, weight: Tensor, bias: Tensor, domain: Domain) -> Tensor:
-        return functional.conv2d(domain.pad(x_BCYX, self.reach), weight, bias, groups=x_BCYX.shape[1])
+        padded = domain.pad(x_BCYX.to(weight.dtype), self.reach)
+        return functional.conv2d(padded, weight, bias, groups=x_BCYX.shape[1])
 
 
-class BottleneckLSTM2d(_Unrolled):
+class BottleneckLSTM2d(_Depthwise):
     """Bottleneck-LSTM (Liu and Zhu, arXiv 1711.06368): one bottleneck for all gates, depthwise separable throughout::
 
         b = relu(P_b [D_x x, D_h h])                   D depthwise, P 1x1, to C_h channels
@@ -85,8 +59,8 @@ class BottleneckLSTM2d(_Unrolled):
         """Draws the weights anew."""
         _reset(self, self.gate_bias)
 
-    def _of_inputs(self, x_BCYX: Tensor, domain: Domain) -> Tensor:
-        spread = self._depthwise(x_BCYX, self.input_depthwise, self.input_depthwise_bias, domain)
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+        spread = self._depthwise(x_NCYX, self.input_depthwise, self.input_depthwise_bias, domain)
         return functional.conv2d(spread, self.input_weight, self.bottleneck_bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
@@ -99,7 +73,7 @@ class BottleneckLSTM2d(_Unrolled):
         return (torch.sigmoid(o) * torch.relu(c)).to(h.dtype), c
 
 
-class DepthwiseConvLSTM2d(_Unrolled):
+class DepthwiseConvLSTM2d(_Depthwise):
     """The ConvLSTM of RVT (Gehrig and Scaramuzza, arXiv 2212.05598): only h is convolved, depthwise::
 
         i, f, g, o = W_x x + W_h D h                   D depthwise, W 1x1
@@ -124,8 +98,8 @@ class DepthwiseConvLSTM2d(_Unrolled):
         """Draws the weights anew."""
         _reset(self, self.gate_bias)
 
-    def _of_inputs(self, x_BCYX: Tensor, domain: Domain) -> Tensor:
-        return functional.conv2d(x_BCYX, self.input_weight, self.gate_bias)
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+        return functional.conv2d(x_NCYX.to(self.gate_bias.dtype), self.input_weight, self.gate_bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state

@@ -1,13 +1,14 @@
-"""The state of recurrent layers, and a loop over steps for one whose step is plain arithmetic."""
+"""The state of recurrent layers, and those whose step is plain arithmetic."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autograd import autocasts
 from ..errors import InputError
 from ..spatial.collectives import at_least_float32
+from ..spatial.domain import Domain
 
 State = tuple[Tensor, Tensor]
 """(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
@@ -65,3 +66,40 @@ def _held(after: State, before: State, valid_B: Tensor) -> State:
     """The state after a step for samples whose step is valid, the one before it for the others."""
     valid = valid_B[:, None, None, None]
     return after[0].where(valid, before[0]), after[1].where(valid, before[1])
+
+
+class Unrolled(nn.Module):
+    """A layer of plain arithmetic: what its input alone decides is computed of all steps at once, the rest in turn."""
+
+    in_channels: int
+    hidden_channels: int
+
+    def forward(
+        self,
+        x_BTCYX: Tensor,
+        state: State | None = None,
+        *,
+        domain: Domain | None = None,
+        first_step: int = 0,
+        valid_BT: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
+        x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype)
+        domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
+        parts_BTCYX = self._of_inputs(x_BTCYX.flatten(0, 1), domain).unflatten(0, x_BTCYX.shape[:2])
+        of_steps = parts_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them
+        cells = parts_BTCYX.shape[-2:]
+        inner = domain if cells == x_BTCYX.shape[-2:] else Domain.plane(*cells)
+        start = state if state is not None else zero_state(parts_BTCYX, self.hidden_channels)
+
+        def step(number: int, before: State) -> State:
+            return self._step(of_steps[number], before, inner)
+
+        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
+
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+        """What steps take of their inputs, in the weights' type; on fewer cells than there are only without tiles."""
+        raise NotImplementedError
+
+    def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
+        raise NotImplementedError

@@ -21,6 +21,7 @@ from ..spatial.mesh import ProcessMesh
 from .contract import Contract
 from .export import CYCLE, cycle_in, metadata
 from .manifest import Manifest
+from .setup import WAYS
 from .shards import Checkpoint, DamagedCheckpointError, checkpoints_at, newest_at
 
 
@@ -56,7 +57,7 @@ class TrainedNetwork:
         """SHA-256 of its weights, and of all that makes something of them: its architecture and its contract."""
         weights = {name: value.cpu().contiguous() for name, value in sorted(self.network.state_dict().items())}
         said = {"network": json.loads(self.about["network"]), "contract": self.contract.model_dump(mode="json")}
-        for free in ("kernels", "checkpoint_steps", "attention_exchange"):  # other ways to the same numbers
+        for free in WAYS:
             said["network"].pop(free, None)
         return hashlib.sha256(save(weights) + json.dumps(said, sort_keys=True).encode()).hexdigest()
 
