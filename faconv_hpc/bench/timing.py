@@ -12,6 +12,12 @@ import torch
 WARM_UP = 2
 """Runs that are not counted: passes are compiled, and the library chooses among its ways."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""As <malloc.h> numbers them."""
+
+KEEPS_LEAST, KEEPS_MOST = 2**16, 2**25
+"""Bytes: small enough for every tensor that counts; where glibc's own threshold ends by itself."""
+
 Key = TypeVar("Key")
 Work = Callable[[], object]
 
@@ -59,21 +65,41 @@ def interleaved(
 def peak_bytes(work: Work, device: torch.device) -> int | None:
     """Memory that some work takes at most beyond what is there before; None where nothing tells.
 
-    On a CPU it is the process's: what it has freed goes back to the system first.
+    On a CPU it is the process's, whose allocator gives back at once what is freed meanwhile: how much glibc keeps for
+    later hangs on the largest block that was ever freed (mallopt(3), M_MMAP_THRESHOLD).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    library = ctypes.CDLL(None)
+    _keep_at_most(library, KEEPS_LEAST)
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is: proc(5)
+        if not _peak_is_what_there_is(library):
+            return None
+        before = _resident_bytes("VmRSS")
+        work()
+        return max(_resident_bytes("VmHWM") - before, 0)
+    finally:
+        _keep_at_most(library, KEEPS_MOST)
+
+
+def _keep_at_most(library: ctypes.CDLL, size: int) -> None:
+    """Blocks from `size` bytes on are taken from the system and given back; of smaller ones twice that is kept."""
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, size)
+        library.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
+def _peak_is_what_there_is(library: ctypes.CDLL) -> bool:
+    """Whether the process's peak was set back, as proc(5) says of clear_refs, to what it holds without freed blocks."""
+    try:
+        library.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
-        return None
-    before = _resident_bytes("VmRSS")
-    work()
-    return max(_resident_bytes("VmHWM") - before, 0)
+        return False
+    return True
 
 
 def _resident_bytes(name: str) -> int:
