@@ -32,6 +32,17 @@ def flush_entries(directory: Path) -> None:
         os.close(descriptor)
 
 
+def flush_tree(directory: Path) -> None:
+    """Makes sure that all files below a directory are on disk, whoever has written them."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            flush_tree(entry)
+        else:
+            with entry.open("rb") as written:
+                os.fsync(written.fileno())
+    flush_entries(directory)
+
+
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
     """Another name beside ``final``, whose file gets its own by one rename when the block ends: whole or not at all.

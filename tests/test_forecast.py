@@ -1,8 +1,10 @@
 """``faconv forecast``: the same on any ranks, and what evaluate finds; killed and continued; refused with a reason."""
 
 import json
+import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import forecasts
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.skill import evaluate
+from faconv_hpc.forecasting import zarr_store
 from faconv_hpc.locks import locked_directory
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.export import export
@@ -150,6 +153,25 @@ def test_killed_and_started_again_it_ends_with_the_same(config, alone, tmp_path,
         assert refused.returncode == 2
         assert len(messages(refused)) == 1 and re.search(told, refused.stderr), refused.stderr
     xr.testing.assert_identical(opened(output), before)
+
+
+def test_a_date_counts_as_done_when_its_chunks_are_on_disk(config, tmp_path, monkeypatch):
+    flushed, whole = set(), {}
+    flush, mark = os.fsync, zarr_store.write_durably
+
+    def seen(descriptor):
+        flushed.add(Path(f"/proc/self/fd/{descriptor}").resolve())
+        flush(descriptor)
+
+    def marked(path, content):
+        chunks = [path.parent / zarr_store.CONTENT / name / "c" / "0" for name in NAMES]
+        whole[path.name] = all({one, *one.rglob("*")} <= flushed for one in chunks)
+        mark(path, content)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(zarr_store, "write_durably", marked)
+    written(ProcessMesh.alone(), config.run_dir, tmp_path / "f.zarr", [config.data.store], ["2003-03-02"], 1)
+    assert whole == {"made.done": False, "init-000000.done": True}
 
 
 def test_another_model_at_the_same_output_is_refused(config, exported, tmp_path):

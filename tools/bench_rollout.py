@@ -44,7 +44,7 @@ def config_of(given: argparse.Namespace, run_dir: Path, kind: str, seed: int) ->
     return {
         "run_dir": str(run_dir),
         "data": {"store": str(given.store), "window": WINDOW, "periods": periods, "lat_boundary": "pole"},
-        "model": {"hidden_channels": 32, "kernels": "eager", "embedding_channels": 16, "coarse_shape": [4, 8]},
+        "model": {"hidden_channels": 32, "embedding_channels": 16, "coarse_shape": [4, 8]},
         "training": {
             "steps": steps, "micro_batch": 2, "learning_rate": given.rate, "seed": seed, "rollout": rollout,
             "lead_weights": [given.weight] if rollout and given.weight != 1 else [],

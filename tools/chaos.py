@@ -363,7 +363,8 @@ def _damage(how: Callable[[list[Path], random.Random], object]) -> Callable[...,
 
     def fault(chaos: Chaos, job: Job, run_dir: Path, rank: int, damaged: set[str]) -> bool:
         job.send(rank, signal.SIGKILL)
-        job.wait()
+        if not any(job.wait()):
+            return False  # it came too late: all was done, and no start is left that would pass it over
         sound = [one for one in checkpoints_in(run_dir) if one.problem() is None]
         if len(sound) < 2:
             return False  # one must be left to go on from

@@ -10,10 +10,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from ..files import write_durably
+from ..files import flush_tree, write_durably
 from .layout import ForecastLayout
 
 CONTENT = "forecast.zarr"
+CHUNKS = "c"
+"""The directory of an array's chunks in zarr v3; below it there is one for each index of the first dim."""
 
 
 class ZarrWriter:
@@ -51,6 +53,7 @@ class ZarrWriter:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata")  # of zarr 3, which xarray reads
             zarr.consolidate_metadata(self._content)
+        flush_tree(self._content)
         write_durably(self._marker("made"), "")
 
     def is_done(self, init: int) -> bool:
@@ -66,6 +69,9 @@ class ZarrWriter:
         """The chunks of a date; when the block ends all ranks of its replica have written theirs."""
         yield Chunks(zarr.open_group(self._content, mode="r+"), self._layout, init)
         if first:
+            chunks = [self._content / field.name / CHUNKS / str(init) for field in self._layout.fields]
+            for directory in filter(Path.is_dir, chunks):  # chunks of missing cells alone are no files
+                flush_tree(directory)
             write_durably(self._marker(f"init-{init:06d}"), "")
 
     def finish(self, final: Path) -> Iterator[None]:
