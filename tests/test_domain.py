@@ -176,6 +176,36 @@ def test_recomputation_takes_halos_and_means_from_the_tape():
     run_on_ranks(Layout(1, 2, 2), check)
 
 
+@pytest.mark.parametrize("axis", ["lon", "lat"])
+def test_recomputation_takes_what_others_have_of_lines_from_the_tape(axis):
+    """Which keeps that, and nothing of the tile's own; uneven tiles, lines that ranks do not divide."""
+
+    def lines_of(domain):
+        lines = lines_through(random_like((1, 2, *domain.tile.shape), domain.mesh.rank), axis)
+        joined, whole = domain.gather(lines, axis, dim=1), domain.swap(lines, axis)
+        return joined, whole, domain.swap_back(whole * 2, axis, lines.shape[0])
+
+    def check(mesh):
+        domain, kept = Domain(LatLonGrid(7, 11), mesh), []
+        first, again = domain.recompute_contexts()
+        with first:
+            want = lines_of(domain)
+            kept = [[one.untyped_storage() for one in received] for received in domain._tape._values]
+        domain.clock.take("exchange")
+        with again:
+            got = lines_of(domain)
+        all_agree(domain, domain.clock.take("exchange") == 0.0)
+        all_agree(domain, all(torch.equal(a, b) for a, b in zip(want, got, strict=True)))
+        sizes = domain.cuts.sizes(axis)
+        mine = sizes[mesh.index(axis)]
+        share, lines, channels = want[1].shape[0], want[2].shape[0], want[2].shape[2]
+        numbers = lines * (len(sizes) - 1) * max(sizes), share * (sum(sizes) - mine), (lines - share) * mine
+        held = [sum({one.data_ptr(): one.nbytes() for one in storages}.values()) for storages in kept]
+        all_agree(domain, held == [8 * channels * number for number in numbers])
+
+    run_on_ranks(Layout(1, 1, 3) if axis == "lon" else Layout(1, 3, 1), check)
+
+
 def test_tiles_that_see_another_plan_are_found_before_anything_is_sent():
     def check(mesh):
         columns = 16 if mesh.rank != 1 else 18

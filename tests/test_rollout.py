@@ -1,5 +1,7 @@
 """Training through free runs: the same gradients on every mesh and however they are stored, and a schedule of leads."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from faconv_hpc.data.samples import Batch
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.variables import Channels, Variable
 from faconv_hpc.errors import InputError
+from faconv_hpc.observe import Clock
 from faconv_hpc.training.fit import check_store
 from faconv_hpc.training.free_run import feedback_for, free_run
 from faconv_hpc.training.objective import losses_of
@@ -131,6 +134,45 @@ def test_gradients_go_through_all_leads_and_are_those_of_one_tile(checkpoint_ste
         for got in run_on_ranks(layout, gradients_of, checkpoint_steps):
             differences = {name: relative_difference(got[name], value) for name, value in want.items()}
             assert max(differences.values()) < 1e-12, differences
+
+
+def verbs_of(mesh, checkpoint_steps, exchange):
+    """How often each verb was heard of, forward and backward, of a window and a free run."""
+    domain, model, counts, communicating = (
+        Domain(grid(), mesh),
+        network(checkpoint_steps),
+        Counter(),
+        Clock.communicating,
+    )
+    for layer in model.layers:
+        layer.attention.rows.exchange = layer.attention.columns.exchange = exchange
+
+    def counting(clock, verb):
+        counts[verb] += 1
+        return communicating(clock, verb)
+
+    batch = batch_of(domain)
+    Clock.communicating = counting
+    try:
+        given = batch.inputs_BTCYX, batch.year_fraction_BT
+        output = model(*given, domain=domain, feedback=feedback_for(batch, WINDOW))
+        forward = Counter(counts)
+        output.forecast_BTCYX.square().sum().backward()
+    finally:
+        Clock.communicating = communicating
+    return forward, counts - forward
+
+
+@pytest.mark.parametrize("exchange", ["gather", "swap"])
+def test_what_is_computed_again_sends_nothing(exchange):
+    """Neither for halos and means nor for attention, in the window and beyond it."""
+    for checkpoint_steps in (0, 2):
+        for forward, backward in run_on_ranks(Layout(1, 2, 2), verbs_of, checkpoint_steps, exchange):
+            assert min(forward[verb] for verb in ("pad", "mean", exchange)) > 0
+            assert not backward.keys() & {"pad", "mean", "gather"}
+            assert backward["adjoint of pad"] == forward["pad"]
+            assert backward["adjoint of gather"] == forward["gather"]
+            assert backward["swap"] == forward["swap"]  # whose adjoint goes by the same name
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """FAConvLSTMNetwork: stacked layers, a forecast of the next step at every step, and an embedding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..spatial.collectives import at_least_float32
@@ -19,6 +18,7 @@ from .feedback import Feedback
 from .layer import FAConvLSTM2d
 from .losses import Loss, area_mean_squared_error, free_run_loss, shared_mean_squared_error
 from .recurrence import State
+from .segments import Segments
 from .subspace import SubspaceHead, coarse_means
 
 CELLS = {"faconvlstm": FAConvLSTM2d, "convlstm": ConvLSTM2d}
@@ -105,7 +105,7 @@ class FAConvLSTMNetwork(nn.Module):
         embedding_channels, coarse_shape: see `SubspaceHead`.
         embedding_weight: weight of the coarse field's error in the loss.
         checkpoint_steps: length of the time segments that are computed again in backward instead of
-            being stored; 0 stores everything.
+            being stored, see `Segments`; 0 stores everything.
         cell: ``"faconvlstm"``, or ``"convlstm"`` for the baseline.
         layer_options: passed to every layer, see `FAConvLSTM2d` and `ConvLSTM2d`.
 
@@ -174,29 +174,26 @@ class FAConvLSTMNetwork(nn.Module):
         window = x_BTCYX.shape[1] if feedback is None else feedback.window
         states: Sequence[State | None] = state or [None] * len(self.layers)
         forecasts, means = [], []
-        for span in self._segments(0, window):
-            valid = None if valid_BT is None else valid_BT[:, span]
-            segment = partial(self._segment, domain=domain, first_step=first_step + span.start, valid_BT=valid)
-            forecast, mean, states = self._maybe_checkpointed(segment, x_BTCYX[:, span], states, domain=domain)
+        given_BTCYX, ahead_BTCYX = x_BTCYX.split([window, x_BTCYX.shape[1] - window], dim=1)
+        cut = Segments(self.checkpoint_steps, domain)
+        for start, x in cut.of(given_BTCYX):
+            valid = None if valid_BT is None else valid_BT[:, start : start + x.shape[1]]
+            segment = partial(self._segment, domain=domain, first_step=first_step + start, valid_BT=valid)
+            forecast, mean, states = cut.computed(segment, x, states)
             forecasts.append(forecast)
             means.append(mean)
         window_states = states
         if feedback is not None:
-            change = self._change(forecasts[-1][:, -1])
-            for span in self._segments(window, x_BTCYX.shape[1]):
-                free = partial(self._free_segment, feedback, domain=domain, first_step=first_step + span.start)
-                given = x_BTCYX[:, window - 1], x_BTCYX[:, span], change, states
-                forecast, mean, states, change = self._maybe_checkpointed(free, *given, domain=domain)
+            last, change = given_BTCYX[:, -1], self._change(forecasts[-1][:, -1])
+            for start, x in cut.of(ahead_BTCYX):
+                free = partial(self._free_segment, feedback, domain=domain, first_step=first_step + window + start)
+                forecast, mean, states, change = cut.computed(free, last, x, change, states)
                 forecasts.append(forecast)
                 means.append(mean)
         embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
         final, at_window = (tuple(one for one in ones if one is not None) for ones in (states, window_states))
         forecast = torch.cat(forecasts, dim=1)
         return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, at_window, valid_BT)
-
-    def _segments(self, start: int, stop: int) -> Iterator[slice]:
-        length = self.checkpoint_steps or max(stop - start, 1)
-        return (slice(first, min(first + length, stop)) for first in range(start, stop, length))
 
     def _change(self, forecast_BCYX: Tensor) -> Tensor:
         """Of the fields, in float32 or better, as it is summed up."""
@@ -290,14 +287,6 @@ class FAConvLSTMNetwork(nn.Module):
             steps = output.valid_BT[:, :, None, None, None]
             counts = steps.expand_as(coarse) if counts is None else counts & steps
         return shared_mean_squared_error(output.coarse_BTCRS, coarse, counts) * self.embedding_weight
-
-    def _maybe_checkpointed(self, segment: Callable[..., Any], *given: Any, domain: Domain) -> Any:
-        """Non-re-entrant: the re-entrant kind gives wrong gradients for weights that are used again."""
-        if not self.checkpoint_steps or not torch.is_grad_enabled():
-            return segment(*given)
-        return checkpoint(
-            segment, *given, use_reentrant=False, preserve_rng_state=False, context_fn=domain.recompute_contexts
-        )
 
     def _segment(
         self,

@@ -5,6 +5,7 @@ A group of None is a single rank, which has nothing to send.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..observe import Clock
 
+Value = TypeVar("Value")
 Finish = Callable[[], Tensor]
 """Waits for what was started and returns the result."""
 
@@ -60,16 +62,18 @@ def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb
     return finish
 
 
-def gather(tile: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup, clock: Clock) -> Tensor:
-    """Joins the tiles of all ranks of the group along ``dim``, whose sizes are ``sizes``.
+def gather(
+    tile: Tensor, dim: int, sizes: Sequence[int], index: int, group: dist.ProcessGroup, clock: Clock
+) -> list[Tensor]:
+    """The tiles of all ranks of the group but this one, number ``index``; their sizes along ``dim`` are ``sizes``.
 
     Tiles are filled up to the largest, because collectives want equal parts, and trimmed again.
     """
-    largest = max(sizes)
-    part = _filled(tile.movedim(dim, 0), largest)
+    part = _filled(tile.movedim(dim, 0), max(sizes))
     with clock.communicating("gather"):
         parts = all_gather(part, group)
-    return torch.cat([parts[rank, :size] for rank, size in enumerate(sizes)]).movedim(0, dim)
+    others = torch.cat([parts[:index], parts[index + 1 :]])  # which may be kept, and this rank's not a second time
+    return [part[:size].movedim(0, dim) for part, size in zip(others, _but(sizes, index), strict=True)]
 
 
 def reduce_scatter(
@@ -91,22 +95,25 @@ def reduce_scatter(
 
 
 def all_to_all(
-    pieces: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup, clock: Clock
+    pieces: Sequence[Tensor], shapes: Sequence[torch.Size], index: int, group: dist.ProcessGroup, clock: Clock
 ) -> list[Tensor]:
-    """Sends piece i to rank i of the group and returns what each rank sent here, of the given shapes."""
-    outgoing = carried(torch.cat([piece.reshape(-1) for piece in pieces]), group)
-    counts = [shape.numel() for shape in shapes]
+    """Sends piece i to rank i of the group; returns what each other rank sent here, of the given shapes.
+
+    This rank is number ``index``, and its own piece goes nowhere.
+    """
+    outgoing = carried(torch.cat([piece.reshape(-1) for piece in _but(pieces, index)]), group)
+    counts = [shape.numel() for shape in _but(shapes, index)]
     incoming = outgoing.new_empty(sum(counts))
     with clock.communicating("swap"):
         dist.all_to_all_single(
             incoming,
             outgoing,
-            output_split_sizes=counts,
-            input_split_sizes=[piece.numel() for piece in pieces],
+            output_split_sizes=[*counts[:index], 0, *counts[index:]],
+            input_split_sizes=[piece.numel() if rank != index else 0 for rank, piece in enumerate(pieces)],
             group=group,
         )
-    incoming = incoming.to(pieces[0].device)
-    return [part.view(shape) for part, shape in zip(incoming.split(counts), shapes, strict=True)]
+    parts = incoming.to(pieces[0].device).split(counts)
+    return [part.view(shape) for part, shape in zip(parts, _but(shapes, index), strict=True)]
 
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -144,6 +151,11 @@ def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist
     copies = value.expand(group.size(), *value.shape).contiguous()
     everyones = torch.empty_like(copies)
     return everyones, dist.all_to_all_single(everyones, copies, group=group, async_op=True)
+
+
+def _but(everyones: Sequence[Value], index: int) -> list[Value]:
+    """Of all ranks but one."""
+    return [*everyones[:index], *everyones[index + 1 :]]
 
 
 def _filled(part: Tensor, size: int) -> Tensor:

@@ -93,7 +93,7 @@ class Domain:
         """
         if self.mesh.size(axis) == 1:
             return x
-        joined: Tensor = Gather.call(x, self.axis(axis), DIMS[axis] if dim is None else dim)
+        joined: Tensor = Gather.call(x, self.axis(axis), DIMS[axis] if dim is None else dim, self.remembered)
         return joined
 
     def swap(self, x_LNC: Tensor, axis: str) -> Tensor:
@@ -108,12 +108,16 @@ class Domain:
 
         Adjoint: `swap_back`; both only move numbers, so each is the other's inverse and adjoint.
         """
-        whole_LNC: Tensor = x_LNC if self.mesh.size(axis) == 1 else Swap.call(x_LNC, self.axis(axis))
+        if self.mesh.size(axis) == 1:
+            return x_LNC
+        whole_LNC: Tensor = Swap.call(x_LNC, self.axis(axis), self.remembered)
         return whole_LNC
 
     def swap_back(self, x_LNC: Tensor, axis: str, lines: int) -> Tensor:
         """The inverse of `swap`: ``lines`` is the number of lines that run through this tile."""
-        owned_LNC: Tensor = x_LNC if self.mesh.size(axis) == 1 else SwapBack.call(x_LNC, self.axis(axis), lines)
+        if self.mesh.size(axis) == 1:
+            return x_LNC
+        owned_LNC: Tensor = SwapBack.call(x_LNC, self.axis(axis), lines, self.remembered)
         return owned_LNC
 
     def mean(self, x: Tensor) -> Tensor:
@@ -160,10 +164,7 @@ class Domain:
     # Activation checkpointing
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """``context_fn`` for `torch.utils.checkpoint`: halos and means are kept, not asked for twice.
-
-        What gather and swap bring is as large as what checkpointing saves, and is asked for again.
-        """
+        """``context_fn`` for `torch.utils.checkpoint`: what other tiles have sent is kept, not asked for twice."""
         tape = Tape()
         return self._using(tape, tape.recording()), self._using(tape, tape.replaying())
 

@@ -4,9 +4,6 @@ Each stands with its adjoint. What moves the numbers is in exchange.py (halos) a
 start and finish, so that what does not depend on it can be computed in between; and in axis.py, which waits.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,10 +13,7 @@ from .area_mean import AreaMean
 from .axis import Axis
 from .collectives import start_sum
 from .exchange import HaloExchange
-from .tape import Started
-
-Remembered = Callable[[Callable[[], Started[Any]]], Started[Any]]
-"""Starts to communicate, or has what was received when the same segment was first computed; see tape.py."""
+from .tape import Remembered
 
 
 class Pad(Operation):
@@ -58,39 +52,39 @@ class Gather(Operation):
     """All-gather along one axis going forward; reduce-scatter going back."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, axis: Axis, dim: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, axis: Axis, dim: int, remembered: Remembered) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return axis.join(x, dim)
+        return axis.join(x, dim, remembered)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.axis.part(grad, ctx.dim), None, None
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.part(grad, ctx.dim), None, None, None
 
 
 class Swap(Operation):
     """All-to-all from owned pieces of all lines to whole lines, fewer; going back, the reverse."""
 
     @staticmethod
-    def forward(ctx: Context, x_LNC: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Context, x_LNC: Tensor, axis: Axis, remembered: Remembered) -> Tensor:
         ctx.axis, ctx.lines = axis, x_LNC.shape[0]
-        return axis.deal(x_LNC)
+        return axis.deal(x_LNC, remembered)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.axis.collect(grad, ctx.lines), None
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.collect(grad, ctx.lines), None, None
 
 
 class SwapBack(Operation):
     """All-to-all from whole lines to owned pieces of all lines; going back, the reverse."""
 
     @staticmethod
-    def forward(ctx: Context, x_LNC: Tensor, axis: Axis, lines: int) -> Tensor:
+    def forward(ctx: Context, x_LNC: Tensor, axis: Axis, lines: int, remembered: Remembered) -> Tensor:
         ctx.axis = axis
-        return axis.collect(x_LNC, lines)
+        return axis.collect(x_LNC, lines, remembered)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.axis.deal(grad), None, None
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.deal(grad), None, None, None
 
 
 class Total(Operation):

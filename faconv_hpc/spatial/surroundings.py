@@ -4,14 +4,13 @@ Both travel at once, forward and backward, each way in two halves, so that other
 No autograd here: a layer whose steps are one operation writes its own backward.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .area_mean import AreaMean
 from .exchange import HaloExchange, Received
-from .tape import Started
+from .tape import Remembered, Started
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +22,7 @@ class Surroundings:
 
     halo: HaloExchange
     mean: AreaMean
-    remembered: Callable[[Callable[[], Started[tuple[Received, Tensor]]]], Started[tuple[Received, Tensor]]]
+    remembered: Remembered
 
     def start(self, padded: Tensor) -> Started[Tensor]:
         """Sends what others need of the owned cells. What is returned waits, fills the halo and gives the mean,
@@ -34,7 +33,7 @@ class Surroundings:
             cells, mean = self.halo.start_fill(owned), self.mean.start(owned)
             return lambda: (cells(), mean())
 
-        started = self.remembered(both)
+        started: Started[tuple[Received, Tensor]] = self.remembered(both)
 
         def finish() -> Tensor:
             received, mean = started()

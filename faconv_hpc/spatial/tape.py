@@ -8,13 +8,21 @@ Value = TypeVar("Value")
 Started = Callable[[], Value]
 """What is under way: a call waits for it, once."""
 
+Remembered = Callable[[Callable[[], Started[Any]]], Started[Any]]
+"""Starts to communicate, or has what was received when the same segment was first computed."""
+
+
+def at_once(start: Callable[[], Started[Value]]) -> Started[Value]:
+    """Remembers nothing."""
+    return start()
+
 
 class Tape:
     """The results of the communicating verbs of one checkpointed segment, in order.
 
     Activation checkpointing computes a segment twice: forward, and again in backward. The first
-    time the tape records what was received (a few halo rows and means); the second time it hands
-    the same values back and nothing is sent.
+    time the tape records what was received (a few halo rows, means, what attention has of other
+    tiles); the second time it hands the same values back and nothing is sent.
     """
 
     def __init__(self) -> None:
