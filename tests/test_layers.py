@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.errors import InputError
-from faconv_hpc.model import native
+from faconv_hpc.model import native, sweep
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
 from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, Taps, TracedKernels, Turn, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
@@ -218,6 +218,35 @@ def test_what_no_gradient_is_asked_of_keeps_nothing():
     layer.requires_grad_(True)
     with torch.no_grad():
         assert layer(x)[0].grad_fn is None
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+def test_what_does_not_learn_is_not_multiplied_out(kernels, monkeypatch):
+    """Neither for W_x and W_h nor for W_a; the gradients of what learns beside them are the same to the last bit."""
+    layer, x = randomized(FAConvLSTM2d(3, 8, attention_every=2, kernels=kernels)), random_like((2, 4, 3, 7, 9), 0)
+    x.requires_grad_()
+
+    def gradients():
+        learning = {name: one for name, one in layer.named_parameters() if one.requires_grad}
+        found = torch.autograd.grad(layer(x)[0].square().sum(), [x, *learning.values()])
+        return dict(zip(["x", *learning], found, strict=True))
+
+    want, made, passes = gradients(), [], type(kernels_for(kernels, x, x))
+    frozen = {"input_weight", "hidden_weight", "expansion_weight"}
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    retreat = passes.retreat
+
+    def retreating(*given):
+        grads = retreat(*given)
+        made.append(grads[0])
+        return grads
+
+    monkeypatch.setattr(passes, "retreat", retreating)
+    monkeypatch.setattr(sweep, "_add_product", lambda *given: made.append(given))
+    got = gradients()
+    assert got.keys() == want.keys() - frozen and all(torch.equal(got[name], want[name]) for name in got)
+    assert made == [None] * 4
 
 
 def test_one_exchange_and_one_reduction_for_every_step_and_none_for_recomputation():

@@ -232,11 +232,13 @@ class Kernels:
         peep_GC: Tensor,
         grad_h: Tensor,
         grad_c: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        learns: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of `advance`, whose pre-activations are computed again.
 
         Args:
             grad_h, grad_c: of h and of the new c.
+            learns: whether that of the weight is asked for.
 
         Returns:
             Those of the weight, of m, of the old c, of the bias and of the peepholes; weights' in float32 or better.
@@ -244,7 +246,9 @@ class Kernels:
         given = _gate_inputs(self.product(weight, mixed_BFYX), c_BCYX, bias, peep_GC)
         grad_a, grad_before, grad_bias, grad_peep = self._gate_gradients(*given, grad_h, grad_c)
         grad_a = grad_a.flatten(1, 2).to(mixed_BFYX.dtype)
-        of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
+        of_weight = None
+        if learns:
+            of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
         return of_weight, self.product(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
 
     def attend(self, own: Tensor, others: Tensor | None, turn_q: Turn, turn_k: Turn, bias_M: Tensor | None) -> Tensor:

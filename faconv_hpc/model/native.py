@@ -77,13 +77,15 @@ class NativeKernels(Kernels):
         peep_GC: Tensor,
         grad_h: Tensor,
         grad_c: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        learns: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         mixed, c, grad_h, grad_c = mixed_BFYX.contiguous(), c_BCYX.contiguous(), _planar(grad_h), grad_c.contiguous()
         parameters = weight.contiguous(), bias.contiguous(), peep_GC.contiguous()
-        of_weights = [torch.empty_like(one) for one in parameters]
-        grads = of_weights[0], torch.empty_like(mixed), torch.empty_like(c), of_weights[1], of_weights[2]
-        _call("retreat", *grads, grad_h, grad_h.stride(0), grad_c, mixed, c, *parameters, *_sizes(c, mixed))
-        return grads
+        of_weight, of_bias, of_peep = (torch.empty_like(one) for one in parameters)
+        of_weight = of_weight if learns else weight.new_empty(0)  # whose address is null
+        grads = torch.empty_like(mixed), torch.empty_like(c), of_bias, of_peep
+        _call("retreat", of_weight, *grads, grad_h, grad_h.stride(0), grad_c, mixed, c, *parameters, *_sizes(c, mixed))
+        return of_weight if learns else None, *grads
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
         padded, weight = _planar(padded_BCYX), weight_BCN.contiguous()

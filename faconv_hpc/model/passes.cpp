@@ -136,7 +136,8 @@ inline void add_products(T* totals, const T* grads, Index channels, const T* mix
 }
 
 // The gradients of `advance`: of the weight, of what is mixed, of the c before, of bias (4 channels) and peepholes
-// (3 channels). Pre-activations are computed again, and neither they nor their gradients go through memory.
+// (3 channels). Pre-activations are computed again, and neither they nor their gradients go through memory. A weight
+// whose gradient has no place to go does not learn.
 template <class T>
 void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole, const T* grad_h,
              Index grad_h_batch, const T* grad_after, const T* mixed, const T* c, const T* weight, const T* bias,
@@ -144,7 +145,8 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count, stretch = Lanes<T>::stretch;
     const Index stretches = (cells + stretch - 1) / stretch;
-    const Index held_each = (7 + 4 * inner) * channels * lanes;
+    const bool learns = grad_weight != nullptr;
+    const Index held_each = (7 + (learns ? 4 * inner : 0)) * channels * lanes;
     std::vector<T> held_by_all(threads * held_each, T(0));  // added up in their order: with as many threads the same bits
 #pragma omp parallel num_threads(threads)
     {
@@ -202,10 +204,10 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
                             store(grads.data() + first * 4 * channels + (gate * channels + channel) * block + s * lanes, a[gate][s]);
                 }
                 Index k = 0;
-                for (; k + 2 <= inner; k += 2)
+                for (; learns && k + 2 <= inner; k += 2)
                     add_products<T, 2>(products + (channel * inner + k) * 4 * lanes, grads.data() + channel * block, channels,
                                        copied.data() + k * block, inner, end);
-                if (k < inner)
+                if (learns && k < inner)
                     add_products<T, 1>(products + (channel * inner + k) * 4 * lanes, grads.data() + channel * block, channels,
                                        copied.data() + k * block, inner, end);
                 }
@@ -230,7 +232,7 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
     };
     for (Index one = 0; one < 4 * channels; ++one) grad_bias[one] = of_all(one);
     for (Index one = 0; one < 3 * channels; ++one) grad_peephole[one] = of_all(4 * channels + one);
-    for (Index channel = 0; channel < channels; ++channel)
+    for (Index channel = 0; learns && channel < channels; ++channel)
         for (Index k = 0; k < inner; ++k)
             for (int gate = 0; gate < 4; ++gate)
                 grad_weight[(gate * channels + channel) * inner + k] = of_all(7 * channels + (channel * inner + k) * 4 + gate);

@@ -11,8 +11,9 @@ product is rounded to the type of what it is made of, whatever is added to it is
 
 Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and the 4 C_h channels that it
 is expanded to are computed again in backward. It goes through the steps from the last to the first and adds up the
-weights' gradients of all steps in float32 or better. While halo and mean travel, W_x x of the next step is computed;
-while their gradients do, those of the step's kernels, and those of W_x, W_h, b and x of the step before.
+weights' gradients of all steps in float32 or better; none of a product is made for what does not learn. While halo and
+mean travel, W_x x of the next step is computed; while their gradients do, those of the step's kernels, and those of
+W_x, W_h, b and x of the step before.
 """
 
 from collections.abc import Sequence
@@ -260,8 +261,8 @@ def _swept_back(
     cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
     if length > 1:
         ctx.steps.seal.check()
-    back = _Backward(ctx.steps, Weights(*rest[3 * length :]), cells[0], early.dtype, x_BTCYX.dtype)
-    _, _, _, wants_x, wants_h, wants_c, *_ = ctx.needs_input_grad
+    _, _, _, wants_x, wants_h, wants_c, *learn = ctx.needs_input_grad
+    back = _Backward(ctx.steps, Weights(*rest[3 * length :]), learn, cells[0], early.dtype, x_BTCYX.dtype)
     grad_x = torch.empty_like(x_BTCYX) if wants_x else None
     grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
     grad_h = None
@@ -280,10 +281,16 @@ def _swept_back(
 
 
 class _Backward:
-    """The steps of a sweep from the last to the first: their buffers, and the sums of the weights' gradients."""
+    """The steps of a sweep from the last to the first: their buffers, and the sums of the gradients of what learns."""
 
     def __init__(
-        self, steps: Steps, weights: Weights, c_BCYX: Tensor, activations: torch.dtype, inputs: torch.dtype
+        self,
+        steps: Steps,
+        weights: Weights,
+        learn: Sequence[bool],
+        c_BCYX: Tensor,
+        activations: torch.dtype,
+        inputs: torch.dtype,
     ) -> None:
         self.steps, self.w = steps, weights.of_products(activations, inputs)
         batch, _, *cells = c_BCYX.shape
@@ -294,6 +301,7 @@ class _Backward:
         self.framed = functional.pad(torch.zeros_like(self.m), [frame] * 4)
         self.amid = self.framed[..., frame : frame + cells[0], frame : frame + cells[1]]
         self.grad_padded = halo.framed(self.grad_u)
+        self.learns = dict(zip(Weights._fields, learn, strict=True))
         sums = [torch.zeros_like(one) for one in weights]
         self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in sums[:2])
         self.others = sums[2:]
@@ -316,7 +324,7 @@ class _Backward:
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
         weights = bank.weights(mean, *w.of_bank)
         bank.mix(self.m, padded, weights)
-        grads = bank.kernels.retreat(self.m, c, *w.of_gates, grad_h, grad_c)
+        grads = bank.kernels.retreat(self.m, c, *w.of_gates, grad_h, grad_c, self.learns["expansion"])
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
         self.amid.copy_(grad_m)
         bank.adjoint(self.grad_padded, self.framed, weights)
@@ -325,7 +333,8 @@ class _Backward:
         mean_gradient = around.mean.start_gradient(grad_mean)
         self._do_what_is_left()
         for total, one in zip(self.others[1:], (*of_bank, grad_expansion, grad_bias, grad_peephole), strict=True):
-            total.add_(one)
+            if one is not None:
+                total.add_(one)
         around.gradient(self.grad_padded, halos(), mean_gradient(), self.grad_u)
         self.left = x, h, grad_x
         grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
@@ -336,8 +345,9 @@ class _Backward:
         if self.left is None:
             return
         x, h, grad_x = self.left
-        _add_product(self.of_input, self.grad_u, x)
-        if h is not None:
+        if self.learns["input"]:
+            _add_product(self.of_input, self.grad_u, x)
+        if h is not None and self.learns["hidden"]:
             _add_product(self.of_hidden, self.grad_u, h)
         if grad_x is not None:
             product = self.steps.bank.kernels.product(self.w.input.to(self.grad_u.dtype).t(), self.grad_u)
@@ -345,10 +355,11 @@ class _Backward:
         self.others[0].add_(self.grad_u.sum((0, 2, 3), dtype=self.w.bias.dtype))
         self.left = None
 
-    def gradients(self) -> list[Tensor]:
-        """Of all weights, in their order, after the last step."""
+    def gradients(self) -> list[Tensor | None]:
+        """Of all weights, in their order, after the last step; None where one does not learn."""
         self._do_what_is_left()
-        return [self.of_input.sum(0), self.of_hidden.sum(0), *self.others]
+        sums = self.of_input.sum(0), self.of_hidden.sum(0), *self.others
+        return [total if learns else None for total, learns in zip(sums, self.learns.values(), strict=True)]
 
 
 def _add_product(total: Tensor, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:
