@@ -6,6 +6,7 @@ import torch
 from faconv_hpc import Domain
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.errors import InputError
+from faconv_hpc.model import sweep
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.frozen import frozen_in
 from faconv_hpc.training.shards import checkpoints_in
@@ -61,6 +62,26 @@ def test_the_others_are_updated_as_without(stage):
         return relative({name: before[name] - after[name] for name in learning}, learning, "")
 
     assert max(run_on_ranks(Layout(2, 1, 1), check)) <= 1e-5
+
+
+def test_backward_goes_no_further_than_what_learns():
+    """Nothing below learns, and so its sweeps have no backward; above, in the second layer, there are as many."""
+
+    def check(mesh):
+        domain, swept_back, counts = Domain(grid(), mesh), sweep._swept_back, []
+        for frozen in ((), PATTERNS):
+            calls = []
+            engine = Engine(network(), mesh, TrainingConfig(steps=100, zero_stage=2, frozen=frozen))
+            sweep._swept_back = lambda *given, calls=calls: (calls.append(1), swept_back(*given))[1]
+            try:
+                sharded_update(engine, domain, 2, 1, 1e-2)
+            finally:
+                sweep._swept_back = swept_back
+            counts.append(len(calls))
+        return counts
+
+    for both, second in run_on_ranks(Layout(1, 1, 2), check):
+        assert both == 2 * second > 0
 
 
 def test_a_run_keeps_what_is_frozen_and_one_that_begins_from_it_may_free_it(tmp_path):

@@ -20,6 +20,7 @@ from ..spatial.domain import Domain
 from ..spatial.environment import deepspeed_finds
 from ..spatial.mesh import ProcessMesh
 from .deepspeed_config import deepspeed_config
+from .frozen import frozen_in, unasked
 from .optimizers import optimizer_of
 from .shards import AVERAGE
 from .timed import Timed
@@ -69,6 +70,8 @@ class Engine:
                 deepspeed.zero.register_external_parameter(module, parameter)
         self._training, self._device = training, mesh.device
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
+        frozen = frozen_in(self.network, training.frozen)
+        self._frozen = [parameter for parameter, name in self._names.items() if name in frozen]
         self._timed = _timed_collectives() if mesh.device.type == "cpu" else None
         self.gradient_norm = torch.tensor(float("nan"), device=mesh.device)
         # Torch makes the moments at the first update, which may be left out; and in bf16 at ZeRO 0 DeepSpeed makes
@@ -79,7 +82,8 @@ class Engine:
 
     def forward(self, inputs_BTCYX: Tensor, year_fraction_BT: Tensor, domain: Domain, **further: Any) -> NetworkOutput:
         """The network's output, from inputs in float32 at every precision. See `FAConvLSTMNetwork.forward`."""
-        output: NetworkOutput = self._engine(inputs_BTCYX, year_fraction_BT, domain=domain, **further)
+        with unasked(self._frozen):
+            output: NetworkOutput = self._engine(inputs_BTCYX, year_fraction_BT, domain=domain, **further)
         return output
 
     @contextlib.contextmanager
@@ -100,7 +104,8 @@ class Engine:
 
     def backward(self, loss: Loss) -> None:
         """Accumulates the gradient of one micro-batch."""
-        self._engine.backward(loss.objective)
+        with unasked(self._frozen):
+            self._engine.backward(loss.objective)
 
     def step(self, learning_rate: float) -> None:
         """Ends a micro-batch; after the last one of a step, clips and updates with this learning rate."""

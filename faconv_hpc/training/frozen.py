@@ -1,11 +1,11 @@
 """Parameters that training leaves as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
@@ -28,14 +28,27 @@ def frozen_in(network: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> list[dict[str, Any]]:
-    """The groups of an optimizer that leaves them as they are: their gradients are 0, and there is no weight decay.
+    """The groups of an optimizer that leaves them as they are: no gradients, see `unasked`, and no weight decay.
 
-    So are the updates of SGD, and of an Adam that has never seen others. They stay parameters like others, in the
-    optimizer's shards, too. Raises what `frozen_in` does.
+    Without gradients the updates of SGD are 0, and those of an Adam that has never seen others. They stay parameters
+    like others, in the optimizer's shards, too. Raises what `frozen_in` does.
     """
     frozen, named = frozen_in(network, patterns), dict(network.named_parameters())
-    for name in frozen:
-        named[name].register_hook(torch.zeros_like)
     live = {"params": [value for name, value in named.items() if name not in frozen]}
     kept = {"params": [value for name, value in named.items() if name in frozen], "weight_decay": 0.0}
     return [live, kept] if frozen else [live]
+
+
+@contextmanager
+def unasked(frozen: Iterable[Tensor]) -> Iterator[None]:
+    """No gradients of the frozen are made inside, in forward and backward; DeepSpeed takes them as 0.
+
+    Everywhere else they require gradients: what does not is left out of its shards, and so of checkpoints.
+    """
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
