@@ -19,6 +19,7 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import figures
 from faconv_hpc.evaluation.figures import draw_forecast
 from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
+from faconv_hpc.look import save_figure
 from faconv_hpc.spatial.exchange import HaloExchange
 from faconv_hpc.training import skill
 from faconv_hpc.training.contract import check_same_data
@@ -192,7 +193,7 @@ def _punch_holes(store):
     prepare([source], store, overwrite=True)
 
 
-def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path):
+def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, monkeypatch):
     store = make_store(tmp_path / "waves", frames=40, noise=0.0)
     data = {"periods": {"test": "2000-01-10T06/"}}
     config = small_config(tmp_path, store, training={"steps": 240, "learning_rate": 0.02}, data=data)
@@ -206,21 +207,18 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path):
             assert found.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
     assert all(skill.ratio < 0.9 for skill in alone.skills)
     _check_against_the_files(alone, store)
-    _look_at_the_figure(alone, tmp_path / "figures" / "forecast.png")
+    _look_at_the_figure(alone, tmp_path / "figures" / "forecast.png", monkeypatch)
 
 
-def _look_at_the_figure(evaluation, path):
+def _look_at_the_figure(evaluation, path, monkeypatch):
     """What is written in it."""
     first, second = evaluation.example.variables
     variables = (first, second.model_copy(update={"loss_weight": 0.0}))
     evaluation = replace(evaluation, example=replace(evaluation.example, variables=variables))
-    drawn, close = [], figures.pyplot.close
-    figures.pyplot.close = drawn.append
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or save_figure(figure, path))
     ratios = [skill.ratio for skill in evaluation.skills]
-    try:
-        assert draw_forecast(evaluation, path, "run").stat().st_size > 10_000
-    finally:
-        figures.pyplot.close = close
+    assert draw_forecast(evaluation, path, "run").stat().st_size > 10_000
     (figure,) = drawn
     before, after = evaluation.example.dates
     said = f"run, step 240: change from {before} to {after} (held out)"
@@ -232,7 +230,6 @@ def _look_at_the_figure(evaluation, path):
     assert titles == expected
     labels = {label.get_text() for place in figure.axes[:6] for label in place.get_xticklabels()}
     assert {"60°E", "0°", "120°W"} <= labels
-    figures.pyplot.close(figure)
 
 
 def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):

@@ -3,37 +3,28 @@
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.ticker import FormatStrFormatter, PercentFormatter
 
-from ..files import replacing
+from ..look import LINE_COLOURS, SMALL, dress, new_figure, save_figure
 from .report import PointResult, StudyReport
 
-matplotlib.use("Agg")  # nodes have no screen
-from matplotlib import pyplot
-
-FIGURE_DPI = 130
-MEASURED, IDEAL = "#1f5fa8", "#888888"
+MEASURED, IDEAL = LINE_COLOURS[0], "#888888"
 
 
 def draw_scaling(report: StudyReport, path: Path) -> Path:
     """Speed-up of a strong study, efficiency of a weak one, over ranks; bars are the quartiles of the repeats."""
     done = sorted((one for one in report.points if one.seconds_per_step is not None), key=lambda one: one.ranks)
     strong = report.scaling == "strong"
-    figure, axes = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, ((axes,),) = new_figure(1, 1, f"{report.study}: {report.scaling} scaling", width=7, height=3.9)
     _draw_ideal(axes, done, strong)
     _draw_measured(axes, done, strong)
     _label_ranks(axes, done)
     base = next(one for one in done if one.point == report.base)
     of = f"{base.ranks} rank{'s' * (base.ranks > 1)} ({base.point})"
-    axes.set_ylabel(f"speed-up over {of}" if strong else f"efficiency, {of} = 100 %")
-    axes.set_title(f"{report.study}: {report.scaling} scaling", fontsize=11)
-    axes.grid(alpha=0.3)
+    dress(axes, x="ranks", y=f"speed-up over {of}" if strong else f"efficiency, {of} = 100 %")
     axes.legend(loc="upper left" if strong else "lower left", frameon=False)
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=FIGURE_DPI, format="png")
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def _value(point: PointResult, strong: bool) -> tuple[float, float, float]:
@@ -52,9 +43,9 @@ def _draw_ideal(axes: Axes, done: list[PointResult], strong: bool) -> None:
     axes.set_xscale("log", base=2)
     if strong:
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     else:
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _draw_measured(axes: Axes, done: list[PointResult], strong: bool) -> None:
@@ -75,7 +66,7 @@ def _draw_measured(axes: Axes, done: list[PointResult], strong: bool) -> None:
     )
     aside = (7, -11) if strong else (7, 5)  # of the line: it rises, or falls
     for one, (value, _, _) in zip(done, values, strict=True):
-        axes.annotate(one.point, (one.ranks, value), aside, textcoords="offset points", fontsize=8)
+        axes.annotate(one.point, (one.ranks, value), aside, textcoords="offset points", fontsize=SMALL + 1)
     if not strong:
         axes.set_ylim(0, max(1.1, *(1.05 * (value + above) for value, _, above in values)))
 
@@ -90,4 +81,3 @@ def _label_ranks(axes: Axes, done: list[PointResult]) -> None:
     axes.set_xticks(ticks, labels)
     axes.minorticks_off()
     axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
-    axes.set_xlabel("ranks")

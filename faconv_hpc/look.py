@@ -1,0 +1,207 @@
+"""The look of all figures: maps with coastlines, colours that fit the quantity, lines that are told apart in grey.
+
+Maps are plate carree (degrees east and north, equally spaced), of the globe or of a region, longitude 0 in the middle.
+Where colours have a sign, so that a print in grey loses it, lines go around what is beyond half the scale: solid where
+it is above zero, dashed below.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+
+from .coastlines import coastlines
+from .files import make_durably, replacing
+from .spatial.grid import within_half_a_turn
+
+DPI = 130
+TITLE, PANEL, SMALL = 11, 9, 7  # sizes of text, in points
+SATURATED_PERCENT = 1.0  # cells beyond the ends of a scale, so that a few of them do not fade all others
+REGION_DEG = 120.0  # wide at most: its coasts are finer
+SIGN_CELLS = 72  # columns of the coarse map whose lines show the sign: smaller patches would be scribble
+MAPS_NOTE = "plate carrée; coastlines GSHHG"
+
+# Okabe and Ito's colours, which all see, in an order in which neighbours differ in lightness too; with dashes of their
+# own, and markers, since two of eight colours may still be of one grey.
+LINE_COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#999999", "#009E73", "#CC79A7")
+LINE_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
+LINE_MARKERS = "os^Dvxp*"
+
+
+@dataclass(frozen=True)
+class Colours:
+    """A scale of colours that is equally steep to the eye, and what its ends stand for.
+
+    Attributes:
+        name: of matplotlib's colour map.
+        low, high: the ends; beyond them colours saturate.
+        signed: whether the middle is zero.
+    """
+
+    name: str
+    low: float
+    high: float
+    signed: bool = False
+
+    @classmethod
+    def of_changes(cls, *fields: NDArray[np.floating]) -> "Colours":
+        """For changes, anomalies, errors: symmetric about zero, from cold to warm (Moreland, 2009)."""
+        limit = _percentile(100 - SATURATED_PERCENT, *(np.abs(field) for field in fields))
+        return cls("coolwarm", -limit, limit, signed=True)
+
+    @classmethod
+    def of_magnitudes(cls, *fields: NDArray[np.floating]) -> "Colours":
+        """For what is zero at least: from zero upwards, lighter and lighter."""
+        return cls("viridis", 0.0, _percentile(100 - SATURATED_PERCENT, *fields))
+
+    @classmethod
+    def of_values(cls, *fields: NDArray[np.floating]) -> "Colours":
+        """For fields as they are: over their range, lighter and lighter."""
+        low, high = (_percentile(one, *fields) for one in (SATURATED_PERCENT / 2, 100 - SATURATED_PERCENT / 2))
+        return cls("viridis", low, high if high > low else low + 1.0)
+
+
+def _percentile(percent: float, *fields: NDArray[np.floating]) -> float:
+    known = np.concatenate([field[np.isfinite(field)].ravel() for field in fields])
+    return (float(np.percentile(known, percent)) if known.size else 0.0) or 1.0
+
+
+def new_figure(
+    rows: int, columns: int, title: str, *, width: float = 4.0, height: float = 2.3, maps: bool = False
+) -> tuple[Figure, NDArray[Any]]:
+    """A figure and its (rows, columns) panels.
+
+    Args:
+        width, height: of a panel, in inches.
+        maps: whether its panels are maps, which is then said at its foot.
+    """
+    figure = Figure(figsize=(columns * width, rows * height + 0.7), layout="constrained", dpi=DPI)
+    figure.suptitle(title, fontsize=TITLE)
+    if maps:
+        figure.supxlabel(MAPS_NOTE, fontsize=SMALL, x=0.995, ha="right", color="#555555")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """As PNG, whole or not at all; its directory is made."""
+    make_durably(path.parent)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    return path
+
+
+def draw_map(
+    axes: Axes,
+    latitude_deg: NDArray[np.floating],
+    longitude_deg: NDArray[np.floating],
+    field_YX: NDArray[np.floating],
+    colours: Colours,
+    title: str = "",
+) -> QuadMesh:
+    """Draws a field on a regular grid into a panel, with coastlines; what is NaN is hatched.
+
+    Args:
+        latitude_deg, longitude_deg: of its rows and columns, which may run either way and begin anywhere.
+    """
+    longitude, order = _centred(np.asarray(longitude_deg, dtype=np.float64))
+    latitude, field = np.asarray(latitude_deg, dtype=np.float64), np.asarray(field_YX)[:, order]
+    axes.patch.set(facecolor="white", edgecolor="#aaaaaa", hatch="////")
+    image = axes.pcolormesh(
+        longitude, latitude, field, cmap=colours.name, vmin=colours.low, vmax=colours.high, shading="nearest",
+        rasterized=True,
+    )  # fmt: skip
+    if colours.signed:
+        _draw_sign(axes, latitude, longitude, field, colours.high / 2)
+    coast = LineCollection(coastlines("c" if np.ptp(longitude) > REGION_DEG else "l"), colors="black", linewidths=0.5)
+    coast.set_path_effects([withStroke(linewidth=1.1, foreground="white", alpha=0.7)])
+    axes.add_collection(coast, autolim=False)
+    _scale_degrees(axes, latitude, longitude)
+    axes.set_title(title, fontsize=PANEL)
+    return image
+
+
+def colour_bar(image: ScalarMappable, axes: Axes | list[Axes], label: str) -> Colorbar:
+    """Beside one panel, or several that share its colours; ``label`` says the quantity and its units."""
+    first = axes if isinstance(axes, Axes) else axes[0]
+    bar = first.get_figure(root=True).colorbar(image, ax=axes, pad=0.01, extend=_extended(image))  # type: ignore[union-attr]
+    bar.set_label(label, fontsize=PANEL)
+    bar.ax.tick_params(labelsize=SMALL)
+    return bar
+
+
+def line_style(number: int, *, markers: bool = True) -> dict[str, Any]:
+    """Of one of several lines, for `Axes.plot`: another colour, dash and marker for each of eight."""
+    place = number % len(LINE_COLOURS)
+    style = {"color": LINE_COLOURS[place], "linestyle": LINE_DASHES[place], "linewidth": 1.6}
+    return style | ({"marker": LINE_MARKERS[place], "markersize": 4.5} if markers else {})
+
+
+def dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
+    """Gives a panel of lines its title, labels and faint grid."""
+    axes.set_title(title, fontsize=PANEL)
+    axes.set_xlabel(x, fontsize=PANEL)
+    axes.set_ylabel(y, fontsize=PANEL)
+    axes.tick_params(labelsize=SMALL)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def _extended(image: ScalarMappable) -> str:
+    """At which ends of the scale there is more."""
+    values: NDArray[np.floating] = np.ma.compressed(np.ma.masked_invalid(np.ma.asarray(image.get_array())))
+    low, high = image.get_clim()
+    ends = values.min(initial=low) < low, values.max(initial=high) > high
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(ends, "neither")
+
+
+def _draw_sign(
+    axes: Axes,
+    latitude: NDArray[np.float64],
+    longitude: NDArray[np.float64],
+    field: NDArray[np.floating],
+    level: float,
+) -> None:
+    block = max(1, round(field.shape[1] / SIGN_CELLS))
+    rows, columns = (size // block for size in field.shape)
+    if min(rows, columns) < 2 or not np.isfinite(field).any():
+        return
+    y, x = (
+        axis[: count * block].reshape(count, block).mean(1) for axis, count in ((latitude, rows), (longitude, columns))
+    )
+    cells = field[: rows * block, : columns * block].reshape(rows, block, columns, block)
+    coarse = np.ma.masked_invalid(cells.mean((1, 3)))
+    for sign, dashes in ((1, "solid"), (-1, "dashed")):
+        if coarse.min() < sign * level < coarse.max():
+            axes.contour(x, y, coarse, levels=[sign * level], colors="#303030", linestyles=dashes, linewidths=0.7)
+
+
+def _scale_degrees(axes: Axes, latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> None:
+    axes.set_xlim(longitude[0], longitude[-1])
+    axes.set_ylim(min(latitude[0], latitude[-1]), max(latitude[0], latitude[-1]))
+    if longitude[0] < -90 and longitude[-1] > 90:
+        axes.set_xticks(np.arange(-120, 121, 60))
+        axes.set_yticks(np.arange(-60, 61, 30))
+    for axis, (above, below) in ((axes.xaxis, ("E", "W")), (axes.yaxis, ("N", "S"))):
+        axis.set_major_formatter(partial(_degrees, above, below))
+    axes.set_aspect("auto")
+    axes.tick_params(labelsize=SMALL)
+
+
+def _degrees(above: str, below: str, value: float, position: int | None = None) -> str:
+    return f"{abs(value):g}°{above if value > 0 else below if value < 0 else ''}"
+
+
+def _centred(longitude_deg: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Longitudes within [-180, 180) in increasing order, and the order of columns that makes them so."""
+    wrapped = within_half_a_turn(longitude_deg)
+    order = np.argsort(wrapped)
+    return wrapped[order], order
