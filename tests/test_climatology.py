@@ -6,6 +6,7 @@ import xarray as xr
 
 from faconv_hpc.data import climatology
 from faconv_hpc.data.climatology import Climatology, kinds_of
+from faconv_hpc.data.fields import StoreFields
 from faconv_hpc.data.store import Store
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Tile
@@ -33,6 +34,10 @@ def make(directory, step_hours, frames, calendar="standard"):
     return directory / "store", values
 
 
+def of(store, names):
+    return StoreFields(store, tuple(names), range(store.frames))
+
+
 def of_hand(values, name, kind):
     """Mean over the frames of training of one kind."""
     return np.nanmean(values[name][[one for span in TRAINING for one in span if kind(one)]].astype(np.float64), axis=0)
@@ -50,7 +55,7 @@ def test_it_is_the_mean_of_what_is_known_at_the_same_time_of_year_and_day(tmp_pa
         return int(at * 6 / 24 / days * 12)
 
     with Store.open(path) as store:
-        found = Climatology.of(store, TRAINING, ["v", "u"], GLOBE)
+        found = Climatology.of(of(store, ["v", "u"]), TRAINING, GLOBE)
         for at in (0, 5, 333, 700, 1199):
             mean_CYX = found.at(range(at, at + 1))[0].numpy()
             for place, name in enumerate(("v", "u")):
@@ -68,10 +73,10 @@ def test_it_is_the_mean_of_what_is_known_at_the_same_time_of_year_and_day(tmp_pa
 def test_a_tile_has_its_part_of_it_to_the_last_bit(tmp_path):
     path, _ = make(tmp_path, 6.0, 1200)
     with Store.open(path) as store:
-        whole = Climatology.of(store, TRAINING, ["u", "v"], GLOBE).mean_KCYX
+        whole = Climatology.of(of(store, ["u", "v"]), TRAINING, GLOBE).mean_KCYX
         for tile in (Tile((0, 3), (0, 7)), Tile((3, 5), (2, 5))):
             np.testing.assert_array_equal(
-                Climatology.of(store, TRAINING, ["u", "v"], tile).mean_KCYX, whole[..., *tile.slices]
+                Climatology.of(of(store, ["u", "v"]), TRAINING, tile).mean_KCYX, whole[..., *tile.slices]
             )
 
 
@@ -79,18 +84,18 @@ def test_of_many_frames_some_count_and_none_that_is_not_trained_on(tmp_path, mon
     monkeypatch.setattr(climatology, "FRAMES", 5)
     path, values = make(tmp_path, 6.0, 1200)
     with Store.open(path) as store:
-        found = Climatology.of(store, TRAINING, ["u"], GLOBE).at(range(4, 5))[0, 0].numpy()
+        found = Climatology.of(of(store, ["u"]), TRAINING, GLOBE).at(range(4, 5))[0, 0].numpy()
         frames = [at for at in range(0, 122, 4) if store.year_fraction[at] < 1 / 12]
         some = [frames[round(place)] for place in np.linspace(0, len(frames) - 1, 5)]
         np.testing.assert_allclose(found, values["u"][some].mean(0), rtol=1e-5, atol=1e-6)
-        assert np.isnan(Climatology.of(store, [], ["u"], GLOBE).mean_KCYX).all()
+        assert np.isnan(Climatology.of(of(store, ["u"]), [], GLOBE).mean_KCYX).all()
 
 
 @pytest.mark.parametrize(("step_hours", "kinds"), [(1.0, 96), (3.0, 96), (6.0, 48), (24.0, 12), (730.0, None)])
 def test_the_day_is_cut_into_its_hours_or_into_eight_parts(tmp_path, step_hours, kinds):
     path, _ = make(tmp_path, step_hours, 40)
     with Store.open(path) as store:
-        kind_F, count = kinds_of(store)
+        kind_F, count = kinds_of(store.layout.time)
         assert kinds is None or count == kinds
         assert kind_F.min() >= 0 and kind_F.max() < count
         if step_hours == 1.0:

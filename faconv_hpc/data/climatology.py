@@ -1,6 +1,6 @@
 """What fields are on average at a time of the year and of the day: what a forecast has to be better than."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..spatial.grid import Tile
+from .fields import Fields
 from .periods import evenly, mask_of
-from .store import Store
+from .times import TimeAxis
 
 PARTS_OF_YEAR, PARTS_OF_DAY = 12, 8
 FRAMES = 40  # read for one time of year and day, at most
@@ -21,12 +22,12 @@ AT_ONCE = 8
 class Climatology:
     """Mean of each cell over the frames of training at the same time of year and of day.
 
-    The year of the calendar is cut into twelve equal parts; the day into the hours that the store has, or eight parts,
-    if it has more. Of each of them at most `FRAMES` frames count, evenly spread over those that there are. At a time
+    The year of the calendar is cut into twelve equal parts; the day into the hours that there are, or eight parts,
+    if there are more. Of each of them at most `FRAMES` frames count, evenly spread over those that there are. At a time
     of the year of which training has no frame it is the mean of the others at that time of day.
 
     Attributes:
-        kind_F: which time of year and day each frame of the store is.
+        kind_F: which time of year and day each frame is.
         mean_KCYX: of a tile; NaN where a cell is never known.
     """
 
@@ -34,35 +35,34 @@ class Climatology:
     mean_KCYX: NDArray[np.float32]
 
     @classmethod
-    def of(cls, store: Store, spans: Iterable[range], names: Sequence[str], tile: Tile) -> "Climatology":
-        """Of some variables in their units, over spans of frames. Reads; the same on any tiling.
+    def of(cls, fields: Fields, spans: Iterable[range], tile: Tile) -> "Climatology":
+        """Of fields in their units, over spans of their frames. Reads; the same on any tiling.
 
         Raises:
             InputError: files that are missing or damaged.
         """
-        kind_F, kinds = kinds_of(store)
-        channels = store.channel_indices(names)
-        counted = mask_of(spans, store.frames)
-        mean_KCYX = np.full((kinds, len(names), *tile.shape), np.nan, dtype=np.float32)
+        kind_F, kinds = kinds_of(fields.axis)
+        counted = mask_of(spans, len(fields.axis))
+        mean_KCYX = np.full((kinds, len(fields.names), *tile.shape), np.nan, dtype=np.float32)
         for kind in range(kinds):
             frames = np.flatnonzero(counted & (kind_F == kind))
             if len(frames):
-                mean_KCYX[kind] = _mean_of(store, frames[evenly(len(frames), FRAMES)].tolist(), channels, tile)
+                mean_KCYX[kind] = _mean_of(fields, frames[evenly(len(frames), FRAMES)].tolist(), tile)
         _fill(mean_KCYX.reshape(PARTS_OF_YEAR, -1, *mean_KCYX.shape[1:]))
         return cls(kind_F, mean_KCYX)
 
     def at(self, frames: range) -> Tensor:
-        """(T, C, Y, X) float32, of some frames of the store."""
+        """(T, C, Y, X) float32, of some frames."""
         return torch.from_numpy(self.mean_KCYX[self.kind_F[frames.start : frames.stop]])
 
 
-def kinds_of(store: Store) -> tuple[NDArray[np.int64], int]:
+def kinds_of(axis: TimeAxis) -> tuple[NDArray[np.int64], int]:
     """(frames,) the time of year and day of each, by number; and how many there are."""
-    hours, part_of_day = np.unique(store.utc_hour.round(3), return_inverse=True)
+    hours, part_of_day = np.unique(axis.utc_hour.round(3), return_inverse=True)
     if len(hours) > PARTS_OF_DAY:
-        part_of_day = (store.utc_hour * PARTS_OF_DAY / 24).astype(np.int64)
+        part_of_day = (axis.utc_hour * PARTS_OF_DAY / 24).astype(np.int64)
     parts = min(len(hours), PARTS_OF_DAY)
-    part_of_year = (store.year_fraction * PARTS_OF_YEAR).astype(np.int64)
+    part_of_year = (axis.year_fraction * PARTS_OF_YEAR).astype(np.int64)
     return part_of_year * parts + part_of_day, PARTS_OF_YEAR * parts
 
 
@@ -76,12 +76,12 @@ def _fill(mean_YDCYX: NDArray[np.float32]) -> None:
         np.copyto(mean_YCYX, other_CYX, where=~known)
 
 
-def _mean_of(store: Store, frames: list[int], channels: Sequence[int], tile: Tile) -> NDArray[np.float64]:
+def _mean_of(fields: Fields, frames: list[int], tile: Tile) -> NDArray[np.float64]:
     """(C, Y, X) over the frames where a cell is known; NaN where it never is."""
-    sum_CYX = np.zeros((len(channels), *tile.shape))
+    sum_CYX = np.zeros((len(fields.names), *tile.shape))
     count_CYX = np.zeros(sum_CYX.shape, dtype=np.int64)
     for first in range(0, len(frames), AT_ONCE):
-        values_TCYX, known_TCYX = store.read(frames[first : first + AT_ONCE], tile, channels)
+        values_TCYX, known_TCYX = fields.read(frames[first : first + AT_ONCE], tile)
         known = np.ones(values_TCYX.shape, dtype=bool) if known_TCYX is None else known_TCYX
         sum_CYX += values_TCYX.sum(0, dtype=np.float64, where=known)
         count_CYX += known.sum(0)

@@ -172,7 +172,7 @@ class _Work:
     def _write(self, sink: Sink | None, lead: int, lead_CYX: Tensor, domain: Domain) -> None:
         """One field of the whole grid after the other, on every rank; one of them writes it."""
         for channel, field_YX in enumerate(lead_CYX):
-            whole_YX = domain.assemble(field_YX)
+            whole_YX = domain.assemble(field_YX.float())
             if sink is not None and self.writer.writes(channel, self.mesh.tile_index, self.mesh.tiles):
                 with self.mesh.activity.during(SAVING):
                     sink.write(channel, lead, whole_YX.cpu().numpy())

@@ -106,7 +106,7 @@ def _free_run(forecaster: "Forecaster", x: Tensor, coords: Coords) -> Iterator[T
             yield torch.from_numpy(np.concatenate(parts)).to(forecaster.device)
 
     joined = (torch.cat(parts) for parts in zip(*map(_parts, windows), strict=True))
-    yield from forecaster.free_run(Window(*joined), given(), cycles())
+    yield from (x_NCYX.float() for x_NCYX in forecaster.free_run(Window(*joined), given(), cycles()))
 
 
 def _parts(window: Window) -> tuple[Tensor, Tensor, Tensor]:

@@ -167,7 +167,7 @@ class Forecaster:
         """Forecasts from one date, lead by lead. Collective over the tiles of a replica.
 
         Yields:
-            (C, Y, X) float32 of this tile: `Channels.targets` in their units, NaN where they were missing at the start.
+            (C, Y, X) float64 of this tile: `Channels.targets` in their units, NaN where they were missing at the start.
         """
         inputs = self._inputs(frames)
         window = self._window_of(inputs, frames, start)
@@ -188,7 +188,7 @@ class Forecaster:
     def free_run(
         self, window: Window, given: Iterable[tuple[Tensor, Tensor]], cycles: Iterable[Tensor]
     ) -> Iterator[Tensor]:
-        """Leads of B samples, (B, C, Y, X) float32 in the units of `Channels.targets`.
+        """Leads of B samples, (B, C, Y, X) float64 in the units of `Channels.targets`.
 
         Args:
             given: see `free_run_from`.
@@ -204,7 +204,7 @@ class Forecaster:
         runs = free_run_from(self.network, window.inputs_BTCYX, window.year_fraction_BT, given, channels, self.domain)
         for change, cycle_BCYX in zip(runs, turns, strict=False):
             said_BCYX = in_units(torch.cat(change, dim=1), z_BCYX, channels)
-            yield (base_BCYX + said_BCYX + (cycle_BCYX.double() - from_BCYX)).float()
+            yield base_BCYX + said_BCYX + (cycle_BCYX.double() - from_BCYX)
 
     def _inputs(self, frames: Frames) -> Inputs:
         tile = self.domain.tile

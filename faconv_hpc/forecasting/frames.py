@@ -1,43 +1,19 @@
 """Raw fields to forecast from, as a network's contract has them, whatever holds them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.fields import Fields, StoreFields
 from ..data.moments import ChannelMoments, Moments
 from ..data.statistics import Statistics, row_weights
 from ..data.store import Store
-from ..data.times import TimeAxis
 from ..data.unknown_names import index_of
 from ..errors import InputError
 from ..spatial.grid import Tile
 from ..training.contract import Contract
-
-
-class Fields(Protocol):
-    """Some variables at some times, which increase.
-
-    Attributes:
-        names: of the variables.
-        axis: the times.
-    """
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def axis(self) -> TimeAxis: ...
-
-    def read(self, frames: Sequence[int], tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """fields_TCYX, NaN where data are missing, and where they are not; None: nowhere.
-
-        Raises:
-            InputError: damaged files, or values missing where none were in training.
-        """
 
 
 @dataclass(frozen=True)
@@ -57,29 +33,6 @@ class Frames:
     states: Fields
     forcings: Fields | None
     read_static: Callable[[Tile], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class StoreFields:
-    """Of a store, or of a sequence in it.
-
-    Attributes:
-        own: frames of the store.
-    """
-
-    store: Store
-    names: tuple[str, ...]
-    own: range
-
-    @cached_property
-    def axis(self) -> TimeAxis:
-        """Times of the frames."""
-        return TimeAxis(self.store.layout.time.seconds[self.own.start : self.own.stop], self.store.calendar)
-
-    def read(self, frames: Sequence[int], tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """See `Store.read`."""
-        there = [self.own[frame] for frame in frames]
-        return self.store.read(there, tile, self.store.channel_indices(self.names))
 
 
 def store_frames(store: Store, contract: Contract, sequence: str | None = None) -> Frames:

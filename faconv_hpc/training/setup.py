@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..config import ModelConfig, RunConfig
 from ..data.annual_cycle import AnnualCycle
 from ..data.climatology import Climatology
+from ..data.fields import StoreFields
 from ..data.order import Chained, Order, Shuffled
 from ..data.samples import Windows
 from ..data.store import Store
@@ -100,8 +101,9 @@ class Workspace:
     def climatology(self) -> Climatology:
         """Of what is forecast, at the dates of training, on this rank's tile; reads."""
         with self.domain.mesh.activity.during(READING):
-            names = [one.name for one in self.contract.channels.targets]
-            return Climatology.of(self.store, self.training_spans, names, self.domain.tile)
+            names = tuple(one.name for one in self.contract.channels.targets)
+            fields = StoreFields(self.store, names, range(self.store.frames))
+            return Climatology.of(fields, self.training_spans, self.domain.tile)
 
     def windows(self, starts: NDArray[np.int64], length: int, tile: Tile | None = None) -> Windows:
         """Samples of this rank's tile, or of another, which must lie in it."""
