@@ -150,7 +150,7 @@ def dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     axes.set_title(title, fontsize=PANEL)
     axes.set_xlabel(x, fontsize=PANEL)
     axes.set_ylabel(y, fontsize=PANEL)
-    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(which="both", labelsize=SMALL)
     axes.grid(alpha=0.3)
     return axes
 
@@ -185,14 +185,15 @@ def _draw_sign(
 
 
 def _scale_degrees(axes: Axes, latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> None:
-    axes.set_xlim(longitude[0], longitude[-1])
-    axes.set_ylim(min(latitude[0], latitude[-1]), max(latitude[0], latitude[-1]))
-    if longitude[0] < -90 and longitude[-1] > 90:
+    """All of the cells are seen, to half a cell beyond the centres of the outermost, and of the globe no more."""
+    for limit, values, most in ((axes.set_xlim, longitude, 180.0), (axes.set_ylim, np.sort(latitude), 90.0)):
+        first, last = (abs(values[1] - values[0]), abs(values[-1] - values[-2])) if values.size > 1 else (1.0, 1.0)
+        limit(max(values[0] - first / 2, -most), min(values[-1] + last / 2, most))
+    if np.ptp(longitude) > 180:
         axes.set_xticks(np.arange(-120, 121, 60))
         axes.set_yticks(np.arange(-60, 61, 30))
     for axis, (above, below) in ((axes.xaxis, ("E", "W")), (axes.yaxis, ("N", "S"))):
         axis.set_major_formatter(partial(_degrees, above, below))
-    axes.set_aspect("auto")
     axes.tick_params(labelsize=SMALL)
 
 
@@ -201,7 +202,11 @@ def _degrees(above: str, below: str, value: float, position: int | None = None) 
 
 
 def _centred(longitude_deg: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Longitudes within [-180, 180) in increasing order, and the order of columns that makes them so."""
+    """Longitudes from -180 on in increasing order, and the columns that they are. Where columns go around the globe,
+    the first comes again at the end: its cells reach across 180 degrees."""
     wrapped = within_half_a_turn(longitude_deg)
     order = np.argsort(wrapped)
-    return wrapped[order], order
+    longitude = wrapped[order]
+    if longitude.size > 2 and longitude[0] + 360 - longitude[-1] < 1.5 * (longitude[1] - longitude[0]):
+        return np.append(longitude, longitude[0] + 360), np.append(order, order[0])
+    return longitude, order

@@ -6,6 +6,7 @@ import json
 import yaml
 
 from faconv_hpc import load_config
+from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 from faconv_hpc.training.shards import MANIFEST, SUMS
 
@@ -51,3 +52,8 @@ def rewrite_manifest(directory, change):
 def small_config(directory, store, **sections):
     """The same, loaded."""
     return load_config(write_config(directory, store, **sections))
+
+
+def evaluated(config, mesh, leads=1, *, directory=None, **options):
+    """What a run's forecasts are worth, by its newest checkpoint or that of a directory, on the store of its config."""
+    return evaluate([directory or config.run_dir], mesh, data=[config.data.store], leads=leads, **options)

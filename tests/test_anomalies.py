@@ -16,7 +16,6 @@ from faconv_hpc import load_network
 from faconv_hpc.data.annual_cycle import CYCLE_FILE, AnnualCycle, CycleFit, basis, most_harmonics, widest_gap
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.model.network import FAConvLSTMNetwork
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Tile
@@ -31,7 +30,7 @@ from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import small_config
+from runs import evaluated, small_config
 from test_checkpoint import assert_same_state
 from test_roles import statistics_of, weights_of
 
@@ -236,14 +235,14 @@ def test_skill_is_told_of_the_fields_themselves(made, run, by_hand):
 
         FAConvLSTMNetwork.forward = still
         try:
-            return evaluate(run, mesh, 2)
+            return evaluated(run, mesh, 2)
         finally:
             FAConvLSTMNetwork.forward = forward
 
     (evaluation,) = run_on_ranks(ONE, check)
     starts = range(start, FRAMES - 2)
     assert evaluation.forecasts == len(starts) and evaluation.held_out
-    means = {one.name: one.mean for one in evaluation.example.variables}
+    means = {one.name: one.mean for one in load_network(run.run_dir).contract.variables}
     for skill in evaluation.skills:
         field, cycle = made[1][skill.variable].values.astype(np.float64), by_hand[skill.variable]
         squares, persisted = [], []

@@ -9,14 +9,13 @@ import torch
 from faconv_hpc import Domain, load_network
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.export import export
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.skill import SkillSums
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import evaluated, make_store, small_config
 from test_checkpoint import assert_same_state, train_until
 from test_engine import every_parameter_cut, grid, network, samples, sharded_update
 from test_parity import relative_difference
@@ -80,7 +79,7 @@ def test_validation_evaluation_and_export_use_it_and_training_does_not(tmp_path,
     data = DATA | {"periods": {"train": ["/2000-01-02T12", "2000-01-03T19/2000-01-03"], "test": DATES}}
     config = config_of(tmp_path / "evaluated", store, data=data, ema=0.8, validate_every=0)
     assert trained(config) == [] and losses_of(config) == losses_of(averaged)
-    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluate(config, mesh, 2))
+    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh, 2))
     np.testing.assert_allclose([skill.rmse for skill in evaluation.skills], last[1], rtol=1e-6)
     newest = checkpoints_in(averaged.run_dir)[-1]
     assert any(not torch.equal(value, newest.weights()[name]) for name, value in newest.parameters().items())

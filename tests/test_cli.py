@@ -75,7 +75,7 @@ def test_train_on_two_ranks_then_evaluate_then_go_on(tmp_path, store):
     evaluated = faconv("evaluate", tmp_path / "run", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     assert {skill["variable"] for skill in json.loads(evaluated.stdout)["skills"]} == {"wave_0", "wave_1"}
-    assert (tmp_path / "run" / "figures" / "forecast.png").is_file()
+    assert (tmp_path / "run" / "evaluation" / "report.md").read_text().startswith("# Evaluation of run")
     unsaid = faconv("train", config, "--ranks", 2, "--set", "training.steps=8")
     assert unsaid.returncode == 2 and "--extend keep" in unsaid.stderr
     longer = faconv("train", config, "--ranks", 2, "--set", "training.steps=8", "--extend", "keep")
@@ -98,7 +98,7 @@ def _look_at_its_checkpoints(run_dir):
     assert damaged.returncode == 1 and "shard-00001.safetensors is damaged" in damaged.stdout
     table = faconv("checkpoint", "list", run_dir)
     assert table.returncode == 0 and table.stdout.count("as written") == 2  # the manifests are
-    nothing = faconv("checkpoint", "list", run_dir / "figures")
+    nothing = faconv("checkpoint", "list", run_dir / "evaluation")
     assert nothing.returncode == 2 and "holds no checkpoints" in nothing.stderr
 
 
@@ -552,10 +552,10 @@ def test_evaluate_without_a_checkpoint(tmp_path, store):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(config.read_text())
     process = faconv("evaluate", tmp_path / "run")
-    assert process.returncode == 2 and "has no whole checkpoint. Wait for the run to end" in process.stderr
+    assert process.returncode == 2 and "holds no checkpoints" in process.stderr
     (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
     process = faconv("evaluate", tmp_path / "run")
-    assert process.returncode == 2 and "`faconv checkpoint verify" in process.stderr and "Wait" not in process.stderr
+    assert process.returncode == 2 and "`faconv checkpoint verify" in process.stderr
 
 
 @pytest.mark.parametrize(

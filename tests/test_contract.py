@@ -16,7 +16,6 @@ from faconv_hpc.data.samples import Windows
 from faconv_hpc.data.statistics import Statistics, merged, moments_of, pieces_of, row_weights
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
@@ -27,7 +26,7 @@ from faconv_hpc.training.records import CONTRACT_FILE, read_records
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import small_config
+from runs import evaluated, small_config
 
 NLAT, NLON, FRAMES, HELD_OUT = 11, 14, 17, 4
 DATA = {"periods": {"test": "2003-03-04T06/"}}
@@ -135,10 +134,10 @@ def test_a_store_with_gaps_trains_alike_on_every_mesh_and_is_evaluated_by_dates(
     np.testing.assert_allclose(*losses, rtol=1e-5)
     contract = load_network(configs[0].run_dir).contract
     assert contract.training == ("2003-03-01 00:00:00/2003-03-01 18:00:00", "2003-03-02 06:00:00/2003-03-03 18:00:00")
-    (before,) = run_on_ranks(ONE, lambda mesh: evaluate(configs[0], mesh))
+    (before,) = run_on_ranks(ONE, lambda mesh: evaluated(configs[0], mesh))
     assert before.held_out and before.forecasts == 3
     make_store(tmp_path / "store", {name: field[6:] for name, field in fields().items()}, hours=hours[6:])
-    (after,) = run_on_ranks(ONE, lambda mesh: evaluate(configs[0], mesh))
+    (after,) = run_on_ranks(ONE, lambda mesh: evaluated(configs[0], mesh))
     assert after.held_out and after.forecasts == 3
     np.testing.assert_allclose([one.rmse for one in after.skills], [one.rmse for one in before.skills], rtol=1e-6)
 
@@ -147,13 +146,13 @@ def test_what_was_trained_on_is_not_held_out_in_whatever_store_it_stands(tmp_pat
     values = fields()
     store = make_store(tmp_path / "store", values)
     config = trained(tmp_path, store, data={"periods": {"train": "2003-03-02/"}, "window": 2})
-    (found,) = run_on_ranks(ONE, lambda mesh: evaluate(config, mesh))
+    (found,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh))
     assert not found.held_out and found.forecasts == FRAMES - 2
     make_store(store, {name: field[:6] for name, field in values.items()}, hours=np.arange(6) * 6.0)
-    (found,) = run_on_ranks(ONE, lambda mesh: evaluate(config, mesh))
+    (found,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh))
     assert not found.held_out and found.forecasts == 4
     make_store(store, {name: field[:4] for name, field in values.items()}, hours=np.arange(4) * 6.0)
-    (found,) = run_on_ranks(ONE, lambda mesh: evaluate(config, mesh))
+    (found,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh))
     assert found.held_out and found.forecasts == 2
 
 
@@ -232,7 +231,7 @@ def test_statistics_are_summed_up_in_rounds(tmp_path, monkeypatch):
 
 
 def skills(config):
-    (found,) = run_on_ranks(ONE, lambda mesh: evaluate(config, mesh).skills)
+    (found,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh).skills)
     return {skill.variable: (skill.units, skill.rmse, skill.persistence_rmse) for skill in found}
 
 

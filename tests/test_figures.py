@@ -59,8 +59,9 @@ def test_no_coast_is_drawn_along_a_cut():
 def test_a_map_has_longitude_0_in_the_middle_and_its_signs_can_be_told_in_grey():
     field = waves()
     _, axes, image = drawn(field, Colours.of_changes(field))
-    np.testing.assert_array_equal(image.get_array().reshape(field.shape), np.roll(field, 36, axis=1))
-    assert axes.get_xlim() == (-180, 175) and axes.get_ylim() == (-87.5, 87.5)
+    np.testing.assert_array_equal(image.get_array()[:, :-1], np.roll(field, 36, axis=1))
+    np.testing.assert_array_equal(image.get_array()[:, -1], field[:, 36])  # reaches across 180 degrees
+    assert axes.get_xlim() == (-180, 180) and axes.get_ylim() == (-90, 90)
     sides = {}
     for lines in (one for one in axes.collections if hasattr(one, "levels")):
         sides[lines.get_linestyle()[0][1] is None] = lines.get_paths()[0].vertices[:, 0].mean()

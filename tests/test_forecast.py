@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import forecasts
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.forecasting import zarr_store
 from faconv_hpc.locks import locked_directory
 from faconv_hpc.spatial.mesh import ProcessMesh
@@ -22,6 +21,7 @@ from faconv_hpc.training.export import export
 from faconv_hpc.training.shards import checkpoints_in
 from forecasts import NAMES, STARTS, STEPS, opened, written
 from ranks import Layout, run_on_ranks
+from runs import evaluated
 from test_cli import faconv, faconv_after, messages
 from test_roles import weights_of
 
@@ -84,7 +84,7 @@ def test_it_is_the_same_on_any_ranks(config, alone, tmp_path, layout):
 
 
 def test_its_errors_are_those_of_evaluate(config, tmp_path):
-    skills = {(one.variable, one.lead): one.rmse for one in evaluate(config, ProcessMesh.alone(), 3).skills}
+    skills = {(one.variable, one.lead): one.rmse for one in evaluated(config, ProcessMesh.alone(), 3).skills}
     truth = forecasts.decoded()
     starts = [str(date)[:10] for date in truth.time.values[truth.time.values >= np.datetime64("2004-03-09")][:-3]]
     written(ProcessMesh.alone(), config.run_dir, tmp_path / "f.nc", [config.data.store], [",".join(starts)], 3)

@@ -8,12 +8,11 @@ from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.data.samples import Batch
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.variables import Channels, Variable
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.training.free_run import free_run
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import evaluated, make_store, small_config
 from test_domain import random_like
 from test_parity import randomized
 
@@ -76,8 +75,8 @@ def test_skill_over_leads_is_the_same_on_every_mesh_and_persistence_is_that_of_t
     store, leads = make_store(tmp_path / "waves"), 3
     config = small_config(tmp_path, store, data={"periods": {"test": "2000-01-03T06/"}})
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
-    (alone,) = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluate(config, mesh, leads))
-    for tiled in run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluate(config, mesh, leads)):
+    (alone,) = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluated(config, mesh, leads))
+    for tiled in run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluated(config, mesh, leads)):
         for found, want in zip(tiled.skills, alone.skills, strict=True):
             assert (found.variable, found.lead) == (want.variable, want.lead)
             assert found.rmse == pytest.approx(want.rmse, rel=1e-5)

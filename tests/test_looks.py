@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from faconv_hpc import load_network
 from faconv_hpc.cli.app import app
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.training import shards
 from faconv_hpc.training.looks import Looks, score
 from faconv_hpc.training.records import read_records
@@ -22,7 +21,7 @@ from faconv_hpc.training.skill import Skill
 from faconv_hpc.training.trainer import train
 from faconv_hpc.training.validation import Validation
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import evaluated, make_store, small_config
 
 ONE, TWO = Layout(1, 1, 1), Layout(1, 1, 2)
 PERIODS = {"validation": "2000-01-02T18/2000-01-03T18", "test": "2000-01-04/"}
@@ -156,7 +155,7 @@ def test_evaluation_takes_the_best_by_its_directory(tmp_path, store):
     config = config_of(tmp_path, store, ONE)
     assert trained(config, ONE, SCORES | {10: 0.95}) == {0}
     where = config.run_dir / FOLDER / BEST
-    (found,) = run_on_ranks(ONE, lambda mesh: evaluate(config, mesh, directory=where))
+    (found,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh, directory=where))
     assert found.step == 4
     told = CliRunner().invoke(app, ["checkpoint", "list", str(config.run_dir), "--json"])
     assert [(row["step"], row["problem"]) for row in json.loads(told.output)] == [(4, None), (10, None)]

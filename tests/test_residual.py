@@ -8,16 +8,17 @@ import yaml
 
 from faconv_hpc import FAConvLSTMNetwork, ProcessMesh, load_network
 from faconv_hpc.config import as_now
+from faconv_hpc.config_file import load_config
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate, load_run
 from faconv_hpc.scaling.points import PointFiles
 from faconv_hpc.training.checkpoint import checkpoints_in
 from faconv_hpc.training.export import export
+from faconv_hpc.training.records import CONFIG_FILE
 from faconv_hpc.training.setup import build_network
 from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, rewrite_manifest, small_config
+from runs import evaluated, make_store, rewrite_manifest, small_config
 from test_domain import random_like
 from test_parity import randomized
 from test_study import study_of
@@ -76,11 +77,11 @@ def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path, share):
     model, training = {"residual": False, "attention_reduction": share}, {"checkpoint_every": 3}
     config = small_config(tmp_path, store, model=model, training=training)
     run_on_ranks(ONE, lambda mesh: train(config, mesh))
-    skills = run_on_ranks(ONE, lambda mesh: evaluate(load_run(config.run_dir), mesh, 1).skills)
+    skills = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh).skills)
     want = load_network(config.run_dir).network
     as_before(config)
-    assert load_run(config.run_dir) == config
-    assert run_on_ranks(ONE, lambda mesh: evaluate(load_run(config.run_dir), mesh, 1).skills) == skills
+    assert load_config(config.run_dir / CONFIG_FILE, older=True) == config
+    assert run_on_ranks(ONE, lambda mesh: evaluated(config, mesh).skills) == skills
     export(checkpoints_in(config.run_dir)[-1], tmp_path / "weights.safetensors")
     for path in (config.run_dir, tmp_path / "weights.safetensors"):
         got = load_network(path).network

@@ -18,13 +18,12 @@ from faconv_hpc.data.store import Store
 from faconv_hpc.data.times import TimeAxis, in_sequence
 from faconv_hpc.data.verification import verify_files
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.prepare.selection import Period
 from faconv_hpc.training.records import CONTRACT_FILE, VALIDATION_FILE, read_records
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import small_config
+from runs import evaluated, small_config
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 from test_checkpoint import assert_same_state, checkpoints_in
 from test_cli import faconv
@@ -267,7 +266,7 @@ def trained(directory, store, layout, **training):
     config = small_config(directory, store, mesh=mesh, data=data, training=training)
     run_on_ranks(layout, lambda mesh: train(config, mesh))
     rows = [json.loads(line) for line in (config.run_dir / VALIDATION_FILE).read_text().splitlines()]
-    skills = run_on_ranks(layout, lambda mesh: evaluate(config, mesh))[0].skills
+    skills = run_on_ranks(layout, lambda mesh: evaluated(config, mesh))[0].skills
     numbers = [record.loss for record in read_records(config.run_dir)], [row["rmse"] for row in rows]
     return [*numbers, [skill.rmse for skill in skills]], config
 
@@ -293,7 +292,7 @@ def test_a_run_is_evaluated_on_a_store_of_other_sequences(tmp_path, source):
     other = ensemble().assign_coords(member=("member", ["k", "l", "m", "b"]))
     prepare([save(other, tmp_path / "other.nc")], tmp_path / "others", sequence_dim="member")
     moved = config.model_copy(update={"data": config.data.model_copy(update={"store": tmp_path / "others"})})
-    (evaluation,) = run_on_ranks(CASES["one rank"], lambda mesh: evaluate(moved, mesh))
+    (evaluation,) = run_on_ranks(CASES["one rank"], lambda mesh: evaluated(moved, mesh))
     assert evaluation.held_out and evaluation.forecasts == 3
 
 

@@ -10,7 +10,6 @@ import torch
 
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import EXIT_STOPPED, InputError
-from faconv_hpc.evaluation.skill import evaluate
 from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.carried import CarriedStates
 from faconv_hpc.training.fit import check_store
@@ -27,7 +26,7 @@ from faconv_hpc.training.shards import (
 )
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
-from runs import make_store, rewrite_manifest, small_config
+from runs import evaluated, make_store, rewrite_manifest, small_config
 
 ONE = Layout(1, 1, 1)
 WINDOW, SAMPLES = 4, 4
@@ -205,7 +204,7 @@ def test_looks_begin_with_a_state_of_zero_and_leave_those_of_the_run_alone(tmp_p
     assert losses_of_run(looking) == losses_of_run(plain)
     tested = config_of(tmp_path / "tested", store, periods={"train": ["/2000-01-17"], "test": dates})
     losses_of_run(tested)
-    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluate(tested, mesh, samples=3))
+    (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluated(tested, mesh, samples=3))
     rows = [json.loads(line) for line in (looking.run_dir / "validation.jsonl").read_text().splitlines()]
     assert [row["rmse"] for row in rows] == pytest.approx([skill.rmse for skill in evaluation.skills], rel=1e-6)
 

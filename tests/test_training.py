@@ -15,13 +15,12 @@ import torch
 from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
 from faconv_hpc.data.store import Store
-from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import figures
 from faconv_hpc.evaluation.figures import draw_forecast
-from faconv_hpc.evaluation.skill import evaluate, load_run, save_skill
+from faconv_hpc.evaluation.results import as_json
+from faconv_hpc.forecasting.forecaster import Forecaster
 from faconv_hpc.look import save_figure
 from faconv_hpc.spatial.exchange import HaloExchange
-from faconv_hpc.training import skill
 from faconv_hpc.training.contract import check_same_data
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.faults.claim import claimed
@@ -33,7 +32,7 @@ from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import evaluated, make_store, small_config
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_a_run_goes_on_at_another_mesh_and_stage(tmp_path, store):
 def test_a_run_leaves_config_versions_and_true_batch_sizes(tmp_path, store):
     train_on(Layout(2, 1, 2), tmp_path, store, training={"accumulation": 2, "tensorboard": True})
     run = tmp_path / "run"
-    assert load_run(run).training.accumulation == 2 and (run / CONFIG_FILE).is_file()
+    assert load_config(run / CONFIG_FILE).training.accumulation == 2
     assert json.loads((run / VERSIONS_FILE).read_text())["torch"] == torch.__version__
     for record in read_records(run):
         assert record.samples == 4  # 2 replicas x 2 micro-batches; the tiles do not count
@@ -198,8 +197,8 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, mo
     data = {"periods": {"test": "2000-01-10T06/"}}
     config = small_config(tmp_path, store, training={"steps": 240, "learning_rate": 0.02}, data=data)
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
-    alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluate(config, mesh))
-    tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluate(config, mesh))
+    alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluated(config, mesh))
+    tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluated(config, mesh))
     assert alone.held_out and alone.forecasts == 3
     for evaluation in tiled:
         for found, want in zip(evaluation.skills, alone.skills, strict=True):
@@ -212,16 +211,15 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, mo
 
 def _look_at_the_figure(evaluation, path, monkeypatch):
     """What is written in it."""
-    first, second = evaluation.example.variables
-    variables = (first, second.model_copy(update={"loss_weight": 0.0}))
-    evaluation = replace(evaluation, example=replace(evaluation.example, variables=variables))
+    judged = {"wave_1": "not trained: its loss has weight 0"}
+    evaluation = replace(evaluation, example=replace(evaluation.example, judged=judged))
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or save_figure(figure, path))
     ratios = [skill.ratio for skill in evaluation.skills]
-    assert draw_forecast(evaluation, path, "run").stat().st_size > 10_000
+    assert draw_forecast(evaluation, path).stat().st_size > 10_000
     (figure,) = drawn
     before, after = evaluation.example.dates
-    said = f"run, step 240: change from {before} to {after} (held out)"
+    said = f"run, step 240: from {before} to {after} (held out)"
     assert figure.get_suptitle() == said and before.startswith("2000-01-1")
     titles = [place.get_title() for place in figure.axes if place.get_title()]
     expected = [f"wave_{n}: {what}" for n in range(2) for what in ("truth", "forecast", "error")]
@@ -238,24 +236,28 @@ def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
 
     def check(mesh):
-        forecasts_of = skill.forecasts_of
+        leads = Forecaster.leads
 
-        def spoiled(network, batch, *rest):
-            for fields in forecasts_of(network, batch, *rest):
-                fields.forecast_CYX[0, 3, 5] = torch.inf if batch.windows[0] else torch.nan
-                yield fields
+        def spoiled(self, frames, start):
+            for number, fields_CYX in enumerate(leads(self, frames, start)):
+                fields_CYX[0, 3, 5] = torch.inf if number else torch.nan
+                yield fields_CYX
 
-        skill.forecasts_of = spoiled
+        Forecaster.leads = spoiled
         try:
-            return evaluate(config, mesh)
+            return evaluated(config, mesh, 2)
         finally:
-            skill.forecasts_of = forecasts_of
+            Forecaster.leads = leads
 
     (evaluation,) = run_on_ranks(Layout(1, 1, 1), check)
-    first, second = evaluation.skills
-    assert math.isnan(first.rmse) and math.isfinite(first.persistence_rmse) and math.isfinite(second.rmse)
-    written = json.loads(save_skill(evaluation, tmp_path).read_text(), parse_constant=lambda name: 1 / 0)
-    assert written["skills"][0]["rmse"] is None and written["skills"][1]["rmse"] == second.rmse
+    for first, second in (evaluation.skills[:2], evaluation.skills[2:]):
+        assert not math.isfinite(first.rmse) and math.isfinite(first.persistence_rmse) and math.isfinite(second.rmse)
+    rows = json.loads(json.dumps(as_json(evaluation)), parse_constant=lambda name: 1 / 0)["skills"]
+    assert [row["rmse"] for row in rows if row["model"] == "run"] == [
+        None,
+        None,
+        *(one.rmse for one in evaluation.skills[1::2]),
+    ]
 
 
 def _check_against_the_files(evaluation, store):
@@ -276,11 +278,6 @@ def test_a_file_system_without_locks_is_no_reason_not_to_train(tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with claimed(tmp_path, here=True):
         assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
-
-
-def test_a_directory_without_a_run(tmp_path):
-    with pytest.raises(InputError, match=r"holds no run: it has no config\.yaml"):
-        load_run(tmp_path)
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (4, torch.float64), (3, torch.float64)])

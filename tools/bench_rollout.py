@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from faconv_hpc.evaluation.skill import evaluate, load_run
+from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.records import read_records
 
@@ -67,9 +67,7 @@ def train(given: argparse.Namespace, kind: str, seed: int) -> Path:
 
 def ratios(run_dir: Path, mesh: ProcessMesh, leads: int, window: int = WINDOW) -> list[float]:
     """Error over persistence's at each lead, mean of the variables."""
-    config = load_run(run_dir).model_copy(update={"run_dir": run_dir})
-    data = config.data.model_copy(update={"window": window})
-    skills = evaluate(config.model_copy(update={"data": data}), mesh, leads, samples=SAMPLES).skills
+    skills = evaluate([run_dir], mesh, leads=leads, samples=SAMPLES, window=window).skills
     return [mean(one.ratio for one in skills if one.lead == lead) for lead in range(1, leads + 1)]
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import MeshConfig
 from ..errors import InputError
-from .options import AsJson, Device, Ranks
+from .options import AsJson, DataPaths, Device, Kernels, MeshText, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 
 if TYPE_CHECKING:
@@ -23,28 +23,13 @@ PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run_dir, the directory of one checkpoint, or an exported file.")
 ]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="PATH",
-        help="A store; or NetCDF, zarr, GRIB, a pattern, may be repeated. Default: the run's store.",
-    ),
-]
 Start = Annotated[
     list[str],
     typer.Option("--start", metavar="DATES", help="DATE, FIRST/LAST/STEP such as 2020-01-01/2020-02-01/24h, or last."),
 ]
 Output = Annotated[Path, typer.Option(help="NAME.nc (NetCDF4) or NAME.zarr (zarr v3).")]
-Mesh = Annotated[
-    str | None,
-    typer.Option("--mesh", metavar="[Rx]LATxLON", help="How ranks share dates and the globe. Default: as the run's."),
-]
 OfSequence = Annotated[
     str | None, typer.Option(help="Which sequence of the store to forecast from, if it has several.")
-]
-Kernels = Annotated[
-    Literal["eager", "compiled"] | None, typer.Option(help="How passes are computed. Default: as in training.")
 ]
 Steps = Annotated[int, typer.Option(min=1, help="How many steps to forecast from each date.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
@@ -55,9 +40,9 @@ def forecast_command(
     start: Start,
     steps: Steps,
     output: Output,
-    data: Data = None,
+    data: DataPaths = None,
     ranks: Ranks = None,
-    mesh: Mesh = None,
+    mesh: MeshText = None,
     device: Device = None,
     sequence: OfSequence = None,
     kernels: Kernels = None,
@@ -79,8 +64,8 @@ def forecast_command(
 
     about = about_network(model)
     starting = starts_ranks(ranks)
-    sizes = _mesh_of(mesh, about.get("mesh", "1x1"), ranks if starting and ranks else job_ranks())
-    asked = _Asked(_paths(data, about.get("store"), model), start, steps, sequence, output, overwrite)
+    sizes = mesh_of(mesh, about.get("mesh", "1x1"), ranks if starting and ranks else job_ranks())
+    asked = _Asked(paths_of(data, about.get("store"), model), start, steps, sequence, output, overwrite)
     if starting:
         asked.plan(about)  # or says why not, before any rank is started
         check_device(device or "auto")
@@ -144,20 +129,24 @@ def _forecast(model: Path, asked: _Asked, kernels: str | None, mesh: "ProcessMes
         return run_campaign(forecaster, campaign, asked.output, mesh, overwrite=asked.overwrite, progress=progress)
 
 
-def _mesh_of(text: str | None, trained: str, ranks: int) -> MeshConfig:
-    """What is asked for; or the run's tiles, and as many replicas as there are ranks for. One rank has all."""
+def mesh_of(text: str | None, trained: str, ranks: int, *, replicas: bool = True) -> MeshConfig:
+    """What is asked for; or the run's tiles, and as many replicas as there are ranks for, if they may be several. One
+    rank has all."""
     if text is not None:
         mesh = MeshConfig.parse(text)
     elif ranks == 1:
         return MeshConfig()
     else:
         tiles = MeshConfig.parse(trained)
-        mesh = tiles.model_copy(update={"replicas": max(ranks // (tiles.lat * tiles.lon), 1)})
-    check_ranks(mesh, ranks, "say with --mesh how they share dates and the globe")
+        several = max(ranks // (tiles.lat * tiles.lon), 1) if replicas else 1
+        mesh = tiles.model_copy(update={"replicas": several})
+    if mesh.replicas > 1 and not replicas:
+        raise InputError(f"--mesh {text} has {mesh.replicas} replicas, and all ranks share the globe. Give LATxLON.")
+    check_ranks(mesh, ranks, f"say with --mesh how they share {'dates and ' * replicas}the globe")
     return mesh
 
 
-def _paths(data: Sequence[str] | None, store: str | None, model: Path) -> list[Path]:
+def paths_of(data: Sequence[str] | None, store: str | None, model: Path) -> list[Path]:
     """The data that are named, patterns resolved; or the run's store."""
     if not data and store is None:
         raise InputError(f"{model} is no run, and brings no data. Name a store or files with --data.")

@@ -9,7 +9,6 @@ from typer.core import TyperCommand, TyperGroup
 from ..training.schedule import Rule
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of a run, such as configs/quickstart_era5.yaml.")]
-ModelPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run, or the directory of one checkpoint.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the file. May be repeated."),
@@ -21,6 +20,21 @@ Ranks = Annotated[
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option(help="What ranks compute on. Default: as a run says, or a GPU each where there are some."),
+]
+DataPaths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="A store; or NetCDF, zarr, GRIB, a pattern, may be repeated. Default: the run's store.",
+    ),
+]
+MeshText = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="[Rx]LATxLON", help="How ranks share dates and the globe. Default: as the run's."),
+]
+Kernels = Annotated[
+    Literal["eager", "compiled"] | None, typer.Option(help="How passes are computed. Default: as in training.")
 ]
 Extend = Annotated[
     Rule | None,

@@ -1,43 +1,156 @@
-"""Figures of a run."""
+"""Figures of an evaluation."""
 
 from pathlib import Path
 
-from ..data.variables import Variable
-from ..look import Colours, colour_bar, draw_map, new_figure, save_figure
-from .skill import Evaluation
+import numpy as np
+import xarray as xr
 
-SHOWN = 6  # variables at most
+from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, line_style, new_figure, save_figure
+from .bootstrap import LEVEL
+from .evaluate import Evaluation
+
+SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
+FORECAST = "forecast.png"
 
 
-def draw_forecast(evaluation: Evaluation, path: Path, name: str) -> Path:
-    """Truth, forecast and error of one step of a run of that name, a row per variable."""
+def draw_figures(evaluation: Evaluation, maps: xr.Dataset, directory: Path) -> dict[str, Path]:
+    """All of them; what each shows, in words, and where it is."""
+    figures = {
+        "Errors over lead": draw_scores(evaluation, directory / "rmse.png", "rmse"),
+        "Anomaly correlation over lead": draw_scores(evaluation, directory / "acc.png", "acc"),
+        "Who beats whom": draw_comparisons(evaluation, directory / "comparisons.png"),
+    }
+    if not evaluation.spectra.reason:
+        figures["Spectra"] = draw_spectra(evaluation, directory / "spectra.png")
+    for place, entry in enumerate(evaluation.entries[:SHOWN_ENTRIES]):
+        figures[f"Errors of {entry.name} on the map"] = draw_maps(maps, entry.name, directory / f"maps_{place + 1}.png")
+    figures["One forecast"] = draw_forecast(evaluation, directory / FORECAST)
+    return figures
+
+
+def draw_forecast(evaluation: Evaluation, path: Path) -> Path:
+    """Truth, forecast and error of one step of the first entry, a row per variable."""
     example, (before, after) = evaluation.example, evaluation.example.dates
-    kind = "held out" if evaluation.held_out else "trained on"
+    kind = {True: " (held out)", False: " (trained on)", None: ""}[evaluation.held_out]
+    first = evaluation.entries[0]
+    step = first.about.get("step")
+    title = f"{first.name}{f', step {step}' if step else ''}: from {before} to {after}{kind}"
+    shown = example.names[:SHOWN]
     ratios = [skill.ratio for skill in evaluation.skills if skill.lead == 1]
-    shown = example.variables[:SHOWN]
-    title = f"{name}, step {evaluation.step}: change from {before} to {after} ({kind})"
     figure, axes = new_figure(len(shown), 3, title, maps=True)
     for row, variable in enumerate(shown):
         truth, forecast = example.truth_CYX[row], example.forecast_CYX[row]
         colours = Colours.of_changes(truth)
         panels = {"truth": truth, "forecast": forecast, "error": forecast - truth}
+        said = example.judged.get(variable, f"{ratios[row]:.2f} of persistence's error")
         for place, (what, field) in zip(axes[row], panels.items(), strict=True):
-            said = _judged(variable, ratios[row]) if what == "forecast" else ""
-            title = f"{variable.name}: {what}{said}"
+            title = f"{variable}: {what}" + f", {said}" * (what == "forecast")
             image = draw_map(place, example.latitude_deg, example.longitude_deg, field, colours, title)
-        colour_bar(image, list(axes[row]), _meaning(variable))
+        colour_bar(image, list(axes[row]), _with_units(example.meaning[row], example.units[row]))
     return save_figure(figure, path)
 
 
-def _judged(variable: Variable, ratio: float) -> str:
-    if not variable.loss_weight:
-        return ", not trained: its loss has weight 0"
-    return f", {ratio:.2f} of persistence's error"
+def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
+    """A panel for each variable: a line for each model over leads, with intervals where they can be told."""
+    targets = evaluation.targets[:SHOWN]
+    what = {"rmse": "RMSE", "acc": "anomaly correlation"}[metric]
+    columns = min(len(targets), 3)
+    told = f"bars: {100 * LEVEL:g} % intervals" if evaluation.draws.can_tell else "too few dates for intervals"
+    title = f"{what} of {evaluation.forecasts} forecasts ({told})"
+    figure, axes = new_figure(-(-len(targets) // columns), columns, title, height=2.8)
+    values, intervals, hours = evaluation.metrics[metric], evaluation.intervals[metric], evaluation.leads_h
+    for number, place in enumerate(axes.flat):
+        if number >= len(targets):
+            place.set_axis_off()
+            continue
+        for model, name in enumerate(evaluation.names):
+            line, ends = values[:, model, number], intervals[:, :, model, number]
+            if np.isfinite(line).any():
+                bars = np.abs(ends - line) if np.isfinite(ends).all() else None
+                aside = (model - (len(evaluation.names) - 1) / 2) * 0.012 * np.ptp(hours)  # bars beside each other
+                place.errorbar(hours + aside, line, yerr=bars, capsize=2.5, label=name, **line_style(model))
+        label = _with_units(what, targets[number].units) if metric == "rmse" else what
+        dress(place, targets[number].name, "lead [h]", label)
+        if metric == "rmse":
+            place.set_ylim(bottom=0)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+    return save_figure(figure, path)
 
 
-def _meaning(variable: Variable) -> str:
-    what = "change in one step"
-    if variable.role == "diagnostic":
-        what = "departure from the mean" if variable.log1p is None else "departure from the mean of its logarithm"
-        what = what if variable.harmonics is None else "departure from its annual cycle"
-    return f"{what} [{variable.units}]" if variable.units else what
+def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
+    """A row for each variable that is known everywhere: by zonal wavenumber, by total wavenumber, and the share of the
+    truth's, at the last lead."""
+    kept, names = evaluation.spectra, [one.name for one in evaluation.entries]
+    known = [place for place in range(len(evaluation.targets)) if np.isfinite(kept.total_ESCL[0, -1, place]).all()]
+    title = f"Spectra {evaluation.leads_h[kept.leads[-1]]:g} h ahead, mean of {len(kept.dates)} dates"
+    figure, axes = new_figure(max(len(known[:SHOWN_MAPS]), 1), 3, title, height=2.6)
+    for row, number in zip(axes, known, strict=False):
+        target, (zonal, total) = evaluation.targets[number], (kept.zonal_ESCK, kept.total_ESCL)
+        styles = [
+            {"color": "black", "linewidth": 2.0},
+            *(line_style(entry, markers=False) for entry in range(len(names))),
+        ]
+        for entry, (name, style) in enumerate(zip(["truth", *names], styles, strict=True)):
+            row[0].loglog(kept.zonal_wavenumbers[1:], zonal[entry, -1, number, 1:], label=name, **style)
+            row[1].loglog(kept.total_wavenumbers[1:], total[entry, -1, number, 1:], label=name, **style)
+            share = total[entry, -1, number, 1:] / np.where(
+                total[0, -1, number, 1:] > 0, total[0, -1, number, 1:], np.nan
+            )
+            row[2].semilogx(kept.total_wavenumbers[1:], share, **style)
+        units = f"({target.units})" if " " in target.units else target.units
+        squared = _with_units("variance", units and f"{units}²")
+        dress(row[0], f"{target.name}: along latitude circles", "zonal wavenumber", squared)
+        dress(row[1], f"{target.name}: on the sphere", "total wavenumber", squared)
+        dress(row[2], f"{target.name}: below 1 it is blurred", "total wavenumber", "forecast over truth")
+        row[2].set_ylim(0, 2)
+    axes[0, 0].legend(fontsize=SMALL, frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_maps(maps: xr.Dataset, model: str, path: Path) -> Path:
+    """A row for each variable: RMSE at the first and the last lead with one scale, and the bias at the last."""
+    own, names = maps.sel(model=model), [str(one).removesuffix("_rmse") for one in maps if str(one).endswith("_rmse")]
+    hours = own.lead_time.values / np.timedelta64(1, "h")
+    figure, axes = new_figure(len(names[:SHOWN_MAPS]), 3, f"Errors of {model}", maps=True, width=4.2)
+    coordinates = own.latitude.values, own.longitude.values
+    for row, name in zip(axes, names[:SHOWN_MAPS], strict=True):
+        rmse, bias = own[f"{name}_rmse"], own[f"{name}_bias"]
+        ends = rmse.isel(lead_time=0).values, rmse.isel(lead_time=-1).values
+        colours = Colours.of_magnitudes(*ends)
+        for place, field, ahead in zip(row, ends, (hours[0], hours[-1]), strict=False):
+            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead:g} h ahead")
+        colour_bar(image, list(row[:2]), _with_units("RMSE", rmse.units))
+        field = bias.isel(lead_time=-1).values
+        image = draw_map(row[2], *coordinates, field, Colours.of_changes(field), f"{name}: bias {hours[-1]:g} h ahead")
+        colour_bar(image, row[2], _with_units("bias", rmse.units))
+    return save_figure(figure, path)
+
+
+def draw_comparisons(evaluation: Evaluation, path: Path) -> Path:
+    """A row for each entry, a column for each of the others: the ratio of errors, and whether it can be told."""
+    names, entries = evaluation.names, [one.name for one in evaluation.entries]
+    ratios, texts = np.full((len(entries), len(names)), np.nan), {}
+    for one in evaluation.comparisons:
+        for a, b, turned in ((one.model, one.other, False), (one.other, one.model, True)):
+            if a in entries:
+                place = entries.index(a), names.index(b)
+                ratios[place] = 1 / one.overall if turned else one.overall
+                verdict = (
+                    {"better": "worse", "worse": "better"}.get(one.verdict, one.verdict) if turned else one.verdict
+                )
+                texts[place] = f"{ratios[place]:.2f}\n{verdict}" if np.isfinite(ratios[place]) else "not known"
+    title = "RMSE of the row over that of the column (all variables and leads)"
+    figure, ((axes,),) = new_figure(1, 1, title, width=2.2 + 1.35 * len(names), height=0.8 + 0.6 * len(entries))
+    colours = Colours.of_changes(np.log(ratios), np.array([0.1]))
+    image = axes.imshow(np.log(ratios), cmap=colours.name, vmin=colours.low, vmax=colours.high, aspect="auto")
+    image.set_alpha(0.75)
+    for (row, column), text in texts.items():
+        axes.text(column, row, text, ha="center", va="center", fontsize=PANEL)
+    axes.set_xticks(range(len(names)), [one.replace(" ", "\n") for one in names], fontsize=PANEL)
+    axes.set_yticks(range(len(entries)), entries, fontsize=PANEL)
+    return save_figure(figure, path)
+
+
+def _with_units(what: str, units: str) -> str:
+    return f"{what} [{units}]" if units else what

@@ -43,7 +43,7 @@ class SourceFields:
     def read(self, frames: Sequence[int], tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         """One frame after the other, its rows whole; NaN is what is missing, and nothing else may be."""
         fields_TCYX = np.empty((len(frames), len(self.variables), *tile.shape), dtype=np.float32)
-        with _told_by_prepare():
+        with told_by_prepare():
             for at, frame in enumerate(frames):
                 for group in self.catalogue.groups:
                     slab_CYX = self.catalogue.read(range(frame, frame + 1), group, tile.rows)[0]
@@ -68,13 +68,18 @@ def file_frames(paths: Sequence[Path], contract: Contract) -> Frames:
     Raises:
         InputError: they cannot be read, or have not what the contract says.
     """
+    opened, where = files_opened(paths)
+    identity = digest_of((), {"request": request_of(SourceOptions(), paths)})
+    return _frames(opened, contract, where, identity)
+
+
+def files_opened(paths: Sequence[Path]) -> tuple[Opened, str]:
+    """What files hold, unread, and what to call them in messages; raises InputError as `open_sources`."""
     for path in paths:
         if not path.exists():
             raise InputError(f"--data {path} does not exist. Give a store, or NetCDF, zarr or GRIB data.")
     opened = [(dataset, path) for path in paths for dataset in open_sources(path)]
-    where = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
-    identity = digest_of((), {"request": request_of(SourceOptions(), paths)})
-    return _frames(opened, contract, where, identity)
+    return opened, ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def dataset_frames(dataset: xr.Dataset, contract: Contract) -> Frames:
@@ -88,22 +93,26 @@ def dataset_frames(dataset: xr.Dataset, contract: Contract) -> Frames:
 
 def _frames(opened: Opened, contract: Contract, where: str, identity: str) -> Frames:
     channels = contract.channels
-    states = _fields(opened, channels.prognostic, contract, where, channels.static)
-    forcings = _fields(opened, channels.forcing, contract, where) if channels.forcing else None
+    states = fields_in(opened, channels.prognostic, contract, where, channels.static)
+    forcings = fields_in(opened, channels.forcing, contract, where) if channels.forcing else None
     static_SYX = _static_fields(states.catalogue, contract, where)
     return Frames(where, identity, states, forcings, lambda tile: static_SYX[:, *tile.slices].copy())
 
 
-def _fields(
+def fields_in(
     opened: Opened,
     variables: tuple[Variable, ...],
     contract: Contract,
     where: str,
     static: tuple[Variable, ...] = (),
 ) -> SourceFields:
-    """Those of these variables, and the fields without time beside them, held to the contract."""
+    """Those of these variables, held to the contract; its catalogue has the fields without time beside them.
+
+    Raises:
+        InputError: they are not there, or in other units or another calendar, or on another grid.
+    """
     names, timeless = ([one.name for one in ones] for ones in (variables, static))
-    with _told_by_prepare():
+    with told_by_prepare():
         options = SourceOptions.of(variables=[*names, *timeless], static=timeless)
         catalogue = catalogue_of(opened, options, np.array(contract.longitude_deg))
     found = [channel.name for channel in (*catalogue.channels, *(one.channel for one in catalogue.static))]
@@ -127,7 +136,7 @@ def _static_fields(catalogue: Catalogue, contract: Contract, where: str) -> NDAr
     for place, variable in enumerate(static):
         segment = by_name[variable.name]
         contract.check_units(variable, segment.channel.units, where)
-        with _told_by_prepare():
+        with told_by_prepare():
             fields_SYX[place] = segment.read_once()
     check_static_fields(contract, fields_SYX, where)
     return fields_SYX
@@ -156,7 +165,7 @@ def _with_plain_times(dataset: xr.Dataset) -> xr.Dataset:
 
 
 @contextmanager
-def _told_by_prepare() -> Iterator[None]:
+def told_by_prepare() -> Iterator[None]:
     """What is wrong with sources is told with the options of `faconv data prepare`, which are not ours."""
     try:
         yield

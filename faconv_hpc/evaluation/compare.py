@@ -1,0 +1,77 @@
+"""Whether one forecast is better than another."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bootstrap import Draws
+
+Verdict = Literal["better", "worse", "cannot tell"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Of the errors of one with those of another, on the same dates and cells.
+
+    Attributes:
+        model, other: their names.
+        ratio_LC: RMSE of the one over that of the other; below 1 it is better.
+        bounds_2LC: its interval; NaN where it cannot be told.
+        overall, bounds: the geometric mean of the ratios over all leads and targets that both have, and its interval.
+    """
+
+    model: str
+    other: str
+    ratio_LC: NDArray[np.float64]
+    bounds_2LC: NDArray[np.float64]
+    overall: float
+    bounds: tuple[float, float]
+
+    @property
+    def verdict(self) -> Verdict:
+        """On the whole."""
+        return verdict_of(*self.bounds)
+
+    def counts(self) -> dict[Verdict, int]:
+        """How many of the leads and targets have each verdict; those that one of them lacks have none."""
+        known = np.isfinite(self.ratio_LC)
+        pairs = zip(*(bound[known].tolist() for bound in self.bounds_2LC), strict=True)
+        every = [verdict_of(*pair) for pair in pairs]
+        return {one: every.count(one) for one in ("better", "worse", "cannot tell")}
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        low, high = self.bounds
+        said = {"model": self.model, "other": self.other, "rmse_ratio": self.overall, "low": low, "high": high}
+        return said | {"verdict": self.verdict, "leads_and_variables": self.counts()}
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """Of an interval of a ratio of errors."""
+    if high < 1:
+        return "better"
+    return "worse" if low > 1 else "cannot tell"
+
+
+def compared(
+    model: str,
+    other: str,
+    a: int,
+    b: int,
+    rmse_LFC: NDArray[np.float64],
+    drawn_BLFC: NDArray[np.float64],
+    draws: Draws,
+) -> Comparison:
+    """Of two forecasts, by their places among F."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio_LC, ratio_BLC = rmse_LFC[:, a] / rmse_LFC[:, b], drawn_BLFC[:, :, a] / drawn_BLFC[:, :, b]
+        log, log_B = np.log(ratio_LC), np.log(ratio_BLC)
+    known = np.isfinite(log) & np.isfinite(log_B).all(axis=0)
+    bounds_2LC = np.exp(draws.interval(log_B, log))
+    if not known.any():
+        return Comparison(model, other, ratio_LC, bounds_2LC, float("nan"), (float("nan"), float("nan")))
+    overall, overall_B = log[known].mean(), log_B[:, known].mean(axis=1)
+    low, high = np.exp(draws.interval(overall_B, overall)).tolist()
+    return Comparison(model, other, ratio_LC, bounds_2LC, float(np.exp(overall)), (low, high))

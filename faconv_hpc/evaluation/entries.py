@@ -1,0 +1,281 @@
+"""What is judged: trained networks, and files of forecasts made by anyone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import cftime
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.layout import same_units
+from ..data.times import EPOCH_UNITS, IRREGULAR_S, normal_calendar
+from ..errors import InputError
+from ..forecasting.campaign import open_frames
+from ..forecasting.dates import Timeline
+from ..forecasting.forecaster import Forecaster
+from ..forecasting.frames import Frames
+from ..forecasting.names import level_of
+from ..observe import READING
+from ..prepare.catalogue import same_calendar
+from ..prepare.sources import ZARR_MARKS, open_sources
+from ..spatial.domain import Domain
+from ..spatial.grid import SAME_DEG, Tile
+from ..training.contract import Contract
+from .truth import Case, Target, Truth
+
+DIMS = ("init_time", "lead_time", "latitude", "longitude")
+FILES = (".nc", ".nc4", ".h5", ".hdf5", ".zarr")
+
+
+def is_file_of_forecasts(path: Path) -> bool:
+    """Whether a MODEL is forecasts on disk, and not a network."""
+    return path.suffix in FILES or any((path / mark).exists() for mark in ZARR_MARKS)
+
+
+class Entry(Protocol):
+    """One of those that stand in a table.
+
+    Attributes:
+        name: in tables and figures.
+        about: what else is said of it: where it is, its step, its digest.
+        contract: of a network.
+    """
+
+    name: str
+    about: dict[str, str]
+
+    @property
+    def contract(self) -> Contract | None: ...
+
+    def has(self, truth: Truth, case: Case) -> bool:
+        """Whether it forecasts from that date over those leads."""
+
+    def leads(self, truth: Truth, case: Case, domain: Domain) -> Iterator[Tensor]:
+        """(C, Y, X) float64 of this tile, the truth's targets, lead by lead; NaN where it has none. Collective over
+        the tiles of a network."""
+
+
+@dataclass
+class NetworkEntry:
+    """A network that forecasts here.
+
+    Args:
+        data: what it forecasts from.
+    """
+
+    name: str
+    about: dict[str, str]
+    forecaster: Forecaster
+    data: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        self._frames: dict[str | None, Frames] = {}
+
+    @property
+    def contract(self) -> Contract:
+        """What it was trained on."""
+        return self.forecaster.contract
+
+    def has(self, truth: Truth, case: Case) -> bool:
+        """From any date; what it needs is looked up when it is asked."""
+        return True
+
+    def leads(self, truth: Truth, case: Case, domain: Domain) -> Iterator[Tensor]:
+        """See `Entry`.
+
+        Raises:
+            InputError: frames are missing, or its steps are not those of the leads.
+        """
+        frames, second = self._frames_of(truth.sequence(case)), int(truth.axis.seconds[case.start])
+        start = Timeline(frames, self.contract, self.forecaster.window, len(case.leads)).start(second)
+        wanted = truth.axis.seconds[list(case.leads)] - second
+        if np.abs(start.leads_s - wanted).max() > IRREGULAR_S:
+            told = (", ".join(f"{one / 3600:g}" for one in some[:4]) for some in (start.leads_s, wanted))
+            raise InputError(
+                f"{self.name} forecasts {next(told)} ... h ahead, and what is compared is {next(told)} ... h ahead of "
+                f"{truth.axis.label(case.start)}. Judge models of other steps by files: `faconv forecast`."
+            )
+        places = _places(truth.targets, [one.name for one in self.contract.channels.targets])
+        for lead_CYX in self.forecaster.leads(frames, start):
+            yield _chosen(lead_CYX, places)
+
+    def _frames_of(self, sequence: str | None) -> Frames:
+        if sequence not in self._frames:
+            self._frames[sequence] = open_frames(self.contract, self.data, sequence)
+        return self._frames[sequence]
+
+
+class FileEntry:
+    """Forecasts on disk, with the names that WeatherBench-X reads: ``init_time``, ``lead_time``, ``latitude``,
+    ``longitude`` and, if there are some, ``level``.
+
+    Raises:
+        InputError: it cannot be read, or has other dims.
+    """
+
+    contract = None
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name, self._path = name, path
+        opened = open_sources(path)
+        dataset = opened[0]
+        missing = [dim for dim in DIMS if dim not in dataset.dims or dim not in dataset.coords]
+        if missing or len(opened) > 1:
+            raise InputError(
+                f"{path} is no file of forecasts: it has no dim and coordinate {', '.join(missing)}; its dims are "
+                f"{', '.join(map(str, dataset.dims))}. Rename them, in xarray: `ds.rename(time='init_time', "
+                f"prediction_timedelta='lead_time')`."
+            )
+        if dataset.lead_time.dtype.kind != "m" and "units" not in dataset.lead_time.attrs:
+            raise InputError(
+                f"lead_time of {path} has no units. Give it some, in xarray: `ds.lead_time.attrs['units'] = 'hours'`."
+            )
+        self._dataset = xr.decode_cf(dataset, decode_timedelta=True)
+        self.about = {"path": str(path), "title": str(dataset.attrs.get("title", ""))}
+
+    @property
+    def names(self) -> list[str]:
+        """Of its variables."""
+        return [str(name) for name, one in self._dataset.data_vars.items() if set(DIMS) <= set(one.dims)]
+
+    @cached_property
+    def init_s(self) -> NDArray[np.int64]:
+        """(init_time,) seconds since 1970, in the file's calendar."""
+        times = self._dataset.init_time.values
+        if times.dtype == object:
+            times = np.rint(cftime.date2num(times, EPOCH_UNITS, calendar=times.flat[0].calendar))
+            return np.asarray(times, dtype=np.int64)
+        return np.asarray(times.astype("datetime64[s]"), dtype=np.int64)
+
+    @cached_property
+    def leads_s(self) -> NDArray[np.int64]:
+        """(lead_time,) seconds; analyses at lead 0 are among them, if there are some."""
+        return np.asarray(self._dataset.lead_time.values.astype("timedelta64[s]"), dtype=np.int64)
+
+    def check(self, truth: Truth) -> None:
+        """Raises InputError for another grid or calendar than that of what came."""
+        self._onto(truth)
+        times = self._dataset.init_time.values
+        calendar = normal_calendar(times.flat[0].calendar) if times.dtype == object else "standard"
+        if not same_calendar(replace(truth.axis, calendar=calendar), truth.axis):
+            raise InputError(
+                f"init_time of {self._path} is of the calendar {calendar}, what came of {truth.axis.calendar}. Convert "
+                f"it, in xarray: `ds.convert_calendar({truth.axis.calendar!r}, 'init_time')`."
+            )
+
+    def has(self, truth: Truth, case: Case) -> bool:
+        """Whether all of the leads are there."""
+        return self._places(truth, case) is not None
+
+    def _places(self, truth: Truth, case: Case) -> tuple[int, list[int]] | None:
+        second = truth.axis.seconds[case.start]
+        init = _place(self.init_s, second)
+        leads = [_place(self.leads_s, truth.axis.seconds[frame] - second) for frame in case.leads]
+        if init is None or any(lead is None for lead in leads):
+            return None
+        return init, [lead for lead in leads if lead is not None]
+
+    def leads(self, truth: Truth, case: Case, domain: Domain) -> Iterator[Tensor]:
+        """See `Entry`; reads whole rows."""
+        found = self._places(truth, case)
+        assert found is not None, f"{self.name} was asked for {truth.axis.label(case.start)}"
+        init, leads = found
+        rows, columns = self._onto(truth)
+        for lead in leads:
+            with domain.mesh.activity.during(READING):
+                fields = [self._field(target, init, lead, rows, columns, domain.tile) for target in truth.targets]
+            yield torch.from_numpy(np.stack(fields)).to(domain.mesh.device)
+
+    def _field(
+        self, target: Target, init: int, lead: int, rows: NDArray[np.intp], columns: NDArray[np.intp], tile: Tile
+    ) -> NDArray[np.float64]:
+        variable = self._variable(target)
+        if variable is None:
+            return np.full(tile.shape, np.nan)
+        wanted = rows[slice(*tile.rows)]
+        first, last = int(wanted.min()), int(wanted.max()) + 1
+        band = variable.isel(init_time=init, lead_time=lead, latitude=slice(first, last)).transpose(*DIMS[2:])
+        values_YX = band.values.astype(np.float64)[wanted - first]
+        return values_YX[:, columns[slice(*tile.columns)]]
+
+    def _variable(self, target: Target) -> xr.DataArray | None:
+        """By its name, or as a level of the variable of all levels; None: it is not there."""
+        base, level, _ = level_of(target.name, target.long_name)
+        if target.name in self._dataset and "level" not in self._dataset[target.name].dims:
+            found = self._dataset[target.name]
+        elif base in self._dataset and level in self._dataset.get("level", []):
+            found = self._dataset[base].sel(level=level)
+        else:
+            return None
+        units = str(found.attrs.get("units", target.units))
+        if not same_units(units, target.units):
+            raise InputError(
+                f"{target.name!r} is in {units} in {self._path}, and in {target.units} in what came. Convert it."
+            )
+        return found
+
+    def _onto(self, truth: Truth) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Which of its rows and columns each of the truth's grid is."""
+        found = []
+        for name, around in (("latitude", None), ("longitude", 360.0)):
+            mine, others = self._dataset[name].values.astype(float), np.array(getattr(truth.grid, f"{name}_deg"))
+            away = np.abs(others[:, None] - mine)
+            away = away if around is None else np.minimum(away % around, -away % around)
+            if away.min(axis=1).max() > SAME_DEG:
+                raise InputError(
+                    f"{self._path} has {mine.size} {name}s from {mine[0]:g} to {mine[-1]:g}, what came {others.size} "
+                    f"from {others[0]:g} to {others[-1]:g}, and not all of these are among those. Regrid one of them."
+                )
+            found.append(away.argmin(axis=1))
+        return found[0], found[1]
+
+
+def _place(among_s: NDArray[np.int64], second: Any) -> int | None:
+    found = np.flatnonzero(np.abs(among_s - second) <= IRREGULAR_S)
+    return int(found[0]) if found.size else None
+
+
+def _places(targets: Sequence[Target], names: Sequence[str]) -> list[int | None]:
+    return [names.index(one.name) if one.name in names else None for one in targets]
+
+
+def _chosen(fields_CYX: Tensor, places: Sequence[int | None]) -> Tensor:
+    """Those of some places; NaN where there is none."""
+    nothing_YX = torch.full_like(fields_CYX[0], float("nan"))
+    return torch.stack([nothing_YX if place is None else fields_CYX[place] for place in places])
+
+
+def cases_of_files(files: Sequence[FileEntry], truth: Truth, leads: int | None) -> list[Case]:
+    """Dates from which the first of some files forecasts, and at whose leads it is known what came.
+
+    Args:
+        leads: how many; default: all there are.
+
+    Raises:
+        InputError: there is none, or the truth has several sequences, which files do not tell apart.
+    """
+    if truth.axis.names:
+        raise InputError(
+            f"{truth.name} holds {len(truth.axis.names)} sequences, and files of forecasts do not say of which they "
+            f"are. Judge the networks themselves, or give --data of one sequence."
+        )
+    first, seconds = files[0], truth.axis.seconds
+    ahead_s = sorted(lead for lead in first.leads_s.tolist() if lead > 0)[:leads]
+    found = []
+    for init_s in first.init_s.tolist():
+        frames = [_place(seconds, init_s + ahead) for ahead in (0, *ahead_s)]
+        if all(frame is not None for frame in frames):
+            start, *rest = (frame for frame in frames if frame is not None)
+            found.append(Case(start, tuple(rest)))
+    if not found:
+        raise InputError(
+            f"{truth.name} has no date of {first.name} with {len(ahead_s)} leads after it: its times are "
+            f"{truth.axis.described}. Name other --data, or fewer --leads."
+        )
+    return found

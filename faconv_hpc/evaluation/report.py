@@ -1,0 +1,171 @@
+"""The report of an evaluation: a page that can be read without the program."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.periods import evenly
+from . import baselines
+from .bootstrap import DRAWS, FEWEST_BLOCKS, FEWEST_DATES, LEVEL
+from .compare import Comparison
+from .evaluate import Evaluation
+from .fields import SPECTRA_DATES
+
+LEADS = 4  # of tables, at most
+PERCENT = f"{100 * LEVEL:g} %"
+MEANINGS = f"""\
+- **persistence**: nothing changes from the start on.
+- **climatology**: the mean of each cell over the training period at that time of the year and of the day; where the
+  data have none of its dates, the annual cycle that a network brings, if it has one.
+- **damped persistence**: climatology, and what is left of the anomaly of the start, as fitted for each variable and
+  lead on at most {baselines.PAIRS} dates of training.
+- **RMSE**, **bias**: cells count by their area, all dates alike.
+- **anomaly correlation**: of departures from climatology over the grid, weighted by area and centred, mean over dates.
+- **activity**: standard deviation of departures from climatology over the grid, weighted by area. Where it is less than
+  that of what came, the forecast is too smooth.
+- **intervals** ({PERCENT}): dates drawn anew {DRAWS} times by the stationary bootstrap (Politis and Romano, 1994), the
+  same for all, in blocks of {{block:.1f}} dates on average: twice the automatic choice of Politis and White (2004), its
+  median over variables and leads; wider by Student's t for so many blocks. *Better* and *worse* are where the interval
+  of the ratio of errors does not reach 1. Of many such verdicts about one in ten is chance."""
+
+
+def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
+    """In Markdown."""
+    parts = [
+        f"# Evaluation of {', '.join(one.name for one in evaluation.entries)}",
+        *_answers(evaluation),
+        "## What was compared",
+        *_compared(evaluation),
+        "## Scores",
+        *_scores(evaluation),
+        "## Figures",
+        *(f"**{title}.** {_caption(title, evaluation)}\n\n![{title}]({path.name})" for title, path in figures.items()),
+        "## What the numbers mean",
+        MEANINGS.format(block=evaluation.draws.block),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def headline(evaluation: Evaluation) -> list[str]:
+    """A sentence for each comparison, the most important words of it in bold."""
+    return [_sentence(one, evaluation) for one in evaluation.comparisons]
+
+
+def _answers(evaluation: Evaluation) -> Iterable[str]:
+    yield "\n".join(f"- {one}" for one in headline(evaluation))
+    if not evaluation.draws.can_tell:
+        yield (
+            f"**{evaluation.forecasts} dates are too few to tell chance from skill**: it takes {FEWEST_DATES}, and "
+            f"{FEWEST_BLOCKS} blocks of dates that depend on each other (here of {evaluation.draws.block:.1f} dates). "
+            f"The numbers below say what happened on these dates, not what to expect on others."
+        )
+    seen = [one.name for one in evaluation.entries if one.held_out is False]
+    if seen:
+        yield f"**{', '.join(seen)} saw some of these dates in training**: on others errors will be larger."
+
+
+def _sentence(one: Comparison, evaluation: Evaluation) -> str:
+    if not np.isfinite(one.overall):
+        return f"{one.model} and {one.other} cannot be compared: for no variable both have errors."
+    ratio = f"its RMSE is {one.overall:.2f} times as large"
+    if not evaluation.draws.can_tell:
+        return f"Whether {one.model} is better than {one.other} **cannot be told** from so few dates; on them {ratio}."
+    counts, (low, high) = one.counts(), one.bounds
+    of = (
+        f"{ratio} on average over variables and leads ({PERCENT} interval {low:.2f} to {high:.2f}); better in "
+        f"{counts['better']} of {sum(counts.values())} of them, worse in {counts['worse']}"
+    )
+    if one.verdict == "cannot tell":
+        return f"Whether {one.model} is better than {one.other} **cannot be told**: {of}."
+    return f"**{one.model} is {one.verdict} than {one.other}**: {of}."
+
+
+def _compared(evaluation: Evaluation) -> Iterable[str]:
+    held = {True: "yes", False: "no", None: "not known"}
+    rows = [[one.name, one.kind, one.about.get("step") or "-", held[one.held_out]] for one in evaluation.entries]
+    yield table(["model", "what", "step", "held out"], rows)
+    grid, leads = evaluation.grid, evaluation.leads_h
+    ahead = f"{leads[0]:g} to {leads[-1]:g} h ahead ({len(leads)} leads)" if len(leads) > 1 else f"{leads[0]:g} h ahead"
+    yield (
+        f"{evaluation.forecasts} forecasts, from {evaluation.dates[0]} to {evaluation.dates[-1]}, {ahead}, of "
+        f"{', '.join(one.name for one in evaluation.targets)} on {grid.nlat} x {grid.nlon} cells. What came is from "
+        f"{evaluation.truth}. All are held against it on the same dates and cells."
+    )
+    lacking = [one.name for one, known in zip(evaluation.targets, evaluation.known, strict=True) if not known]
+    if lacking:
+        yield (
+            f"There is no climatology of {', '.join(lacking)}: the data hold none of the dates of training. "
+            f"`--climatology FIRST/LAST` names others."
+        )
+    if evaluation.spectra.reason:
+        yield f"There are no spectra: {evaluation.spectra.reason}."
+
+
+def _scores(evaluation: Evaluation) -> Iterable[str]:
+    told = f" ± half of the {PERCENT} interval" if evaluation.draws.can_tell else ""
+    shown = evenly(len(evaluation.leads_h), LEADS)
+    if len(shown) < len(evaluation.leads_h):
+        yield f"At {len(shown)} of {len(evaluation.leads_h)} leads; all of them are in `scores.nc` and `scores.json`."
+    for title, metric in (
+        (f"Root mean squared error{told}; the least in bold", "rmse"),
+        (f"Anomaly correlation{told}; the largest in bold", "acc"),
+        ("Bias", "bias"),
+        ("Activity: the spread of the forecast's anomalies over the grid, beside that of what came", "activity"),
+    ):
+        best = {"rmse": np.nanargmin, "acc": np.nanargmax}.get(metric)
+        head, rows = _metric_rows(evaluation, metric, shown, best)
+        yield f"### {title}\n\n{table(head, rows)}"
+
+
+def _metric_rows(
+    evaluation: Evaluation,
+    metric: str,
+    shown: Sequence[int],
+    best: Callable[[NDArray[np.float64]], np.intp] | None,
+) -> tuple[list[str], list[list[str]]]:
+    """A row for each variable and lead, a column for each model."""
+    values, intervals = evaluation.metrics[metric], evaluation.intervals[metric]
+    truth = ["what came"] if metric == "activity" else []
+    rows = []
+    for number, target in enumerate(evaluation.targets):
+        for lead in shown:
+            line = values[lead, :, number]
+            halves = (intervals[1] - intervals[0])[lead, :, number] / 2
+            cells = [_number(value, half * (best is not None)) for value, half in zip(line, halves, strict=True)]
+            if best is not None and np.isfinite(line).any():
+                cells[best(line)] = f"**{cells[best(line)]}**"
+            named = f"{target.name} [{target.units}]" if target.units and metric != "acc" else target.name
+            came = [_number(evaluation.metrics["truth_activity"][lead, 0, number])] if truth else []
+            rows.append([named, f"{evaluation.leads_h[lead]:g}", *cells, *came])
+    return ["variable", "lead [h]", *evaluation.names, *truth], rows
+
+
+def _number(value: float, half: float = 0.0) -> str:
+    if not np.isfinite(value):
+        return "-"
+    return f"{value:.4g}" + (f" ± {half:.2g}" if np.isfinite(half) and half else "")
+
+
+def _caption(title: str, evaluation: Evaluation) -> str:
+    if title.startswith("Errors over"):
+        return "Lower is better. A forecast that crosses climatology is worth nothing from there on."
+    if title.startswith("Anomaly"):
+        return "1 is perfect, 0 knows nothing of how the day differs from the season. Climatology has none."
+    if title.startswith("Who"):
+        return "Blue: the row has the smaller errors. The words say whether it is more than chance."
+    if title == "Spectra":
+        return (
+            f"Mean of {len(evaluation.spectra.dates)} dates (at most {SPECTRA_DATES}). Where the line of a forecast "
+            f"falls below that of the truth it is too smooth at that scale: short waves are to the right."
+        )
+    if title.startswith("One"):
+        return "The last of the dates; of one step, so that errors can be seen."
+    return "RMSE of each cell over all dates, and the mean error: red where the forecast is too high."
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(one)} |" for one in lines)

@@ -1,0 +1,149 @@
+"""What an evaluation leaves: scores as NetCDF and JSON, maps as NetCDF, a report and figures."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..files import replacing, write_durably
+from ..versions import __version__
+from .bootstrap import LEVEL
+from .evaluate import Evaluation
+from .fields import lead_times
+from .figures import draw_figures
+from .report import report_of
+from .sums import METRICS
+
+SCORES, JSON_FILE, MAPS, REPORT = "scores.nc", "scores.json", "maps.nc", "report.md"
+BOUNDS = ["low", "high"]
+LONG = {
+    "rmse": "root mean squared error",
+    "bias": "mean error",
+    "acc": "anomaly correlation",
+    "activity": "standard deviation of the anomaly over the grid",
+    "truth_activity": "standard deviation of the anomaly that came",
+}
+
+
+def save(evaluation: Evaluation, directory: Path) -> dict[str, Any]:
+    """Writes all of it beside the maps, which are there, and gives what stands in the JSON."""
+    with replacing(directory / SCORES) as beside:
+        dataset_of(evaluation).to_netcdf(beside, engine="h5netcdf")
+    said = as_json(evaluation)
+    write_durably(directory / JSON_FILE, json.dumps(said, indent=2) + "\n")
+    with xr.open_dataset(directory / MAPS, engine="h5netcdf", decode_timedelta=True) as maps:
+        figures = draw_figures(evaluation, maps, directory)
+    write_durably(directory / REPORT, report_of(evaluation, figures))
+    return said
+
+
+def dataset_of(evaluation: Evaluation) -> xr.Dataset:
+    """All scores, with their intervals, the spectra, and the errors of each date, from which others can be made."""
+    dims = ("lead_time", "model", "variable")
+    variables: dict[str, Any] = {}
+    for name in METRICS:
+        own = dims if name != "truth_activity" else ("lead_time", "variable")
+        place = np.s_[...] if name != "truth_activity" else np.s_[..., 0, :]
+        told = {"long_name": LONG[name], "bounds": f"{name}_bounds"}
+        variables[name] = (own, evaluation.metrics[name][place], told)
+        variables[f"{name}_bounds"] = (("bound", *own), evaluation.intervals[name][place])
+    pairs = evaluation.comparisons
+    ratios = {"long_name": "RMSE of the first over that of the second", "bounds": "rmse_ratio_bounds"}
+    variables["rmse_ratio"] = (("pair", "lead_time", "variable"), np.stack([one.ratio_LC for one in pairs]), ratios)
+    bounds = np.stack([one.bounds_2LC for one in pairs], axis=1)
+    variables["rmse_ratio_bounds"] = (("bound", "pair", "lead_time", "variable"), bounds)
+    errors = evaluation.per_date.errors
+    variables["mse_of_date"] = (
+        ("start", *dims),
+        errors,
+        {"long_name": "area-weighted mean squared error of each date"},
+    )
+    coordinates = {
+        "model": list(evaluation.names),
+        "variable": [one.name for one in evaluation.targets],
+        "units": ("variable", [one.units for one in evaluation.targets]),
+        "lead_time": lead_times(evaluation.leads_h),
+        "start": list(evaluation.dates),
+        "bound": BOUNDS,
+        "pair": [f"{one.model} / {one.other}" for one in pairs],
+    }
+    dataset = xr.Dataset(variables | _spectra(evaluation), coordinates, _attributes(evaluation))
+    dataset.lead_time.encoding |= {"units": "hours", "dtype": "float64"}
+    return dataset
+
+
+def _spectra(evaluation: Evaluation) -> dict[str, Any]:
+    """Of what came and the entries; nothing where there are none."""
+    kept = evaluation.spectra
+    if kept.reason:
+        return {}
+    series = ["truth", *(one.name for one in evaluation.entries)]
+    dims = ("series", "spectrum_lead_time", "variable")
+    return {
+        "series": ("series", series),
+        "spectrum_lead_time": ("spectrum_lead_time", lead_times(evaluation.leads_h)[kept.leads]),
+        "zonal_wavenumber": ("zonal_wavenumber", kept.zonal_wavenumbers),
+        "total_wavenumber": ("total_wavenumber", kept.total_wavenumbers),
+        "zonal_spectrum": ((*dims, "zonal_wavenumber"), kept.zonal_ESCK),
+        "total_spectrum": ((*dims, "total_wavenumber"), kept.total_ESCL),
+    }
+
+
+def _attributes(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "Conventions": "CF-1.8",
+        "title": f"Scores of {', '.join(one.name for one in evaluation.entries)}",
+        "source": f"faconv_hpc {__version__}",
+        "truth": evaluation.truth,
+        "interval": f"{100 * LEVEL:g} %, stationary bootstrap over {evaluation.forecasts} dates",
+        "mean_block_dates": evaluation.draws.block,
+    }
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """For programs: plain values; what is no number is None."""
+    draws = evaluation.draws
+    said = {
+        "models": [
+            {"name": one.name, "kind": one.kind, "held_out": one.held_out, **one.about} for one in evaluation.entries
+        ],
+        "truth": evaluation.truth,
+        "forecasts": evaluation.forecasts,
+        "first": evaluation.dates[0],
+        "last": evaluation.dates[-1],
+        "interval": LEVEL,
+        "mean_block_dates": draws.block,
+        "can_tell": draws.can_tell,
+        "spectra": evaluation.spectra.reason or "yes",
+        "comparisons": [one.as_json() for one in evaluation.comparisons],
+        "skills": list(_rows(evaluation)),
+    }
+    plain: dict[str, Any] = _plain(said)
+    return plain
+
+
+def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """One for each model, variable and lead."""
+    for place, model in enumerate(evaluation.names):
+        for number, target in enumerate(evaluation.targets):
+            for lead, hours in enumerate(evaluation.leads_h.tolist()):
+                row = {"model": model, "variable": target.name, "units": target.units, "lead": lead + 1, "hours": hours}
+                for name in METRICS:
+                    low, high = evaluation.intervals[name][:, lead, place, number].tolist()
+                    row |= {name: float(evaluation.metrics[name][lead, place, number])}
+                    row |= {f"{name}_low": low, f"{name}_high": high}
+                yield row
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,109 @@
+"""How much of a field is in waves of which length: by zonal and by total wavenumber, on grids of the whole globe.
+
+A forecast that is blurred has too little in short waves. Total wavenumbers are those of spherical harmonics, whose
+Legendre functions are SciPy's.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import sph_legendre_p_all
+
+from ..spatial.grid import Boundary, LatLonGrid
+
+TABLE_BYTES = (
+    128 * 2**20
+)  # of Legendre functions: on grids of over 2,000 rows the highest total wavenumbers are left out
+FITS = 1e-8  # relative error of integrals of Legendre polynomials, by the weights of rows
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Of fields on a grid.
+
+    Attributes:
+        grid: see `reason_against`.
+    """
+
+    grid: LatLonGrid
+
+    @cached_property
+    def zonal_wavenumbers(self) -> NDArray[np.int64]:
+        """(K,) from 0 to half the columns."""
+        return np.arange(self.grid.nlon // 2 + 1)
+
+    @cached_property
+    def total_wavenumbers(self) -> NDArray[np.int64]:
+        """(L,) from 0 to the highest that rows and columns tell."""
+        rows, columns = self.grid.nlat, self.grid.nlon
+        by_memory = int(np.sqrt(TABLE_BYTES / 8 / rows)) - 1
+        return np.arange(min((rows - 1) // 2, (columns - 1) // 2, by_memory) + 1)
+
+    def zonal(self, field_YX: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(K,) variance of each zonal wavenumber along latitude circles, their area-weighted mean; from 1 on they add
+        up to the mean variance along circles."""
+        waves_YK = np.fft.rfft(field_YX, axis=1) / self.grid.nlon
+        both_ways = np.where((self.zonal_wavenumbers > 0) & (2 * self.zonal_wavenumbers < self.grid.nlon), 2.0, 1.0)
+        shares_Y = self.grid.cell_area_sr / self.grid.cell_area_sr.sum()
+        power_K: NDArray[np.float64] = shares_Y @ (np.abs(waves_YK) ** 2) * both_ways
+        return power_K
+
+    def total(self, field_YX: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(L,) part of the mean square over the sphere in each total wavenumber: the sum over m of |a_lm|^2 / (4 pi),
+        with orthonormal spherical harmonics. Exact for fields that have no higher ones."""
+        highest = self.total_wavenumbers[-1]
+        waves_YM = np.fft.rfft(field_YX, axis=1)[:, : highest + 1] * (2 * np.pi / self.grid.nlon)
+        parts_MYP = np.stack([waves_YM.real, waves_YM.imag], axis=-1).swapaxes(0, 1) * self._weights_Y[:, None]
+        a_MLP = self._legendre_MLY @ parts_MYP
+        both_ways = np.where(np.arange(highest + 1) > 0, 2.0, 1.0)
+        power_L: NDArray[np.float64] = both_ways @ (a_MLP**2).sum(axis=-1) / (4 * np.pi)
+        return power_L
+
+    @cached_property
+    def _legendre_MLY(self) -> NDArray[np.float64]:
+        """Orthonormal Legendre functions of orders from 0, at the rows' colatitudes."""
+        highest = int(self.total_wavenumbers[-1])
+        table_YLM = np.stack([_legendre(highest, latitude) for latitude in self.grid.latitude])
+        return np.ascontiguousarray(table_YLM.transpose(2, 1, 0))
+
+    @cached_property
+    def _weights_Y(self) -> NDArray[np.float64]:
+        return quadrature(self.grid, 2 * int(self.total_wavenumbers[-1]))
+
+
+def _legendre(highest: int, latitude: float) -> NDArray[np.float64]:
+    """(L, M) of one row."""
+    every_LM = sph_legendre_p_all(highest, highest, np.pi / 2 - latitude)[0]
+    return np.asarray(every_LM[:, : highest + 1], dtype=np.float64)  # negative orders come after
+
+
+def quadrature(grid: LatLonGrid, degree: int) -> NDArray[np.float64]:
+    """(nlat,) weights that integrate polynomials in the sine of latitude exactly up to a degree, from -1 to 1: those
+    nearest to the areas of rows."""
+    areas_Y = grid.cell_area_sr / grid.cell_area_sr.sum() * 2
+    polynomials_KY = np.polynomial.legendre.legvander(np.sin(grid.latitude), degree).T
+    wanted_K = np.zeros(degree + 1)
+    wanted_K[0] = 2.0
+    scaled_KY = polynomials_KY * areas_Y
+    change_Y = np.linalg.lstsq(scaled_KY, wanted_K - scaled_KY.sum(axis=1), rcond=None)[0]
+    weights_Y: NDArray[np.float64] = areas_Y * (1 + change_Y)
+    return weights_Y
+
+
+def reason_against(grid: LatLonGrid) -> str:
+    """Why there are no spectra on a grid; empty where there are."""
+    if grid.lon_boundary != Boundary.PERIODIC or grid.equal_area:
+        return "longitudes do not go around the globe"
+    latitude = np.rad2deg(grid.latitude)
+    if grid.nlat < 4 or grid.nlon < 4:
+        return f"{grid.nlat} x {grid.nlon} cells are too few"
+    ends = [(90 - abs(latitude[place]), abs(latitude[place] - latitude[next_])) for place, next_ in ((0, 1), (-1, -2))]
+    if any(gap > row + 1e-3 for gap, row in ends):
+        return f"latitudes from {latitude[0]:g} to {latitude[-1]:g} do not reach the poles"
+    degree = 2 * int(Spectra(grid).total_wavenumbers[-1])
+    integrals = np.polynomial.legendre.legvander(np.sin(grid.latitude), degree).T @ quadrature(grid, degree)
+    if np.abs(integrals - 2 * (np.arange(degree + 1) == 0)).max() > FITS:
+        return "latitudes are too uneven for an integral over the sphere"
+    return ""
