@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -13,18 +14,21 @@ from faconv_hpc.bench.result import BenchResult, Fall, Limits, Machine, OnTiles,
 from faconv_hpc.cli.bench import _show as show_bench
 from faconv_hpc.cli.checkpoint import list_command
 from faconv_hpc.cli.data import _show
-from faconv_hpc.cli.evaluate import _show_skill
+from faconv_hpc.cli.evaluate import show
 from faconv_hpc.cli.study import _progress_table, _show_report
 from faconv_hpc.cli.verify import _show_parity
 from faconv_hpc.config import MeshConfig
 from faconv_hpc.data.inspection import describe_reading, describe_store
 from faconv_hpc.data.store import Store
+from faconv_hpc.evaluation.evaluate import Evaluation, Judged
+from faconv_hpc.evaluation.sums import PerDate
+from faconv_hpc.evaluation.truth import Target
 from faconv_hpc.scaling.report import PointResult, StudyReport
+from faconv_hpc.spatial.grid import LatLonGrid
 from faconv_hpc.spread import Spread
 from faconv_hpc.training import export, shards
 from faconv_hpc.training.parity import ParityRow
 from faconv_hpc.training.records import StepRecord, _Display
-from faconv_hpc.training.skill import Skill
 from runs import make_store
 
 WIDTH, WIDE = 80, 300
@@ -55,14 +59,18 @@ def printed(monkeypatch, capsys):
 
 
 def test_an_evaluation(printed):
-    skills = [
-        Skill(name, lead, units, 1.234e-5, 2.345e-5, 3.21e-5)
-        for name, units in (LONG[:2], ("geopotential_at_500_hpa", "m**2 s**-2"))
-        for lead in (1, 120)
-    ]
-    found = SimpleNamespace(skills=skills, held_out=True, forecasts=1234, step=20000, first_loss=1.0, last_loss=0.3)
-    told = printed(lambda: _show_skill(found, Path("figures/forecast.png")))
-    assert "persistence" in told and "climatology" in told and "1234 forecasts of 120 steps, held out" in told
+    """Of many steps, by two models of long names."""
+    dates, leads, targets = 40, (1, 120), (Target(*LONG[:2], ""), Target("geopotential_at_500_hpa", "m**2 s**-2", ""))
+    squares = np.random.default_rng(0).uniform(1.2e-5, 3.2e-5, (dates, len(leads), 5, len(targets)))
+    ones = np.ones_like(squares)
+    entries = tuple(Judged(f"a_run_of_long_name_{name}", "network", {"step": "20000"}, True) for name in "ab")
+    labels, hours = tuple(map(str, range(dates))), np.array(leads) * 6.0
+    per_date = PerDate(ones, ones, squares, ones, ones, ones, ones)
+    grid, known = LatLonGrid(721, 1440), np.ones(2, dtype=bool)
+    found = Evaluation(entries, "the store data/era5", targets, grid, known, labels, hours, per_date, None, None)
+    told = printed(lambda: show(found, Path("runs/a/evaluation")))
+    assert "persistence" in told and "climatology" in told and "40 forecasts of 2 steps, held out" in told
+    assert "cannot be told" in told and "evaluation/report.md" in told
 
 
 def test_a_store(printed, tmp_path):

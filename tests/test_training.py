@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
@@ -197,13 +198,19 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, mo
     data = {"periods": {"test": "2000-01-10T06/"}}
     config = small_config(tmp_path, store, training={"steps": 240, "learning_rate": 0.02}, data=data)
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
-    alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluated(config, mesh))
-    tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluated(config, mesh))
+    maps = [tmp_path / "alone.nc", tmp_path / "tiled.nc"]
+    alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluated(config, mesh, maps=maps[0]))
+    tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluated(config, mesh, maps=maps[1]))
     assert alone.held_out and alone.forecasts == 3
     for evaluation in tiled:
         for found, want in zip(evaluation.skills, alone.skills, strict=True):
             assert found.rmse == pytest.approx(want.rmse, rel=1e-5)
             assert found.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
+        for name, values in evaluation.metrics.items():
+            np.testing.assert_allclose(values, alone.metrics[name], rtol=1e-5, atol=1e-5)
+    for name in ("zonal_ESCK", "total_ESCL"):
+        np.testing.assert_allclose(getattr(tiled[0].spectra, name), getattr(alone.spectra, name), rtol=1e-5, atol=1e-9)
+    xr.testing.assert_allclose(*(xr.load_dataset(path, engine="h5netcdf") for path in maps), rtol=1e-5, atol=1e-5)
     assert all(skill.ratio < 0.9 for skill in alone.skills)
     _check_against_the_files(alone, store)
     _look_at_the_figure(alone, tmp_path / "figures" / "forecast.png", monkeypatch)

@@ -155,7 +155,8 @@ def show(evaluation: "Evaluation", directory: Path) -> None:
     kinds = {True: ", held out", False: ", trained on", None: ""}
     steps = f"{len(evaluation.leads_h)} steps" if len(evaluation.leads_h) > 1 else "1 step"
     title = f"{evaluation.forecasts} forecasts of {steps}{kinds[evaluation.held_out]}, area-weighted RMSE"
-    table = table_of("variable", "units", "lead", *evaluation.names, text=("variable", "units"), title=title)
+    headings = [name.replace("_", "_ ") for name in evaluation.names]  # several stand beside each other
+    table = table_of("variable", "units", "lead", *headings, text=("variable", "units"), title=title)
     rmse_LFC = evaluation.metrics["rmse"]
     for number, target in enumerate(evaluation.targets):
         for lead in range(len(evaluation.leads_h)):

@@ -25,7 +25,7 @@ class Baselines:
     """Of a truth, on this rank's tile.
 
     Attributes:
-        means: of the dates of training; None where the data have none of them.
+        means: of the dates of training; None where the data have not all of them.
         cycle: of the variables that a network saw without it, for data that have none.
         damping_LC: which part of an anomaly is left at a lead, on average over the grid; NaN where it is not known.
     """
@@ -38,15 +38,14 @@ class Baselines:
 
     @classmethod
     def of(
-        cls, truth: Truth, domain: Domain, dates: Sequence[str], leads: int, cycle: AnnualCycle | None = None
+        cls, truth: Truth, domain: Domain, spans: Sequence[range], leads: int, cycle: AnnualCycle | None = None
     ) -> "Baselines":
         """Collective over the tiles; reads.
 
         Args:
-            dates: of training; see `Truth.spans`.
-            cycle: of a network, on this tile; where the data have none of the dates, it is the climatology.
+            spans: the frames that climatology and damping are made of.
+            cycle: of a network, on this tile; where there are no such frames, it is the climatology.
         """
-        spans = truth.spans(dates)
         with domain.mesh.activity.during(READING):
             means = Climatology.of(truth.fields, spans, domain.tile) if spans else None
         nothing = np.full((leads, len(truth.targets)), np.nan)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data.dates import as_ranges
 from ..data.periods import evenly, mask_of
 from ..data.times import SECONDS_PER_HOUR
 from ..data.variables import Variable
@@ -21,6 +22,7 @@ from ..model.arithmetic import arithmetic
 from ..spatial.domain import Domain
 from ..spatial.grid import LatLonGrid
 from ..spatial.mesh import ProcessMesh
+from ..training.contract import Contract
 from ..training.shards import FOLDER
 from ..training.skill import Skill
 from . import baselines
@@ -173,9 +175,8 @@ def evaluate(
     cases = _cases(networks, files, truth, leads)
     some = [cases[place] for place in evenly(len(cases), samples or len(cases))]
     domain = Domain(truth.grid, mesh)
-    count, training = len(some[0].leads), list(climatology) or list(contract.training if contract else ())
     cycle = networks[0].forecaster.cycle if networks else None
-    base = Baselines.of(truth, domain, training, count, cycle)
+    base = Baselines.of(truth, domain, _spans(truth, climatology, contract), len(some[0].leads), cycle)
     work = _Work(entries, truth, domain, base, some)
     with arithmetic("fp32", mesh.device):
         for number, case in enumerate(some):
@@ -238,6 +239,20 @@ def _cases(networks: Sequence[NetworkEntry], files: Sequence[FileEntry], truth: 
             f"{', '.join(one.name for one in files)}. Forecast the same dates, or name fewer --leads."
         )
     return found
+
+
+def _spans(truth: Truth, climatology: Sequence[str], contract: Contract | None) -> tuple[range, ...]:
+    """Frames that climatology is made of: those that are named; or those of training, if all of them are there: a few,
+    such as those of a window, would say nothing of a season."""
+    if climatology:
+        spans = truth.spans(as_ranges(list(climatology)))
+        if not spans:
+            raise InputError(
+                f"{truth.name} has no frame at the dates of --climatology {', '.join(climatology)}; its times are "
+                f"{truth.axis.described}."
+            )
+        return spans
+    return truth.spans(contract.training) if contract is not None and truth.holds(contract.training) else ()
 
 
 class _Work:

@@ -18,7 +18,7 @@ PERCENT = f"{100 * LEVEL:g} %"
 MEANINGS = f"""\
 - **persistence**: nothing changes from the start on.
 - **climatology**: the mean of each cell over the training period at that time of the year and of the day; where the
-  data have none of its dates, the annual cycle that a network brings, if it has one.
+  data do not have its dates, the annual cycle that a network brings, if it has one.
 - **damped persistence**: climatology, and what is left of the anomaly of the start, as fitted for each variable and
   lead on at most {baselines.PAIRS} dates of training.
 - **RMSE**, **bias**: cells count by their area, all dates alike.
@@ -96,8 +96,8 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
     lacking = [one.name for one, known in zip(evaluation.targets, evaluation.known, strict=True) if not known]
     if lacking:
         yield (
-            f"There is no climatology of {', '.join(lacking)}: the data hold none of the dates of training. "
-            f"`--climatology FIRST/LAST` names others."
+            f"There is no climatology of {', '.join(lacking)}, and nothing that is told by it: the data do not hold "
+            f"all dates of training, and `--climatology FIRST/LAST` names no others."
         )
     if evaluation.spectra.reason:
         yield f"There are no spectra: {evaluation.spectra.reason}."

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..data.fields import Fields, StoreFields
 from ..data.layout import STORE_FILE, Channel
-from ..data.periods import frames_within, is_there, mask_of, starts_before, stretches_of
+from ..data.periods import frames_within, is_there, mask_of, ranges_of, starts_before, stretches_of
 from ..data.store import Store
 from ..data.times import TimeAxis
 from ..data.variables import Variable
@@ -67,6 +67,10 @@ class Truth:
     def spans(self, dates: Sequence[str]) -> tuple[range, ...]:
         """The frames at some dates, and of some sequences, as far as they are there."""
         return frames_within(self.axis, [text for text in dates if is_there(self.axis, text)])
+
+    def holds(self, dates: Sequence[str]) -> bool:
+        """Whether all of some dates of training are there, from the first to the last, as a contract writes them."""
+        return bool(dates) and all(ranges_of(self.axis, self.spans([text])) == (text,) for text in dates)
 
     def sequence(self, case: Case) -> str | None:
         """The sequence that a case lies in; None where there is but one."""

@@ -1,0 +1,406 @@
+"""Scores of networks and of anyone's files: equal to the package `scores`; spectra, intervals, verdicts, the report."""
+
+import numpy as np
+import pytest
+import scores
+import torch
+import xarray as xr
+from scipy.special import sph_harm_y
+
+import forecasts
+from faconv_hpc import Domain, LatLonGrid
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.bootstrap import Draws, best_length, resampled
+from faconv_hpc.evaluation.compare import compared
+from faconv_hpc.evaluation.evaluate import evaluate, names_of
+from faconv_hpc.evaluation.report import headline, report_of
+from faconv_hpc.evaluation.results import as_json, dataset_of, save
+from faconv_hpc.evaluation.spectra import Spectra, reason_against
+from faconv_hpc.evaluation.sums import PerDate, Sums
+from faconv_hpc.evaluation.truth import truth_of
+from faconv_hpc.spatial.mesh import ProcessMesh
+
+ALONE = ProcessMesh.alone()
+LATITUDE, LONGITUDE, HOURS, LEADS = np.linspace(75, -75, 6), np.arange(8) * 45.0, np.arange(48) * 6, (6, 12)
+DIMS, CELLS = ("latitude", "longitude"), ("init_time", "lead_time", "latitude", "longitude")
+UNITS = {"u": "m s**-1", "t": "K"}
+
+
+def weights_of(grid):
+    return xr.DataArray(
+        grid.cell_area_sr / grid.cell_area_sr.mean(), {"latitude": np.rad2deg(grid.latitude)}, ["latitude"]
+    )
+
+
+def known_everywhere(shape, seed):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("equal_area", [False, True])
+def test_sums_are_what_scores_says_of_the_fields(equal_area):
+    grid = LatLonGrid(6, 8, latitude_deg=LATITUDE, equal_area=equal_area)
+    shape = (5, 2, 6, 8)  # dates, targets
+    came, mean, said = (known_everywhere(shape, seed) for seed in (1, 2, 3))
+    said = said + came  # so that they have something in common
+    came[1, 0, 2, 3:6], mean[:, :, 4, 4] = np.nan, np.nan
+    sums, domain = Sums(5, 1, 2, 2), Domain(grid)
+    for date in range(5):
+        fields = (torch.from_numpy(one[date]) for one in (said, mean, came))
+        forecast, climatology, truth = fields
+        sums.add(date, 0, [forecast], [climatology], truth, climatology, domain)
+    found = {name: values[0, 0] for name, values in PerDate.of(sums.terms_NLFCK).metrics().items()}
+    dims, weights = ("date", "target", *DIMS), weights_of(grid)
+    f, o, c = (xr.DataArray(one, {"latitude": np.rad2deg(grid.latitude)}, dims) for one in (said, came, mean))
+    for place, forecast in enumerate((f, c)):
+        given = {"reduce_dims": ["date", *DIMS], "weights": weights}
+        np.testing.assert_allclose(found["rmse"][place], scores.continuous.rmse(forecast, o, **given), rtol=1e-6)
+        np.testing.assert_allclose(
+            found["bias"][place], scores.continuous.additive_bias(forecast, o, **given), rtol=1e-6
+        )
+    a, b = (f - c).where(o.notnull()), o - c
+
+    def over_cells(values):
+        return scores.processing.aggregate(values, reduce_dims=DIMS, weights=weights)
+
+    if equal_area:
+        acc = scores.continuous.correlation.pearsonr(a, b, reduce_dims=DIMS)
+    else:
+        a, b = a - over_cells(a), b - over_cells(b)
+        acc = over_cells(a * b) / np.sqrt(over_cells(a * a) * over_cells(b * b))
+    np.testing.assert_allclose(found["acc"][0], acc.mean("date"), rtol=1e-6)
+    variance = over_cells((a - over_cells(a)) ** 2)
+    np.testing.assert_allclose(found["activity"][0], np.sqrt(variance.mean("date")), rtol=1e-6)
+    assert np.isnan(found["acc"][1]).all() and (found["activity"][1] == 0).all()  # climatology has no anomaly
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A network alone with data in files, and its forecasts in a file: no run, no store."""
+    made, here = (tmp_path_factory.mktemp(name) for name in ("made", "elsewhere"))
+    model, _ = forecasts.draw_model(made, forecasts.make_store(made))
+    model.rename(here / "model.safetensors")
+    (made / "source.nc").rename(here / "source.nc")
+    starts = ["2004-03-14/2004-04-07/6d"]
+    forecasts.written(ALONE, here / "model.safetensors", here / "said.nc", [here / "source.nc"], starts, 2)
+    return here
+
+
+def test_a_network_alone_is_judged_as_its_file_is_and_as_scores_says(elsewhere, monkeypatch, tmp_path):
+    monkeypatch.chdir(elsewhere)
+    models, data = [elsewhere / "model.safetensors", elsewhere / "said.nc"], [elsewhere / "source.nc"]
+    found = evaluate(models, ALONE, data=data, leads=2)
+    assert found.names[:2] == ("model", "said") and [one.held_out for one in found.entries] == [True, None]
+    assert found.forecasts == 5 and found.dates[0] == "2004-03-14 00:00:00"
+    for values in found.metrics.values():  # files hold float32
+        np.testing.assert_allclose(values[:, 0], values[:, 1], rtol=1e-5, atol=2e-6)
+    said, truth = forecasts.opened(elsewhere / "said.nc").astype(float), forecasts.decoded().astype(float)
+    weights = xr.DataArray(forecasts_weights(), {"latitude": said.latitude}, ["latitude"])
+    for place, target in enumerate(found.targets):
+        if target.name.startswith("t"):
+            one, came = (each.t.sel(level=float(target.name[1:])) for each in (said, truth))
+        else:
+            one, came = said[target.name], truth[target.name]
+        for lead in range(2):
+            forecast = one.isel(lead_time=lead)
+            then = came.sel(time=forecast.init_time + forecast.lead_time)
+            want = scores.continuous.rmse(forecast, then, weights=weights)
+            assert found.metrics["rmse"][lead, 1, place] == pytest.approx(float(want), rel=1e-6), target
+
+
+def forecasts_weights():
+    return LatLonGrid(forecasts.NLAT, 1, latitude_deg=np.linspace(80, -80, forecasts.NLAT)).cell_area_sr
+
+
+def test_without_dates_of_training_climatology_is_the_networks_own_or_of_dates_that_are_named(elsewhere, tmp_path):
+    late = xr.open_dataset(elsewhere / "source.nc", decode_times=False, engine="h5netcdf").isel(time=slice(68, None))
+    late.to_netcdf(tmp_path / "late.nc", engine="h5netcdf")
+    model, data = [elsewhere / "model.safetensors"], [tmp_path / "late.nc"]
+    own, named = (
+        evaluate(model, ALONE, data=data),
+        evaluate(model, ALONE, data=data, climatology=["2004-03-01/2004-03-14"]),
+    )
+    assert dict(zip([one.name for one in own.targets], own.known, strict=True)) == {
+        "heat": True, "t500": False, "ice": False, "vapour": False, "t850": False, "rain": True
+    }  # fmt: skip
+    assert np.isfinite(own.metrics["acc"][0, 0, [0, 5]]).all() and np.isnan(own.metrics["acc"][0, 0, 1:5]).all()
+    assert np.isnan(own.metrics["rmse"][0, 3]).all() and "no climatology of t500, ice, vapour, t850," in report_of(
+        own, {}
+    )
+    assert named.known.all() and np.isfinite(named.metrics["acc"][0, 0]).all()
+    np.testing.assert_allclose(named.metrics["rmse"][0, 0], own.metrics["rmse"][0, 0], rtol=1e-6)
+
+
+def truth_fields():
+    """A wave that moves, weather on it, and a level's."""
+    random, time = np.random.default_rng(4), HOURS[:, None, None]
+    wave = np.cos(np.deg2rad(LONGITUDE) - 0.02 * time) * np.cos(np.deg2rad(LATITUDE))[:, None]
+    noise = random.normal(size=(2, *wave.shape)) * 0.3
+    return {"u": wave + noise[0], "t": np.stack([wave - noise[1], 250 + 5 * wave], axis=1)}
+
+
+def write_truth(path):
+    fields = truth_fields()
+    dims = {"u": ("time", *DIMS), "t": ("time", "level", *DIMS)}
+    values = {name: (dims[name], one.astype(np.float32), {"units": UNITS[name]}) for name, one in fields.items()}
+    coordinates = {
+        "time": ("time", HOURS.astype(float), {"units": "hours since 2001-01-01"}),
+        "level": ("level", [500.0, 850.0], {"units": "hPa", "standard_name": "air_pressure"}),
+        "latitude": LATITUDE,
+        "longitude": LONGITUDE,
+    }
+    xr.Dataset(values, coordinates).to_netcdf(path, engine="h5netcdf")
+    return path
+
+
+def forecast_of(error, dates=range(4, 40), seed=7):
+    """The truth and noise of a size, with WeatherBench-X's names."""
+    random, fields = np.random.default_rng(seed), truth_fields()
+    frames = np.array([[date + lead // 6 for lead in LEADS] for date in dates])
+    values = {}
+    for name, field in fields.items():
+        dims = CELLS if name == "u" else (*CELLS[:2], "level", *CELLS[2:])
+        values[name] = (dims, field[frames] + error * random.normal(size=field[frames].shape), {"units": UNITS[name]})
+    start = np.datetime64("2001-01-01", "ns")
+    coordinates = {
+        "init_time": start + HOURS[list(dates)] * np.timedelta64(1, "h"),
+        "lead_time": np.array(LEADS) * np.timedelta64(1, "h").astype("timedelta64[ns]"),
+        "level": [500.0, 850.0],
+        "latitude": LATITUDE,
+        "longitude": LONGITUDE,
+    }
+    return xr.Dataset(values, coordinates)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What came, a good forecast, and one of three times its errors: on rows from the south, longitudes from -180."""
+    here = tmp_path_factory.mktemp("files")
+    forecast_of(0.1).to_netcdf(here / "good.nc", engine="h5netcdf")
+    worse = forecast_of(0.3, range(2, 30), seed=8).isel(latitude=slice(None, None, -1))
+    worse = worse.assign_coords(longitude=(worse.longitude + 180) % 360 - 180).sortby("longitude")
+    worse.to_zarr(here / "worse.zarr", zarr_format=3, consolidated=False)
+    write_truth(here / "truth.nc")
+    return here
+
+
+@pytest.fixture(scope="module")
+def judged(files):
+    models = [files / "worse.zarr", files / "good.nc"]
+    return evaluate(models, ALONE, data=[files / "truth.nc"], climatology=["/2001-01-05"], maps=files / "maps.nc")
+
+
+def test_anyones_files_stand_in_one_table(judged):
+    assert judged.names == ("worse", "good", "persistence", "climatology", "damped persistence")
+    assert [one.name for one in judged.targets] == ["t500", "t850", "u"] and judged.leads_h.tolist() == [6, 12]
+    assert judged.forecasts == 26  # that both have
+    np.testing.assert_allclose(judged.metrics["rmse"][:, 0], 0.3, rtol=0.06)
+    np.testing.assert_allclose(judged.metrics["rmse"][:, 1], 0.1, rtol=0.06)
+    first, *others = judged.comparisons
+    assert (first.model, first.other, first.verdict) == ("worse", "good", "worse")
+    assert first.overall == pytest.approx(3, rel=0.05) and first.counts() == {"better": 0, "worse": 6, "cannot tell": 0}
+    assert {(one.model, one.other): one.verdict for one in others}["good", "persistence"] == "better"
+    low, high = judged.intervals["rmse"][:, :, 1]
+    assert (low < judged.metrics["rmse"][:, 1]).all() and (high > judged.metrics["rmse"][:, 1]).all()
+    assert (np.abs(high - low) < 0.02).all()
+
+
+def test_damped_persistence_keeps_what_training_says_is_left(judged):
+    """By NumPy: from the mean of each cell at its time of the day, over the 20 frames that were named."""
+    field = truth_fields()["u"].astype(np.float32).astype(float)
+    weights = LatLonGrid(6, 8, latitude_deg=LATITUDE).cell_area_sr[:, None]
+    means = np.stack([field[hour:20:4].mean(0) for hour in range(4)])
+    anomaly = field - means[np.arange(len(field)) % 4]
+    for lead in (1, 2):
+        left, pairs = 0.0, [(start, start + lead) for start in range(18)]
+        products, squares = (
+            sum((weights * anomaly[a] * anomaly[b]).sum() for a, b in some)
+            for some in (pairs, [(a, a) for a, _ in pairs])
+        )
+        left = products / squares
+        errors = [means[(at + lead) % 4] + left * anomaly[at] - field[at + lead] for at in range(4, 30)]
+        want = np.sqrt(np.mean([np.average(one**2, weights=weights + 0 * one) for one in errors]))
+        assert judged.metrics["rmse"][lead - 1, 4, 2] == pytest.approx(want, rel=1e-5), lead
+
+
+def test_the_report_and_the_files_say_who_is_better(judged, files, tmp_path):
+    (tmp_path / "maps.nc").write_bytes((files / "maps.nc").read_bytes())
+    said = save(judged, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "**worse is worse than good**: its RMSE is 3.0" in report and "**good is better than persistence**" in report
+    for name in ("rmse", "acc", "comparisons", "spectra", "maps_1", "maps_2", "forecast"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"({name}.png)" in report
+    assert said["comparisons"][0]["verdict"] == "worse" and said["models"][1]["kind"] == "file of forecasts"
+    with xr.open_dataset(tmp_path / "scores.nc", engine="h5netcdf", decode_timedelta=True) as stored:
+        good = stored.sel(model="good", variable="t850", lead_time=np.timedelta64(12, "h"))
+        (row,) = [one for one in said["skills"] if (one["model"], one["variable"], one["lead"]) == ("good", "t850", 2)]
+        for name in ("rmse", "bias", "acc", "activity"):
+            assert (
+                float(good[name]) == pytest.approx(row[name]) and row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+            )
+    with xr.open_dataset(tmp_path / "maps.nc", engine="h5netcdf", decode_timedelta=True) as maps:
+        square = maps.u_rmse.sel(model="good").astype(float) ** 2
+        whole = np.sqrt(
+            square.weighted(
+                weights_of(LatLonGrid(6, 8, latitude_deg=LATITUDE)).assign_coords(latitude=maps.latitude)
+            ).mean(DIMS)
+        )
+        np.testing.assert_allclose(whole, judged.metrics["rmse"][:, 1, 2], rtol=1e-6)
+
+
+def test_of_few_dates_it_says_that_it_cannot_tell(files):
+    few = evaluate([files / "good.nc", files / "worse.zarr"], ALONE, data=[files / "truth.nc"], samples=6)
+    assert not few.draws.can_tell and few.comparisons[0].verdict == "cannot tell"
+    assert "**cannot be told** from so few dates" in headline(few)[0] and "**6 dates are too few" in report_of(few, {})
+    assert np.isnan(few.intervals["rmse"]).all() and as_json(few)["skills"][0]["rmse_low"] is None
+    assert few.known.sum() == 0 and dataset_of(few).rmse.sel(model="climatology").isnull().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    {
+        "names": (lambda one: one.rename(init_time="time"), r"has no dim and coordinate init_time.*Rename them"),
+        "units": (lambda one: one.assign(u=one.u.assign_attrs(units="km")), r"'u' is in km in .*, and in m s\*\*-1"),
+        "grid": (lambda one: one.assign_coords(latitude=LATITUDE + 1), r"has 6 latitudes from 76 to -74, what came 6"),
+        "dates": (lambda one: one.assign_coords(init_time=one.init_time + np.timedelta64(40, "D")), r"has no date of"),
+        "leads": (lambda one: one.assign_coords(lead_time=("lead_time", [6, 12])), r"lead_time of .* has no units"),
+        "calendar": (lambda one: one.convert_calendar("noleap", "init_time"), r"of the calendar noleap, what came of"),
+        "variables": (lambda one: one.drop_vars("t").rename(u="rain"), r"'rain'"),
+    }.values(),
+    ids=["names", "units", "grid", "dates", "leads", "calendar", "variables"],
+)
+def test_files_that_do_not_fit_are_refused(files, tmp_path, change, told):
+    change(forecast_of(0.1)).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match=told):
+        evaluate([tmp_path / "other.nc"], ALONE, data=[files / "truth.nc"])
+
+
+def test_what_has_nothing_in_common_is_refused(files, elsewhere, tmp_path):
+    forecast_of(0.1, range(40, 44)).to_netcdf(tmp_path / "later.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match=r"none of 36 dates from 2001-01-02 .* with 2 leads is in all of good, later"):
+        evaluate([files / "good.nc", tmp_path / "later.nc"], ALONE, data=[files / "truth.nc"])
+    with pytest.raises(InputError, match=r"good.nc is no run, and brings no data. Name what came with --data"):
+        evaluate([files / "good.nc"], ALONE)
+    with pytest.raises(
+        InputError, match=r"has no frame at the dates of --climatology 1999; its times are 48 from 2001"
+    ):
+        evaluate([files / "good.nc"], ALONE, data=[files / "truth.nc"], climatology=["1999"])
+    with pytest.raises(InputError, match=r"has no 2 frames within 2004-03-15/ that 3 frames precede"):
+        late = xr.open_dataset(elsewhere / "source.nc", decode_times=False, engine="h5netcdf").isel(time=slice(9, 30))
+        late.to_netcdf(tmp_path / "early.nc", engine="h5netcdf")
+        evaluate([elsewhere / "model.safetensors"], ALONE, data=[tmp_path / "early.nc"], leads=2)
+
+
+def test_names_are_short_and_each_once(tmp_path):
+    paths = [tmp_path / "runs/a", tmp_path / "runs/b/checkpoints/best", tmp_path / "x.nc", tmp_path / "y/x.zarr"]
+    assert names_of(paths) == ["a", "b best", str(tmp_path / "x.nc"), str(tmp_path / "y/x.zarr")]
+
+
+GRIDS = {
+    "with poles": LatLonGrid(37, 72, latitude_deg=np.linspace(90, -90, 37)),
+    "between": LatLonGrid(24, 48),
+    "Gaussian": LatLonGrid(21, 40, latitude_deg=np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(21)[0][::-1]))),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+def test_a_field_of_a_known_spectrum_has_it(grid):
+    random, spectra = np.random.default_rng(0), Spectra(grid)
+    assert reason_against(grid) == ""
+    colatitude, longitude = np.pi / 2 - grid.latitude[:, None], grid.longitude[None]
+    field, total, count = (
+        np.zeros((grid.nlat, grid.nlon)),
+        np.zeros(spectra.total_wavenumbers.size),
+        len(spectra.total_wavenumbers),
+    )
+    for wavenumber in (0, 1, 2, count // 2, count - 1):
+        for order in {0, wavenumber // 2, wavenumber}:
+            factor = complex(*random.normal(size=2)) if order else random.normal()
+            twice = 2 if order else 1
+            field += twice * np.real(factor * sph_harm_y(wavenumber, order, colatitude, longitude))
+            total[wavenumber] += twice * abs(factor) ** 2 / (4 * np.pi)
+    np.testing.assert_allclose(spectra.total(field), total, atol=1e-10)
+    waves = 3 * np.cos(4 * longitude + 1) * np.cos(colatitude) + 0.5 * np.sin(grid.nlon // 2 * (longitude + 0.1)) + 7
+    shares = grid.cell_area_sr / grid.cell_area_sr.sum()
+    power = spectra.zonal(waves + 0 * colatitude)
+    assert power[4] == pytest.approx(4.5 * shares @ np.sin(grid.latitude) ** 2, rel=1e-10)
+    assert power[1:].sum() == pytest.approx(float(shares @ (waves + 0 * colatitude).var(axis=1)), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        (
+            LatLonGrid(5, 9, latitude_deg=np.linspace(60, 20, 5), longitude_deg=np.arange(9.0), lon_boundary="zero"),
+            "around",
+        ),
+        (LatLonGrid(9, 12, latitude_deg=np.linspace(60, -60, 9)), "from 60 to -60 do not reach the poles"),
+    ],
+    ids=["region", "belt"],
+)
+def test_other_grids_have_no_spectra(grid, told):
+    assert told in reason_against(grid)
+
+
+def red(random, count, memory):
+    """A series in which each value keeps so much of the one before it."""
+    series, value = np.empty(count), random.normal() / np.sqrt(1 - memory**2)
+    for place, noise in enumerate(random.normal(size=count)):
+        value = series[place] = memory * value + noise
+    return series
+
+
+@pytest.mark.parametrize(("memory", "count"), [(0.0, 60), (0.5, 120)])
+def test_intervals_cover(memory, count):
+    """The mean of a red series, 0, lies within 90 % intervals in 82 to 95 of a hundred."""
+    hits, tries = 0, 250
+    for seed in range(tries):
+        series = red(np.random.default_rng(seed), count, memory)[:, None]
+        draws = Draws.of(series, 200, seed)
+        low, high = draws.interval(draws.drawn_BN @ series[:, 0] / count, series.mean())
+        hits += low <= 0 <= high
+    assert 0.82 <= hits / tries <= 0.95
+
+
+def test_dates_are_drawn_in_blocks_of_the_length_that_is_asked_for():
+    drawn = resampled(50, 5.0, 400)
+    follows = (np.diff(drawn, axis=1) - 1) % 50 == 0
+    assert 1 / (1 - follows.mean()) == pytest.approx(5, rel=0.1)  # a new block may follow by chance, one in 50
+    np.testing.assert_allclose(np.bincount(drawn.ravel(), minlength=50) / 400, 1, atol=0.4)
+
+
+def test_blocks_are_as_long_as_series_remember():
+    """By `arch.bootstrap.optimal_block_length`, version 8.0.0: 2.0691241, 1.6485189 and 8.9."""
+    series = {}
+    for seed, (count, memory) in {1: (100, 0.3), 3: (400, 0.0), 2: (200, 0.9)}.items():
+        random, values = np.random.default_rng(seed), np.zeros(count)
+        for place in range(1, count):
+            values[place] = memory * values[place - 1] + random.normal()
+        series[seed] = values
+    assert best_length(series[1]) == pytest.approx(2.0691241, rel=1e-6)
+    assert best_length(series[3]) == pytest.approx(1.6485189, rel=1e-6)
+    assert best_length(series[2]) == pytest.approx(8.9, rel=0.05)
+
+
+def test_chance_is_no_verdict():
+    """Two forecasts of the same size of errors, and one of less that both dates and draws agree on."""
+    random = np.random.default_rng(5)
+    squares = np.stack([random.chisquare(20, (40, 2)) / 20 * size for size in (1.0, 1.0, 0.5)], axis=1)[:, None]
+    ones = np.ones_like(squares)
+    per_date = PerDate(ones, ones, squares, ones, ones, ones, ones)
+    draws = Draws.of(squares.reshape(40, -1))
+    given = per_date.metrics()["rmse"][0], per_date.metrics(draws.drawn_BN)["rmse"], draws
+    assert compared("a", "b", 0, 1, *given).verdict == "cannot tell"
+    better, worse = compared("c", "a", 2, 0, *given), compared("a", "c", 0, 2, *given)
+    assert (better.verdict, worse.verdict) == ("better", "worse") and better.overall == pytest.approx(0.7, rel=0.1)
+    assert better.bounds[0] == pytest.approx(1 / worse.bounds[1])
+
+
+def test_several_sequences_are_no_truth_of_a_file(files, tmp_path):
+    from faconv_hpc.prepare.preparation import prepare
+
+    members = xr.open_dataset(files / "truth.nc", decode_times=False, engine="h5netcdf").expand_dims(member=["a", "b"])
+    members.to_netcdf(tmp_path / "members.nc", engine="h5netcdf")
+    prepare([tmp_path / "members.nc"], tmp_path / "store", sequence_dim="member")
+    assert truth_of([tmp_path / "store"], None, ["u"]).axis.names == ("a", "b")
+    with pytest.raises(InputError, match="holds 2 sequences, and files of forecasts do not say"):
+        evaluate([files / "good.nc"], ALONE, data=[tmp_path / "store"])
