@@ -206,7 +206,7 @@ def site(tmp_path_factory):
 @pytest.mark.parametrize("page", RUN)
 def test_all_that_a_page_says_can_be_done(page, site, tmp_path):
     if page == "README.md":
-        assert (site / "runs" / "my_run" / "figures" / "forecast.png").exists()
+        assert (site / "runs" / "my_run" / "evaluation" / "forecast.png").exists()
         return
     directory = tmp_path / "site"
     shutil.copytree(site, directory)

@@ -68,7 +68,9 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
             if np.isfinite(line).any():
                 bars = np.abs(ends - line) if np.isfinite(ends).all() else None
                 aside = (model - (len(evaluation.names) - 1) / 2) * 0.012 * np.ptp(hours)  # bars beside each other
-                place.errorbar(hours + aside, line, yerr=bars, capsize=2.5, label=name, **line_style(model))
+                place.errorbar(
+                    hours + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **line_style(model)
+                )
         label = _with_units(what, targets[number].units) if metric == "rmse" else what
         dress(place, targets[number].name, "lead [h]", label)
         if metric == "rmse":
@@ -83,7 +85,7 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
     truth's, at the last lead."""
     kept, names = evaluation.spectra, [one.name for one in evaluation.entries]
     known = [place for place in range(len(evaluation.targets)) if np.isfinite(kept.total_ESCL[0, -1, place]).all()]
-    title = f"Spectra {evaluation.leads_h[kept.leads[-1]]:g} h ahead, mean of {len(kept.dates)} dates"
+    title = f"Spectra {evaluation.leads_h[kept.leads[-1]]:.4g} h ahead, mean of {len(kept.dates)} dates"
     figure, axes = new_figure(max(len(known[:SHOWN_MAPS]), 1), 3, title, height=2.6)
     for row, number in zip(axes, known, strict=False):
         target, (zonal, total) = evaluation.targets[number], (kept.zonal_ESCK, kept.total_ESCL)
@@ -119,10 +121,12 @@ def draw_maps(maps: xr.Dataset, model: str, path: Path) -> Path:
         ends = rmse.isel(lead_time=0).values, rmse.isel(lead_time=-1).values
         colours = Colours.of_magnitudes(*ends)
         for place, field, ahead in zip(row, ends, (hours[0], hours[-1]), strict=False):
-            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead:g} h ahead")
+            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead:.4g} h ahead")
         colour_bar(image, list(row[:2]), _with_units("RMSE", rmse.units))
         field = bias.isel(lead_time=-1).values
-        image = draw_map(row[2], *coordinates, field, Colours.of_changes(field), f"{name}: bias {hours[-1]:g} h ahead")
+        image = draw_map(
+            row[2], *coordinates, field, Colours.of_changes(field), f"{name}: bias {hours[-1]:.4g} h ahead"
+        )
         colour_bar(image, row[2], _with_units("bias", rmse.units))
     return save_figure(figure, path)
 

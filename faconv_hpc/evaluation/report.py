@@ -87,7 +87,11 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
     rows = [[one.name, one.kind, one.about.get("step") or "-", held[one.held_out]] for one in evaluation.entries]
     yield table(["model", "what", "step", "held out"], rows)
     grid, leads = evaluation.grid, evaluation.leads_h
-    ahead = f"{leads[0]:g} to {leads[-1]:g} h ahead ({len(leads)} leads)" if len(leads) > 1 else f"{leads[0]:g} h ahead"
+    ahead = (
+        f"{leads[0]:.4g} to {leads[-1]:.4g} h ahead ({len(leads)} leads)"
+        if len(leads) > 1
+        else f"{leads[0]:.4g} h ahead"
+    )
     yield (
         f"{evaluation.forecasts} forecasts, from {evaluation.dates[0]} to {evaluation.dates[-1]}, {ahead}, of "
         f"{', '.join(one.name for one in evaluation.targets)} on {grid.nlat} x {grid.nlon} cells. What came is from "
@@ -138,7 +142,7 @@ def _metric_rows(
                 cells[best(line)] = f"**{cells[best(line)]}**"
             named = f"{target.name} [{target.units}]" if target.units and metric != "acc" else target.name
             came = [_number(evaluation.metrics["truth_activity"][lead, 0, number])] if truth else []
-            rows.append([named, f"{evaluation.leads_h[lead]:g}", *cells, *came])
+            rows.append([named, f"{evaluation.leads_h[lead]:.4g}", *cells, *came])
     return ["variable", "lead [h]", *evaluation.names, *truth], rows
 
 
