@@ -17,8 +17,9 @@ from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatL
 from faconv_hpc.errors import InputError
 from faconv_hpc.model import native, sweep
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
-from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, Taps, TracedKernels, Turn, kernels_for
+from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, TracedKernels, Turn, kernels_for
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
+from faconv_hpc.model.taps import Taps
 from faconv_hpc.spatial import collectives
 from faconv_hpc.spatial.area_mean import AreaMean
 from faconv_hpc.spatial.exchange import HaloExchange

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from faconv_hpc import Domain, LatLonGrid
-from faconv_hpc.model.kernels import EAGER, Taps
+from faconv_hpc.model.kernels import EAGER
+from faconv_hpc.model.taps import Taps
 from faconv_hpc.spatial.grid import Boundary, Cuts
 from ranks import Layout, run_on_ranks
 from test_domain import coordinates, lines_through, pad_and_mean, random_like

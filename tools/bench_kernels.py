@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from faconv_hpc.model.kernels import Taps, kernels_for
+from faconv_hpc.model.kernels import kernels_for
+from faconv_hpc.model.taps import Taps
 
 ROWS, COLUMNS, BOTTLENECK, HIDDEN, RUNS = 181, 180, 32, 32, 9
 

@@ -32,6 +32,11 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         _set(*before)
 
 
+def rounds_products() -> bool:
+    """Whether products of float32 tensors on a GPU are those of ``tf32`` now."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def _set(products: str, convolutions: bool) -> None:
     torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.allow_tf32 = convolutions

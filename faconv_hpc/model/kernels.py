@@ -1,12 +1,12 @@
 """The passes over all cells of a step: products, mixing and the gates, forward and backward; and attention.
 
 ``"eager"`` is plain tensor arithmetic, and the reference. ``"compiled"`` is loops that read and write each number
-once: in C++ on a CPU (native.py), and what torch.compile makes of the arithmetic elsewhere. They know nothing of
-autograd, but for attention: sweep.py calls them, forward and backward.
+once: in C++ on a CPU (native.py), and what torch.compile makes of the arithmetic elsewhere. ``"triton"`` makes one
+kernel of mixing, expansion and gates on a GPU (fused.py). They know nothing of autograd, but for attention: sweep.py
+calls them, forward and backward.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -16,49 +16,10 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.collectives import at_least_float32
+from .taps import Mixing, Offsets
 
-Offsets = tuple[tuple[int, int], ...]
-"""(row, column) of each tap in the padded buffer, relative to the cell's own north-western corner."""
-
-KERNEL_MODES = ("eager", "compiled")
+KERNEL_MODES = ("eager", "compiled", "triton")
 SHAPES = 64  # compilations of one pass before torch gives up; its default of 8 is soon reached by tests of layouts
-
-
-@dataclass(frozen=True)
-class Taps:
-    """The distinct cells a bank of dilated depthwise kernels looks at.
-
-    All dilations share the centre, so a bank of D kernels of k x k has D (k^2 - 1) + 1 taps. ``owner``
-    says, for each dilation and kernel weight, which tap it belongs to.
-    """
-
-    reach: int
-    offsets: Offsets
-    owner: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, kernel_size: int, dilations: Sequence[int], reach: int | None = None) -> "Taps":
-        """The taps of kernels of this size, one per dilation, in a buffer that is padded by ``reach``.
-
-        Default: by as much as they need.
-        """
-        half = kernel_size // 2
-        reach = half * max(dilations) if reach is None else reach
-        offsets: dict[tuple[int, int], int] = {}
-        owner = tuple(
-            tuple(
-                offsets.setdefault((reach + dilation * row, reach + dilation * column), len(offsets))
-                for row in range(-half, half + 1)
-                for column in range(-half, half + 1)
-            )
-            for dilation in dilations
-        )
-        return cls(reach, tuple(offsets), owner)
-
-    @property
-    def mirrored(self) -> Offsets:
-        """Offsets of the adjoint: what a cell gave to, instead of what it took from."""
-        return tuple((2 * self.reach - row, 2 * self.reach - column) for row, column in self.offsets)
 
 
 def _shifted_sum(into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
@@ -163,6 +124,17 @@ class Turn(NamedTuple):
         return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
+def is_planar(x_BCYX: Tensor) -> bool:
+    """Whether each sample is contiguous, wherever it is."""
+    _, _, rows, columns = x_BCYX.shape
+    return x_BCYX.stride()[1:] == (rows * columns, columns, 1)
+
+
+def planar(x_BCYX: Tensor) -> Tensor:
+    """The same numbers, with each sample contiguous."""
+    return x_BCYX if is_planar(x_BCYX) else x_BCYX.contiguous()
+
+
 class Kernels:
     """The passes in plain tensor arithmetic: ``"eager"``, and what others are compared with."""
 
@@ -251,6 +223,41 @@ class Kernels:
             of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
         return of_weight, self.product(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
 
+    def room(self, like_BCYX: Tensor, weight: Tensor) -> Tensor:
+        """Where `mix_and_advance` and `mix_and_retreat` put m, for so many samples and cells and this expansion."""
+        return weight.new_empty(like_BCYX.shape[0], weight.shape[1], *like_BCYX.shape[2:])
+
+    def mix_and_advance(
+        self, h: Tensor, mixing: Mixing, c: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor, room: Tensor
+    ) -> Tensor:
+        """`advance`, from what m is made of; m itself is not to be read afterwards."""
+        self._mix_passes(room, mixing)
+        return self.advance(h, room, c, weight, bias, peep_GC)
+
+    def mix_and_retreat(
+        self,
+        grad_mixed: Tensor,
+        mixing: Mixing,
+        c: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        peep_GC: Tensor,
+        grad_h: Tensor,
+        grad_c: Tensor,
+        room: Tensor,
+        learns: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+        """`retreat`, whose m is computed again; its gradient is written to the view ``grad_mixed``, too."""
+        self._mix_passes(room, mixing)
+        grads = self.retreat(room, c, weight, bias, peep_GC, grad_h, grad_c, learns)
+        grad_mixed.copy_(grads[1])
+        return grads
+
+    def _mix_passes(self, into_BFYX: Tensor, mixing: Mixing) -> None:
+        padded, passes, weights = mixing
+        for part, taps, weight in zip(into_BFYX.chunk(len(passes), dim=1), passes, weights, strict=True):
+            self.mix(part, padded, weight, taps.offsets)
+
     def attend(self, own: Tensor, others: Tensor | None, turn_q: Turn, turn_k: Turn, bias_M: Tensor | None) -> Tensor:
         """Scaled dot-product attention among the cells of each line, differentiable by what they have.
 
@@ -294,18 +301,30 @@ class TracedKernels(Kernels):
 
 
 def kernels_for(mode: str, x: Tensor, c: Tensor) -> Kernels:
-    """The passes for activations and cell states like these.
+    """The passes for activations and cell states like these; see `kernels_named` for the choice.
+
+    Raises:
+        InputError: ``"triton"`` on a GPU, and the package is not there.
+    """
+    return _MADE[kernels_named(mode, x.device.type, x.dtype, c.dtype)]()
+
+
+def kernels_named(mode: str, device: str, activations: torch.dtype, cells: torch.dtype) -> str:
+    """``"eager"``, or what its loops are made by: ``"C++"``, ``"Triton"``, ``"torch.compile"``.
 
     Args:
-        mode: ``"eager"``, or ``"compiled"``: loops of C++ for float32 and float64 on a CPU (they need a compiler),
-            of Triton on a GPU.
+        mode: ``"eager"``; ``"compiled"``, C++ for float32 and float64 on a CPU (it needs a compiler), torch.compile
+            for all else; ``"triton"``, on a GPU kernels of our own for activations in float32 and bf16 and cell states
+            in float32, for all else as ``"compiled"``.
+        device: its type.
     """
     check_kernels(mode)
     if mode == "eager":
-        return EAGER
-    if x.device.type == "cpu" and x.dtype == c.dtype and x.dtype in (torch.float32, torch.float64):
-        return _native()
-    return _traced()
+        return mode
+    if device == "cpu" and activations == cells and cells in (torch.float32, torch.float64):
+        return "C++"
+    ours = mode == "triton" and device == "cuda" and cells == torch.float32
+    return "Triton" if ours and activations in (torch.float32, torch.bfloat16) else "torch.compile"
 
 
 def check_kernels(mode: str) -> None:
@@ -315,7 +334,6 @@ def check_kernels(mode: str) -> None:
 
 
 EAGER = Kernels()
-_traced = cache(TracedKernels)
 
 
 @cache
@@ -323,6 +341,27 @@ def _native() -> Kernels:
     from .native import NativeKernels
 
     return NativeKernels()
+
+
+@cache
+def _fused() -> Kernels:
+    try:
+        from .fused import TritonKernels
+    except ImportError as error:
+        raise InputError(
+            f"kernels=triton needs the package triton, which torch's CUDA builds bring: {error}. Install such a build, "
+            f"or use kernels: eager."
+        ) from None
+    return TritonKernels(_traced())
+
+
+_traced = cache(TracedKernels)
+_MADE: dict[str, Callable[[], Kernels]] = {
+    "eager": lambda: EAGER,
+    "C++": _native,
+    "torch.compile": _traced,
+    "Triton": _fused,
+}
 
 
 def _gate_inputs(

@@ -12,10 +12,11 @@ from ..errors import InputError
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from .attention import AxialAttention
-from .kernels import Taps, check_kernels, kernels_for
+from .kernels import check_kernels, kernels_for
 from .recurrence import State, as_taken, zero_state
 from .rules import check_layer
 from .sweep import Bank, Joined, Seal, Steps, Sweep, Weights
+from .taps import Taps
 
 
 class FAConvLSTM2d(nn.Module):

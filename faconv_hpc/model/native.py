@@ -23,7 +23,8 @@ from torch import Tensor
 from ..autograd import Context, Operation
 from ..errors import InputError
 from ..files import replacing
-from .kernels import Kernels, Offsets, Turn
+from .kernels import Kernels, Turn, is_planar, planar
+from .taps import Offsets
 
 TYPES = {torch.float32: "float32", torch.float64: "float64"}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -35,7 +36,7 @@ class NativeKernels(Kernels):
     """The passes of `Kernels`, a block of cells after the other: 4 C_h channels of it never go through memory."""
 
     def product(self, weight: Tensor, x_BCYX: Tensor, into: Tensor | None = None, *, add: bool = False) -> Tensor:
-        x, (rows, inner) = _planar(x_BCYX), weight.shape
+        x, (rows, inner) = planar(x_BCYX), weight.shape
         if into is None:
             into = x.new_empty(x.shape[0], rows, *x.shape[2:])
         assert into.shape == (x.shape[0], rows, *x.shape[2:]) and into.is_contiguous(), "the product's own shape"
@@ -61,7 +62,7 @@ class NativeKernels(Kernels):
         self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor
     ) -> Tensor:
         mixed, c, after = mixed_BFYX.contiguous(), c_BCYX.contiguous(), c_BCYX.new_empty(c_BCYX.shape)
-        assert h.shape == c.shape and _is_planar(h) and mixed.shape[::2] == c.shape[::2], (
+        assert h.shape == c.shape and is_planar(h) and mixed.shape[::2] == c.shape[::2], (
             "h, c and m are of the same cells"
         )
         parameters = weight.contiguous(), bias.contiguous(), peep_GC.contiguous()
@@ -79,7 +80,7 @@ class NativeKernels(Kernels):
         grad_c: Tensor,
         learns: bool = True,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        mixed, c, grad_h, grad_c = mixed_BFYX.contiguous(), c_BCYX.contiguous(), _planar(grad_h), grad_c.contiguous()
+        mixed, c, grad_h, grad_c = mixed_BFYX.contiguous(), c_BCYX.contiguous(), planar(grad_h), grad_c.contiguous()
         parameters = weight.contiguous(), bias.contiguous(), peep_GC.contiguous()
         of_weight, of_bias, of_peep = (torch.empty_like(one) for one in parameters)
         of_weight = of_weight if learns else weight.new_empty(0)  # whose address is null
@@ -88,15 +89,13 @@ class NativeKernels(Kernels):
         return of_weight if learns else None, *grads
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
-        padded, weight = _planar(padded_BCYX), weight_BCN.contiguous()
-        assert _is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], (
-            "the same channels"
-        )
+        padded, weight = planar(padded_BCYX), weight_BCN.contiguous()
+        assert is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
         given = into_BCYX, into_BCYX.stride(0), padded, padded.stride(0), weight, _table(offsets)
         _call("mix", *given, *weight.shape, *into_BCYX.shape[2:], *padded.shape[2:])
 
     def mix_weights(self, padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
-        padded, grad = _planar(padded_BCYX), _planar(grad_BCYX)
+        padded, grad = planar(padded_BCYX), planar(grad_BCYX)
         products = grad.new_empty(*grad.shape[:2], len(offsets))
         given = products, padded, padded.stride(0), grad, grad.stride(0), _table(offsets)
         _call("mix_weights", *given, *products.shape, *grad.shape[2:], *padded.shape[2:])
@@ -145,16 +144,6 @@ def _strided(several: Iterable[Tensor]) -> Iterator[Tensor]:
         assert one.stride(-1) == 1, "the numbers of a head lie side by side"
         yield one
         yield torch.tensor(one.stride()[:-1])
-
-
-def _is_planar(x_BCYX: Tensor) -> bool:
-    """Whether each sample is contiguous, wherever it is."""
-    _, _, rows, columns = x_BCYX.shape
-    return x_BCYX.stride()[1:] == (rows * columns, columns, 1)
-
-
-def _planar(x_BCYX: Tensor) -> Tensor:
-    return x_BCYX if _is_planar(x_BCYX) else x_BCYX.contiguous()
 
 
 def _sizes(c_BCYX: Tensor, mixed_BFYX: Tensor) -> tuple[int, int, int, int]:

@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from ..autograd import Context, Operation, as_given
 from ..spatial.surroundings import Surroundings
-from .kernels import Kernels, Taps
+from .kernels import Kernels
+from .taps import Mixing, Taps
 
 
 class Weights(NamedTuple):
@@ -108,12 +109,6 @@ class Bank:
             given = [one.detach().requires_grad_() for one in (mean_BC, *weights)]
             gradients: tuple[Tensor, ...] = torch.autograd.grad(self.weights(*given), given, grads)
         return gradients
-
-    def mix(self, into_BFYX: Tensor, padded_BCYX: Tensor, weights: Sequence[Tensor]) -> None:
-        """m of a padded u."""
-        parts = into_BFYX.chunk(len(self.passes), dim=1)
-        for part, taps, weight in zip(parts, self.passes, weights, strict=True):
-            self.kernels.mix(part, padded_BCYX, weight, taps.offsets)
 
     def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor]) -> None:
         """The padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""
@@ -207,7 +202,7 @@ class Sweep(Operation):
         w = Weights(*weights).of_products(h_BTCYX.dtype, x_BTCYX.dtype)
         last = h_BTCYX.new_empty(c_BCYX.shape)
         u = w.bias.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
-        m = h_BTCYX.new_empty(u.shape[0], w.expansion.shape[1], *u.shape[2:])
+        room = kernels.room(u, w.expansion)
         padded, means, cells = [], [], []
         h, c = h_BCYX, c_BCYX
         kernels.product(w.input, x_BTCYX[:, 0], u)
@@ -221,10 +216,10 @@ class Sweep(Operation):
             if step < length - 1:
                 kernels.product(w.input, x_BTCYX[:, step + 1], u)
             mean = finish()
-            bank.mix(m, padded[-1], bank.weights(mean, *w.of_bank))
+            mixing = Mixing(padded[-1], bank.passes, bank.weights(mean, *w.of_bank))
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
             target = h_BTCYX[:, step].data if step < length - 1 else last
-            c_after = kernels.advance(target, m, c, *w.of_gates)
+            c_after = kernels.mix_and_advance(target, mixing, c, *w.of_gates, room)
             held = _held(valid_BT, step)
             if held is not None:
                 c_after = torch.where(held, c, c_after)
@@ -296,9 +291,11 @@ class _Backward:
         batch, _, *cells = c_BCYX.shape
         halo = steps.surroundings.halo
         self.grad_u = c_BCYX.new_empty(batch, len(weights.bias), *cells, dtype=activations)
-        self.m = c_BCYX.new_empty(batch, weights.expansion.shape[1], *cells, dtype=activations)
+        self.room = steps.bank.kernels.room(c_BCYX, self.w.expansion)
         frame = 2 * halo.width
-        self.framed = functional.pad(torch.zeros_like(self.m), [frame] * 4)
+        self.framed = self.w.expansion.new_zeros(
+            batch, weights.expansion.shape[1], *(size + 2 * frame for size in cells)
+        )
         self.amid = self.framed[..., frame : frame + cells[0], frame : frame + cells[1]]
         self.grad_padded = halo.framed(self.grad_u)
         self.learns = dict(zip(Weights._fields, learn, strict=True))
@@ -323,10 +320,10 @@ class _Backward:
             passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
         weights = bank.weights(mean, *w.of_bank)
-        bank.mix(self.m, padded, weights)
-        grads = bank.kernels.retreat(self.m, c, *w.of_gates, grad_h, grad_c, self.learns["expansion"])
+        mixing = Mixing(padded, bank.passes, weights)
+        given = self.amid, mixing, c, *w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
+        grads = bank.kernels.mix_and_retreat(*given)
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
-        self.amid.copy_(grad_m)
         bank.adjoint(self.grad_padded, self.framed, weights)
         halos = around.start_halo_gradient(self.grad_padded)
         grad_mean, *of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))

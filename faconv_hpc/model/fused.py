@@ -1,0 +1,168 @@
+"""The passes of a step on a GPU by the Triton kernels of blocks.py: mixing, expansion and gates in one of them.
+
+Nothing depends on the number of a GPU's processors: sums over cells are made of the same parts everywhere, one after
+the other, so that a run has the same bits every time. Compiled is for a type and a number of channels, not for a tile.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import blocks
+from .arithmetic import rounds_products
+from .kernels import Kernels, is_planar, planar
+from .taps import Mixing, Offsets
+
+MIXED_CHANNELS = 128  # of m: of more a program would hold so few cells that their halos outnumber them
+NUMBERS = 2**31  # of a sample, which kernels count in 32 bits
+PROGRAMS = 256  # that sum over cells, each by itself; two for each processor of the GPUs of today
+CELLS = {"ROWS": 4, "COLUMNS": 32}  # of a block, of the passes without products
+TOGETHER = 16  # channels that a program mixes
+
+
+class TritonKernels(Kernels):
+    """The passes of `Kernels`, for activations in float32 or bf16 and cell states in float32.
+
+    Args:
+        beyond: the passes for more channels of m than `MIXED_CHANNELS`, and for tiles of more than 2^31 numbers.
+    """
+
+    def __init__(self, beyond: Kernels) -> None:
+        self.beyond = beyond
+
+    def room(self, like_BCYX: Tensor, weight: Tensor) -> Tensor:
+        """Empty: m does not go through memory."""
+        return weight.new_empty(0)
+
+    def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
+        padded, weight = planar(padded_BCYX), weight_BCN.contiguous()
+        if not _countable(into_BCYX, padded):
+            return self.beyond.mix(into_BCYX, padded, weight, offsets)
+        assert is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
+        batch, channels, *cells = into_BCYX.shape
+        grid = _blocks(cells, CELLS), batch, triton.cdiv(channels, TOGETHER)
+        sizes = *cells, padded.shape[3], padded[0, 0].numel(), channels, len(offsets)
+        with _on(padded):
+            blocks.mix[grid](
+                into_BCYX, padded, weight, _shifts((offsets,), padded.shape[3], padded.device), into_BCYX.stride(0),
+                padded.stride(0), *sizes, **CELLS, CHANNELS=TOGETHER,
+            )  # fmt: skip
+        return None
+
+    def mix_weights(self, padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
+        padded, (batch, channels, *cells), taps = planar(padded_BCYX), grad_BCYX.shape, len(offsets)
+        grad = grad_BCYX if grad_BCYX.stride(3) == 1 else grad_BCYX.contiguous()
+        parts = min(_blocks(cells, CELLS), triton.cdiv(PROGRAMS, batch * channels))
+        products = padded.new_empty(parts, batch, channels, taps, dtype=torch.float32)
+        sizes = *grad.stride()[:3], *cells, padded.shape[3], padded[0, 0].numel(), channels, taps
+        with _on(padded):
+            blocks.mix_weights[(batch * channels, parts)](
+                products, padded, grad, _shifts((offsets,), padded.shape[3], padded.device), padded.stride(0), *sizes,
+                **CELLS, TAPS=triton.next_power_of_2(taps),
+            )  # fmt: skip
+        return products.sum(0)
+
+    def mix_and_advance(
+        self, h: Tensor, mixing: Mixing, c: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor, room: Tensor
+    ) -> Tensor:
+        c = c.contiguous()
+        if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c):
+            return self.beyond.mix_and_advance(h, mixing, c, weight, bias, peep_GC, self.beyond.room(c, weight))
+        assert h.shape == c.shape and is_planar(h), "h is of the same cells"
+        block, after = _block(weight), torch.empty_like(c)
+        with _on(c):
+            blocks.advance[_blocks(c.shape[2:], block), len(c)](
+                h, after, *_given(mixing, c, weight, bias, peep_GC), h.stride(0), *_sizes(mixing, c, weight), **block
+            )
+        return after
+
+    def mix_and_retreat(
+        self,
+        grad_mixed: Tensor,
+        mixing: Mixing,
+        c: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        peep_GC: Tensor,
+        grad_h: Tensor,
+        grad_c: Tensor,
+        room: Tensor,
+        learns: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+        c, grad_h, grad_c = c.contiguous(), planar(grad_h), grad_c.contiguous()
+        if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c, grad_mixed):
+            given = grad_mixed, mixing, c, weight, bias, peep_GC, grad_h, grad_c
+            return self.beyond.mix_and_retreat(*given, self.beyond.room(c, weight), learns)
+        (batch, channels, *cells), inner, before = c.shape, weight.shape[1], torch.empty_like(c)
+        given, sizes = _given(mixing, c, weight, bias, peep_GC), _sizes(mixing, c, weight)
+        grads, strides = (grad_h, grad_c), (*grad_mixed.stride()[:3], grad_h.stride(0))
+        block = _block(weight)
+        programs = triton.cdiv(channels, block["CHANNELS"])
+        parts = min(_blocks(cells, block) * batch, triton.cdiv(PROGRAMS, programs))
+        products, sums = c.new_empty(parts, 4 * channels, inner), c.new_empty(parts, 7, channels)
+        with _on(c):
+            blocks.retreat[_blocks(cells, block), batch](grad_mixed, before, *grads, *given, *strides, *sizes, **block)
+            blocks.retreat_weights[programs, parts](
+                products, sums, *grads, *given, grad_h.stride(0), sizes[0], batch, *sizes[1:], **block
+            )
+        of_bias, of_peep = sums.sum(0).split([4, 3])
+        return products.sum(0) if learns else None, grad_mixed, before, of_bias.flatten(), of_peep
+
+
+def _given(mixing: Mixing, c: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor) -> tuple[Tensor, ...]:
+    """What m is made of, and what becomes of it, as kernels take it."""
+    padded, passes, weights = mixing
+    assert is_planar(padded) and c.dtype == torch.float32, "as a sweep makes them"
+    offsets = tuple(taps.offsets for taps in passes)
+    factors = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0].contiguous()
+    shifts = _shifts(offsets, padded.shape[3], padded.device)
+    return padded, factors, shifts, c, weight.contiguous(), bias.float().contiguous(), peep_GC.float().contiguous()
+
+
+def _sizes(mixing: Mixing, c: Tensor, weight: Tensor) -> tuple[int, ...]:
+    padded, passes, _ = mixing
+    _, bottleneck, padded_rows, padded_columns = padded.shape
+    assert weight.shape == (4 * c.shape[1], len(passes) * bottleneck), "as many channels as the weight takes"
+    of_cells = padded.stride(0), *c.shape[2:], padded_columns, padded_rows * padded_columns
+    return *of_cells, c.shape[1], weight.shape[1], bottleneck, len(passes[0].offsets)
+
+
+def _block(weight: Tensor) -> dict[str, Any]:
+    """What a program of a step has: cells, channels at a time, and warps; by channels of m and by what is multiplied.
+
+    As much as leaves no register to spill (tests/test_triton.py): products of float32 that is not rounded take most.
+    """
+    inner = max(triton.next_power_of_2(weight.shape[1]), 16)
+    exact = weight.dtype == torch.float32 and not rounds_products()
+    precision = "ieee" if exact or weight.dtype != torch.float32 else "tf32"
+    rows, warps = 2, 4
+    return {"ROWS": rows, "COLUMNS": 16, "CHANNELS": 16, "INNER": inner, "PRECISION": precision, "num_warps": warps,
+            "num_stages": 1}  # fmt: skip
+
+
+def _blocks(cells: Sequence[int], block: Mapping[str, Any]) -> int:
+    """How many cover so many rows and columns."""
+    return math.prod(triton.cdiv(size, block[name]) for size, name in zip(cells, ("ROWS", "COLUMNS"), strict=True))
+
+
+def _countable(*several: Tensor) -> bool:
+    """Whether the numbers of a sample of each can be counted in 32 bits."""
+    return all(one.stride(0) < NUMBERS and one[0].numel() < NUMBERS for one in several)
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are started on the current GPU, which need not be that of their tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def _shifts(passes: tuple[Offsets, ...], padded_columns: int, device: torch.device) -> Tensor:
+    """(passes, taps) how far each tap lies from a cell's north-western corner."""
+    shifts = [[row * padded_columns + column for row, column in offsets] for offsets in passes]
+    return torch.tensor(shifts, dtype=torch.int32, device=device)
