@@ -142,8 +142,10 @@ class ModelConfig(Section):
     embedding_weight: float = Field(0.1, ge=0, description="of the coarse field's error in the loss")
     coarse_shape: tuple[Count, Count] = Field((6, 12), description="regions whose means the embedding maps to")
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")
-    kernels: Literal["eager", "compiled"] = Field(
-        "compiled", description="compiled is several times faster; it needs g++, on a GPU Triton"
+    kernels: Literal["eager", "compiled", "triton"] = Field(
+        "compiled",
+        description="compiled is several times faster; it needs g++, on a GPU it is torch.compile; triton: on a GPU "
+        "kernels of our own, whose speed was not measured yet",
     )
 
 

@@ -169,7 +169,7 @@ def _serve(line, tree):
     import faconv_hpc
 
     for name in (*ALSO, *(module.name for module in pkgutil.walk_packages(faconv_hpc.__path__, "faconv_hpc."))):
-        if not name.endswith("__main__"):
+        if not name.endswith(("__main__", ".blocks", ".fused")):  # a program; what only GPUs use, and needs Triton
             importlib.import_module(name)
     sys.path.remove(tree)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing from the forks"

@@ -310,6 +310,7 @@ def test_another_file_is_no_reference(printed, tmp_path):
         (["--mesh", "2x1x1"], "--mesh 2x1x1 has 2 replicas"),
         (["--only", "LSTM"], "there is no layer 'LSTM'. Use any of: ConvLSTM k=3, "),
         (["--precision", "tf32"], "--precision tf32 is how a GPU multiplies"),
+        (["--kernels", "triton"], "--kernels triton are those of a GPU, this is a cpu"),
         (["--ranks", "2", "--mesh", "1x3"], "Use --ranks 3, or another --mesh"),
         (["--ranks", "2", "--against", "nowhere.json"], "nowhere.json holds no result"),
         pytest.param(

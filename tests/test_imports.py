@@ -29,6 +29,7 @@ CHOKE_POINTS = {
     "h5netcdf": ("prepare/", "forecasting/netcdf.py"),
     "zarr": ("prepare/", "forecasting/zarr_store.py"),
     "xarray": ("prepare/", "forecasting/", "evaluation/"),
+    "triton": ("model/blocks.py", "model/fused.py"),
     "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
 }
 ENVIRONMENT_READERS = ("spatial/environment.py", "launch/", "model/native.py")  # the last: which compiler

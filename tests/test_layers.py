@@ -760,7 +760,7 @@ def test_the_seasonal_encoding_closes_the_year():
         (lambda: FAConvLSTM2d(3, 8, attention_heads=0), "attention_heads=0 must be 1 or more"),
         (lambda: FAConvLSTM2d(3, 8, attention_reduction=0), r"attention_reduction=0 must be 1 \(as many channels"),
         (lambda: FAConvLSTM2d(3, 8, attention_exchange="ring"), "attention_exchange='ring' is not known"),
-        (lambda: FAConvLSTM2d(3, 8, kernels="fast"), "kernels='fast' is not known. Use one of eager, compiled"),
+        (lambda: FAConvLSTM2d(3, 8, kernels="fast"), "kernels='fast' is not known. Use one of eager, compiled, triton"),
         (
             lambda: FAConvLSTM2d(3, 8)(torch.zeros(1, 2, 4, 5, 6)),
             r"takes \(batch, time, 3 channels.*got \(1, 2, 4, 5, 6\)",

@@ -35,6 +35,7 @@ class Kernels(StrEnum):
 
     EAGER = "eager"
     COMPILED = "compiled"
+    TRITON = "triton"
 
 
 def bench_command(
@@ -46,7 +47,10 @@ def bench_command(
     precision: Annotated[Precision, typer.Option(help="tf32: on a GPU only.")] = Precision.FP32,
     kernels: Annotated[
         list[Kernels] | None,
-        typer.Option(metavar="eager|compiled", help="FAConvLSTM's passes. May be repeated. Default: compiled."),
+        typer.Option(
+            metavar="eager|compiled|triton",
+            help="FAConvLSTM's passes; triton: on a GPU only. May be repeated. Default: compiled.",
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -118,6 +122,10 @@ def _bench(
         if case.precision == "tf32" and mesh.device.type != "cuda":
             raise InputError(
                 f"--precision tf32 is how a GPU multiplies, this is a {mesh.device.type}. Use fp32 or bf16."
+            )
+        if "triton" in kernels and mesh.device.type != "cuda":
+            raise InputError(
+                f"--kernels triton are those of a GPU, this is a {mesh.device.type}. Use eager or compiled."
             )
         if reference is not None:
             check_comparable(case, machine_of(mesh.device), reference)

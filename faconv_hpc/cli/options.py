@@ -34,7 +34,8 @@ MeshText = Annotated[
     typer.Option("--mesh", metavar="[Rx]LATxLON", help="How ranks share dates and the globe. Default: as the run's."),
 ]
 Kernels = Annotated[
-    Literal["eager", "compiled"] | None, typer.Option(help="How passes are computed. Default: as in training.")
+    Literal["eager", "compiled", "triton"] | None,
+    typer.Option(help="How passes are computed. Default: as in training."),
 ]
 Extend = Annotated[
     Rule | None,

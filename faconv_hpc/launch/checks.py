@@ -1,5 +1,6 @@
 """What the doctor asks of one process and its machine: libraries, GPUs, compiler, builds, MPI, Slurm."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -90,11 +91,27 @@ def compiler(subject: Subject) -> list[Finding]:
     if problem is None:
         return [Finding(MACHINE, "compiler", Verdict.OK, _answer([*shlex.split(program), "--version"])[1] or program)]
     model = subject.config.model if subject.config else None
-    if model is not None and model.kernels == "compiled" and model.cell == "faconvlstm":
-        fix = f"For model.kernels=compiled, {CANNOT_COMPILE}; or --set model.kernels=eager, which is slower."
+    if model is not None and model.kernels != "eager" and model.cell == "faconvlstm":
+        fix = f"For model.kernels={model.kernels}, {CANNOT_COMPILE}; or --set model.kernels=eager, which is slower."
         return [Finding(MACHINE, "compiler", Verdict.FAILURE, problem, fix)]
     fix = f"For model.kernels=compiled (the default) and DeepSpeed's ops, {CANNOT_COMPILE}."
     return [Finding(MACHINE, "compiler", Verdict.WARNING, problem, fix)]
+
+
+def kernels(subject: Subject) -> list[Finding]:
+    """What computes the passes of the run's layers; on a GPU all but eager ones need the package triton."""
+    torch, config = load_torch(), subject.config
+    if isinstance(torch, str) or config is None or config.model.cell != "faconvlstm":
+        return []
+    from ..training.setup import kernels_of
+
+    device = "cuda" if subject.device != "cpu" and torch.cuda.is_available() else "cpu"
+    made = kernels_of(config, device)
+    value = f"{made}, on a {'GPU' if device == 'cuda' else 'CPU'} (model.kernels={config.model.kernels})"
+    if device == "cuda" and made != "eager" and importlib.util.find_spec("triton") is None:
+        fix = "Install a CUDA build of torch, which brings triton; or --set model.kernels=eager, which is slower."
+        return [Finding(SOFTWARE, "kernels", Verdict.FAILURE, f"{value}: the package triton is not there", fix)]
+    return [Finding(SOFTWARE, "kernels", Verdict.OK, value, differs=Verdict.WARNING)]
 
 
 def ninja(subject: Subject) -> list[Finding]:

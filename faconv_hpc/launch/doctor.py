@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 Check = Callable[[Subject], list[Finding]]
 
 CHECK_S = 45.0  # longer than a program may take; a file system that does not answer takes for ever
-OF_RANK: tuple[tuple[str, Check], ...] = ((SOFTWARE, checks.library_versions), (SOFTWARE, checks.backend))
+OF_RANK: tuple[tuple[str, Check], ...] = (
+    (SOFTWARE, checks.library_versions),
+    (SOFTWARE, checks.backend),
+    (SOFTWARE, checks.kernels),
+)
 OF_NODE: tuple[tuple[str, Check], ...] = (
     (MACHINE, checks.gpus),
     (MACHINE, checks.compiler),

@@ -198,7 +198,7 @@ class AxialAttention(nn.Module):
             water as all of them and four (docs/measurements.md).
         exchange: ``"gather"`` keys and values, ``"swap"`` the split to whole lines, or ``"auto"``,
             the one that `cheaper_exchange` names. Both compute the same.
-        kernels: ``"eager"`` or ``"compiled"``, see `kernels_for`.
+        kernels: ``"eager"``, ``"compiled"`` or ``"triton"``, see `kernels_named`.
     """
 
     borrows = ("rows", "columns")

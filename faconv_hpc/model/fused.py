@@ -22,7 +22,8 @@ from .taps import Mixing, Offsets
 MIXED_CHANNELS = 128  # of m: of more a program would hold so few cells that their halos outnumber them
 NUMBERS = 2**31  # of a sample, which kernels count in 32 bits
 PROGRAMS = 256  # that sum over cells, each by itself; two for each processor of the GPUs of today
-CELLS = {"ROWS": 4, "COLUMNS": 32}  # of a block, of the passes without products
+COLUMNS = 16  # of a block: where they lie side by side 64 bytes are, or 32
+CELLS = {"ROWS": 8, "COLUMNS": COLUMNS}  # of a block, of the passes without products
 TOGETHER = 16  # channels that a program mixes
 
 
@@ -43,7 +44,8 @@ class TritonKernels(Kernels):
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
         padded, weight = planar(padded_BCYX), weight_BCN.contiguous()
         if not _countable(into_BCYX, padded):
-            return self.beyond.mix(into_BCYX, padded, weight, offsets)
+            self.beyond.mix(into_BCYX, padded, weight, offsets)
+            return
         assert is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
         batch, channels, *cells = into_BCYX.shape
         grid = _blocks(cells, CELLS), batch, triton.cdiv(channels, TOGETHER)
@@ -53,7 +55,6 @@ class TritonKernels(Kernels):
                 into_BCYX, padded, weight, _shifts((offsets,), padded.shape[3], padded.device), into_BCYX.stride(0),
                 padded.stride(0), *sizes, **CELLS, CHANNELS=TOGETHER,
             )  # fmt: skip
-        return None
 
     def mix_weights(self, padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
         padded, (batch, channels, *cells), taps = planar(padded_BCYX), grad_BCYX.shape, len(offsets)
@@ -75,7 +76,7 @@ class TritonKernels(Kernels):
         if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c):
             return self.beyond.mix_and_advance(h, mixing, c, weight, bias, peep_GC, self.beyond.room(c, weight))
         assert h.shape == c.shape and is_planar(h), "h is of the same cells"
-        block, after = _block(weight), torch.empty_like(c)
+        block, after = block_of(weight), torch.empty_like(c)
         with _on(c):
             blocks.advance[_blocks(c.shape[2:], block), len(c)](
                 h, after, *_given(mixing, c, weight, bias, peep_GC), h.stride(0), *_sizes(mixing, c, weight), **block
@@ -102,14 +103,14 @@ class TritonKernels(Kernels):
         (batch, channels, *cells), inner, before = c.shape, weight.shape[1], torch.empty_like(c)
         given, sizes = _given(mixing, c, weight, bias, peep_GC), _sizes(mixing, c, weight)
         grads, strides = (grad_h, grad_c), (*grad_mixed.stride()[:3], grad_h.stride(0))
-        block = _block(weight)
-        programs = triton.cdiv(channels, block["CHANNELS"])
-        parts = min(_blocks(cells, block) * batch, triton.cdiv(PROGRAMS, programs))
+        block, of_sums = block_of(weight), block_of(weight, sums=True)
+        programs = triton.cdiv(channels, of_sums["CHANNELS"])
+        parts = min(_blocks(cells, of_sums) * batch, triton.cdiv(PROGRAMS, programs))
         products, sums = c.new_empty(parts, 4 * channels, inner), c.new_empty(parts, 7, channels)
         with _on(c):
             blocks.retreat[_blocks(cells, block), batch](grad_mixed, before, *grads, *given, *strides, *sizes, **block)
             blocks.retreat_weights[programs, parts](
-                products, sums, *grads, *given, grad_h.stride(0), sizes[0], batch, *sizes[1:], **block
+                products, sums, *grads, *given, grad_h.stride(0), sizes[0], batch, *sizes[1:], **of_sums
             )
         of_bias, of_peep = sums.sum(0).split([4, 3])
         return products.sum(0) if learns else None, grad_mixed, before, of_bias.flatten(), of_peep
@@ -133,17 +134,28 @@ def _sizes(mixing: Mixing, c: Tensor, weight: Tensor) -> tuple[int, ...]:
     return *of_cells, c.shape[1], weight.shape[1], bottleneck, len(passes[0].offsets)
 
 
-def _block(weight: Tensor) -> dict[str, Any]:
-    """What a program of a step has: cells, channels at a time, and warps; by channels of m and by what is multiplied.
+def block_of(weight: Tensor, *, sums: bool = False) -> dict[str, Any]:
+    """What a program of a step has: cells, the channels that it expands at a time, and warps.
 
-    As much as leaves no register to spill (tests/test_triton.py): products of float32 that is not rounded take most.
+    As much as its registers hold: tests/test_triton.py compiles them. Which sizes are fastest was not measured.
+
+    Args:
+        weight: of the expansion: how many channels m has, and what is multiplied.
+        sums: of the kernel that holds the sums of `retreat_weights`.
     """
     inner = max(triton.next_power_of_2(weight.shape[1]), 16)
-    exact = weight.dtype == torch.float32 and not rounds_products()
-    precision = "ieee" if exact or weight.dtype != torch.float32 else "tf32"
-    rows, warps = 2, 4
-    return {"ROWS": rows, "COLUMNS": 16, "CHANNELS": 16, "INNER": inner, "PRECISION": precision, "num_warps": warps,
-            "num_stages": 1}  # fmt: skip
+    exact = weight.dtype == torch.float32 and not rounds_products()  # takes more registers than a tensor core's product
+    numbers, most = (1024, 64) if sums and inner == 32 else (2048, 64) if sums or exact else (4096, 128)
+    rows = min(numbers // inner, most) // COLUMNS
+    return {
+        "ROWS": rows,
+        "COLUMNS": COLUMNS,
+        "CHANNELS": 8 if exact or inner > 64 else 16,
+        "INNER": inner,
+        "PRECISION": "ieee" if exact or weight.dtype != torch.float32 else "tf32",
+        "num_warps": 8,
+        "num_stages": 1,
+    }
 
 
 def _blocks(cells: Sequence[int], block: Mapping[str, Any]) -> int:

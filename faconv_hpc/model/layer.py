@@ -44,7 +44,7 @@ class FAConvLSTM2d(nn.Module):
         peephole: whether the gates see the cell state.
         attention_every: K; 0 switches attention off.
         attention_heads, attention_reduction, attention_exchange: see `AxialAttention`.
-        kernels: ``"eager"`` or ``"compiled"``, see `kernels_for`.
+        kernels: ``"eager"``, ``"compiled"`` or ``"triton"``, see `kernels_named`.
     """
 
     borrows = ("squeeze", "excite")

@@ -70,7 +70,8 @@ def load_network(path: Path | str, *, kernels: str | None = "eager") -> TrainedN
     """From a run directory (its newest whole checkpoint), a checkpoint's directory, or an exported .safetensors file.
 
     Args:
-        kernels: ``compiled`` is several times faster, and needs a C++ compiler. None: those that it was trained with.
+        kernels: ``compiled`` is several times faster, and needs a C++ compiler; ``triton`` is for GPUs. None: those
+            that it was trained with.
 
     Raises:
         InputError: there is none, it is damaged, of another version, or says nothing of the network.

@@ -18,8 +18,11 @@ from ..data.samples import Windows
 from ..data.store import Store
 from ..data.variables import Channels
 from ..files import cannot_write, write_durably
+from ..model.arithmetic import ACTIVATIONS
+from ..model.kernels import kernels_named
 from ..model.network import FAConvLSTMNetwork
 from ..observe import READING
+from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
@@ -153,6 +156,12 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
         if model.attention_every:
             kept |= {"attention_heads", "attention_reduction", "attention_exchange"}
     return model.model_dump(include=kept)
+
+
+def kernels_of(config: RunConfig, device: str) -> str:
+    """What computes the passes of the run's layers on a device of this type, as `kernels_named` says it."""
+    activations = ACTIVATIONS[config.training.precision]
+    return kernels_named(config.model.kernels, device, activations, at_least_float32(activations))
 
 
 def order_of(config: RunConfig, windows: Windows) -> Order:

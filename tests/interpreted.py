@@ -1,0 +1,169 @@
+"""``python tests/interpreted.py``: the Triton kernels in Triton's interpreter, beside eager passes, for test_triton.py.
+
+The interpreter runs kernels on a CPU, program by program; it must be on before triton is imported: a process of its
+own. Prints JSON: for each case and each of its results how far the kernels and the eager passes of the same type are
+from eager ones in float64, relative to the largest number.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from faconv_hpc import FAConvLSTM2d
+from faconv_hpc.model import attention, fused, layer
+from faconv_hpc.model.kernels import EAGER
+from faconv_hpc.model.taps import Mixing, Taps
+from test_domain import random_like
+from test_parity import randomized
+
+PASSES = {
+    # batch, rows, columns, C, C_b, dilations, fuse, programs that sum: more blocks and fewer than of those
+    "float32 sum": (torch.float32, 2, 5, 19, 11, 5, (2,), "sum", 256),
+    "float32 concat": (torch.float32, 1, 7, 13, 5, 6, (1, 3, 2), "concat", 2),
+    "float32 one cell": (torch.float32, 3, 1, 1, 3, 2, (1,), "sum", 2),
+    "bfloat16 sum": (torch.bfloat16, 1, 11, 17, 19, 7, (1, 2), "sum", 2),
+    "bfloat16 concat": (torch.bfloat16, 1, 3, 37, 5, 6, (1, 2, 3), "concat", 256),
+}
+LAYERS = {
+    "float32 layer": (torch.float32, {"attention_every": 2, "dilations": (2,)}),
+    "float32 layer, concat, no attention": (
+        torch.float32,
+        {"attention_every": 0, "dilations": (1, 2), "fuse": "concat", "peephole": False},
+    ),
+    "bfloat16 layer": (torch.bfloat16, {"attention_every": 2, "dilations": (1,)}),
+}
+
+
+def as_on_a_gpu():
+    """The interpreter cuts float32 down to bf16, and multiplies the bits of bf16 as if they were whole numbers."""
+    builder = interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def rounded(self, src, kind):
+        if (src.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, kind)
+        bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(bits.view(np.uint16).reshape(src.data.shape), tl.bfloat16)
+
+    def widened(self, *given):
+        a, b = (cast(self, one, tl.float32) if one.dtype.scalar == tl.bfloat16 else one for one in given[:2])
+        return dot(self, a, b, *given[2:])
+
+    builder.cast_impl, builder.create_dot = rounded, widened
+
+
+def passes(kernels, kind, batch, rows, columns, channels, bottleneck, dilations, fuse):
+    """What the passes of a step make of the same numbers, forward and backward; samples lie apart."""
+    wide, reach = torch.promote_types(kind, torch.float32), max(dilations)
+    groups = [dilations] if fuse == "sum" else [(dilation,) for dilation in dilations]
+    taps = tuple(Taps.of(3, group, reach) for group in groups)
+    inner = bottleneck * len(taps)
+
+    def numbers(seed, *shape):
+        return random_like((batch, 2, *shape), seed)[:, 1].to(kind)
+
+    u, grad_h, h = (numbers(seed, size, rows + more, columns + more) for seed, size, more in
+                    ((0, bottleneck, 2 * reach), (1, channels, 0), (2, channels, 0)))  # fmt: skip
+    c, grad_c = (random_like((batch, channels, rows, columns), seed).to(wide) for seed in (3, 4))
+    weights = tuple(random_like((batch, bottleneck, len(one.offsets)), 5).to(wide) for one in taps)
+    expansion, bias, peep = (
+        random_like((4 * channels, inner), 6),
+        random_like((4 * channels,), 7),
+        random_like((3, channels), 8),
+    )
+    gates = expansion.to(kind), bias.to(wide), peep.to(wide)
+    framed = torch.zeros(batch, inner, rows + 4 * reach, columns + 4 * reach, dtype=kind)
+    amid = framed[..., 2 * reach : 2 * reach + rows, 2 * reach : 2 * reach + columns]
+    mixing, room, back = (
+        Mixing(u.contiguous(), taps, weights),
+        kernels.room(c, gates[0]),
+        torch.empty_like(u).contiguous(),
+    )
+    after = kernels.mix_and_advance(h.data, mixing, c, *gates, room)
+    of_weight, of_mixed, of_c, of_bias, of_peep = kernels.mix_and_retreat(amid, mixing, c, *gates, grad_h, grad_c, room)
+    kernels.mix(back, framed[:, :bottleneck], weights[0], taps[0].mirrored)
+    of_taps = kernels.mix_weights(u, amid[:, :bottleneck], taps[0].offsets)
+    return {"h": h, "c": after, "of expansion": of_weight, "of m": of_mixed, "of c": of_c, "of bias": of_bias,
+            "of peepholes": of_peep, "of m, framed": framed, "of u": back, "of taps": of_taps}  # fmt: skip
+
+
+def whole_layer(options, kind):
+    """Outputs and all gradients of a layer on one tile, from a state, with a sample that ends early."""
+    module, wide = randomized(FAConvLSTM2d(3, 6, **options)).to(kind), torch.promote_types(kind, torch.float32)
+    x, h = random_like((2, 3, 3, 3, 17), 1).to(wide).requires_grad_(), random_like((2, 6, 3, 17), 2).to(kind)
+    state = h.requires_grad_(), random_like((2, 6, 3, 17), 3).to(wide).requires_grad_()
+    out, (_, c) = module(x, state, valid_BT=torch.tensor([[True, True, True], [True, False, True]]))
+    objective = (out * random_like(out.shape, 4).to(kind)).sum() + (c * random_like(c.shape, 5).to(wide)).sum()
+    names = ["of x", "of h", "of c", *(f"of {name}" for name, _ in module.named_parameters())]
+    grads = torch.autograd.grad(objective, [x, *state, *module.parameters()])
+    return {"h": out.detach(), "c": c.detach()} | dict(zip(names, grads, strict=True))
+
+
+@contextmanager
+def kernels_are(kernels):
+    """Whatever a layer asks for."""
+    before = layer.kernels_for
+    layer.kernels_for = attention.kernels_for = lambda *_: kernels
+    try:
+        yield
+    finally:
+        layer.kernels_for = attention.kernels_for = before
+
+
+def gates_at_their_ends(kernels):
+    """h, c and gradients where gates saturate, and where they are no numbers."""
+    bias = torch.tensor([0.0, 1e-8, 30.0, -30.0, 200.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
+    channels = len(bias)
+    mixing = Mixing(torch.zeros(1, 1, 2, 3), (Taps(0, ((0, 0),), ((0,),)),), (torch.ones(1, 1, 1),))
+    given = (
+        mixing,
+        torch.ones(1, channels, 2, 3),
+        torch.zeros(4 * channels, 1),
+        bias.repeat(4),
+        torch.zeros(3, channels),
+    )
+    h, room = torch.empty(1, channels, 2, 3), kernels.room(given[1], given[2])
+    after = kernels.mix_and_advance(h, *given, room)
+    grads = kernels.mix_and_retreat(torch.empty(1, 1, 2, 3), *given, torch.ones_like(h), torch.ones_like(h), room)
+    return {"h": h, "c": after, "of c": grads[2], "of bias": grads[3]}
+
+
+def apart(got, want):
+    return ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-300)).item()
+
+
+def compared(ours, eager, exact):
+    assert all((ours[name].dtype, ours[name].shape) == (one.dtype, one.shape) for name, one in eager.items())
+    return {name: (apart(ours[name], one), apart(eager[name], one)) for name, one in exact.items()}
+
+
+def main():
+    torch.set_num_threads(1)
+    as_on_a_gpu()
+    kernels, told = fused.TritonKernels(EAGER), {}
+    for name, (kind, *sizes, programs) in PASSES.items():
+        fused.PROGRAMS = programs
+        told[name] = compared(*(passes(one, of, *sizes) for one, of in
+                                ((kernels, kind), (EAGER, kind), (EAGER, torch.float64))))  # fmt: skip
+    for name, (kind, options) in LAYERS.items():
+        results = []
+        for one, of in ((kernels, kind), (EAGER, kind), (EAGER, torch.float64)):
+            with kernels_are(one):
+                results.append(whole_layer(options, of))
+        told[name] = compared(*results)
+    ends = [gates_at_their_ends(one) for one in (kernels, EAGER)]
+    told["ends"] = {
+        name: torch.allclose(one, ends[1][name], rtol=1e-6, atol=1e-6, equal_nan=True) for name, one in ends[0].items()
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
