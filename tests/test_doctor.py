@@ -96,6 +96,22 @@ def test_a_compiler_is_needed_where_the_config_compiles(tmp_path, programs, stor
     only(checks.compiler(compiled), FAILURE, r"g\+\+ cannot make a library with OpenMP: probe.*omp\.h")
 
 
+def test_what_computes_the_passes_of_a_run_is_told(tmp_path, monkeypatch, store):
+    def of(**model):
+        return checks.kernels(subject_of(tmp_path / "-".join(model.values()), store, model=model))
+
+    assert checks.kernels(subject_of(tmp_path)) == of(cell="convlstm") == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    only(of(kernels="eager"), OK, r"^eager, on a CPU \(model\.kernels=eager\)$")
+    only(of(kernels="triton"), OK, r"^C\+\+, on a CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: name)
+    only(of(kernels="compiled"), OK, r"^torch\.compile, on a GPU")
+    only(of(kernels="triton"), OK, r"^Triton, on a GPU")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    only(of(kernels="triton"), FAILURE, "the package triton is not there", r"--set model\.kernels=eager")
+
+
 def test_the_compiler_that_cxx_names_is_tried(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "g++ -std=c++17")
     only(checks.compiler(subject_of(tmp_path)), OK, r"g\+\+")

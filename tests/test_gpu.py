@@ -146,10 +146,11 @@ def test_a_run_is_that_of_the_cpu(tmp_path, store, zero_stage, kernels):
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", KERNEL_MODES[1:])
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_a_run_in_bf16_follows_that_in_fp32(tmp_path, store, zero_stage):
+def test_a_run_in_bf16_follows_that_in_fp32(tmp_path, store, zero_stage, kernels):
     whole = trained(tmp_path / "fp32", store, zero_stage=zero_stage)
-    rounded = trained(tmp_path / "bf16", store, zero_stage=zero_stage, precision="bf16", kernels="compiled")
+    rounded = trained(tmp_path / "bf16", store, zero_stage=zero_stage, precision="bf16", kernels=kernels)
     np.testing.assert_allclose(rounded, whole, rtol=0.03)
 
 
@@ -184,7 +185,8 @@ def test_evaluation_is_that_of_the_cpu(tmp_path, store):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_a_bench_tells_what_a_gpu_does(precision):
     sizes = ["--grid", "12x16", "--inputs", "3", "--hidden", "8", "--steps", "4", "--repeats", "5"]
-    finished = faconv("bench", *sizes, "--precision", precision, "--json")
+    modes = [part for mode in KERNEL_MODES for part in ("--kernels", mode)]
+    finished = faconv("bench", *sizes, *modes, "--precision", precision, "--json")
     assert finished.returncode == 0, finished.stderr
     result = BenchResult.model_validate_json(finished.stdout)
     assert (result.machine.kind, result.machine.device) == ("cuda", torch.cuda.get_device_name())

@@ -11,6 +11,7 @@ Exit code 1 where something is not as it should be; the report says what.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -83,6 +84,7 @@ class Check:
         options.output.mkdir(parents=True, exist_ok=True)
         self.options, self.output = options, Path(tempfile.mkdtemp(prefix="runs-", dir=options.output))
         self.runs: dict[Path, list[StepRecord]] = {}
+        self.kernels = ("compiled",) if options.device == "cpu" else ("compiled", "triton")
 
     def doctor(self) -> Section:
         """What is installed and what works; the report is there to be read, it fails by what does not work."""
@@ -90,14 +92,16 @@ class Check:
         return Section("faconv doctor", ran.returncode < 2, f"```\n{ran.stdout.strip() or _end_of(ran)}\n```")
 
     def training(self) -> Section:
-        """The quick start on the CPU in fp32, and on the device in every precision."""
-        want = self._trained("cpu", "fp32")
+        """The quick start on the CPU in fp32, and on the device in every precision, by all kernels that a GPU has."""
+        want, device = self._trained("cpu", "fp32"), self.options.device
         rows, passed = [], True
-        for precision, tolerance in TOLERANCES.items():
-            got = self._trained(self.options.device, precision)
+        for kernels, precision in itertools.product(self.kernels, TOLERANCES):
+            tolerance, name = TOLERANCES[precision], f"{device}-{precision}"
+            more = () if kernels == "compiled" else (f"model.kernels={kernels}",)
+            got = self._trained(device, precision, *more, name=f"{name}-{kernels}" if more else "")
             off = apart(got, want)
             passed &= off <= tolerance
-            rows.append(row(f"{self.options.device}, {precision}", got, off, tolerance))
+            rows.append(row(f"{device}, {precision}{', ' * bool(more)}{kernels if more else ''}", got, off, tolerance))
         return Section("training beside the CPU", passed, table(row("cpu, fp32", want, 0.0, 0.0), *rows))
 
     def forecasts(self) -> Section:
@@ -144,7 +148,8 @@ class Check:
     def bench(self) -> Section:
         """The layers beside ConvLSTM, in each precision."""
         kinds = ("fp32",) if self.options.device == "cpu" else ("fp32", "tf32", "bf16")
-        told = [printed([*BENCH, "--device", self.options.device, "--precision", kind]).strip() for kind in kinds]
+        given = ["--device", self.options.device, *(part for one in self.kernels for part in ("--kernels", one))]
+        told = [printed([*BENCH, *given, "--precision", kind]).strip() for kind in kinds]
         return Section(
             "the layers' benchmark",
             True,
