@@ -98,8 +98,10 @@ class TritonKernels(Kernels):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         c, grad_h, grad_c = c.contiguous(), planar(grad_h), grad_c.contiguous()
         if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c, grad_mixed):
-            given = grad_mixed, mixing, c, weight, bias, peep_GC, grad_h, grad_c
-            return self.beyond.mix_and_retreat(*given, self.beyond.room(c, weight), learns)
+            room = self.beyond.room(c, weight)
+            return self.beyond.mix_and_retreat(
+                grad_mixed, mixing, c, weight, bias, peep_GC, grad_h, grad_c, room, learns
+            )
         (batch, channels, *cells), inner, before = c.shape, weight.shape[1], torch.empty_like(c)
         given, sizes = _given(mixing, c, weight, bias, peep_GC), _sizes(mixing, c, weight)
         grads, strides = (grad_h, grad_c), (*grad_mixed.stride()[:3], grad_h.stride(0))
