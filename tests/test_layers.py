@@ -6,6 +6,7 @@ import platform
 import weakref
 from collections import Counter
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -550,6 +551,32 @@ def test_a_checkpointed_segment_keeps_its_last_states_alone():
     gc.collect()
     assert len(said) == 4 and all(one.expired() for one in said)
     output.forecast_BTCYX.sum().backward()
+
+
+def most_allocated(work):
+    """Bytes of tensors that there are at most while it works, beyond what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    of_memory = (one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]")
+    changes = sorted((one.start_ns(), one.nbytes()) for one in of_memory)
+    return max(accumulate(change for _, change in changes))
+
+
+@pytest.mark.parametrize("options", [{"attention_every": 0}, {"attention_every": 2}, {"cell": "convlstm"}], ids=str)
+def test_four_segments_take_less_memory_than_two_that_are_stored(options):
+    network, domain = FAConvLSTMNetwork(4, 4, 16, 2, embedding_channels=16, **options), Domain(LatLonGrid(24, 32))
+
+    def peak(steps, checkpoint_steps):
+        x, network.checkpoint_steps = torch.randn(1, steps, 4, 24, 32), checkpoint_steps
+
+        def work():
+            output = network(x, torch.zeros(1, steps), domain=domain)
+            network.losses(output, x, x, domain).total.objective.backward()
+            network.zero_grad()
+
+        return most_allocated(work)
+
+    assert peak(16, 4) < peak(8, 0)
 
 
 def test_second_derivatives_are_refused():
