@@ -82,13 +82,13 @@ def new_figure(
 
     Args:
         width, height: of a panel, in inches.
-        maps: whether its panels are maps, which is then said at its foot.
+        maps: whether its panels are maps of one grid, which is then said at its foot.
     """
     figure = Figure(figsize=(columns * width, rows * height + 0.7), layout="constrained", dpi=DPI)
     figure.suptitle(title, fontsize=TITLE)
     if maps:
         figure.supxlabel(MAPS_NOTE, fontsize=SMALL, x=0.995, ha="right", color="#555555")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=maps, sharey=maps)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -122,7 +122,8 @@ def draw_map(
     if colours.signed:
         _draw_sign(axes, latitude, longitude, field, colours.high / 2)
     coast = LineCollection(coastlines("c" if np.ptp(longitude) > REGION_DEG else "l"), colors="black", linewidths=0.5)
-    coast.set_path_effects([withStroke(linewidth=1.1, foreground="white", alpha=0.7)])
+    if not colours.signed:  # where it is dark
+        coast.set_path_effects([withStroke(linewidth=1.1, foreground="white", alpha=0.7)])
     axes.add_collection(coast, autolim=False)
     _scale_degrees(axes, latitude, longitude)
     axes.set_title(title, fontsize=PANEL)

@@ -1,14 +1,21 @@
 """Scores of networks and of anyone's files: equal to the package `scores`; spectra, intervals, verdicts, the report."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scores
 import torch
 import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scipy.special import sph_harm_y
+from typer.testing import CliRunner
 
 import forecasts
-from faconv_hpc import Domain, LatLonGrid
+from faconv_hpc import Domain, LatLonGrid, look
+from faconv_hpc.cli.app import app
+from faconv_hpc.cli.evaluate import place_of
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.bootstrap import Draws, best_length, resampled
 from faconv_hpc.evaluation.compare import compared
@@ -19,6 +26,7 @@ from faconv_hpc.evaluation.spectra import Spectra, reason_against
 from faconv_hpc.evaluation.sums import PerDate, Sums
 from faconv_hpc.evaluation.truth import truth_of
 from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.contract import Contract
 
 ALONE = ProcessMesh.alone()
 LATITUDE, LONGITUDE, HOURS, LEADS = np.linspace(75, -75, 6), np.arange(8) * 45.0, np.arange(48) * 6, (6, 12)
@@ -138,8 +146,10 @@ def truth_fields():
     return {"u": wave + noise[0], "t": np.stack([wave - noise[1], 250 + 5 * wave], axis=1)}
 
 
-def write_truth(path):
+def write_truth(path, missing=None):
     fields = truth_fields()
+    if missing is not None:
+        fields["u"][missing, 2, 3] = np.nan
     dims = {"u": ("time", *DIMS), "t": ("time", "level", *DIMS)}
     values = {name: (dims[name], one.astype(np.float32), {"units": UNITS[name]}) for name, one in fields.items()}
     coordinates = {
@@ -222,13 +232,14 @@ def test_damped_persistence_keeps_what_training_says_is_left(judged):
         assert judged.metrics["rmse"][lead - 1, 4, 2] == pytest.approx(want, rel=1e-5), lead
 
 
-def test_the_report_and_the_files_say_who_is_better(judged, files, tmp_path):
+def test_the_report_and_the_files_say_who_is_better(judged, files, tmp_path, monkeypatch):
     (tmp_path / "maps.nc").write_bytes((files / "maps.nc").read_bytes())
+    monkeypatch.setattr(look, "DPI", 40)  # all is drawn, of few dots
     said = save(judged, tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "**worse is worse than good**: its RMSE is 3.0" in report and "**good is better than persistence**" in report
     for name in ("rmse", "acc", "comparisons", "spectra", "maps_1", "maps_2", "forecast"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"({name}.png)" in report
+        assert (tmp_path / f"{name}.png").stat().st_size > 3_000 and f"({name}.png)" in report
     assert said["comparisons"][0]["verdict"] == "worse" and said["models"][1]["kind"] == "file of forecasts"
     with xr.open_dataset(tmp_path / "scores.nc", engine="h5netcdf", decode_timedelta=True) as stored:
         good = stored.sel(model="good", variable="t850", lead_time=np.timedelta64(12, "h"))
@@ -245,6 +256,18 @@ def test_the_report_and_the_files_say_who_is_better(judged, files, tmp_path):
             ).mean(DIMS)
         )
         np.testing.assert_allclose(whole, judged.metrics["rmse"][:, 1, 2], rtol=1e-6)
+
+
+def test_a_cell_that_was_missing_at_the_start_or_on_the_way_does_not_count(files, tmp_path):
+    truth = write_truth(tmp_path / "truth.nc", missing=10)
+    found = evaluate([files / "good.nc"], ALONE, data=[truth], leads=2)
+    assert found.targets[0].name == "u"
+    weight_NL = found.per_date.weight[:, :, 0, 0]
+    without = 1 - LatLonGrid(6, 8, latitude_deg=LATITUDE).cell_area_sr[2] / (4 * np.pi)
+    want = np.ones((36, 2))
+    want[4, 1] = want[5] = want[6] = without  # dates 8, 9 and 10: the first is of frame 4
+    np.testing.assert_allclose(weight_NL, want, rtol=1e-9)
+    assert np.isfinite(found.metrics["rmse"][:, 0]).all()
 
 
 def test_of_few_dates_it_says_that_it_cannot_tell(files):
@@ -290,9 +313,34 @@ def test_what_has_nothing_in_common_is_refused(files, elsewhere, tmp_path):
         evaluate([elsewhere / "model.safetensors"], ALONE, data=[tmp_path / "early.nc"], leads=2)
 
 
-def test_names_are_short_and_each_once(tmp_path):
-    paths = [tmp_path / "runs/a", tmp_path / "runs/b/checkpoints/best", tmp_path / "x.nc", tmp_path / "y/x.zarr"]
-    assert names_of(paths) == ["a", "b best", str(tmp_path / "x.nc"), str(tmp_path / "y/x.zarr")]
+def test_networks_of_other_steps_are_not_judged_together(elsewhere, tmp_path):
+    path = elsewhere / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    contract = Contract.model_validate_json(about["contract"]).model_copy(update={"step_hours": (288.0, 288.0)})
+    save_file(load_file(path), tmp_path / "other.safetensors", about | {"contract": contract.model_dump_json()})
+    with pytest.raises(InputError, match=r"other forecasts 288 ... h ahead, and what is compared is 144 ... h ahead"):
+        evaluate([path, tmp_path / "other.safetensors"], ALONE, data=[elsewhere / "source.nc"])
+
+
+def test_the_command_says_what_it_cannot_do(files, tmp_path):
+    for given, told in (
+        ([tmp_path / "nothing"], "nothing does not exist. Give a run_dir, a checkpoint, or a file"),
+        ([files / "good.nc", "--mesh", "2x1x1"], "has 2 replicas, and all ranks share the globe. Give LATxLON"),
+        ([files / "good.nc"], "is no run, and brings no data. Name a store or files with --data"),
+    ):
+        ended = CliRunner().invoke(app, ["evaluate", *map(str, given)])
+        assert isinstance(ended.exception, InputError) and told in str(ended.exception)
+    places = {"runs/a": "runs/a/evaluation", "runs/a/checkpoints/best": "runs/a/evaluation", "b.nc": "b.nc.evaluation"}
+    assert [str(place_of(Path(model))) for model in places] == list(places.values())
+
+
+def test_names_are_short_and_each_once():
+    models = ["runs/a.v2", "runs/b/checkpoints/best", "x.nc", "y/x.zarr", "persistence.nc", "m.safetensors"]
+    want = ["a.v2", "b best", "x.nc", "y/x.zarr", "persistence.nc", "m"]
+    assert names_of([Path(model) for model in models]) == want
+    with pytest.raises(InputError, match=r"MODEL x\.nc is given twice"):
+        names_of([Path("x.nc")] * 2)
 
 
 GRIDS = {

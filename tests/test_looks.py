@@ -156,7 +156,7 @@ def test_evaluation_takes_the_best_by_its_directory(tmp_path, store):
     assert trained(config, ONE, SCORES | {10: 0.95}) == {0}
     where = config.run_dir / FOLDER / BEST
     (found,) = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh, directory=where))
-    assert found.step == 4
+    assert found.entries[0].about["step"] == "4"
     told = CliRunner().invoke(app, ["checkpoint", "list", str(config.run_dir), "--json"])
     assert [(row["step"], row["problem"]) for row in json.loads(told.output)] == [(4, None), (10, None)]
     assert CliRunner().invoke(app, ["checkpoint", "list", str(config.run_dir)]).output.count("the best") == 1

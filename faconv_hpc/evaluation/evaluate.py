@@ -23,13 +23,14 @@ from ..spatial.domain import Domain
 from ..spatial.grid import LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
+from ..training.export import SUFFIXES
 from ..training.shards import FOLDER
 from ..training.skill import Skill
 from . import baselines
 from .baselines import Baselines
 from .bootstrap import Draws
 from .compare import Comparison, compared
-from .entries import Entry, FileEntry, NetworkEntry, cases_of_files, is_file_of_forecasts
+from .entries import FILES, Entry, FileEntry, NetworkEntry, cases_of_files, is_file_of_forecasts
 from .fields import Example, KeptSpectra, MapSums, SpectraSums
 from .sums import PerDate, Sums
 from .truth import Case, Target, Truth, truth_of
@@ -215,12 +216,21 @@ def data_of(store: str | None, model: Path) -> list[Path]:
 
 
 def names_of(models: Sequence[Path]) -> list[str]:
-    """Short names, each once: of runs and files their own, of checkpoints that of their run too."""
+    """Short names, each once: of runs and files their own, of checkpoints that of their run too.
+
+    Raises:
+        InputError: one of them comes twice.
+    """
     short = []
     for path in models:
-        inside = path.parent.name == FOLDER
-        short.append(f"{path.parent.parent.name} {path.name}" if inside else path.stem if path.suffix else path.name)
-    return [str(path) if short.count(name) > 1 else name for path, name in zip(models, short, strict=True)]
+        inside, is_file = path.parent.name == FOLDER, path.suffix in (*FILES, *SUFFIXES)
+        short.append(f"{path.parent.parent.name} {path.name}" if inside else path.stem if is_file else path.name)
+    clashes = {name for name in short if short.count(name) > 1} | set(baselines.NAMES)
+    names = [str(path) if name in clashes else name for path, name in zip(models, short, strict=True)]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InputError(f"MODEL {', '.join(sorted(twice))} is given twice. Name each once.")
+    return names
 
 
 def _cases(networks: Sequence[NetworkEntry], files: Sequence[FileEntry], truth: Truth, leads: int | None) -> list[Case]:
