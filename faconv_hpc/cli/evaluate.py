@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import InputError
 from .forecast import PROGRESS, mesh_of, paths_of
-from .options import AsJson, DataPaths, Device, Kernels, MeshText, Ranks
+from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .ranks import job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Models = Annotated[
     list[Path],
     typer.Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         help="A run_dir, the directory of one checkpoint, an exported file; or forecasts in NetCDF or zarr.",
     ),
 ]
@@ -40,6 +40,9 @@ Climatology = Annotated[
         help="Dates of the data that climatology is made of, FIRST/LAST, may be repeated. Default: those of training.",
     ),
 ]
+Mesh = Annotated[
+    str | None, typer.Option("--mesh", metavar="LATxLON", help="How ranks share the globe. Default: as the run's.")
+]
 Output = Annotated[
     Path | None, typer.Option(help="A directory. Default: evaluation/ in the run, or MODEL.evaluation beside a file.")
 ]
@@ -53,7 +56,7 @@ def evaluate_command(
     climatology: Climatology = None,
     output: Output = None,
     ranks: Ranks = None,
-    mesh: MeshText = None,
+    mesh: Mesh = None,
     device: Device = None,
     kernels: Kernels = None,
     as_json: AsJson = False,
@@ -156,12 +159,12 @@ def show(evaluation: "Evaluation", directory: Path) -> None:
     steps = f"{len(evaluation.leads_h)} steps" if len(evaluation.leads_h) > 1 else "1 step"
     title = f"{evaluation.forecasts} forecasts of {steps}{kinds[evaluation.held_out]}, area-weighted RMSE"
     headings = [name.replace("_", "_ ") for name in evaluation.names]  # several stand beside each other
-    table = table_of("variable", "units", "lead", *headings, text=("variable", "units"), title=title)
+    table = table_of("variable", "lead", *headings, text=("variable",), title=title)
     rmse_LFC = evaluation.metrics["rmse"]
     for number, target in enumerate(evaluation.targets):
         for lead in range(len(evaluation.leads_h)):
             numbers = [f"{value:.4g}" if value == value else "-" for value in rmse_LFC[lead, :, number].tolist()]
-            table.add_row(target.name, target.units, str(lead + 1), *numbers)
+            table.add_row(f"{target.name} ({target.units})" if target.units else target.name, str(lead + 1), *numbers)
     console = Console()
     console.print(table)
     for sentence in headline(evaluation):

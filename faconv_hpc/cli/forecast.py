@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import MeshConfig
 from ..errors import InputError
-from .options import AsJson, DataPaths, Device, Kernels, MeshText, Ranks
+from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ Start = Annotated[
     typer.Option("--start", metavar="DATES", help="DATE, FIRST/LAST/STEP such as 2020-01-01/2020-02-01/24h, or last."),
 ]
 Output = Annotated[Path, typer.Option(help="NAME.nc (NetCDF4) or NAME.zarr (zarr v3).")]
+Mesh = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="[Rx]LATxLON", help="How ranks share dates and the globe. Default: as the run's."),
+]
 OfSequence = Annotated[
     str | None, typer.Option(help="Which sequence of the store to forecast from, if it has several.")
 ]
@@ -42,7 +46,7 @@ def forecast_command(
     output: Output,
     data: DataPaths = None,
     ranks: Ranks = None,
-    mesh: MeshText = None,
+    mesh: Mesh = None,
     device: Device = None,
     sequence: OfSequence = None,
     kernels: Kernels = None,

@@ -29,10 +29,6 @@ DataPaths = Annotated[
         help="A store; or NetCDF, zarr, GRIB, a pattern, may be repeated. Default: the run's store.",
     ),
 ]
-MeshText = Annotated[
-    str | None,
-    typer.Option("--mesh", metavar="[Rx]LATxLON", help="How ranks share dates and the globe. Default: as the run's."),
-]
 Kernels = Annotated[
     Literal["eager", "compiled", "triton"] | None,
     typer.Option(help="How passes are computed. Default: as in training."),

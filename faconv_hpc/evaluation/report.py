@@ -69,12 +69,12 @@ def _answers(evaluation: Evaluation) -> Iterable[str]:
 def _sentence(one: Comparison, evaluation: Evaluation) -> str:
     if not np.isfinite(one.overall):
         return f"{one.model} and {one.other} cannot be compared: for no variable both have errors."
-    ratio = f"its RMSE is {one.overall:.2f} times as large"
+    ratio = f"its RMSE is {one.overall:.3g} times as large"
     if not evaluation.draws.can_tell:
         return f"Whether {one.model} is better than {one.other} **cannot be told** from so few dates; on them {ratio}."
     counts, (low, high) = one.counts(), one.bounds
     of = (
-        f"{ratio} on average over variables and leads ({PERCENT} interval {low:.2f} to {high:.2f}); better in "
+        f"{ratio} on average over variables and leads ({PERCENT} interval {low:.3g} to {high:.3g}); better in "
         f"{counts['better']} of {sum(counts.values())} of them, worse in {counts['worse']}"
     )
     if one.verdict == "cannot tell":
