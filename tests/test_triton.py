@@ -155,7 +155,7 @@ class Told(Kernels):
         return "advanced", given[-1].shape
 
     def mix_and_retreat(self, *given):
-        return "gone back", given[-1].shape
+        return "gone back", given[-2].shape
 
 
 @pytest.mark.parametrize("limit", ["MIXED_CHANNELS", "NUMBERS"])
