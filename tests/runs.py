@@ -8,6 +8,7 @@ import yaml
 from faconv_hpc import load_config
 from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
+from faconv_hpc.training.records import VALIDATION_FILE
 from faconv_hpc.training.shards import MANIFEST, SUMS
 
 SMALL = {
@@ -36,6 +37,12 @@ def write_config(directory, store, **sections):
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def skills_in(run_dir):
+    """What its looks at the validation period said of variables."""
+    rows = [json.loads(line) for line in (run_dir / VALIDATION_FILE).read_text().splitlines()]
+    return [row for row in rows if "rmse" in row]
 
 
 def rewrite_manifest(directory, change):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import shutil
 
 import numpy as np
@@ -24,13 +23,13 @@ from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
 from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import verify_parity
-from faconv_hpc.training.records import VALIDATION_FILE, read_records
+from faconv_hpc.training.records import read_records
 from faconv_hpc.training.seen import annual_cycle_of
 from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import evaluated, small_config
+from runs import evaluated, skills_in, small_config
 from test_checkpoint import assert_same_state
 from test_roles import statistics_of, weights_of
 
@@ -267,10 +266,7 @@ def test_a_run_is_the_same_on_every_mesh(made, run, tmp_path, layout):
     tiled = trained(tmp_path / "tiled", made[0], layout, **batch)
     losses = [[record.loss for record in read_records(config.run_dir)] for config in (one, tiled)]
     np.testing.assert_allclose(*losses, rtol=2e-5)
-    looks = [
-        [json.loads(line) for line in (config.run_dir / VALIDATION_FILE).read_text().splitlines()]
-        for config in (one, tiled)
-    ]
+    looks = [skills_in(config.run_dir) for config in (one, tiled)]
     for key in ("rmse", "persistence_rmse", "climatology_rmse"):
         np.testing.assert_allclose(*([row[key] for row in rows] for rows in looks), rtol=2e-5)
     cycles = [(config.run_dir / CYCLE_FILE).read_bytes() for config in (one, tiled, run)]

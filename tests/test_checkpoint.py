@@ -178,8 +178,8 @@ def rewritten(checkpoint, **changes):
 def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(copied, store):
     """Going on from the one before would throw away what the newest holds."""
     newest = checkpoints_in(copied)[-1]
-    rewritten(newest, format="faconv_hpc checkpoint 8", more={"of": "this"})
-    told = r"step-00000006 was written by faconv_hpc \S+ as 'faconv_hpc checkpoint 8', .*Install the version"
+    rewritten(newest, format="faconv_hpc checkpoint 9", more={"of": "this"})
+    told = r"step-00000006 was written by faconv_hpc \S+ as 'faconv_hpc checkpoint 9', .*Install the version"
     with pytest.raises(OtherVersionError, match=told):
         next(whole_checkpoints(copied))
     with pytest.raises(AssertionError, match=told):
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_the_format_before_is_named_as_one(copied, store):
     raw = json.loads((newest.path / "manifest.json").read_text())
     del raw["contract"]
     rewritten(newest, **raw | {"format": "faconv_hpc checkpoint 2"})
-    told = r"as 'faconv_hpc checkpoint 2', this is faconv_hpc \S+, which reads .* and 'faconv_hpc checkpoint 5'"
+    told = r"as 'faconv_hpc checkpoint 2', this is faconv_hpc \S+, which reads 'faconv_hpc checkpoint 8'\. Install"
     with pytest.raises(AssertionError, match=told):
         train_on(TWO, copied.parent, store, training={"checkpoint_every": 2})
 

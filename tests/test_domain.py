@@ -1,5 +1,7 @@
 """The five verbs on several ranks, against one tile."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,7 @@ VERBS = {
     "swap lon": lambda domain, x: domain.swap(lines_through(x, "lon"), "lon"),
     "swap lat": lambda domain, x: domain.swap(lines_through(x, "lat"), "lat"),
     "mean": lambda domain, x: domain.mean(x),
+    "mean over regions": lambda domain, x: domain.mean(x, (3, 4)),
     "pad and mean": lambda domain, x: torch.cat([part.flatten() for part in pad_and_mean(domain, x, 2)]),
 }
 
@@ -135,6 +138,13 @@ def test_mean_and_total_and_swap_equal_one_tile(layout):
         area = torch.as_tensor(domain.grid.cell_area_sr)[:, None].expand(13, 16)
         want = (x * area).sum((-2, -1)) / area.sum()
         all_agree(domain, torch.allclose(domain.mean(domain.scatter(x)), want, rtol=1e-13, atol=1e-15))
+        for regions in ((1, 1), (3, 5), (13, 16)):
+            rows, columns = (torch.arange(n) * parts // n for n, parts in zip((13, 16), regions, strict=True))
+            want = torch.empty(2, 3, *regions, dtype=torch.float64)
+            for r, s in product(range(regions[0]), range(regions[1])):
+                weight = area * ((rows == r)[:, None] & (columns == s))
+                want[..., r, s] = (x * weight).sum((-2, -1)) / weight.sum()
+            all_agree(domain, torch.allclose(domain.mean(domain.scatter(x), regions), want, rtol=1e-13, atol=1e-15))
         all_agree(domain, torch.allclose(domain.total(domain.scatter(x).sum()), x.sum(), rtol=1e-12))
         for axis in ("lon", "lat"):
             lines = lines_through(domain.scatter(x), axis)
@@ -156,6 +166,10 @@ def test_bfloat16_moves_unchanged_and_is_summed_in_float32(layout):
         want = torch.from_numpy(reference_padded(field.double().numpy(), domain.grid, domain.tile, 2))
         all_agree(domain, torch.equal(padded.double(), want))
         all_agree(domain, torch.equal(domain.mean(domain.scatter(field)), alone.mean(field)))
+        close = {"rtol": 2**-8, "atol": 0}  # the last of its eight bits
+        by_region = domain.mean(domain.scatter(field), (3, 5))
+        all_agree(domain, torch.allclose(by_region, alone.mean(field, (3, 5)), **close))
+        all_agree(domain, torch.allclose(by_region.double(), alone.mean(field.double(), (3, 5)), **close))
 
     run_on_ranks(layout, check)
 

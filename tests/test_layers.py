@@ -22,7 +22,7 @@ from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, TracedKernels, T
 from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
 from faconv_hpc.model.taps import Taps
 from faconv_hpc.spatial import collectives
-from faconv_hpc.spatial.area_mean import AreaMean
+from faconv_hpc.spatial.area_mean import AreaMean, RegionMeans
 from faconv_hpc.spatial.exchange import HaloExchange
 from ranks import Layout, run_on_ranks
 from test_domain import random_like
@@ -271,13 +271,14 @@ def test_one_exchange_and_one_reduction_for_every_step_and_none_for_recomputatio
                 return call
 
             methods = [(HaloExchange, "start_fill"), (HaloExchange, "start_accumulate"),
-                       (AreaMean, "start"), (AreaMean, "start_gradient")]  # fmt: skip
+                       (AreaMean, "start"), (AreaMean, "start_gradient"),
+                       (RegionMeans, "start"), (RegionMeans, "start_gradient")]  # fmt: skip
             originals = [getattr(*method) for method in methods]
             try:
                 for method, original in zip(methods, originals, strict=True):
                     setattr(*method, counting(method[1], original))
                 output = network(torch.randn(1, 5, 3, *domain.tile.shape), torch.zeros(1, 5), domain=domain)
-                output.forecast_BTCYX.square().sum().backward()
+                (output.forecast_BTCYX.square().sum() + output.embedding_BTE.square().sum()).backward()
             finally:
                 for method, original in zip(methods, originals, strict=True):
                     setattr(*method, original)
@@ -288,8 +289,8 @@ def test_one_exchange_and_one_reduction_for_every_step_and_none_for_recomputatio
         for count in (stored, recomputed):
             assert count["start_fill"] == count["start_accumulate"] == 2 * 5
             assert count["start_fill channels"] == count["start_accumulate channels"] == 2 * 5 * 4
-            assert count["start_gradient"] == 2 * 5
-        assert stored["start"] == 2 * 5 + 1 and recomputed["start"] == 2 * 5 + 3  # and of h, for the embedding
+        for name in ("start", "start_gradient"):  # and of h, for the embedding
+            assert stored[name] == 2 * 5 + 1 and recomputed[name] == 2 * 5 + 3
 
 
 def test_the_passes_have_the_gradients_that_autograd_gives():
@@ -604,9 +605,10 @@ def test_a_sequence_in_pieces_equals_the_whole(cell):
     whole = network(x, season)
     first = network(x[:, :2], season[:, :2])
     second = network(x[:, 2:], season[:, 2:], state=first.state, first_step=2)
-    joined = torch.cat([first.tendency_BTCYX, second.tendency_BTCYX], dim=1)
-    torch.testing.assert_close(joined, whole.tendency_BTCYX, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(second.state[1][0], whole.state[1][0], rtol=1e-12, atol=1e-12)
+    for name in ("tendency_BTCYX", "embedding_BTE", "coarse_BTKCRS"):
+        joined = torch.cat([getattr(first, name), getattr(second, name)], dim=1)
+        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(second.state.layers[1][0], whole.state.layers[1][0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", ["faconvlstm", "convlstm"])
@@ -631,7 +633,7 @@ def test_sequences_of_different_length_equal_each_by_itself(cell):
         losses.append(network.losses(alone, x[part], target[part], domain).total.value)
         torch.testing.assert_close(together.tendency_BTCYX[part], alone.tendency_BTCYX)
         torch.testing.assert_close(together.embedding_BTE[part], alone.embedding_BTE)
-        torch.testing.assert_close(together.state[1][0][sample], alone.state[1][0][0])
+        torch.testing.assert_close(together.state.layers[1][0][sample], alone.state.layers[1][0][0])
     torch.testing.assert_close(loss.value, torch.stack(losses).mean())
     x_beyond = x.clone()
     x_beyond[0, 3:] = 100.0  # what lies beyond the end changes nothing
@@ -773,7 +775,7 @@ def test_coarse_means_leave_missing_cells_out():
 
 
 def test_the_seasonal_encoding_closes_the_year():
-    encoding = seasonal_encoding(torch.tensor([[0.0, 0.25, 1.0]]), 8)
+    encoding = seasonal_encoding(torch.tensor([[0.0, 0.25, 1.0]]), 4)
     torch.testing.assert_close(encoding[0, 0], encoding[0, 2])
     torch.testing.assert_close(encoding[0, 1, :2], torch.tensor([1.0, 0.0], dtype=torch.float64))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
+from faconv_hpc.model.state import NetworkState, Past
 from ranks import Layout, run_on_ranks
 from test_domain import random_like
 from test_parity import TOLERANCE, randomized, relative_difference
@@ -54,7 +55,7 @@ def network(grid, checkpoint_steps, layers):
     return randomized(
         FAConvLSTMNetwork(INPUTS, FIELDS, HIDDEN, layers, attention_every=2, attention_heads=heads,
                           attention_reduction=1, attention_exchange=exchange, embedding_channels=16,
-                          coarse_shape=(2, 3), checkpoint_steps=checkpoint_steps)
+                          coarse_shape=(2, 3), embedding_past=3, checkpoint_steps=checkpoint_steps)
     )  # fmt: skip
 
 
@@ -72,7 +73,9 @@ def quantities(grid, domain, checkpoint_steps, layers):
     start = [
         domain.scatter(random_like((BATCH, HIDDEN, *cells), 10 + i)).clone().requires_grad_() for i in range(2 * layers)
     ]
-    state, objective, value, outputs, embeddings = tuple(zip(start[::2], start[1::2], strict=True)), 0.0, 0.0, [], []
+    past = Past(random_like((BATCH, 2, 16), 5), torch.tensor([[True, True], [False, True]]))
+    state = NetworkState(tuple(zip(start[::2], start[1::2], strict=True)), past)
+    objective, value, outputs, embeddings = 0.0, 0.0, [], []
     for piece in (slice(0, FIRST_PIECE), slice(FIRST_PIECE, STEPS)):
         output = model(x[:, piece], season[:, piece], domain=domain, state=state, first_step=piece.start,
                        valid_BT=steps[:, piece])  # fmt: skip
@@ -83,7 +86,7 @@ def quantities(grid, domain, checkpoint_steps, layers):
         embeddings.append(output.embedding_BTE.detach())
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(objective / domain.tiles, [x, *start, *parameters.values()])
-    cells = {"output": torch.cat(outputs, 1), "input gradient": gradients[0], "state": state[-1][1].detach()}
+    cells = {"output": torch.cat(outputs, 1), "input gradient": gradients[0], "state": state.layers[-1][1].detach()}
     cells |= {f"gradient of the first state, {i}": gradients[1 + i] for i in range(2 * layers)}
     whole = {"loss": value, "embedding": torch.cat(embeddings, 1)}
     parts = {f"gradient of {name}": one for name, one in zip(parameters, gradients[1 + 2 * layers :], strict=True)}

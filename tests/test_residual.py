@@ -1,10 +1,13 @@
 """Layers that add to what they are given, and a forecast that sees the inputs; runs of before there were any."""
 
+import json
 import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from faconv_hpc import FAConvLSTMNetwork, ProcessMesh, load_network
 from faconv_hpc.config import as_now
@@ -15,6 +18,7 @@ from faconv_hpc.training.checkpoint import checkpoints_in
 from faconv_hpc.training.export import export
 from faconv_hpc.training.records import CONFIG_FILE
 from faconv_hpc.training.setup import build_network
+from faconv_hpc.training.shards import OtherVersionError
 from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
@@ -51,56 +55,55 @@ def test_the_first_forecast_is_persistence():
 
 
 def as_before(config):
-    """A run as a version left it that knew no residuals, and counted attention's channels."""
+    """A run as a version left it of another embedding, without residuals, that counted attention's channels."""
 
-    def as_then(model, prefix=""):
-        assert model.pop(f"{prefix}residual") is False
-        share = model.pop(f"{prefix}attention_reduction")
-        model[f"{prefix}attention_channels"] = None if share == 1 else model[f"{prefix}hidden_channels"] // share
+    def as_then(model):
+        assert model.pop("residual") is False
+        model["attention_channels"] = model["hidden_channels"] // model.pop("attention_reduction")
+        for key in ("embedding_past", "embedding_leads", "seasonal_encoding"):
+            del model[key]
 
     def change(tree):
         as_then(tree["config"]["model"])
-        as_then(tree["identity"], "model.")
+        tree["format"] = "faconv_hpc checkpoint 7"
 
     kept = config.run_dir / "config.yaml"
     tree = yaml.safe_load(kept.read_text())
     as_then(tree["model"])
     kept.write_text(yaml.safe_dump(tree))
-
     for checkpoint in checkpoints_in(config.run_dir):
         rewrite_manifest(checkpoint.path, change)
 
 
-@pytest.mark.parametrize("share", [1, 2])
-def test_a_run_of_before_is_evaluated_exported_and_goes_on(tmp_path, share):
+def test_what_an_older_version_left_is_refused_by_name(tmp_path):
+    """A run, a checkpoint, an export: nothing is taken for damaged, and nothing is begun anew in its place."""
     store = make_store(tmp_path / "waves")
-    model, training = {"residual": False, "attention_reduction": share}, {"checkpoint_every": 3}
-    config = small_config(tmp_path, store, model=model, training=training)
+    config = small_config(tmp_path, store, model={"residual": False, "attention_reduction": 2})
     run_on_ranks(ONE, lambda mesh: train(config, mesh))
-    skills = run_on_ranks(ONE, lambda mesh: evaluated(config, mesh).skills)
-    want = load_network(config.run_dir).network
+    newest, file = checkpoints_in(config.run_dir)[-1], tmp_path / "weights.safetensors"
+    export(newest, file)
     as_before(config)
-    assert load_config(config.run_dir / CONFIG_FILE, older=True) == config
-    assert run_on_ranks(ONE, lambda mesh: evaluated(config, mesh).skills) == skills
-    export(checkpoints_in(config.run_dir)[-1], tmp_path / "weights.safetensors")
-    for path in (config.run_dir, tmp_path / "weights.safetensors"):
-        got = load_network(path).network
-        assert got.forecast.from_inputs is None
-        for name, value in want.state_dict().items():
-            assert torch.equal(got.state_dict()[name], value)
-    checkpoints_in(config.run_dir)[-1].path.rename(tmp_path / "away")
-    run_on_ranks(ONE, lambda mesh: train(config, mesh))
-    again = checkpoints_in(config.run_dir)[-1]
-    assert again.step == 6
-    for name, value in again.weights().items():
-        assert torch.equal(want.state_dict()[name], value)
-    other = small_config(tmp_path, store, model={"attention_reduction": share}, training=training)
+    kept = load_config(config.run_dir / CONFIG_FILE, older=True)
+    assert not kept.model.residual and kept.model.attention_reduction == 2
+    named = r"was written by faconv_hpc \S+ as 'faconv_hpc checkpoint 7', this is faconv_hpc \S+, which reads"
 
     def refused(mesh):
-        with pytest.raises(InputError, match=r"holds a run with model\.residual=False, this config says True"):
-            train(other, mesh)
+        for use in (lambda: train(config, mesh), lambda: evaluated(kept, mesh, 1)):
+            with pytest.raises(OtherVersionError, match=named):
+                use()
 
     run_on_ranks(ONE, refused)
+    for use in (load_network, Beginning.of):
+        for path in (config.run_dir, newest.path):
+            with pytest.raises(OtherVersionError, match=named):
+                use(path)
+    with safe_open(file, "pt") as opened:
+        about, weights = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    options = {key: one for key, one in json.loads(about["network"]).items() if key != "embedding_past"}
+    save_file(weights, file, metadata=about | {"network": json.dumps(options)})
+    for use in (load_network, Beginning.of):
+        with pytest.raises(InputError, match=r"was exported by an older version of faconv_hpc \(\S+\), whose networks"):
+            use(file)
 
 
 def test_a_run_says_that_it_begins_with_a_network_that_is_connected_otherwise(tmp_path):

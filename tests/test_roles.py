@@ -1,7 +1,5 @@
 """What a variable is to the network: prognostic, forcing, diagnostic, static; logarithms and weights in the loss."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -22,13 +20,13 @@ from faconv_hpc.training.export import export
 from faconv_hpc.training.free_run import free_run
 from faconv_hpc.training.objective import losses_of
 from faconv_hpc.training.parity import verify_parity
-from faconv_hpc.training.records import VALIDATION_FILE, read_records
+from faconv_hpc.training.records import read_records
 from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.skill import forecasts_of
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import evaluated, small_config
+from runs import evaluated, skills_in, small_config
 from test_domain import random_like
 from test_parity import randomized
 
@@ -249,9 +247,7 @@ def test_the_mesh_does_not_change_what_roles_make(made, run, tmp_path, layout, s
     tiled = trained(tmp_path, made[0], layout, zero_stage=stage)
     losses = [[record.loss for record in read_records(one.run_dir)] for one in (run, tiled)]
     np.testing.assert_allclose(*losses, rtol=2e-5)
-    looks = [
-        [json.loads(line) for line in (one.run_dir / VALIDATION_FILE).read_text().splitlines()] for one in (run, tiled)
-    ]
+    looks = [skills_in(one.run_dir) for one in (run, tiled)]
     rows = [(step, name, lead) for step in (2, 4) for lead in (1, 2) for name in ("heat", "wind", "rain")]
     assert [(row["step"], row["variable"], row["lead"]) for row in looks[0]] == rows
     for key in ("rmse", "persistence_rmse", "climatology_rmse"):

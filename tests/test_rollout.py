@@ -120,7 +120,7 @@ def written_out():
     leads = torch.tensor([0.5, 2.0, 2.0], dtype=torch.float64)
     free = mean(torch.stack(errors, 1), torch.stack(known, 1), leads)
     whole = (first * WINDOW + free * leads.sum()) / (WINDOW + leads.sum())
-    loss = whole + model.embedding_loss(embedding, x, domain, batch.known_BTCYX).objective
+    loss = whole + model.embedding_weight * model.embedding_loss(embedding, x, domain, batch.known_BTCYX).objective
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, [x, *parameters.values()])
     values = {"input": found[0], "loss": loss.detach(), "forecast": first.detach()}

@@ -20,10 +20,10 @@ from faconv_hpc.data.verification import verify_files
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.prepare.selection import Period
-from faconv_hpc.training.records import CONTRACT_FILE, VALIDATION_FILE, read_records
+from faconv_hpc.training.records import CONTRACT_FILE, read_records
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import evaluated, small_config
+from runs import evaluated, skills_in, small_config
 from sources import DIMS, FRAMES, NLAT, NLON, dataset, save, values, whole
 from test_checkpoint import assert_same_state, checkpoints_in
 from test_cli import faconv
@@ -265,7 +265,7 @@ def trained(directory, store, layout, **training):
     data = {"window": 2, "periods": PERIODS}
     config = small_config(directory, store, mesh=mesh, data=data, training=training)
     run_on_ranks(layout, lambda mesh: train(config, mesh))
-    rows = [json.loads(line) for line in (config.run_dir / VALIDATION_FILE).read_text().splitlines()]
+    rows = skills_in(config.run_dir)
     skills = run_on_ranks(layout, lambda mesh: evaluated(config, mesh))[0].skills
     numbers = [record.loss for record in read_records(config.run_dir)], [row["rmse"] for row in rows]
     return [*numbers, [skill.rmse for skill in skills]], config

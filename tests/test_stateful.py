@@ -1,6 +1,5 @@
 """States that are carried from window to window: by their definition, on every mesh, through every stop."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -10,11 +9,11 @@ import torch
 
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import EXIT_STOPPED, InputError
+from faconv_hpc.model.state import NetworkState, Past
 from faconv_hpc.training import trainer as trainer_module
 from faconv_hpc.training.carried import CarriedStates
 from faconv_hpc.training.fit import check_store
 from faconv_hpc.training.free_run import feedback_for
-from faconv_hpc.training.manifest import FORMAT
 from faconv_hpc.training.objective import losses_of
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.schedule import learning_rate, legs_of
@@ -26,7 +25,7 @@ from faconv_hpc.training.shards import (
 )
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
-from runs import evaluated, make_store, rewrite_manifest, small_config
+from runs import evaluated, make_store, skills_in, small_config
 
 ONE = Layout(1, 1, 1)
 WINDOW, SAMPLES = 4, 4
@@ -59,6 +58,10 @@ def losses_of_run(config):
     return [record.loss for record in read_records(config.run_dir)]
 
 
+def detached(state):
+    return NetworkState.of({name: one.detach() for name, one in state.tensors().items()})
+
+
 def written_out(config, mesh):
     """The losses by definition: one sample at a time, a state for each place, plain gradient descent."""
     workspace = Workspace.of(config, Store.open(config.data.store), mesh)
@@ -79,7 +82,7 @@ def written_out(config, mesh):
             batch = windows.read([window], WINDOW + config.training.leads_after(step) - 1)
             inputs, season, domain = batch.inputs_BTCYX, batch.year_fraction_BT, workspace.domain
             spun_up = network(inputs[:, :WINDOW], season[:, :WINDOW], domain=domain, state=state)
-            ends[place] = windows.starts[window] + WINDOW, [(h.detach(), c.detach()) for h, c in spun_up.state]
+            ends[place] = windows.starts[window] + WINDOW, detached(spun_up.state)
             output = network(inputs, season, domain=domain, state=state, feedback=feedback_for(batch, WINDOW))
             loss = losses_of(network, output, batch, domain).total
             (loss.objective / SAMPLES).backward()
@@ -152,12 +155,17 @@ def carried_of(config, mesh):
 
 
 def states_of(config, mesh):
-    """Places that follow, and h of their last layer on the whole grid, as this mesh reads them from a checkpoint."""
+    """Places that follow, h of their last layer on the whole grid, and what their embeddings go on from, as this mesh
+    reads them from a checkpoint."""
     carried, workspace, _ = carried_of(config, mesh)
     newest = checkpoints_in(config.run_dir)[-1]
     carried.load(newest.path, newest.manifest().states, torch.float32)
     found = carried.saved(newest.step)
-    return ((), None) if found is None else (found[0].places, workspace.domain.assemble(found[1]["1/h"]))
+    if found is None:
+        return (), None, None
+    tensors = found[1]
+    assert bool(tensors["past/there"][:, -WINDOW:].all()) and tensors["past/there"].dtype == torch.bool
+    return found[0].places, workspace.domain.assemble(tensors["1/h"]), tensors["past/tokens"]
 
 
 def following(config):
@@ -173,13 +181,15 @@ def test_every_mesh_reads_the_same_states_to_the_last_bit(tmp_path, store):
     """Of the places whose next window follows, and no more is saved."""
     losses_of_run(config_of(tmp_path, store, Layout(2, 1, 2), accumulation=2, steps=SOME_FOLLOW))
     alone = config_of(tmp_path, store)
-    ((places, want),) = run_on_ranks(ONE, lambda mesh: states_of(alone, mesh))
+    ((places, want, past),) = run_on_ranks(ONE, lambda mesh: states_of(alone, mesh))
     assert places == tuple(place for place, does in enumerate(following(alone)) if does)
     assert want.shape == (len(places), 8, 11, 14) and all(want.flatten(1).std(1) > 1e-3)
+    assert past.shape == (len(places), 7, 16) and all(past[:, -WINDOW:].flatten(1).std(1) > 1e-3)
     for layout, accumulation in ((Layout(1, 2, 2), 2), (Layout(1, 3, 1), 1), (Layout(2, 1, 1), 2)):
         config, seen = config_of(tmp_path, store, layout, accumulation=accumulation), set()
-        for own, got in run_on_ranks(layout, lambda mesh, config=config: states_of(config, mesh)):
-            assert all(torch.equal(got[number], want[places.index(place)]) for number, place in enumerate(own))
+        for own, *got in run_on_ranks(layout, lambda mesh, config=config: states_of(config, mesh)):
+            for read, whole in zip(got, (want, past), strict=True):
+                assert all(torch.equal(read[number], whole[places.index(place)]) for number, place in enumerate(own))
             seen |= {*own}
         assert seen == {*places}
 
@@ -205,20 +215,24 @@ def test_looks_begin_with_a_state_of_zero_and_leave_those_of_the_run_alone(tmp_p
     tested = config_of(tmp_path / "tested", store, periods={"train": ["/2000-01-17"], "test": dates})
     losses_of_run(tested)
     (evaluation,) = run_on_ranks(ONE, lambda mesh: evaluated(tested, mesh, samples=3))
-    rows = [json.loads(line) for line in (looking.run_dir / "validation.jsonl").read_text().splitlines()]
-    assert [row["rmse"] for row in rows] == pytest.approx([skill.rmse for skill in evaluation.skills], rel=1e-6)
+    assert [row["rmse"] for row in skills_in(looking.run_dir)] == pytest.approx(
+        [skill.rmse for skill in evaluation.skills], rel=1e-6
+    )
 
 
 def test_a_state_is_of_the_step_before_once_that_has_ended(tmp_path, store):
     def check(mesh):
         carried, _, order = carried_of(config_of(tmp_path, store), mesh)
-        state = [(torch.rand(SAMPLES, 8, 11, 14), torch.rand(SAMPLES, 8, 11, 14))]
+        cells, past = torch.rand(2, SAMPLES, 8, 11, 14), torch.rand(SAMPLES, 7, 16)
+        state = NetworkState((tuple(cells),), Past(past, past[..., 0] > 0.5))
         carried.after(state)
         assert carried.before(SOME_FOLLOW, 0) is None and carried.saved(SOME_FOLLOW) is None
         carried.end_step(applied=True)
         follows = torch.tensor([order.follows(SOME_FOLLOW, place) for place in range(SAMPLES)])
-        for got, given in zip(carried.before(SOME_FOLLOW, 0)[0], state[0], strict=True):
-            assert torch.equal(got, given.where(follows[:, None, None, None], 0))
+        got = carried.before(SOME_FOLLOW, 0).tensors()
+        for name, given in state.tensors().items():
+            follow = follows.view(-1, *[1] * (given.dim() - 1))
+            assert torch.equal(got[name], given.where(follow, torch.zeros_like(given)))
         carried.after(state)
         carried.end_step(applied=False)
         return carried.before(SOME_FOLLOW, 0), carried.saved(SOME_FOLLOW)
@@ -286,30 +300,6 @@ def test_a_step_that_is_given_up_leaves_the_states_of_the_one_before(tmp_path, s
     assert run_on_ranks(ONE, check) == [EXIT_STOPPED]
     assert [one.step for one in checkpoints_in(config.run_dir)] == [SOME_FOLLOW]
     assert losses_of_run(config) == whole
-
-
-def test_a_checkpoint_of_before_there_were_states_can_be_gone_on_from(tmp_path, store):
-    config = config_of(tmp_path, store, stateful_windows=0)
-    whole = losses_of_run(config)
-    without_its_end(config, tmp_path / "away")
-    rewrite_as_format_4(checkpoints_in(config.run_dir)[-1].path)
-    assert losses_of_run(config) == whole
-
-
-def test_a_run_of_before_there_were_states_goes_on_without(tmp_path, store):
-    losses_of_run(config_of(tmp_path, store, stateful_windows=0))
-    rewrite_as_format_4(checkpoints_in(tmp_path / "run")[-1].path)
-    with pytest.raises(AssertionError, match=r"holds a run with training\.stateful_windows=0, this config says 3"):
-        losses_of_run(config_of(tmp_path, store))
-
-
-def rewrite_as_format_4(directory):
-    def change(tree):
-        assert tree["format"] == FORMAT and not tree.pop("states")
-        tree["format"] = "faconv_hpc checkpoint 4"
-        tree["identity"].pop("training.stateful_windows")
-
-    rewrite_manifest(directory, change)
 
 
 def test_states_that_can_no_longer_be_read_are_said(tmp_path, store):

@@ -20,7 +20,7 @@ from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.trainer import train
 from faconv_hpc.training.validation import Validation
 from ranks import Layout, run_on_ranks
-from runs import evaluated, make_store, small_config
+from runs import evaluated, make_store, skills_in, small_config
 
 ONE = Layout(1, 1, 1)
 DATES = "2000-01-02T18/2000-01-03T18"  # frames 7 to 11 of 16
@@ -38,6 +38,9 @@ def config_of(directory, store, layout=ONE, data=None, **training):
     mesh = {"replicas": layout.replicas, "lat": layout.lat, "lon": layout.lon}
     training = TRAINING | {"micro_batch": 2 // layout.replicas} | training
     return small_config(directory, store, mesh=mesh, data=data or DATA, training=training)
+
+
+OF_EMBEDDINGS = {"step", "forecast_loss", "embedding_loss", "effective_rank", "calendar_share", "probe_r2"}
 
 
 def trained(config, layout=ONE):
@@ -64,11 +67,15 @@ def alone(tmp_path_factory, store):
 def looks_of(tmp_path_factory, store, alone):
     """What one rank sees with so many samples."""
     three = config_of(tmp_path_factory.mktemp("three"), store, validate_samples=3)
-    return {32: alone[1], 3: trained(three)}
+    trained(three)
+    return {samples: skills_in(config.run_dir) for samples, config in ((32, alone[0]), (3, three))}
 
 
 def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_path, store, alone, looks_of):
-    config, rows = alone
+    config, rows = alone[0], skills_in(alone[0].run_dir)
+    embeddings = [row for row in alone[1] if row not in rows]
+    assert [row["step"] for row in embeddings] == [2, 4, 6] and all(set(row) == OF_EMBEDDINGS for row in embeddings)
+    assert all(row["embedding_loss"] > 0 and row["effective_rank"] > 1 for row in embeddings)
     expected = [(step, lead, name) for step in (2, 4, 6) for lead in (1, 2) for name in ("wave_0", "wave_1")]
     assert [(row["step"], row["lead"], row["variable"]) for row in rows] == expected
     assert rows[0]["rmse"] != rows[4]["rmse"] and rows[0]["persistence_rmse"] == rows[4]["persistence_rmse"]
@@ -91,9 +98,14 @@ def test_validation_changes_nothing_in_training_and_is_what_evaluation_says(tmp_
     ids=str,
 )
 @pytest.mark.every(2)
-def test_on_every_mesh_it_is_the_same(tmp_path, store, looks_of, layout, zero_stage, samples):
+def test_on_every_mesh_it_is_the_same(tmp_path, store, alone, looks_of, layout, zero_stage, samples):
     """Four windows; with three samples two replicas have one that counts for neither."""
-    rows = trained(config_of(tmp_path, store, layout, zero_stage=zero_stage, validate_samples=samples), layout)
+    config = config_of(tmp_path, store, layout, zero_stage=zero_stage, validate_samples=samples)
+    every, rows = trained(config, layout), skills_in(config.run_dir)
+    if samples == 32:
+        for got, expected in zip(every, alone[1], strict=True):
+            for name in OF_EMBEDDINGS & set(got) - {"step", "calendar_share"}:
+                assert got[name] == pytest.approx(expected[name], rel=1e-4)
     for name in ("rmse", "persistence_rmse", "climatology_rmse"):
         want = [row[name] for row in looks_of[samples]]
         np.testing.assert_allclose([row[name] for row in rows], want, rtol=1e-6)
@@ -103,20 +115,20 @@ def test_killed_between_a_step_and_its_validation_a_run_continues_bit_for_bit(tm
     config, rows = config_of(tmp_path, store), alone[1]
 
     def cut(mesh):
-        skills = Validation.skills
+        look = Validation.look
 
         def interrupted(self, may_go_on):
             if rows_of(config):
                 raise KeyboardInterrupt
-            return skills(self, may_go_on)
+            return look(self, may_go_on)
 
-        Validation.skills = interrupted
+        Validation.look = interrupted
         try:
             train(config, mesh)
         except KeyboardInterrupt:
             return 1
         finally:
-            Validation.skills = skills
+            Validation.look = look
 
     assert run_on_ranks(ONE, cut) == [1] and {row["step"] for row in rows_of(config)} == {2}
     assert trained(config) == rows and losses_of(config) == losses_of(alone[0])

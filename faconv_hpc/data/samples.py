@@ -59,6 +59,10 @@ class Batch:
                 known_BTCYX[:, :, field] = self.inputs_BTCYX[:, :, place]
         return known_BTCYX
 
+    def first(self, steps: int) -> "Batch":
+        """The same samples, of the first steps alone."""
+        return self._map(lambda tensor: tensor[:, :steps])
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

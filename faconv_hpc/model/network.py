@@ -18,8 +18,10 @@ from .feedback import Feedback
 from .layer import FAConvLSTM2d
 from .losses import Loss, area_mean_squared_error, free_run_loss, shared_mean_squared_error
 from .recurrence import State
+from .rules import check_coarse
 from .segments import Segments
-from .subspace import SubspaceHead, coarse_means
+from .state import NetworkState, Past
+from .subspace import SubspaceHead, coarse_at_leads, coarse_means
 
 CELLS = {"faconvlstm": FAConvLSTM2d, "convlstm": ConvLSTM2d}
 
@@ -32,9 +34,10 @@ class NetworkOutput:
         forecast_BTCYX: what is forecast at each step for the next: changes, then diagnostics.
         fields: how many of its channels are changes.
         window: how many of the steps had inputs that were given; from then on it ran freely.
-        embedding_BTE: z, one per step.
-        coarse_BTCRS: the field of each step as the embedding knows it, R x S regions.
-        state: per layer (h, c) after the last step.
+        embedding_BTE: z, one per step; of what came until then.
+        coarse_BTKCRS: the field of each step, and of each of the K - 1 that follow it, as its embedding knows it, R x S
+            regions.
+        state: after the last step.
         window_state: the same after the window, what a window that follows it goes on from.
         valid_BT: the steps that count in the losses; None: all.
     """
@@ -43,9 +46,9 @@ class NetworkOutput:
     fields: int
     window: int
     embedding_BTE: Tensor
-    coarse_BTCRS: Tensor
-    state: tuple[State, ...]
-    window_state: tuple[State, ...]
+    coarse_BTKCRS: Tensor
+    state: NetworkState
+    window_state: NetworkState
     valid_BT: Tensor | None = None
 
     @property
@@ -61,10 +64,11 @@ class NetworkOutput:
 
 @dataclass(frozen=True)
 class TrainingLosses:
-    """The loss of a micro-batch and its part from the forecast."""
+    """The loss of a micro-batch, and apart what is in it of the forecast of the next step and of the embedding."""
 
     total: Loss
     forecast: Loss
+    embedding: Loss
 
 
 class _InInputsType(nn.Conv2d):
@@ -102,8 +106,9 @@ class FAConvLSTMNetwork(nn.Module):
         diagnostic_channels: what is forecast besides, and is no input.
         residual: every layer but the first adds what it says to what it was given, and the forecast sees the inputs.
             Gates saturate; a forecast that is linear in the fields can hold back what has grown too large.
-        embedding_channels, coarse_shape: see `SubspaceHead`.
-        embedding_weight: weight of the coarse field's error in the loss.
+        embedding_channels, coarse_shape, seasonal_encoding: see `SubspaceHead`.
+        embedding_past, embedding_leads: its ``past`` and ``leads``.
+        embedding_weight: weight of the coarse fields' error in the loss.
         checkpoint_steps: length of the time segments that are computed again in backward instead of
             being stored, see `Segments`; 0 stores everything.
         cell: ``"faconvlstm"``, or ``"convlstm"`` for the baseline.
@@ -123,7 +128,10 @@ class FAConvLSTMNetwork(nn.Module):
         diagnostic_channels: int = 0,
         residual: bool = True,
         embedding_channels: int = 32,
-        coarse_shape: tuple[int, int] = (6, 12),
+        coarse_shape: tuple[int, int] = (3, 6),
+        embedding_past: int = 8,
+        embedding_leads: int = 2,
+        seasonal_encoding: bool = True,
         embedding_weight: float = 0.1,
         checkpoint_steps: int = 0,
         cell: str = "faconvlstm",
@@ -145,7 +153,15 @@ class FAConvLSTMNetwork(nn.Module):
         targets = field_channels + diagnostic_channels
         self.residual = residual
         self.forecast = ForecastHead(hidden_channels, in_channels if residual else 0, targets)
-        self.subspace = SubspaceHead(hidden_channels, embedding_channels, field_channels, coarse_shape)
+        self.subspace = SubspaceHead(
+            hidden_channels,
+            embedding_channels,
+            field_channels,
+            coarse_shape,
+            past=embedding_past,
+            leads=embedding_leads,
+            seasonal_encoding=seasonal_encoding,
+        )
         for parameter in self.forecast.parameters():
             nn.init.zeros_(parameter)  # the first forecast is persistence, exactly
 
@@ -155,12 +171,14 @@ class FAConvLSTMNetwork(nn.Module):
         year_fraction_BT: Tensor,
         *,
         domain: Domain | None = None,
-        state: Sequence[State] | None = None,
+        state: NetworkState | None = None,
         first_step: int = 0,
         valid_BT: Tensor | None = None,
         feedback: Feedback | None = None,
     ) -> NetworkOutput:
-        """Runs a sequence; see `FAConvLSTM2d.forward` for state, first_step and valid_BT.
+        """Runs a sequence; see `FAConvLSTM2d.forward` for first_step and valid_BT.
+
+        One that is continued in pieces, from the ``state`` of the piece before, gives what it gives as a whole.
 
         Args:
             x_BTCYX: normalized fields and forcings of this tile; float32 where the weights are in bf16, too: rounded to
@@ -170,9 +188,10 @@ class FAConvLSTMNetwork(nn.Module):
         """
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         self._check_boundaries(domain)
+        check_coarse(self.subspace.coarse_shape, domain.grid.nlat, domain.grid.nlon)
         assert feedback is None or valid_BT is None, "samples of different length do not run freely"
         window = x_BTCYX.shape[1] if feedback is None else feedback.window
-        states: Sequence[State | None] = state or [None] * len(self.layers)
+        states: Sequence[State | None] = [None] * len(self.layers) if state is None else state.layers
         forecasts, means = [], []
         given_BTCYX, ahead_BTCYX = x_BTCYX.split([window, x_BTCYX.shape[1] - window], dim=1)
         cut = Segments(self.checkpoint_steps, domain)
@@ -190,10 +209,22 @@ class FAConvLSTMNetwork(nn.Module):
                 forecast, mean, states, change = cut.computed(free, last, x, change, states)
                 forecasts.append(forecast)
                 means.append(mean)
-        embedding_BTE, coarse = self.subspace(torch.cat(means, dim=1), year_fraction_BT, valid_BT)
-        final, at_window = (tuple(one for one in ones if one is not None) for ones in (states, window_states))
+        past = None if state is None else state.past
+        embedding_BTE, coarse, tokens_BTE = self.subspace(torch.cat(means, dim=1), year_fraction_BT, past, valid_BT)
+        final, at_window = (
+            self._state(ones, past, tokens_BTE[:, :end], valid_BT)
+            for ones, end in ((states, tokens_BTE.shape[1]), (window_states, window))
+        )
         forecast = torch.cat(forecasts, dim=1)
         return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, at_window, valid_BT)
+
+    def _state(
+        self, layers: Sequence[State | None], past: Past | None, tokens_BTE: Tensor, valid_BT: Tensor | None
+    ) -> NetworkState:
+        """After steps of these tokens."""
+        return NetworkState(
+            tuple(one for one in layers if one is not None), self.subspace.after(past, tokens_BTE, valid_BT)
+        )
 
     def _change(self, forecast_BCYX: Tensor) -> Tensor:
         """Of the fields, in float32 or better, as it is summed up."""
@@ -228,7 +259,7 @@ class FAConvLSTMNetwork(nn.Module):
         weights: tuple[float, ...] | None = None,
         lead_weights: tuple[float, ...] = (),
     ) -> TrainingLosses:
-        """What training minimizes, and its part from the forecast of the next step within the window.
+        """What training minimizes, and apart the forecast of the next step within the window, and the embedding.
 
         See `forecast_loss`, `embedding_loss` and `free_run_loss`: where the network runs freely after the window of W
         steps, for each lead from 2 on, the mean over W steps and leads counts, each lead with its weight.
@@ -245,7 +276,8 @@ class FAConvLSTMNetwork(nn.Module):
             given = output.forecast_BTCYX, target_BTCYX, domain, valid
             free = free_run_loss(*given, weights, tuple(of_leads), fields=output.fields, window=output.window)
             whole = forecast * (1 - share) + free * share
-        return TrainingLosses(whole + self.embedding_loss(output, x_BTCYX, domain, known), forecast)
+        embedding = self.embedding_loss(output, x_BTCYX, domain, known)
+        return TrainingLosses(whole + embedding * self.embedding_weight, forecast, embedding)
 
     def forecast_loss(
         self,
@@ -274,7 +306,7 @@ class FAConvLSTMNetwork(nn.Module):
     def embedding_loss(
         self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain, known_BTCYX: Tensor | None = None
     ) -> Loss:
-        """Weighed error of the coarse fields that the embeddings map to.
+        """Error of the coarse fields that the embeddings map to, at each step and at the leads that the sequence has.
 
         Args:
             output: of `forward` on ``x_BTCYX``, whose first channels are the fields.
@@ -282,11 +314,9 @@ class FAConvLSTMNetwork(nn.Module):
                 known cells, a region without any counts in no loss. Default: all are known.
         """
         fields = x_BTCYX[:, :, : self.field_channels]
-        coarse, counts = coarse_means(fields, domain, self.subspace.coarse_shape, known_BTCYX)
-        if output.valid_BT is not None:
-            steps = output.valid_BT[:, :, None, None, None]
-            counts = steps.expand_as(coarse) if counts is None else counts & steps
-        return shared_mean_squared_error(output.coarse_BTCRS, coarse, counts) * self.embedding_weight
+        means, counts = coarse_means(fields, domain, self.subspace.coarse_shape, known_BTCYX)
+        target, counts = coarse_at_leads(means, counts, output.valid_BT, self.subspace.leads)
+        return shared_mean_squared_error(output.coarse_BTKCRS, target, counts)
 
     def _segment(
         self,
@@ -303,7 +333,7 @@ class FAConvLSTMNetwork(nn.Module):
             h_BTCYX = h_BTCYX + out_BTCYX if number and self.residual else out_BTCYX
             after.append(last)
         forecast = self.forecast(h_BTCYX.flatten(0, 1), x_BTCYX.flatten(0, 1))
-        return forecast.unflatten(0, h_BTCYX.shape[:2]), domain.mean(h_BTCYX), after
+        return forecast.unflatten(0, h_BTCYX.shape[:2]), domain.mean(h_BTCYX, self.subspace.coarse_shape), after
 
     def _free_segment(
         self,

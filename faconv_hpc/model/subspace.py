@@ -1,4 +1,4 @@
-"""The subspace head: one embedding per time step, refined over the sequence, and a coarse map back."""
+"""The subspace head: an embedding of every step from its past alone, and a coarse map of it, now and later."""
 
 import math
 
@@ -9,14 +9,23 @@ from torch.nn import functional
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .rules import check_coarse
+from .state import Past
+
+REGION_SHARE = 4  # channels of a region are so many times fewer than those of the embedding
+HARMONICS = 4  # of the year that the seasonal encoding has
 
 
 class SubspaceHead(nn.Module):
-    """Embeds the state of the globe at every step, and maps the embedding to a coarse field.
+    """Embeds the state of the globe at every step, and maps the embedding to coarse fields.
 
-    ``e_t = W_e mean_area(h_t)``; to it a fixed seasonal encoding is added, sine and cosine harmonics of
-    the day of the year, and one pre-norm transformer block over the sequence gives ``z_TE``. The linear
-    map from z to a field of ``coarse_shape`` regions trains the embedding to hold the large scales.
+    ``e_t = W_e r_t``, where r are the means of h over ``coarse_shape`` regions, each narrowed by the same ``W_r`` to
+    E / 4 channels. To it comes a seasonal encoding, harmonics of the day of the year by a matrix that begins at 0: what
+    the calendar has in z is what training put there. One pre-norm transformer block gives ``z_TE``; step t attends to
+    itself and the steps before it, ``past`` in all, with a bias by their age. So z of a time depends on nothing that
+    comes after it.
+
+    What z is trained to hold: one linear map takes it to the field of ``coarse_shape`` regions at its step, and with
+    ``z + A z``, again and again, in place of z, to the fields of the ``leads`` steps that follow.
 
     Every tile computes the same numbers from the same means; nothing is communicated here.
 
@@ -25,6 +34,9 @@ class SubspaceHead(nn.Module):
         embedding_channels: E, even, a multiple of ``heads``.
         field_channels: C of the coarse field.
         coarse_shape: (rows, columns) of regions.
+        past: steps that a step attends to, itself among them.
+        leads: steps ahead of which the coarse field is told, too.
+        seasonal_encoding: whether there is one.
         heads: of the temporal attention.
     """
 
@@ -34,6 +46,10 @@ class SubspaceHead(nn.Module):
         embedding_channels: int,
         field_channels: int,
         coarse_shape: tuple[int, int],
+        *,
+        past: int = 8,
+        leads: int = 2,
+        seasonal_encoding: bool = True,
         heads: int = 4,
     ) -> None:
         super().__init__()
@@ -42,47 +58,93 @@ class SubspaceHead(nn.Module):
                 f"embedding_channels={embedding_channels} over {heads} heads must give each head an even number. "
                 f"Use a multiple of {2 * heads}."
             )
-        self.heads, self.coarse_shape, self.field_channels = heads, coarse_shape, field_channels
-        self.embed = nn.Linear(hidden_channels, embedding_channels)
+        if past < 1:
+            raise InputError(f"embedding_past={past} must be 1 (a step attends to itself alone) or more.")
+        if leads < 0:
+            raise InputError(f"embedding_leads={leads} must be 0 (the coarse field of the step alone) or more.")
+        self.heads, self.field_channels, self.past, self.leads = heads, field_channels, past, leads
+        self.coarse_shape = (coarse_shape[0], coarse_shape[1])
+        narrow = max(embedding_channels // REGION_SHARE, 1)
+        self.region = nn.Linear(hidden_channels, narrow)
+        self.embed = nn.Linear(narrow * math.prod(coarse_shape), embedding_channels)
+        self.season = nn.Linear(2 * HARMONICS, embedding_channels, bias=False) if seasonal_encoding else None
         self.attention_norm = nn.LayerNorm(embedding_channels)
         self.qkv = nn.Linear(embedding_channels, 3 * embedding_channels)
+        self.bias_of_age = nn.Parameter(torch.zeros(past, heads))
         self.attention_out = nn.Linear(embedding_channels, embedding_channels)
         self.mlp_norm = nn.LayerNorm(embedding_channels)
         self.mlp_in = nn.Linear(embedding_channels, 2 * embedding_channels)
         self.mlp_out = nn.Linear(2 * embedding_channels, embedding_channels)
+        self.ahead = nn.Linear(embedding_channels, embedding_channels, bias=False) if leads else None
         self.to_coarse = nn.Linear(embedding_channels, field_channels * math.prod(coarse_shape))
+        for begins_at_0 in (self.season, self.ahead):
+            if begins_at_0 is not None:
+                nn.init.zeros_(begins_at_0.weight)
 
     def forward(
-        self, mean_BTC: Tensor, year_fraction_BT: Tensor, valid_BT: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """From the mean of h at every step to z (B, T, E) and the coarse field (B, T, C, rows, columns).
+        self,
+        means_BTCRS: Tensor,
+        year_fraction_BT: Tensor,
+        past: Past | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From the means of h at every step to what is known of it.
 
         Args:
-            mean_BTC: area-weighted mean of the last layer's h.
+            means_BTCRS: area-weighted means of the last layer's h, see `Domain.mean`.
             year_fraction_BT: position in the year, 0 to 1, float64, from real timestamps.
+            past: of the steps before; default: there were none.
             valid_BT: bool, steps that others may attend to; default: all.
-        """
-        e_BTE = self.embed(mean_BTC)
-        z_BTE = e_BTE + seasonal_encoding(year_fraction_BT, e_BTE.shape[-1]).to(e_BTE.dtype)
-        z_BTE = z_BTE + self._attend(self.attention_norm(z_BTE), valid_BT)
-        z_BTE = z_BTE + self.mlp_out(functional.silu(self.mlp_in(self.mlp_norm(z_BTE))))
-        coarse = self.to_coarse(z_BTE).unflatten(-1, (self.field_channels, *self.coarse_shape))
-        return z_BTE, coarse
 
-    def _attend(self, z_BTE: Tensor, valid_BT: Tensor | None) -> Tensor:
-        qkv = self.qkv(z_BTE).unflatten(-1, (3, self.heads, -1))
+        Returns:
+            z (B, T, E), the coarse fields (B, T, 1 + leads, C, R, S), and the tokens (B, T, E) that `Past` keeps.
+        """
+        r_BTRSN = self.region(means_BTCRS.movedim(2, -1))
+        token_BTE = self.embed(r_BTRSN.flatten(2))
+        if self.season is not None:
+            token_BTE = token_BTE + self.season(seasonal_encoding(year_fraction_BT, HARMONICS).to(token_BTE.dtype))
+        past = Past.none(token_BTE, self.past - 1) if past is None else past
+        z_BTE = token_BTE + self._attend(token_BTE, past, valid_BT)
+        z_BTE = z_BTE + self.mlp_out(functional.silu(self.mlp_in(self.mlp_norm(z_BTE))))
+        at_leads = [z_BTE]
+        while self.ahead is not None and len(at_leads) <= self.leads:
+            at_leads.append(at_leads[-1] + self.ahead(at_leads[-1]))
+        coarse = self.to_coarse(torch.stack(at_leads, dim=2)).unflatten(-1, (self.field_channels, *self.coarse_shape))
+        return z_BTE, coarse, token_BTE
+
+    def after(self, past: Past | None, token_BTE: Tensor, valid_BT: Tensor | None = None) -> Past:
+        """What is kept for the steps that follow these."""
+        past = Past.none(token_BTE, self.past - 1) if past is None else past
+        return past.then(token_BTE, valid_BT).newest(self.past - 1)
+
+    def _attend(self, token_BTE: Tensor, past: Past, valid_BT: Tensor | None) -> Tensor:
+        steps = token_BTE.shape[1]
+        seen_BNE = self.attention_norm(torch.cat([past.tokens_BNE.to(token_BTE.dtype), token_BTE], dim=1))
+        qkv = self.qkv(seen_BNE).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        keys = None
-        if valid_BT is not None:  # a sample without any valid step attends to all: it counts in no loss
-            keys = (valid_BT | ~valid_BT.any(1, keepdim=True))[:, None, None, :]
-        mixed_BHTD = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        bias_BHTN = self._bias(past, token_BTE, valid_BT)
+        mixed_BHTD = functional.scaled_dot_product_attention(q[:, :, -steps:], k, v, attn_mask=bias_BHTN)
         attended: Tensor = self.attention_out(mixed_BHTD.transpose(1, 2).flatten(2))
         return attended
 
+    def _bias(self, past: Past, token_BTE: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """(B, H, T, N) of the logits: by age, in steps that were valid; what is not there, or too old, has none."""
+        steps = token_BTE.shape[1]
+        valid_BT = torch.ones_like(token_BTE[..., 0], dtype=torch.bool) if valid_BT is None else valid_BT
+        there_BN = torch.cat([past.there_BN, valid_BT], dim=1)
+        count_BN = there_BN.long().cumsum(1)
+        age_BTN = count_BN[:, -steps:, None] - count_BN[:, None, :]
+        order_N = torch.arange(there_BN.shape[1], device=there_BN.device)
+        own_TN = order_N[-steps:, None] == order_N  # a step that is not valid has itself: it counts in no loss
+        seen_BTN = there_BN[:, None] & (order_N[-steps:, None] >= order_N) & (age_BTN < self.past) | own_TN
+        of_age_BTNP = functional.one_hot(age_BTN.clamp(0, self.past - 1), self.past).to(self.bias_of_age.dtype)
+        bias_BHTN = (of_age_BTNP @ self.bias_of_age).permute(0, 3, 1, 2)
+        return bias_BHTN.masked_fill(~seen_BTN[:, None], -math.inf).to(token_BTE.dtype)
 
-def seasonal_encoding(year_fraction_BT: Tensor, channels: int) -> Tensor:
-    """(B, T, channels): sine and cosine of the first channels / 2 harmonics of the year."""
-    harmonic = torch.arange(1, channels // 2 + 1, device=year_fraction_BT.device, dtype=torch.float64)
+
+def seasonal_encoding(year_fraction_BT: Tensor, harmonics: int) -> Tensor:
+    """(B, T, 2 harmonics): sine and cosine of the first harmonics of the year."""
+    harmonic = torch.arange(1, harmonics + 1, device=year_fraction_BT.device, dtype=torch.float64)
     angle = 2 * math.pi * year_fraction_BT.double()[..., None] * harmonic
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
@@ -91,10 +153,9 @@ def seasonal_encoding(year_fraction_BT: Tensor, channels: int) -> Tensor:
 def coarse_means(
     x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int], known_BTCYX: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Area-weighted means of x over regions of whole cells: (B, T, C, rows, columns) on every tile.
+    """Area-weighted means of x over regions of whole cells: (B, T, C, R, S) on every tile.
 
-    A target, not for use inside the network: gradients do not flow. Row r of the grid belongs to region
-    row ``floor(r * rows / nlat)``, columns alike.
+    A target, not for use inside the network: gradients do not flow. The regions are those of `Domain.mean`.
 
     Args:
         x_BTCYX: this tile's cells; 0 where missing.
@@ -105,20 +166,26 @@ def coarse_means(
     """
     check_coarse(coarse_shape, domain.grid.nlat, domain.grid.nlon)
     if known_BTCYX is None:
-        return _region_means(x_BTCYX, domain, coarse_shape), None
-    known = _region_means(known_BTCYX, domain, coarse_shape)
-    means = _region_means(x_BTCYX * known_BTCYX, domain, coarse_shape)
+        return domain.mean(x_BTCYX, coarse_shape), None
+    known = domain.mean(known_BTCYX, coarse_shape)
+    means = domain.mean(x_BTCYX * known_BTCYX, coarse_shape)
     return means / known.clamp_min(torch.finfo(known.dtype).eps), known > 0
 
 
-def _region_means(x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int]) -> Tensor:
-    rows = _shares(domain.coordinates.row_areas(x_BTCYX), coarse_shape[0])[:, slice(*domain.tile.rows)]
-    columns = _shares(x_BTCYX.new_ones(domain.grid.nlon), coarse_shape[1])[:, slice(*domain.tile.columns)]
-    return domain.total(rows @ x_BTCYX @ columns.T)
+def coarse_at_leads(
+    means_BTCRS: Tensor, counts_BTCRS: Tensor | None, valid_BT: Tensor | None, leads: int
+) -> tuple[Tensor, Tensor]:
+    """The coarse fields of each step and of those after it, (B, T, 1 + leads, C, R, S), and which of them count.
 
-
-def _shares(weights: Tensor, parts: int) -> Tensor:
-    """(parts, N) matrix that averages N weighed cells over consecutive parts."""
-    part = torch.arange(weights.numel(), device=weights.device) * parts // weights.numel()
-    member = functional.one_hot(part, parts).T.to(weights.dtype) * weights
-    return member / member.sum(1, keepdim=True)
+    Those beyond the last step do not, and none of or from a step that is not valid.
+    """
+    steps = means_BTCRS.shape[1]
+    now = torch.arange(steps, device=means_BTCRS.device)[:, None]
+    at_TK = now + torch.arange(1 + leads, device=means_BTCRS.device)
+    place_TK = at_TK.clamp_max(steps - 1)
+    counts = (at_TK < steps)[None]
+    if valid_BT is not None:
+        counts = counts & valid_BT[:, place_TK] & valid_BT[:, :, None]
+    target = means_BTCRS[:, place_TK]
+    counts = counts[..., None, None, None].expand_as(target)
+    return target, counts if counts_BTCRS is None else counts & counts_BTCRS[:, place_TK]

@@ -1,12 +1,14 @@
-"""The area-weighted mean over all tiles: started early, waited for late. No autograd here, see operations.py."""
+"""Area-weighted means over all tiles: started early, waited for late. No autograd here, see operations.py."""
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..observe import Clock
 from .collectives import Finish, at_least_float32, start_sum
+from .coordinates import Coordinates
 
 
 class AreaMean:
@@ -34,3 +36,57 @@ class AreaMean:
     def by_row(self, total: Tensor) -> Tensor:
         """The gradient at every owned cell of a row, (..., Y, 1): its weight times the mean's gradient."""
         return total[..., None, None] * self._row_weights(total)[:, None]
+
+    def by_cell(self, total: Tensor, columns: int, kind: torch.dtype) -> Tensor:
+        """The same of every owned cell, (..., Y, X), in a type; only rows are in memory."""
+        by_row = self.by_row(total).to(kind)
+        return by_row.expand(*by_row.shape[:-1], columns)
+
+
+class RegionMeans:
+    """The same over each of R x S regions of whole cells, of all tiles, in one sum.
+
+    Row r of the grid belongs to region row ``floor(r R / nlat)``, columns alike.
+
+    Args:
+        regions: (R, S); every region has cells.
+        coordinates: of the tile.
+        group, clock: see `AreaMean`.
+    """
+
+    def __init__(
+        self, regions: tuple[int, int], coordinates: Coordinates, group: dist.ProcessGroup | None, clock: Clock
+    ) -> None:
+        self._regions, self._coordinates, self._group, self._clock = regions, coordinates, group, clock
+
+    def start(self, x: Tensor) -> Finish:
+        """The means (..., R, S) of x (..., Y, X), in float32 or better."""
+        kind = at_least_float32(x.dtype)
+        spans = self._coordinates.spans_of_columns(self._regions[1])
+        by_column = torch.stack([x[..., span].sum(-1, dtype=kind) for span in spans], dim=-1)
+        rows, columns = self._shares(by_column)
+        return start_sum((rows @ by_column) * columns, self._group, self._clock, "mean")
+
+    def start_gradient(self, grad_means: Tensor) -> Finish:
+        """The sum over tiles of the gradients of the means, which every tile has used."""
+        share = grad_means.to(at_least_float32(grad_means.dtype), copy=True).contiguous()
+        return start_sum(share, self._group, self._clock, "adjoint of mean")
+
+    def by_cell(self, total: Tensor, columns: int, kind: torch.dtype) -> Tensor:
+        """The gradient at every owned cell, (..., Y, X): its weight times that of its region's mean."""
+        rows, per_column = self._shares(total)
+        by_region = (rows.T @ (total * per_column)).to(kind)
+        spans = self._coordinates.spans_of_columns(self._regions[1])
+        parts = [by_region[..., place, None].expand(*by_region.shape[:-1], _length(span))
+                 for place, span in enumerate(spans)]  # fmt: skip
+        cells = torch.cat(parts, dim=-1)
+        assert cells.shape[-1] == columns, "every owned column lies in one region"
+        return cells
+
+    def _shares(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, Y) of each owned row in the columns of its region, and (S,) of each column."""
+        return self._coordinates.shares_in_regions(self._regions, like)
+
+
+def _length(span: slice) -> int:
+    return int(span.stop - span.start)

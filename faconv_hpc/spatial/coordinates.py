@@ -1,6 +1,7 @@
 """What the owned cells of a tile know about their place, as tensors of the type and device that is asked for."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,20 +21,32 @@ class Coordinates:
 
     def __init__(self, grid: LatLonGrid, tile: Tile) -> None:
         self._grid = grid
-        self._rows, _ = tile.slices
+        self._rows, self._columns = tile.slices
         self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def row_weights(self, like: Tensor) -> Tensor:
         """(Y,) the share of each owned row's cell in the area of the whole grid."""
         return self._like("weight", lambda: self._grid.cell_area_sr[self._rows] / self._grid.total_area_sr, like)
 
-    def row_areas(self, like: Tensor) -> Tensor:
-        """(nlat,) relative area of a cell in each row of the grid, 1 on average."""
-        return self._like("area", lambda: self._grid.cell_area_sr / self._grid.cell_area_sr.mean(), like)
-
     def log_areas(self, like: Tensor) -> Tensor:
-        """(nlat,) their logarithm, as far as float32 goes: the row of a pole itself has hardly any."""
+        """(nlat,) logarithm of the relative area of a cell in each row of the grid, as far as float32 goes: the row of
+        a pole itself has hardly any."""
         return self._like("log area", self._log_areas, like)
+
+    def shares_in_regions(self, regions: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of R x S regions, see `RegionMeans`: (R, Y) the share of each owned row's cell in the area of a column of its
+        region, 0 in the others, and (S,) the share of a column in its region."""
+        rows, columns = regions
+        return (
+            self._like(f"rows of {rows} regions", lambda: self._shares_of_rows(rows), like),
+            self._like(f"columns of {columns} regions", lambda: 1 / np.bincount(_part(self._grid.nlon, columns)), like),
+        )
+
+    def spans_of_columns(self, regions: int) -> list[slice]:
+        """The owned columns, counted from the tile's first, of each of so many regions from west to east."""
+        part = _part(self._grid.nlon, regions)[self._columns]
+        edges = np.searchsorted(part, np.arange(regions + 1)).tolist()
+        return [slice(*edge) for edge in pairwise(edges)]
 
     def turns_of_longitude(self, harmonics: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(nlon, 1, harmonics) cosines and sines of so many harmonics of all columns' longitudes, from 1."""
@@ -46,6 +59,11 @@ class Coordinates:
     def pole_taper(self, like: Tensor) -> Tensor:
         """(Y,) cosine of the owned rows' latitudes where the grid ends at a pole, ones on other grids."""
         return self._like("taper", self._taper, like)
+
+    def _shares_of_rows(self, regions: int) -> NDArray[np.float64]:
+        areas = (np.arange(regions)[:, None] == _part(self._grid.nlat, regions)) * self._grid.cell_area_sr
+        shares: NDArray[np.float64] = areas / areas.sum(1, keepdims=True)
+        return shares[:, self._rows]
 
     def _log_areas(self) -> NDArray[np.float64]:
         areas: NDArray[np.float64] = self._grid.cell_area_sr / self._grid.cell_area_sr.mean()
@@ -70,3 +88,8 @@ class Coordinates:
             with torch.inference_mode(False):  # made while evaluating, they serve training too
                 self._made[key] = torch.from_numpy(values().copy()).to(dtype=like.dtype, device=like.device)
         return self._made[key]
+
+
+def _part(cells: int, parts: int) -> NDArray[np.int64]:
+    """(cells,) to which of so many parts each belongs."""
+    return np.arange(cells) * parts // cells

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..observe import Clock
-from .area_mean import AreaMean
+from .area_mean import AreaMean, RegionMeans
 from .axis import DIMS, Axis
 from .collectives import gathered_hashes, start_sum
 from .coordinates import Coordinates
@@ -58,6 +58,7 @@ class Domain:
         self._halo_exchanges: dict[int, HaloExchange] = {}
         self.coordinates = Coordinates(grid, self.tile)
         self._area_mean = AreaMean(self.coordinates.row_weights, self.mesh.tile_group, self.clock)
+        self._region_means: dict[tuple[int, int], RegionMeans] = {}
 
     @staticmethod
     @lru_cache(maxsize=16)
@@ -120,15 +121,18 @@ class Domain:
         owned_LNC: Tensor = SwapBack.call(x_LNC, self.axis(axis), lines, self.remembered)
         return owned_LNC
 
-    def mean(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor, regions: tuple[int, int] | None = None) -> Tensor:
         """Area-weighted mean of x (..., Y, X) over all tiles: (...), the same on every rank.
 
         For use inside the network. Summed in float32 or better, returned in x's type. Adjoint: the
         sum over tiles of the gradients, spread by area. Every rank's loss depends on the mean, and
         so on every cell of every tile.
+
+        Args:
+            regions: (R, S), for the means over so many regions of whole cells, (..., R, S), see `RegionMeans`.
         """
         self.check_cells(x)
-        mean: Tensor = Mean.call(x, self._area_mean, self.remembered)
+        mean: Tensor = Mean.call(x, self._area_mean if regions is None else self._means_over(regions), self.remembered)
         return mean
 
     def total(self, x: Tensor) -> Tensor:
@@ -189,6 +193,17 @@ class Domain:
         Collective where it is the first of its width, as `halo_exchange`.
         """
         return Surroundings(self.halo_exchange(width), self._area_mean, self.remembered)
+
+    def _means_over(self, regions: tuple[int, int]) -> RegionMeans:
+        """Made once."""
+        if regions not in self._region_means:
+            if regions[0] > self.grid.nlat or regions[1] > self.grid.nlon:
+                raise InputError(
+                    f"{regions[0]} x {regions[1]} regions do not fit a grid of {self.grid.nlat} x {self.grid.nlon} "
+                    f"cells, as each has some. Use at most as many."
+                )
+            self._region_means[regions] = RegionMeans(regions, self.coordinates, self.mesh.tile_group, self.clock)
+        return self._region_means[regions]
 
     def axis(self, name: str) -> Axis:
         """The ranks along ``"lat"`` or ``"lon"`` that share this tile's lines."""

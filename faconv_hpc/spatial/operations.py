@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..autograd import Context, Operation
 from ..observe import Clock
-from .area_mean import AreaMean
+from .area_mean import AreaMean, RegionMeans
 from .axis import Axis
 from .collectives import start_sum
 from .exchange import HaloExchange
@@ -32,10 +32,10 @@ class Pad(Operation):
 
 
 class Mean(Operation):
-    """Area-weighted sum over all tiles going forward; gradients summed over tiles going back."""
+    """Area-weighted sum over all tiles, or over each region, going forward; gradients summed over tiles going back."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, mean: AreaMean, remembered: Remembered) -> Tensor:
+    def forward(ctx: Context, x: Tensor, mean: AreaMean | RegionMeans, remembered: Remembered) -> Tensor:
         ctx.mean, ctx.columns = mean, x.shape[-1]
         # Detached: what autograd returns must not be the tensor on the tape, or the two keep each other alive.
         received: Tensor = remembered(lambda: mean.start(x))()
@@ -44,8 +44,7 @@ class Mean(Operation):
     @staticmethod
     def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None, None]:
         total = ctx.mean.start_gradient(grad_mean)()
-        by_row = ctx.mean.by_row(total).to(grad_mean.dtype)
-        return by_row.expand(*by_row.shape[:-1], ctx.columns), None, None
+        return ctx.mean.by_cell(total, ctx.columns, grad_mean.dtype), None, None
 
 
 class Gather(Operation):

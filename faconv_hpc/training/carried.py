@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..data.order import Order
-from ..model.recurrence import State
+from ..model.state import NetworkState
 from ..observe import LOADING
 from ..spatial.domain import Domain
 from ..spatial.grid import Span, Tile
@@ -18,7 +18,10 @@ from .resume import Resumed
 from .setup import places_of
 from .shards import UnreadableCheckpointError
 
-PARTS = ("h", "c")
+PAST = "past/"
+"""What all tiles have the same of; the rest are a tile's cells."""
+OWN_TYPE = ("c", "there")
+"""Parts whose type is not that of the activations."""
 
 
 class CarriedStates:
@@ -37,8 +40,8 @@ class CarriedStates:
         self._domain, self._order, self._carries = domain, order, bool(config.training.stateful_windows)
         replica, micros = domain.mesh.replica, range(config.training.accumulation)
         self._places = [places_of(config, micro, replica) for micro in micros]
-        self._kept: list[tuple[State, ...]] = []  # of each micro-batch; none where all are zero
-        self._coming: list[tuple[State, ...]] = []
+        self._kept: list[dict[str, Tensor]] = []  # of each micro-batch; none where all are zero
+        self._coming: list[dict[str, Tensor]] = []
 
     @classmethod
     def resumed(
@@ -49,18 +52,18 @@ class CarriedStates:
         carried.load(resumed.directory, resumed.states, activation_type)
         return carried
 
-    def before(self, step: int, micro: int) -> tuple[State, ...] | None:
-        """What the samples of a micro-batch begin with, per layer; zero where none is carried on. None: all are."""
+    def before(self, step: int, micro: int) -> NetworkState | None:
+        """What the samples of a micro-batch begin with; zero where none is carried on. None: all are."""
         follows = self._follows(step, micro)
         if not self._kept or not any(follows):
             return None
-        states = self._kept[micro]
-        return states if all(follows) else tuple((_where(follows, h), _where(follows, c)) for h, c in states)
+        kept = self._kept[micro]
+        return NetworkState.of(kept if all(follows) else {name: _where(follows, one) for name, one in kept.items()})
 
-    def after(self, states: Sequence[State]) -> None:
+    def after(self, state: NetworkState) -> None:
         """Takes what the samples of the next micro-batch of this step have come to."""
         if self._carries:
-            self._coming.append(tuple((h.detach(), c.detach()) for h, c in states))
+            self._coming.append({name: one.detach() for name, one in state.tensors().items()})
 
     def end_step(self, *, applied: bool) -> None:
         """What the step has made of the states is kept; or, where its numbers are not sound, none is."""
@@ -74,16 +77,15 @@ class CarriedStates:
     def saved(self, step: int) -> tuple[StatePiece, dict[str, Tensor]] | None:
         """What a run needs of this rank's to go on after so many steps, in host memory; None: nothing.
 
-        ``LAYER/h`` and ``LAYER/c``, (places, C_h, Y, X), of the places whose next window follows.
+        See `NetworkState.tensors`; the samples are the places whose next window follows.
         """
         parts = [(micro, [n for n, one in enumerate(self._follows(step, micro)) if one]) for micro in self._micros]
         places = [self._places[micro][number] for micro, numbers in parts for number in numbers]
         if not (self._kept and places):
             return None
         tensors = {
-            f"{layer}/{part}": torch.cat([self._kept[micro][layer][at][numbers].cpu() for micro, numbers in parts])
-            for layer in range(len(self._kept[0]))
-            for at, part in enumerate(PARTS)
+            name: torch.cat([self._kept[micro][name][numbers].cpu() for micro, numbers in parts])
+            for name in self._kept[0]
         }
         tile = self._domain.tile
         return StatePiece(places=tuple(places), rows=tile.rows, columns=tile.columns), tensors
@@ -94,7 +96,7 @@ class CarriedStates:
         Args:
             checkpoint: its directory, whose files have been found whole.
             pieces: what each of its files of states has.
-            activation_type: of h; c is float32.
+            activation_type: of all but `OWN_TYPE`.
 
         Raises:
             UnreadableCheckpointError: a file can no longer be read.
@@ -115,9 +117,11 @@ class CarriedStates:
         if not reader.whole:
             return
         device, sizes = self._domain.mesh.device, [len(own) for own in self._places]
-        h, c = ([reader.whole[f"{layer}/{part}"].to(device) for layer in reader.layers] for part in PARTS)
-        split = [(a.to(activation_type).split(sizes), b.split(sizes)) for a, b in zip(h, c, strict=True)]
-        self._kept = [tuple((a[micro], b[micro]) for a, b in split) for micro in self._micros]
+        split = {
+            name: one.to(device, one.dtype if name.endswith(OWN_TYPE) else activation_type).split(sizes)
+            for name, one in reader.whole.items()
+        }
+        self._kept = [{name: parts[micro] for name, parts in split.items()} for micro in self._micros]
 
     @property
     def _micros(self) -> range:
@@ -130,11 +134,6 @@ class _Reader:
     def __init__(self, places: Mapping[int, int], tile: Tile) -> None:
         self._places, self._tile = places, tile
         self.whole: dict[str, Tensor] = {}
-
-    @property
-    def layers(self) -> range:
-        """Of the network."""
-        return range(len(self.whole) // len(PARTS))
 
     def read(self, path: Path, piece: StatePiece) -> None:
         """Takes over the cells and places of a file that are this rank's, too."""
@@ -149,12 +148,13 @@ class _Reader:
         )
         with safe_open(path, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118
-                part = stored.get_slice(key)
+                part, cells = stored.get_slice(key), not key.startswith(PAST)
                 for own, number in common:
-                    values = part[number : number + 1, :, *there]
+                    values = part[number : number + 1, :, *there] if cells else part[number : number + 1]
                     if key not in self.whole:
-                        self.whole[key] = values.new_zeros(len(self._places), values.shape[1], *tile.shape)
-                    self.whole[key][own, :, *here] = values[0]
+                        shape = (values.shape[1], *tile.shape) if cells else values.shape[1:]
+                        self.whole[key] = values.new_zeros(len(self._places), *shape)
+                    self.whole[key][own, :, *(here if cells else ())] = values[0]
 
 
 def _where(follows: Sequence[bool], values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..config import ModelConfig, as_now
+from ..config import ModelConfig
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..files import replacing
@@ -84,7 +84,7 @@ def cycle_in(checkpoint: Checkpoint, contract: Contract) -> AnnualCycle:
 
 def metadata(manifest: Manifest) -> dict[str, str]:
     """What builds the network, its contract, and how its run used it: texts, as safetensors wants them, or JSON."""
-    model = ModelConfig.model_validate(as_now(manifest.config["model"]))
+    model = ModelConfig.model_validate(manifest.config["model"])
     return {
         "step": str(manifest.step),
         "network": json.dumps(network_options(model, manifest.contract.channels)),

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ..config import as_now
 from ..data.periods import stretches_of
 from ..errors import InputError
 from .manifest import Manifest
@@ -39,9 +38,6 @@ def identity(workspace: Workspace) -> dict[str, Any]:
 def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
-    older = {"training.stateful_windows": 0, "data.anomalies": {}}  # before there were any
-    model = as_now({key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")})
-    saved = older | dict(saved) | {f"model.{key}": value for key, value in model.items()}
     for key, value in now.items():
         if key in saved and saved[key] != value:
             raise InputError(

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..config import as_now
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
@@ -77,7 +76,7 @@ def load_network(path: Path | str, *, kernels: str | None = "eager") -> TrainedN
         InputError: there is none, it is damaged, of another version, or says nothing of the network.
     """
     about, contract, weights, cycle = read_weights(Path(path))
-    options = as_now(json.loads(about["network"])) | {"checkpoint_steps": 0}  # as nothing is trained
+    options = json.loads(about["network"]) | {"checkpoint_steps": 0}  # as nothing is trained
     if options["cell"] == "faconvlstm" and kernels is not None:
         options["kernels"] = kernels
     network = FAConvLSTMNetwork(**options)
@@ -158,6 +157,12 @@ def contract_in(about: Mapping[str, str], path: Path | str = "the file") -> Cont
 def _exported(path: Path) -> Read:
     about = _metadata_in(path)
     contract = contract_in(about, path)
+    if "embedding_past" not in json.loads(about.get("network", "{}")):
+        raise InputError(
+            f"{path} was exported by an older version of faconv_hpc ({about.get('faconv_hpc', 'unknown')}), whose "
+            f"networks made their embedding of the mean over the globe; this version's have no such part. Install the "
+            f"version that exported it, or train anew."
+        )
     prefix, weights = f"{CYCLE}/", load_file(path)
     cycle = {name.removeprefix(prefix): weights.pop(name).numpy() for name in list(weights) if name.startswith(prefix)}
     whole = AnnualCycle(cycle, contract.globe)

@@ -45,9 +45,9 @@ class Looks:
 def score(rows: Iterable[Mapping[str, Any]]) -> float:
     """The error over that of persistence, the mean of variables and leads; infinite where a forecast is no number.
 
-    What knows no persistence is left out.
+    What knows no persistence is left out, and what is told of embeddings.
     """
-    rows = list(rows)
+    rows = [row for row in rows if "rmse" in row]
     if any(row["rmse"] is None for row in rows):
         return math.inf
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]

@@ -20,6 +20,7 @@ from ..data.samples import Windows
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..versions import versions
 from .contract import Contract
+from .embeddings import EmbeddingSkill
 from .looks import Looks, score
 from .skill import Skill
 
@@ -52,6 +53,8 @@ class StepRecord:
         peak_memory_gib: of the rank that needed most, so far: host memory on a CPU, else device memory.
         update: what became of the step, ``applied``, or ``skipped`` or ``restored`` where loss or gradient was
             no finite number (written as null).
+        embedding_loss: error of the coarse fields that the embedding maps to, which has its weight in the loss; not
+            known (null) of runs of before it was told.
     """
 
     step: int
@@ -67,6 +70,7 @@ class StepRecord:
     reduction_share: float
     peak_memory_gib: float
     update: str = "applied"
+    embedding_loss: float = math.nan
 
     def to_json(self) -> str:
         """One line; numbers that are not finite are null, which every JSON reader takes."""
@@ -143,10 +147,10 @@ class Recorder:
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, record.step)
 
-    def write_skills(self, step: int, skills: Sequence[Skill]) -> None:
-        """A line for each variable and lead, after a step; those of one step appear together."""
+    def write_look(self, step: int, skills: Sequence[Skill], embedding: EmbeddingSkill) -> None:
+        """A line for each variable and lead, after a step, and one of the embedding; they appear together."""
         assert self._validations is not None, "a run that looks has a file for it"
-        new = [{"step": step} | skill.as_json() for skill in skills]
+        new = [{"step": step} | said for said in (*(one.as_json() for one in skills), embedding.as_json())]
         self._validations.write("".join(json.dumps(row) + "\n" for row in new))
         self._validations.flush()
         os.fsync(self._validations.fileno())
@@ -156,7 +160,10 @@ class Recorder:
         told = ", ".join(f"{ratio:.3f} at lead {lead}" for lead, ratio in means.items())
         told += "; the best so far" if self.looks.verdict(step, 0).best else ""
         self._display.say(f"step {step}: validation, error over persistence's, mean of the variables: {told}")
+        self._display.say(f"step {step}: embedding, {embedding.told}")
         if self._board is not None:
+            for name, value in asdict(embedding).items():
+                self._board.add_scalar(f"validation/embedding/{name}", value, step)
             for skill in skills:
                 self._board.add_scalar(f"validation/{skill.variable}/lead {skill.lead}", skill.ratio, step)
 

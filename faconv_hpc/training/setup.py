@@ -146,8 +146,8 @@ def network_options(model: ModelConfig, channels: Channels) -> dict[str, Any]:
 def model_options(model: ModelConfig) -> dict[str, Any]:
     """What of a model section counts for its network; the rest belongs to another cell, or to attention without any."""
     kept = {
-        "hidden_channels", "layers", "embedding_channels", "coarse_shape", "embedding_weight", "checkpoint_steps",
-        "cell", "residual", "kernel_size",
+        "hidden_channels", "layers", "embedding_channels", "embedding_past", "embedding_leads", "embedding_weight",
+        "seasonal_encoding", "coarse_shape", "checkpoint_steps", "cell", "residual", "kernel_size",
     }  # fmt: skip
     if model.cell == "faconvlstm":
         kept |= {

@@ -3,7 +3,7 @@
 A checkpoint is a directory ``step-00000040`` that holds::
 
     shard-00000.safetensors ...   tensors, each once: parameter/NAME, MOMENT/NAME
-    state-00000.safetensors ...   where states are carried on, those of a tile: LAYER/h, LAYER/c
+    state-00000.safetensors ...   where states are carried on, those of a tile: LAYER/h, past/tokens, ...
     annual-cycle.safetensors      where the network sees anomalies, what they depart from
     manifest.json                 step, seed, mesh, ZeRO stage, versions, config; what lies in which file
     SHA256SUMS                    of all the others; `sha256sum --check SHA256SUMS` reads it too

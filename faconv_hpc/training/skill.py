@@ -97,18 +97,22 @@ class SkillSums:
         )
 
 
+def read_window(windows: Windows, index: int, domain: Domain) -> Batch:
+    """One of the windows, on the device."""
+    with domain.mesh.activity.during(READING):
+        return windows.read([index]).to(domain.mesh.device)
+
+
 def forecasts_from(
     network: Callable[..., NetworkOutput],
     windows: Windows,
-    index: int,
+    batch: Batch,
     window: int,
     domain: Domain,
     climatology: Climatology,
 ) -> Iterator[LeadFields]:
-    """Reads one of the windows, each of ``window`` inputs and those of the leads, and forecasts it: `forecasts_of`."""
-    mesh = domain.mesh
-    with mesh.activity.during(READING):
-        batch = windows.read([index]).to(mesh.device)
+    """Forecasts one of the windows, each of ``window`` inputs and those of the leads: `forecasts_of`."""
+    mesh, (index,) = domain.mesh, batch.windows
     frames = windows.frames_of(index)[window - 1 :]
     mean_LCYX = climatology.at(frames[1:]).to(mesh.device)
     cycle_LCYX = torch.from_numpy(windows.cycle_of(frames)).to(mesh.device)

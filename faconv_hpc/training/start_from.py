@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig, as_now
+from ..config import ModelConfig
 from ..data.variables import Channels, Variable
 from ..errors import InputError
 from ..spatial.mesh import ProcessMesh
@@ -19,7 +19,9 @@ from .setup import WAYS, model_options
 
 INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
 INPUTS_TO_TARGETS = "forecast.from_inputs.weight"
-OF_THE_EMBEDDING = ("embedding_channels", "embedding_weight", "coarse_shape")
+OF_THE_EMBEDDING = (
+    "embedding_channels", "embedding_past", "embedding_leads", "embedding_weight", "seasonal_encoding", "coarse_shape",
+)  # fmt: skip
 SHOWN = 6  # names in one message
 Key = tuple[str | float | None, ...]
 """What tells channels apart: a variable's name, and what makes it another one."""
@@ -59,7 +61,7 @@ class Beginning:
     def of(cls, path: Path) -> "Beginning":
         """The same, for this process alone."""
         about, contract, weights, _ = read_weights(path)
-        return cls(path, int(about["step"]), as_now(json.loads(about["network"])), contract, weights)
+        return cls(path, int(about["step"]), json.loads(about["network"]), contract, weights)
 
     def fill(self, network: nn.Module, model: ModelConfig, channels: Channels, mesh: ProcessMesh) -> str:
         """Puts the weights into a network, on every rank; says what is new. Collective.

@@ -15,7 +15,7 @@ from ..data.samples import Batch, ReadAhead, Windows
 from ..data.store import Store
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from ..model.arithmetic import arithmetic
-from ..model.recurrence import State
+from ..model.state import NetworkState
 from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
 from .carried import CarriedStates
@@ -41,7 +41,8 @@ from .validation import Validation
 
 ASKED_S = 2.0  # a step that takes longer looks between micro-batches whether there is time for the rest of it
 FOUND = (
-    "loss", "forecast_loss", "gradient_norm", "data_share", "exchange_share", "reduction_share", "peak_memory_gib"
+    "loss", "forecast_loss", "embedding_loss", "gradient_norm", "data_share", "exchange_share", "reduction_share",
+    "peak_memory_gib",
 )  # fmt: skip
 """In each step, by each rank; see `StepRecord`."""
 UNSAVED = 3  # saves in a row that may fail before a run ends: until then it may lose so many intervals
@@ -226,13 +227,14 @@ class Trainer:
         looks = Looks() if self._recorder is None else self._recorder.looks
         if not self._mesh.from_first(step in looks.scores):
             ends: list[StepEnd] = []
-            found = self._validation.skills(partial(self._may_go_on, ends))
+            found = self._validation.look(partial(self._may_go_on, ends))
             if found is None:
                 with self._activity.during(SAVING):
                     return self._leave(step, ends[-1])
             if self._recorder is not None:
                 self._claim.check()
-                self._recorder.write_skills(step, found)
+                assert found.embedding is not None, "the first rank has it"
+                self._recorder.write_look(step, found.skills, found.embedding)
         verdict = self._mesh.from_first(looks.verdict(step, training.stop_after) if self._mesh.rank == 0 else NONE)
         if verdict.best and training.keep_best:
             with self._activity.during(SAVING):
@@ -330,7 +332,7 @@ class Trainer:
             batch = next(self._batches)
         return batch.to(self._mesh.device, non_blocking=True)
 
-    def _backward(self, batch: Batch, state: tuple[State, ...] | None) -> MicroBatch:
+    def _backward(self, batch: Batch, state: NetworkState | None) -> MicroBatch:
         """Forward and backward of one micro-batch; nothing waits for the device."""
         network, domain = self._engine.network, self._domain
         with self._activity.during("forward"):
@@ -341,7 +343,8 @@ class Trainer:
             losses = losses_of(network, output, batch, domain, self._config.training.lead_weights)
         with self._activity.during("backward"):
             self._engine.backward(losses.total)
-        return MicroBatch.of(torch.stack([losses.total.value, losses.forecast.value]), output, batch)
+        found = torch.stack([losses.total.value, losses.forecast.value, losses.embedding.value])
+        return MicroBatch.of(found, output, batch)
 
     def _found(self, micros: Sequence[MicroBatch], start: float) -> tuple[dict[str, tuple[float, ...]], StepEnd]:
         """Some numbers of a step, of every rank, and where all ranks stand. Collective.

@@ -19,7 +19,7 @@ class MicroBatch:
     """What is kept of a micro-batch until its step is done.
 
     Attributes:
-        losses: (2,) the loss and its forecast part, on the device.
+        losses: (3,) the loss, that of the forecast, and that of the embedding, on the device.
         windows: of its samples.
         unsound_BC: whether the forecast error of a sample and variable is no finite number on this tile.
     """
