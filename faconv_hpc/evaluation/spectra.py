@@ -13,7 +13,7 @@ from scipy.special import sph_legendre_p_all
 
 from ..spatial.grid import Boundary, LatLonGrid
 
-TABLE_BYTES = (
+TABLE_BYTES = 400 * 2**20  # of Legendre functions: enough for 0.25 degrees; of finer grids the highest are left out
     128 * 2**20
 )  # of Legendre functions: on grids of over 2,000 rows the highest total wavenumbers are left out
 FITS = 1e-8  # relative error of integrals of Legendre polynomials, by the weights of rows
@@ -38,7 +38,7 @@ class Spectra:
     def total_wavenumbers(self) -> NDArray[np.int64]:
         """(L,) from 0 to the highest that rows and columns tell."""
         rows, columns = self.grid.nlat, self.grid.nlon
-        by_memory = int(np.sqrt(TABLE_BYTES / 8 / rows)) - 1
+        by_memory = int(np.sqrt(2 * TABLE_BYTES / 8 / rows)) - 2
         return np.arange(min((rows - 1) // 2, (columns - 1) // 2, by_memory) + 1)
 
     def zonal(self, field_YX: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -55,28 +55,27 @@ class Spectra:
         with orthonormal spherical harmonics. Exact for fields that have no higher ones."""
         highest = self.total_wavenumbers[-1]
         waves_YM = np.fft.rfft(field_YX, axis=1)[:, : highest + 1] * (2 * np.pi / self.grid.nlon)
-        parts_MYP = np.stack([waves_YM.real, waves_YM.imag], axis=-1).swapaxes(0, 1) * self._weights_Y[:, None]
-        a_MLP = self._legendre_MLY @ parts_MYP
-        both_ways = np.where(np.arange(highest + 1) > 0, 2.0, 1.0)
-        power_L: NDArray[np.float64] = both_ways @ (a_MLP**2).sum(axis=-1) / (4 * np.pi)
-        return power_L
+        parts_YMP = np.stack([waves_YM.real, waves_YM.imag], axis=-1) * self._weights_Y[:, None, None]
+        power_L = np.zeros(highest + 1)
+        for order, legendre_LY in enumerate(self._legendre):
+            both_ways = 2.0 if order else 1.0
+            power_L[order:] += both_ways * ((legendre_LY @ parts_YMP[:, order]) ** 2).sum(axis=1)
+        return power_L / (4 * np.pi)
 
     @cached_property
-    def _legendre_MLY(self) -> NDArray[np.float64]:
-        """Orthonormal Legendre functions of orders from 0, at the rows' colatitudes."""
+    def _legendre(self) -> tuple[NDArray[np.float64], ...]:
+        """For each order from 0 the orthonormal Legendre functions of degrees from it on, (L, Y) at the rows."""
         highest = int(self.total_wavenumbers[-1])
-        table_YLM = np.stack([_legendre(highest, latitude) for latitude in self.grid.latitude])
-        return np.ascontiguousarray(table_YLM.transpose(2, 1, 0))
+        table = tuple(np.empty((highest + 1 - order, self.grid.nlat)) for order in range(highest + 1))
+        for row, latitude in enumerate(self.grid.latitude):
+            every_LM = sph_legendre_p_all(highest, highest, np.pi / 2 - latitude)[0]  # negative orders come last
+            for order, legendre_LY in enumerate(table):
+                legendre_LY[:, row] = every_LM[order:, order]
+        return table
 
     @cached_property
     def _weights_Y(self) -> NDArray[np.float64]:
         return quadrature(self.grid, 2 * int(self.total_wavenumbers[-1]))
-
-
-def _legendre(highest: int, latitude: float) -> NDArray[np.float64]:
-    """(L, M) of one row."""
-    every_LM = sph_legendre_p_all(highest, highest, np.pi / 2 - latitude)[0]
-    return np.asarray(every_LM[:, : highest + 1], dtype=np.float64)  # negative orders come after
 
 
 def quadrature(grid: LatLonGrid, degree: int) -> NDArray[np.float64]:
