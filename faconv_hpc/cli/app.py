@@ -13,6 +13,7 @@ from .bench import bench_command
 from .checkpoint import checkpoint_app
 from .data import data_app
 from .doctor import doctor_command
+from .embed import embed_command
 from .evaluate import evaluate_command
 from .forecast import forecast_command
 from .options import Verb, Verbs
@@ -36,6 +37,7 @@ app.command("train", cls=Verb)(train_command)
 app.command("verify", cls=Verb)(verify_command)
 app.command("evaluate", cls=Verb)(evaluate_command)
 app.command("forecast", cls=Verb)(forecast_command)
+app.command("embed", cls=Verb)(embed_command)
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
 app.command("doctor", cls=Verb)(doctor_command)

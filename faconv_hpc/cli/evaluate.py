@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import InputError
-from .forecast import PROGRESS, mesh_of, paths_of
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .ranks import job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
+from .trained import PROGRESS, mesh_of, paths_of
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation

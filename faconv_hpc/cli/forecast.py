@@ -1,42 +1,36 @@
 """``faconv forecast``: from a trained network to files of forecasts."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import MeshConfig
-from ..errors import InputError
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
-from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
+from .trained import (
+    Mesh,
+    Model,
+    OfSequence,
+    Overwrite,
+    Where,
+    as_arguments,
+    carry_out,
+    check_is_no_data,
+    paths_of,
+)
 
 if TYPE_CHECKING:
-    from ..forecasting.campaign import Campaign, Summary
+    from ..forecasting.campaign import Campaign, Progress, Summary
+    from ..forecasting.forecaster import Forecaster
     from ..spatial.mesh import ProcessMesh
 
-PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run_dir, the directory of one checkpoint, or an exported file.")
-]
 Start = Annotated[
     list[str],
     typer.Option("--start", metavar="DATES", help="DATE, FIRST/LAST/STEP such as 2020-01-01/2020-02-01/24h, or last."),
 ]
 Output = Annotated[Path, typer.Option(help="NAME.nc (NetCDF4) or NAME.zarr (zarr v3).")]
-Mesh = Annotated[
-    str | None,
-    typer.Option("--mesh", metavar="[Rx]LATxLON", help="How ranks share dates and the globe. Default: as the run's."),
-]
-OfSequence = Annotated[
-    str | None, typer.Option(help="Which sequence of the store to forecast from, if it has several.")
-]
 Steps = Annotated[int, typer.Option(min=1, help="How many steps to forecast from each date.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 
 
 def forecast_command(
@@ -62,24 +56,11 @@ def forecast_command(
 
     Example: `faconv forecast runs/quickstart_era5 --start last --steps 8 --output forecast.nc`
     """
-    from ..spatial.device import check_device
-    from ..spatial.mesh import TIMEOUT_S
     from ..training.loading import about_network
 
     about = about_network(model)
-    starting = starts_ranks(ranks)
-    sizes = mesh_of(mesh, about.get("mesh", "1x1"), ranks if starting and ranks else job_ranks())
     asked = _Asked(paths_of(data, about.get("store"), model), start, steps, sequence, output, overwrite)
-    if starting:
-        asked.plan(about)  # or says why not, before any rank is started
-        check_device(device or "auto")
-        given = [*(["--kernels", kernels] if kernels else []), *(["--device", device] if device else [])]
-        again = ["forecast", str(model), *asked.arguments, "--mesh", str(sizes), *given, *["--json"] * as_json]
-        raise typer.Exit(run_ranks(again, ranks))
-    with joined(sizes, TIMEOUT_S, device or "auto") as ranks_here:
-        summary = _forecast(model, asked, kernels, ranks_here)
-        if ranks_here.rank == 0:
-            print(json.dumps(summary.as_dict(), indent=2)) if as_json else _report(summary)
+    carry_out(asked, model, about, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -93,75 +74,33 @@ class _Asked:
     output: Path
     overwrite: bool
 
+    verb = "forecast"
+
     @property
     def arguments(self) -> list[str]:
         """To hand on to ranks."""
-        texts: list[tuple[str, Any]] = [("--data", path) for path in self.data] + [
-            ("--start", text) for text in self.start
-        ]
-        texts += [("--steps", self.steps), ("--output", self.output)]
-        texts += [("--sequence", self.sequence)] if self.sequence is not None else []
-        return [str(part) for pair in texts for part in pair] + ["--overwrite"] * self.overwrite
+        several = [("--data", self.data), ("--start", self.start)]
+        given = {"--steps": self.steps, "--output": self.output, "--sequence": self.sequence}
+        return [*as_arguments(several, given), *["--overwrite"] * self.overwrite]
 
     def plan(self, about: Mapping[str, str]) -> "Campaign":
         """With all that can be told without the network's weights; raises InputError."""
         from ..forecasting.campaign import plan_campaign
-        from ..forecasting.output import check_output
+        from ..forecasting.output import FORECASTS, check_output
         from ..training.loading import contract_in, window_of
 
-        if self.output.absolute() in [path.absolute() for path in self.data]:
-            raise InputError(f"--output {self.output} is the data, which it would replace. Give another --output.")
+        check_is_no_data(self.output, self.data)
         contract, window = contract_in(about), window_of(about)
         campaign = plan_campaign(contract, window, self.data, self.start, self.steps, self.sequence)
-        check_output(self.output, campaign.request, overwrite=self.overwrite)
+        check_output(self.output, FORECASTS, campaign.request, overwrite=self.overwrite)
         return campaign
 
+    def make(self, forecaster: "Forecaster", mesh: "ProcessMesh", progress: "Progress") -> "Summary":
+        """On all ranks."""
+        from ..forecasting.campaign import run_campaign
 
-def _forecast(model: Path, asked: _Asked, kernels: str | None, mesh: "ProcessMesh") -> "Summary":
-    """On all ranks."""
-    from ..forecasting.campaign import run_campaign
-    from ..forecasting.forecaster import Forecaster
-
-    forecaster = Forecaster.load(model, mesh=mesh, kernels=kernels)
-    campaign = asked.plan(forecaster.trained.about)
-    with Progress(*PROGRESS, console=Console(stderr=True), transient=True, disable=mesh.rank > 0) as shown:
-        task = shown.add_task("leads", total=None)
-
-        def progress(done: int, total: int) -> None:
-            shown.update(task, completed=done, total=total)
-
-        return run_campaign(forecaster, campaign, asked.output, mesh, overwrite=asked.overwrite, progress=progress)
-
-
-def mesh_of(text: str | None, trained: str, ranks: int, *, replicas: bool = True) -> MeshConfig:
-    """What is asked for; or the run's tiles, and as many replicas as there are ranks for, if they may be several. One
-    rank has all."""
-    if text is not None:
-        mesh = MeshConfig.parse(text)
-    elif ranks == 1:
-        return MeshConfig()
-    else:
-        tiles = MeshConfig.parse(trained)
-        several = max(ranks // (tiles.lat * tiles.lon), 1) if replicas else 1
-        mesh = tiles.model_copy(update={"replicas": several})
-    if mesh.replicas > 1 and not replicas:
-        raise InputError(f"--mesh {text} has {mesh.replicas} replicas, and all ranks share the globe. Give LATxLON.")
-    check_ranks(mesh, ranks, f"say with --mesh how they share {'dates and ' * replicas}the globe")
-    return mesh
-
-
-def paths_of(data: Sequence[str] | None, store: str | None, model: Path) -> list[Path]:
-    """The data that are named, patterns resolved; or the run's store."""
-    if not data and store is None:
-        raise InputError(f"{model} is no run, and brings no data. Name a store or files with --data.")
-    found: list[Path] = []
-    for text in data or [str(store)]:
-        path = Path(text)
-        matching = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if "*" in text else [path]
-        if not matching:
-            raise InputError(f"--data {text} matches no file. Give a store, or NetCDF, zarr or GRIB data.")
-        found += matching
-    return found
+        campaign = self.plan(forecaster.trained.about)
+        return run_campaign(forecaster, campaign, self.output, mesh, overwrite=self.overwrite, progress=progress)
 
 
 def _report(summary: "Summary") -> None:

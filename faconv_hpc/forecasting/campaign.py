@@ -18,11 +18,12 @@ from ..observe import SAVING
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
+from ..training.loading import TrainedNetwork
 from .dates import Start, Timeline, seconds_of
 from .forecaster import Forecaster
 from .frames import Frames, store_frames
 from .layout import ForecastLayout
-from .output import Asked, Request, Sink, Writer, finish_output, opened_output, written_to
+from .output import FORECASTS, Asked, Request, Sink, Writer, finish_output, opened_output, written_to
 
 Progress = Callable[[int, int], None]
 """Called with (leads that are written, leads there are), of the first replica."""
@@ -82,11 +83,21 @@ def plan_campaign(
     dates = [one.times.date(one.window - 1) for one in starts]
     told = f"{len(dates)} dates from {dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]
     request = {
-        "--data": Asked(frames.identity, f"{frames.name} (digest {frames.identity[:8]})"),
-        "--start": Asked(hashlib.sha256(json.dumps(dates).encode()).hexdigest(), told),
+        "--data": asked_of_data(frames),
+        "--start": Asked(digest_of_dates(dates), told),
         "--steps": Asked(str(steps), str(steps)),
     }
     return Campaign(frames, starts, ForecastLayout.of(contract, starts), request)
+
+
+def asked_of_data(frames: Frames) -> Asked:
+    """Data, as a part of what is asked for."""
+    return Asked(frames.identity, f"{frames.name} (digest {frames.identity[:8]})")
+
+
+def digest_of_dates(dates: Sequence[str]) -> str:
+    """Of dates, in their order."""
+    return hashlib.sha256(json.dumps(list(dates)).encode()).hexdigest()
 
 
 def open_frames(contract: Contract, data: Sequence[Path], sequence: str | None = None) -> Frames:
@@ -99,6 +110,12 @@ def open_frames(contract: Contract, data: Sequence[Path], sequence: str | None =
     from .sources import file_frames
 
     return file_frames(data, contract)
+
+
+def asked_of(trained: TrainedNetwork) -> Asked:
+    """The network, as a part of what is asked for."""
+    name = f"step {trained.step} of {trained.about.get('run', 'a network')}"
+    return Asked(trained.digest, f"{name} (digest {trained.digest[:8]})")
 
 
 def run_campaign(
@@ -117,11 +134,9 @@ def run_campaign(
         InputError: the output is of another request, or cannot be written; or fields that cannot be read.
     """
     began, trained = time.monotonic(), forecaster.trained
-    network = Asked(trained.digest, f"step {trained.step} of {trained.about.get('run', 'a network')}")
-    told = f"{network.told} (digest {network.value[:8]})"
-    request = {"MODEL": Asked(network.value, told), **campaign.request}
+    request = {"MODEL": asked_of(trained), **campaign.request}
     kept = count = len(campaign.starts)
-    with opened_output(output, campaign.layout, request, mesh, overwrite=overwrite) as writer:
+    with opened_output(output, FORECASTS, campaign.layout, request, mesh, overwrite=overwrite) as writer:
         if writer is not None:
             todo = mesh.from_first([init for init in range(count) if not writer.is_done(init)])
             kept = count - len(todo)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..data.times import EPOCH_UNITS
 from ..errors import InputError
 from .dates import Timeline, seconds_of
+from .embeddings import EMBEDDING_OF, embedding_attributes
 from .forecaster import Forecaster
 from .layout import ForecastLayout
 from .sources import dataset_frames
@@ -51,12 +52,14 @@ def forecast_of(
 def embedding_of(forecaster: Forecaster, dataset: xr.Dataset) -> xr.Dataset:
     """See `Forecaster.embed`."""
     frames = dataset_frames(dataset, forecaster.contract)
-    starts = Timeline(frames, forecaster.contract, forecaster.window, steps=1).all()
-    z_TE = np.stack([forecaster.embedding(frames, one) for one in starts])
-    seconds = np.array([one.second for one in starts], dtype=np.int64)
-    attributes = {"long_name": f"embedding after {forecaster.window} steps", "units": "1"}
-    times = ("time", dates_of(seconds, forecaster.contract.calendar), {"standard_name": "time"})
-    return xr.Dataset({"embedding": (("time", "component"), z_TE, attributes)}, {"time": times})
+    timeline = Timeline(frames, forecaster.contract, forecaster.window, steps=1, what=EMBEDDING_OF)
+    seconds = timeline.all()
+    z_TE = np.stack([forecaster.embedding(frames, timeline.start(second)) for second in seconds])
+    dates = dates_of(np.array(seconds, dtype=np.int64), forecaster.contract.calendar)
+    times = ("time", dates, {"standard_name": "time"})
+    return xr.Dataset(
+        {"embedding": (("time", "component"), z_TE, embedding_attributes(forecaster.window))}, {"time": times}
+    )
 
 
 def dates_of(seconds: NDArray[np.int64], calendar: str) -> NDArray[Any]:

@@ -20,12 +20,13 @@ UNIT_S = {"min": 60, "h": SECONDS_PER_HOUR, "d": 24 * SECONDS_PER_HOUR}
 SHOWN = 4  # dates or ranges of dates in a message
 
 
-def seconds_of(texts: Sequence[str], calendar: str) -> list[int]:
+def seconds_of(texts: Sequence[str], calendar: str, option: str = "--start") -> list[int]:
     """Instants in a calendar, in their order, each once.
 
     Args:
         texts: dates (a day is its midnight) or ranges with a step, ``2020-01-01/2020-02-01/24h``, whose end belongs to
             them; or several of them with commas between.
+        option: for messages.
 
     Raises:
         InputError: a text that is none.
@@ -34,15 +35,16 @@ def seconds_of(texts: Sequence[str], calendar: str) -> list[int]:
     for text in (part.strip() for one in texts for part in one.split(",")):
         match = STARTS.fullmatch(text)
         if match is None:
+            alone = ", or `last` alone" if option == "--start" else ""
             raise InputError(
-                f"--start takes dates such as 2020-01-01 or 2020-01-01T12, or a range with its step (min, h or d) such "
-                f"as 2020-01-01/2020-02-01/24h, or `last` alone, got {text!r}."
+                f"{option} takes dates such as 2020-01-01 or 2020-01-01T12, or a range with its step (min, h or d) "
+                f"such as 2020-01-01/2020-02-01/24h{alone}, got {text!r}."
             )
         first, last, number, unit = match.groups()
-        begin = second_of(first, calendar, f"--start {text}")
-        end = second_of(last, calendar, f"--start {text}") if last else begin
+        begin = second_of(first, calendar, f"{option} {text}")
+        end = second_of(last, calendar, f"{option} {text}") if last else begin
         if end < begin:
-            raise InputError(f"--start {text} ends before it begins. Write the earlier date first.")
+            raise InputError(f"{option} {text} ends before it begins. Write the earlier date first.")
         seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit] if number else 1))
     return sorted(seconds)
 
@@ -88,10 +90,13 @@ class Timeline:
     Args:
         window: inputs that spin the state up.
         steps: leads.
+        what: is made of a date, for messages.
     """
 
-    def __init__(self, frames: Frames, contract: Contract, window: int, steps: int) -> None:
-        self._frames, self._window, self._steps = frames, window, steps
+    def __init__(
+        self, frames: Frames, contract: Contract, window: int, steps: int, what: str = "forecast from"
+    ) -> None:
+        self._frames, self._window, self._steps, self._what = frames, window, steps, what
         self.step_s = step_of(contract)
         self._told = f"{contract.step_hours[0]:g} to {contract.step_hours[1]:g} h"
 
@@ -104,17 +109,18 @@ class Timeline:
         found = self._found(second)
         if isinstance(found, Start):
             return found
-        raise InputError(f"no forecast from {self._date(second)}: {found}. {self._dates_that_can_be()}")
+        raise InputError(f"no {self._what} {self._date(second)}: {found}. {self._dates_that_can_be()}")
 
     def last(self) -> int:
         """The last instant that can be forecast from; raises InputError if there is none."""
         seconds = self._frames.states.axis.seconds
         return int(seconds[self._able][-1]) if self._able.any() else self.start(int(seconds[-1])).second
 
-    def all(self) -> list[Start]:
-        """From every instant that can be forecast from; raises InputError if there is none."""
+    def all(self) -> list[int]:
+        """Every instant that can be forecast from; raises InputError if there is none."""
         seconds = self._frames.states.axis.seconds
-        return [self.start(second) for second in (seconds[self._able] if self._able.any() else seconds[-1:]).tolist()]
+        found: list[int] = seconds[self._able].tolist()
+        return found or [self.start(int(seconds[-1])).second]
 
     def _found(self, second: int) -> Start | str:
         """What there is, or what is not."""

@@ -1,4 +1,4 @@
-"""Where forecasts go: an output that appears when all is there, and goes on where it was killed."""
+"""Where forecasts and embeddings go: an output that appears when all is there, and goes on where it was killed."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,8 @@ from ..versions import __version__
 from . import netcdf, zarr_store
 from .layout import CONVENTIONS, ForecastLayout
 
-WRITERS: dict[str, Callable[[Path, ForecastLayout, Mapping[str, str]], "Writer"]] = {
-    ".nc": netcdf.NetcdfWriter,
-    ".zarr": zarr_store.ZarrWriter,
-}
 ATTRIBUTES = {".nc": netcdf.attributes_in, ".zarr": zarr_store.attributes_in}
-REQUEST, REQUEST_FILE, LOCK_FILE = "faconv_forecast", "request.json", ".lock"
+REQUEST_FILE, LOCK_FILE = "request.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -46,14 +42,21 @@ class Sink(Protocol):
         """Of one channel, see `Channels.targets`."""
 
 
-class Writer(Protocol):
-    """Of a format."""
+class PartWriter(Protocol):
+    """Of a format: an output is made of parts, such as those of each date."""
 
     def prepare(self) -> None:
         """On the first rank, before anything is written."""
 
-    def is_done(self, init: int) -> bool:
-        """Whether all of a date is there."""
+    def is_done(self, part: int) -> bool:
+        """Whether all of a part is there."""
+
+    def finish(self, final: Path) -> Iterator[None]:
+        """On the first rank, when all parts are done; in steps, so that nobody waits for all of it."""
+
+
+class Writer(PartWriter, Protocol):
+    """Of forecasts, in a format."""
 
     def writes(self, channel: int, tile: int, tiles: int) -> bool:
         """Whether the rank of a tile writes a channel."""
@@ -62,11 +65,39 @@ class Writer(Protocol):
         """A date is written by the ranks of a replica, of which this is the first or not; all have written when the
         block ends, and it is done then."""
 
-    def finish(self, final: Path) -> Iterator[None]:
-        """On the first rank, when all dates are done; in steps, so that nobody waits for all of it."""
+
+Layout = TypeVar("Layout")
+Written = TypeVar("Written", bound=PartWriter)
 
 
-def check_output(path: Path, request: Request, *, overwrite: bool) -> bool:
+@dataclass(frozen=True)
+class Product(Generic[Layout, Written]):
+    """What a command writes.
+
+    Attributes:
+        verb: ``faconv VERB``.
+        noun: one of them.
+        title: of the file, before the network's name.
+        writers: by the suffix of the output's name; they are given a directory for what is done, and the attributes.
+    """
+
+    verb: str
+    noun: str
+    title: str
+    writers: Mapping[str, Callable[[Path, Layout, Mapping[str, str]], Written]]
+
+    @property
+    def request(self) -> str:
+        """The attribute that says of what it was made."""
+        return f"faconv_{self.verb}"
+
+
+FORECASTS: Product[ForecastLayout, Writer] = Product(
+    "forecast", "forecast", "Forecasts by", {".nc": netcdf.NetcdfWriter, ".zarr": zarr_store.ZarrWriter}
+)
+
+
+def check_output(path: Path, product: Product[Any, Any], request: Request, *, overwrite: bool) -> bool:
     """Whether all that is asked for is there already.
 
     Args:
@@ -75,16 +106,17 @@ def check_output(path: Path, request: Request, *, overwrite: bool) -> bool:
     Raises:
         InputError: another suffix than the formats have, or what is there was made by another request.
     """
-    if path.suffix not in WRITERS:
-        raise InputError(f"the output is {' or '.join(f'NAME{one}' for one in WRITERS)}, got {path}. Change its name.")
+    if path.suffix not in product.writers:
+        names = " or ".join(f"NAME{one}" for one in product.writers)
+        raise InputError(f"the output is {names}, got {path}. Change its name.")
     if overwrite:
         return False
     finished = path.exists()
     if finished:
-        said = ATTRIBUTES[path.suffix](path).get(REQUEST)
+        said = ATTRIBUTES[path.suffix](path).get(product.request)
         if said is None:
             raise InputError(
-                f"{path} is there, and no output of `faconv forecast`. Give another --output, or --overwrite."
+                f"{path} is there, and no output of `faconv {product.verb}`. Give another --output, or --overwrite."
             )
         _check_same(path, json.loads(said), request)
     before = _partial(path) / REQUEST_FILE
@@ -105,20 +137,28 @@ def _check_same(path: Path, said: Mapping[str, Any], request: Request) -> None:
 
 @contextmanager
 def opened_output(
-    path: Path, layout: ForecastLayout, request: Request, mesh: ProcessMesh, *, overwrite: bool
-) -> Iterator[Writer | None]:
+    path: Path,
+    product: Product[Layout, Written],
+    layout: Layout,
+    request: Request,
+    mesh: ProcessMesh,
+    *,
+    overwrite: bool,
+) -> Iterator[Written | None]:
     """What writes an output; None where it is finished. Collective. Others are kept from it as long as the block lasts.
 
     Raises:
         InputError: as `check_output`; or somebody else writes there, or it cannot be written.
     """
     partial = _partial(path)
-    writer: Writer = WRITERS[path.suffix](partial, layout, _attributes(request))
+    writer = product.writers[path.suffix](partial, layout, _attributes(product, request))
     with ExitStack() as stack:
         finished = False
         if mesh.rank == 0:
-            stack.enter_context(locked_directory(partial / LOCK_FILE, "--output", lambda holder: _held(path, holder)))
-            finished = check_output(path, request, overwrite=overwrite)
+            stack.enter_context(
+                locked_directory(partial / LOCK_FILE, "--output", lambda holder: _held(path, product, holder))
+            )
+            finished = check_output(path, product, request, overwrite=overwrite)
             with written_to(path):
                 if finished:
                     shutil.rmtree(partial)
@@ -128,8 +168,8 @@ def opened_output(
         yield None if mesh.from_first(finished) else writer
 
 
-def finish_output(writer: Writer, path: Path, mesh: ProcessMesh) -> None:
-    """Gives the output its name; all dates are done. Collective."""
+def finish_output(writer: PartWriter, path: Path, mesh: ProcessMesh) -> None:
+    """Gives the output its name; all parts are done. Collective."""
     mesh.gathered([0.0])  # all have closed their files
     steps, more = writer.finish(path), True
     while more:
@@ -172,15 +212,15 @@ def _begin(partial: Path, request: Request) -> None:
         write_durably(file, said)
 
 
-def _attributes(request: Request) -> dict[str, str]:
+def _attributes(product: Product[Any, Any], request: Request) -> dict[str, str]:
     """Of every file: CF's, and who made it of what."""
     said = {option: asdict(asked) for option, asked in request.items()}
     return {
         "Conventions": CONVENTIONS,
-        "title": f"Forecasts by {request['MODEL'].told}",
+        "title": f"{product.title} {request['MODEL'].told}",
         "source": f"faconv_hpc {__version__}",
         "network_sha256": request["MODEL"].value,
-        REQUEST: json.dumps(said, sort_keys=True),
+        product.request: json.dumps(said, sort_keys=True),
     }
 
 
@@ -188,5 +228,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def _held(path: Path, holder: str) -> InputError:
-    return InputError(f"another forecast writes to {path}: {holder or 'unknown'}. Wait, or give another --output.")
+def _held(path: Path, product: Product[Any, Any], holder: str) -> InputError:
+    return InputError(
+        f"another {product.noun} writes to {path}: {holder or 'unknown'}. Wait, or give another --output."
+    )

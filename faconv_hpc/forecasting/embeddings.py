@@ -1,0 +1,227 @@
+"""Embeddings of all times of some data, streamed over tiles and replicas into a file that appears whole."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.times import EPOCH_UNITS, TimeAxis
+from ..files import replacing
+from ..model.arithmetic import arithmetic
+from ..observe import SAVING
+from ..prepare.hdf5_file import new_netcdf
+from ..spatial.mesh import ProcessMesh
+from ..training.contract import Contract
+from .campaign import Progress, asked_of, asked_of_data, digest_of_dates, open_frames
+from .dates import Timeline, seconds_of
+from .forecaster import Forecaster
+from .frames import Frames
+from .output import Asked, Product, Request, finish_output, opened_output, written_to
+
+PART_TIMES = 64  # what a kill may cost
+EMBEDDING_OF, CONTRACT, WINDOW = "embedding of", "contract", "window"
+
+
+@dataclass(frozen=True)
+class EmbeddingLayout:
+    """Of a file of embeddings.
+
+    Attributes:
+        contract: of the network; it says how the fields that go with the embeddings are read.
+        seconds: (time,) int64 since 1970 in the contract's calendar.
+        window: how many inputs an embedding is of.
+    """
+
+    contract: Contract
+    seconds: NDArray[np.int64]
+    window: int
+
+    @property
+    def parts(self) -> list[range]:
+        """Times of each part."""
+        count = self.seconds.size
+        return [range(first, min(first + PART_TIMES, count)) for first in range(0, count, PART_TIMES)]
+
+
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """What is to be embedded, checked; no weights are needed for it.
+
+    Attributes:
+        request: what makes it another one, but for the network.
+    """
+
+    frames: Frames
+    timeline: Timeline
+    layout: EmbeddingLayout
+    request: Request
+
+    @property
+    def first_and_last(self) -> tuple[str, str]:
+        """Dates."""
+        axis = TimeAxis(self.layout.seconds, self.layout.contract.calendar)
+        return axis.date(0), axis.date(len(axis) - 1)
+
+
+@dataclass(frozen=True)
+class EmbeddingSummary:
+    """What was made."""
+
+    path: str
+    times: int
+    kept_times: int
+    first: str
+    last: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def plan_embedding(
+    contract: Contract, window: int, data: Sequence[Path], times: Sequence[str] = (), sequence: str | None = None
+) -> EmbeddingPlan:
+    """Opens the data and finds the times that have their window before them; reads no fields but those without time.
+
+    Args:
+        window: of the network.
+        data: a store, or files.
+        times: see `seconds_of`; none: all that can be.
+        sequence: of a store that has several.
+
+    Raises:
+        InputError: the data have not what the contract says, or not what a time needs.
+    """
+    frames = open_frames(contract, data, sequence)
+    timeline = Timeline(frames, contract, window, steps=1, what=EMBEDDING_OF)
+    named = seconds_of(times, contract.calendar, "--times") if times else None
+    seconds = timeline.all() if named is None else [timeline.start(second).second for second in named]
+    layout = EmbeddingLayout(contract, np.array(seconds, dtype=np.int64), window)
+    plan = EmbeddingPlan(frames, timeline, layout, {"--data": asked_of_data(frames)})
+    told = f"{len(seconds)} times from {' to '.join(plan.first_and_last)}"
+    return replace(plan, request={**plan.request, "--times": Asked(digest_of_dates(list(map(str, seconds))), told)})
+
+
+def run_embedding(
+    forecaster: Forecaster,
+    plan: EmbeddingPlan,
+    output: Path,
+    mesh: ProcessMesh,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> EmbeddingSummary:
+    """Collective. Times are dealt over replicas; every `PART_TIMES` of them are kept, so that a killed command goes on.
+
+    Args:
+        progress: called with (times that are done, times there are).
+
+    Raises:
+        InputError: the output is of another request, or cannot be written; or fields that cannot be read.
+    """
+    began, layout = time.monotonic(), plan.layout
+    request = {"MODEL": asked_of(forecaster.trained), **plan.request}
+    kept = layout.seconds.size
+    with opened_output(output, EMBEDDINGS, layout, request, mesh, overwrite=overwrite) as writer:
+        if writer is not None:
+            todo = mesh.from_first([part for part in range(len(layout.parts)) if not writer.is_done(part)])
+            kept -= sum(len(layout.parts[part]) for part in todo)
+            with arithmetic("fp32", forecaster.device):
+                _embed(forecaster, plan, writer, todo, mesh, output, progress)
+            finish_output(writer, output, mesh)
+    return EmbeddingSummary(str(output), layout.seconds.size, kept, *plan.first_and_last, time.monotonic() - began)
+
+
+def _embed(
+    forecaster: Forecaster,
+    plan: EmbeddingPlan,
+    writer: "EmbeddingWriter",
+    todo: Sequence[int],
+    mesh: ProcessMesh,
+    output: Path,
+    progress: Progress | None,
+) -> None:
+    """As many times at once as there are replicas; all ranks go from turn to turn together."""
+    parts, total = plan.layout.parts, plan.layout.seconds.size
+    done = total - sum(len(parts[part]) for part in todo)
+    for part in todo:
+        rows: list[NDArray[np.float32]] = []
+        for first in range(parts[part].start, parts[part].stop, mesh.replicas):
+            mine = first + mesh.replica
+            z_E = None
+            if mine in parts[part]:
+                start = plan.timeline.start(int(plan.layout.seconds[mine]))
+                z_E = forecaster.embedding(plan.frames, start)
+            turn = mesh.gathered_objects(z_E if mesh.tile_index == 0 else None)
+            rows += [one for one in turn if one is not None]
+            if progress is not None:
+                progress(done + len(rows), total)
+        done += len(rows)
+        if mesh.rank == 0:
+            with written_to(output), mesh.activity.during(SAVING):
+                writer.write(part, np.stack(rows))
+
+
+class EmbeddingWriter:
+    """Keeps parts in a directory, and joins them as NetCDF4.
+
+    Args:
+        directory: of the parts.
+        attributes: of the file.
+    """
+
+    def __init__(self, directory: Path, layout: EmbeddingLayout, attributes: Mapping[str, str]) -> None:
+        self._directory, self._layout, self._attributes = directory, layout, attributes
+
+    def prepare(self) -> None:
+        """Nothing has to be there before the first part."""
+
+    def is_done(self, part: int) -> bool:
+        """Whether a part is there."""
+        return self._path(part).exists()
+
+    def write(self, part: int, z_TE: NDArray[np.float32]) -> None:
+        """A part; it appears whole."""
+        with replacing(self._path(part)) as beside, beside.open("wb") as file:
+            np.save(file, z_TE)
+
+    def finish(self, final: Path) -> Iterator[None]:
+        """Joins the parts; stops after each, so that nobody waits for all of it."""
+        layout = self._layout
+        with new_netcdf(final) as (nc, disk):
+            for number, part in enumerate(layout.parts):
+                z_TE = np.load(self._path(number))
+                if number == 0:
+                    self._create(nc, z_TE.shape[1])
+                nc.variables["embedding"][part.start : part.stop] = z_TE
+                disk.raise_error()
+                yield
+
+    def _create(self, nc: Any, components: int) -> None:
+        layout = self._layout
+        nc.dimensions = {"time": layout.seconds.size, "component": components}
+        times = nc.create_variable("time", ("time",), np.int64)
+        times[:] = layout.seconds
+        times.attrs.update({"standard_name": "time", "units": EPOCH_UNITS, "calendar": layout.contract.calendar})
+        embedding = nc.create_variable("embedding", ("time", "component"), np.float32, fletcher32=True)
+        embedding.attrs.update(embedding_attributes(layout.window))
+        said = {WINDOW: str(layout.window), CONTRACT: layout.contract.model_dump_json()}
+        nc.attrs.update({**self._attributes, **said})
+
+    def _path(self, part: int) -> Path:
+        return self._directory / f"times-{part:06d}.npy"
+
+
+def embedding_attributes(window: int) -> dict[str, str]:
+    """Of the variable."""
+    return {"long_name": f"embedding of the globe after {window} steps", "units": "1"}
+
+
+EMBEDDINGS: Product[EmbeddingLayout, EmbeddingWriter] = Product(
+    "embed", "embedding", "Embeddings by", {".nc": EmbeddingWriter}
+)

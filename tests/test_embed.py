@@ -1,0 +1,129 @@
+"""``faconv embed``: the embeddings that `Forecaster.embed` gives, on any ranks; killed and continued; refused."""
+
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import forecasts
+from faconv_hpc import Forecaster
+from faconv_hpc.errors import InputError
+from faconv_hpc.forecasting import embeddings
+from faconv_hpc.forecasting.embeddings import plan_embedding, run_embedding
+from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.contract import Contract
+from forecasts import FRAMES, WINDOW
+from ranks import Layout, run_on_ranks
+from test_cli import faconv, faconv_after, messages
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An exported file, and the store."""
+    directory = tmp_path_factory.mktemp("embed")
+    model, workspace = forecasts.draw_model(directory, forecasts.make_store(directory))
+    return model, workspace.store.path
+
+
+def embedded(mesh, model, store, output, times=(), **options):
+    """The summary of what is written on the ranks of a mesh."""
+    forecaster = Forecaster.load(model, mesh=mesh, **options)
+    return run_embedding(
+        forecaster, plan_embedding(forecaster.contract, forecaster.window, [store], times), output, mesh
+    )
+
+
+def opened(path):
+    return xr.load_dataset(path, engine="h5netcdf")
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory):
+    """Embeddings on one rank."""
+    output = tmp_path_factory.mktemp("alone") / "z.nc"
+    summary = embedded(ProcessMesh.alone(), *made, output)
+    assert (summary.times, summary.kept_times) == (FRAMES - WINDOW + 1, 0)
+    assert not output.with_name("z.nc.partial").exists()
+    return opened(output)
+
+
+def test_they_are_those_of_a_dataset(made, alone):
+    found = Forecaster.load(made[0], device="cpu").embed(forecasts.decoded().isel(time=slice(30, 40)))
+    assert found.embedding.shape == (10 - WINDOW + 1, 16) and found.embedding.std("time").min() > 0.01
+    np.testing.assert_allclose(found.embedding, alone.embedding.sel(time=found.time), rtol=0, atol=1e-6)
+    assert found.embedding.attrs == alone.embedding.attrs
+
+
+def test_the_file_says_of_what_it_is(made, alone):
+    assert alone.embedding.dims == ("time", "component") and alone.attrs["Conventions"] == "CF-1.8"
+    assert len(alone.attrs["network_sha256"]) == 64 and alone.attrs["window"] == str(WINDOW)
+    assert "the store" in json.loads(alone.attrs["faconv_embed"])["--data"]["told"]
+    assert Contract.model_validate_json(alone.attrs["contract"]) == Forecaster.load(made[0], device="cpu").contract
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2, 2), Layout(2, 1, 2)], ids=str)
+def test_they_are_the_same_on_any_ranks(made, alone, tmp_path, layout):
+    """Over the ends of parts, and with replicas that have nothing to do in the last turn."""
+
+    def check(mesh):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embeddings, "PART_TIMES", 7)
+            embedded(mesh, *made, tmp_path / "z.nc", ["2003-03-02/2003-06-12/6d"])
+
+    run_on_ranks(layout, check)
+    tiled = opened(tmp_path / "z.nc")
+    assert tiled.time.size == 18
+    np.testing.assert_allclose(tiled.embedding, alone.embedding.sel(time=tiled.time), rtol=0, atol=1e-5)
+
+
+def test_killed_and_started_again_they_are_the_same(made, alone, tmp_path):
+    output, (model, store) = tmp_path / "z.nc", made
+    command = ["embed", model, "--data", store, "--output", output, "--kernels", "eager"]
+    code = """
+import os, signal
+from faconv_hpc.forecasting import embeddings
+from faconv_hpc.forecasting.forecaster import Forecaster
+embeddings.PART_TIMES = 20
+count, embedding = 0, Forecaster.embedding
+def killing(*given):
+    global count
+    count += 1
+    if count == 45:
+        os.kill(os.getpid(), signal.{signal})
+    return embedding(*given)
+Forecaster.embedding = killing
+"""
+    killed = faconv_after(code.format(signal="SIGKILL"), *command)
+    assert killed.returncode == -signal.SIGKILL and not output.exists(), killed.stderr
+    ended = faconv_after(code.format(signal="SIGCONT"), *command, "--json")
+    assert json.loads(ended.stdout)["kept_times"] == 40, ended.stderr
+    assert opened(output).embedding.values.tobytes() == alone.embedding.values.tobytes()
+    refused = faconv(*command, "--times", "2003-03-02")
+    assert refused.returncode == 2 and len(messages(refused)) == 1
+    assert re.search(r"was made with --times 78 times from .*, this command says 1 times from", refused.stderr)
+
+
+def test_what_cannot_be_embedded_is_refused(made, tmp_path):
+    model, store = made
+    contract = Forecaster.load(model, device="cpu").contract
+    for times, told in (
+        (
+            ["2003-01-07"],
+            r"no embedding of 2003-01-07 .* no frame of its window of 3 frames at 2002-12-26.*that can be",
+        ),
+        (["June"], r"--times takes dates such as [^`]*, got 'June'"),
+        (["2003-06-06/2003-05-06/6d"], "--times 2003-06-06/2003-05-06/6d ends before it begins"),
+    ):
+        with pytest.raises(InputError, match=told):
+            plan_embedding(contract, WINDOW, [store], times)
+    (tmp_path / "plain.nc").write_text("mine")
+    for output, told in (
+        ("z.zarr", "the output is NAME.nc, got"),
+        ("plain.nc", "is there, and no output of `faconv em"),
+    ):
+        refused = faconv("embed", model, "--data", store, "--output", tmp_path / output, "--ranks", 2)
+        assert refused.returncode == 2 and len(messages(refused)) == 1
+        assert told in refused.stderr and "(rank" not in refused.stderr
