@@ -11,6 +11,7 @@ import xarray as xr
 import forecasts
 from faconv_hpc import Forecaster
 from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.partitions import partitions_of
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.embeddings import plan_embedding, run_embedding
 from faconv_hpc.spatial.mesh import ProcessMesh
@@ -76,7 +77,10 @@ def test_they_are_the_same_on_any_ranks(made, alone, tmp_path, layout):
     run_on_ranks(layout, check)
     tiled = opened(tmp_path / "z.nc")
     assert tiled.time.size == 18
-    np.testing.assert_allclose(tiled.embedding, alone.embedding.sel(time=tiled.time), rtol=0, atol=1e-5)
+    whole = alone.embedding.sel(time=tiled.time)
+    np.testing.assert_allclose(tiled.embedding, whole, rtol=0, atol=1e-5)
+    (mine,), (others,) = (partitions_of(one.values, "kmeans", [3], 2) for one in (tiled.embedding, whole))
+    np.testing.assert_array_equal(mine.labels_T, others.labels_T)
 
 
 def test_killed_and_started_again_they_are_the_same(made, alone, tmp_path):
@@ -84,6 +88,7 @@ def test_killed_and_started_again_they_are_the_same(made, alone, tmp_path):
     command = ["embed", model, "--data", store, "--output", output, "--kernels", "eager"]
     code = """
 import os, signal
+from faconv_hpc.evaluation.partitions import partitions_of
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.forecaster import Forecaster
 embeddings.PART_TIMES = 20

@@ -18,6 +18,7 @@ from .evaluate import evaluate_command
 from .forecast import forecast_command
 from .options import Verb, Verbs
 from .ranks import say_before_joining
+from .regimes import regimes_command
 from .study import study_command
 from .submit import submit_command
 from .train import train_command
@@ -38,6 +39,7 @@ app.command("verify", cls=Verb)(verify_command)
 app.command("evaluate", cls=Verb)(evaluate_command)
 app.command("forecast", cls=Verb)(forecast_command)
 app.command("embed", cls=Verb)(embed_command)
+app.command("regimes", cls=Verb)(regimes_command)
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
 app.command("doctor", cls=Verb)(doctor_command)

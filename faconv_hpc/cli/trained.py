@@ -114,6 +114,18 @@ def shown_progress(counted: str, *, disable: bool = False) -> "Iterator[Callable
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
+@contextmanager
+def shown_stages() -> "Iterator[Callable[[str], Callable[[int, int], None]]]":
+    """The same for work of several stages, each with a bar of its own; what it gives is called with a stage's name."""
+    with Progress(*PROGRESS, console=Console(stderr=True), transient=True) as shown:
+
+        def begin(what: str) -> Callable[[int, int], None]:
+            task = shown.add_task(what, total=None)
+            return lambda done, total: shown.update(task, completed=done, total=total)
+
+        yield begin
+
+
 def as_arguments(several: Iterable[tuple[str, Sequence[Any]]], given: Mapping[str, Any]) -> list[str]:
     """Options that may be repeated, and others that are left out where they are None, to hand on to ranks."""
     pairs = [(option, value) for option, values in several for value in values]
@@ -148,8 +160,13 @@ def paths_of(data: Sequence[str] | None, store: str | None, model: Path) -> list
     """The data that are named, patterns resolved; or the run's store."""
     if not data and store is None:
         raise InputError(f"{model} is no run, and brings no data. Name a store or files with --data.")
+    return paths_in(data or [str(store)])
+
+
+def paths_in(data: Sequence[str]) -> list[Path]:
+    """What --data names, patterns resolved."""
     found: list[Path] = []
-    for text in data or [str(store)]:
+    for text in data:
         path = Path(text)
         matching = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if "*" in text else [path]
         if not matching:

@@ -66,10 +66,19 @@ class TimeAxis:
     @cached_property
     def year_fraction(self) -> NDArray[np.float64]:
         """(time,) how much of the calendar's year has passed, in [0, 1)."""
-        years = np.array([date.year for date in self._dates(self.seconds)], dtype=np.int64)
-        known, where = np.unique(years, return_inverse=True)
+        known, where = np.unique(self.years, return_inverse=True)
         starts, ends = np.array([self._year_limits(int(year)) for year in known], dtype=np.int64).T
         return np.asarray((self.seconds - starts[where]) / (ends - starts)[where], dtype=np.float64)
+
+    @cached_property
+    def months(self) -> NDArray[np.int64]:
+        """(time,) 1 to 12."""
+        return np.array([date.month for date in self._dates(self.seconds)], dtype=np.int64)
+
+    @cached_property
+    def years(self) -> NDArray[np.int64]:
+        """(time,) of the calendar."""
+        return np.array([date.year for date in self._dates(self.seconds)], dtype=np.int64)
 
     @cached_property
     def utc_hour(self) -> NDArray[np.float64]:

@@ -1,0 +1,115 @@
+"""``faconv regimes``: clusters of the times of an embedding, with figures and a report."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+from ..files import cannot_write
+from .options import AsJson
+from .trained import OfSequence, check_is_no_data, paths_in, shown_stages
+
+if TYPE_CHECKING:
+    from ..evaluation.regimes import Regimes
+
+Embedding = Annotated[Path, typer.Argument(metavar="EMBEDDING", help="A file that `faconv embed` has written.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="What was embedded, for fields and EOFs: a store; or NetCDF, zarr, GRIB, a pattern, may be repeated.",
+    ),
+]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="For report.md, figures, regimes.nc and regimes.json.")]
+Clusters = Annotated[
+    str | None,
+    typer.Option(metavar="K or FIRST-LAST", help="How many clusters to try. Default: 2-10, fewer if times are few."),
+]
+Seeds = Annotated[int, typer.Option(min=2, help="Random starts whose clusters are compared.")]
+Harmonics = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Take an annual cycle of so many harmonics away first, from embeddings and fields. 6 if data are monthly.",
+    ),
+]
+Memory = Annotated[float, typer.Option("--memory-gib", min=0.001, help="For fields; beyond it rows are left out.")]
+DEFAULT = (2, 10)
+
+
+def regimes_command(
+    embedding: Embedding,
+    output: Output,
+    data: Data = None,
+    clusters: Clusters = None,
+    seeds: Seeds = 5,
+    harmonics: Harmonics = 0,
+    sequence: OfSequence = None,
+    memory_gib: Memory = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Find regimes: times with like embeddings, over a range of their number, and which number to take.
+
+    By k-means and Gaussian mixtures, judged by whether other seeds and halves of the record find them again, by whether
+    noise has the like, by the metrics of the paper's authors, and beside EOFs of the same fields. Read report.md first.
+
+    Example: `faconv regimes embeddings.nc --data data/era5 --output regimes`
+    """
+    from ..evaluation.embedding_file import read_embeddings
+    from ..evaluation.records import Record
+    from ..evaluation.regimes import find_regimes
+
+    embeddings, paths = read_embeddings(embedding), paths_in(data or ())
+    check_is_no_data(output, [*paths, embedding])
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file. Give a directory.")
+    numbers = _numbers(clusters, len(embeddings.z_TE))
+    record = None
+    if paths:
+        record = Record.of(embeddings.contract, embeddings.axis, paths, sequence, memory_gib)
+    elif sequence is not None:
+        raise InputError(f"--sequence {sequence} is of a store, which --data does not name. Give --data.")
+    with shown_stages() as stages:
+        found = find_regimes(embeddings, record, numbers, seeds, harmonics, stages)
+        _write(found, output, seeds)
+    _show(found, output, as_json)
+
+
+def _numbers(text: str | None, times: int) -> range:
+    if text is None:
+        first, last = DEFAULT[0], min(DEFAULT[1], times - 1)
+    else:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 2 <= first <= last:
+        raise InputError(f"--clusters takes a number from 2 on, or a range such as 2-10, got {text}.")
+    return range(first, last + 1)
+
+
+def _write(found: "Regimes", output: Path, seeds: int) -> None:
+    from ..evaluation.regime_figures import draw_all
+    from ..evaluation.regime_files import JSON, NETCDF, write_json, write_netcdf
+    from ..evaluation.regime_report import REPORT, write_report
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        figures = draw_all(found, output)
+        write_netcdf(found, output / NETCDF)
+        write_json(found, output / JSON)
+        write_report(found, figures, output / REPORT, seeds)  # last: where it is, all is
+    except OSError as error:
+        raise cannot_write("--output", output, error) from None
+
+
+def _show(found: "Regimes", output: Path, as_json: bool) -> None:
+    from ..evaluation.regime_files import json_of
+    from ..evaluation.regime_report import REPORT
+
+    if as_json:
+        print(json_of(found), end="")
+    else:
+        print(f"{found.suggestion.clusters} regimes of {len(found.embeddings.axis)} times. {found.suggestion.reason}")
+        print(f"Read {output / REPORT}")

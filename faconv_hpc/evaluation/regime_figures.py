@@ -1,0 +1,222 @@
+"""Figures of regimes: how many there are, where they lie, when they come, what they look like."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+
+from ..data.times import SECONDS_PER_DAY
+from ..look import (
+    LINE_COLOURS,
+    SMALL,
+    Colours,
+    colour_bar,
+    draw_map,
+    dress,
+    line_style,
+    new_figure,
+    save_figure,
+)
+from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE
+from .regime_facts import MONTH_NAMES
+from .regimes import CHOSEN, Regimes, Source
+from .seasons import MONTHS
+
+SEASONS = {"Dec to Feb": (12, 1, 2), "Mar to May": (3, 4, 5), "Jun to Aug": (6, 7, 8), "Sep to Nov": (9, 10, 11)}
+FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
+SHOWN = 4  # variables of composites at most
+DAYS_A_YEAR, MOST_BINS = 365.25, 366
+NUMBERED = 400  # cells of the calendar in which the regime's number still can be read
+
+
+def draw_all(regimes: Regimes, directory: Path) -> list[Path]:
+    """All figures, in the order of the report."""
+    paths = [
+        draw_numbers(regimes, directory / "silhouettes.png"),
+        draw_plane(regimes, directory / "plane.png"),
+        draw_calendar(regimes, directory / "calendar.png"),
+    ]
+    if regimes.composites is not None:
+        paths += [
+            draw_composites(regimes, directory / "composites.png", beyond_season=False),
+            draw_composites(regimes, directory / "composites_beyond_season.png", beyond_season=True),
+        ]
+    return paths
+
+
+def draw_numbers(regimes: Regimes, path: Path) -> Path:
+    """Silhouettes and agreements over the number of clusters."""
+    with_data = regimes.data is not None
+    figure, ((own, *rest),) = new_figure(1, 3 + with_data, _title(regimes, "How many regimes?"), width=4.2, height=3.6)
+    panels = {"own": own} | ({"data": rest.pop(0)} if with_data else {})
+    number = 0
+    for source in regimes.sources:
+        for method in source.methods:
+            judged, style = regimes.of(source.key, method), line_style(number)
+            clusters = [one.partition.clusters for one in judged]
+            label, number = f"{source.name}, {METHODS[method]}", number + 1
+            if source.key == "embedding":
+                own.plot(clusters, [one.own.silhouette for one in judged], label=label, **style)
+            if "data" in panels:
+                in_data = [one.data.silhouette for one in judged if one.data is not None]
+                panels["data"].plot(clusters, in_data, label=label, **style)
+            for axes, values in (
+                (rest[0], [one.partition.seeds_agreement for one in judged]),
+                (rest[1], [one.partition.halves_agreement for one in judged]),
+            ):
+                axes.plot(clusters, values, label=label, **style)
+    own.plot(list(regimes.chance), list(regimes.chance.values()), label="k-means of noise, 95 %", **line_style(5))
+    dress(own, "Silhouette in embedding space", "number of clusters", "silhouette (higher: farther apart)")
+    if "data" in panels:
+        dress(panels["data"], "Silhouette in data space (comparable)", "number of clusters", "silhouette")
+    dress(rest[0], "Do seeds find the same?", "number of clusters", "adjusted Rand index (1: the same)")
+    dress(rest[1], "Do halves of the record?", "number of clusters", "adjusted Rand index (1: the same)")
+    for axes, limit in ((rest[0], SEEDS_AGREE), (rest[1], HALVES_AGREE)):
+        axes.axhline(limit, color="#555555", linewidth=0.8)
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.05)
+    for axes in (*panels.values(), *rest):
+        axes.axvline(regimes.suggestion.clusters, color="#555555", linewidth=0.8, linestyle=":")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = rest[1].get_legend_handles_labels()
+    noise, name = own.lines[-2], "k-means of noise (95 %)"
+    figure.legend([*handles, noise], [*labels, name], loc="outside lower center", ncols=len(labels) + 1, fontsize=SMALL)
+    return save_figure(figure, path)
+
+
+def draw_plane(regimes: Regimes, path: Path) -> Path:
+    """Two principal components of the embedding, and of the fields where they are there, by season and by regime."""
+    sources = [source for source in regimes.sources if source.key in ("embedding", "eof")]
+    title = _title(regimes, "Two dimensions of all times, by season and by regime")
+    figure, rows = new_figure(len(sources), 2, title, width=4.6, height=3.6)
+    for row, source in zip(rows, sources, strict=True):
+        points_TE, every = source.points_TE, regimes.every // source.every
+        pca = PCA(2, random_state=0) if min(points_TE.shape) >= 2 else None
+        xy = pca.fit_transform(points_TE) if pca is not None else np.repeat(points_TE, 2, axis=1)
+        shares = pca.explained_variance_ratio_ if pca is not None else (1.0, 1.0)
+        months, labels = regimes.embeddings.months[::every], regimes.labels_T[::every]
+        groups = {name: np.isin(months, own) for name, own in SEASONS.items()}
+        _scatter(row[0], xy, groups, "season")
+        _scatter(row[1], xy, {str(label + 1): labels == label for label in np.unique(labels)}, "regime")
+        for axes, what in zip(row, ("season", "regime"), strict=True):
+            first, second = (f"component {place + 1} ({share:.0%} of variance)" for place, share in enumerate(shares))
+            dress(axes, f"{_points_of(source)}, by {what}", first, second)
+    return save_figure(figure, path)
+
+
+def _points_of(source: Source) -> str:
+    return "Embedding" if source.key == "embedding" else "EOFs of the fields"
+
+
+def _scatter(axes: Axes, xy: NDArray[np.float64], groups: dict[str, NDArray[np.bool_]], what: str) -> None:
+    size = float(np.clip(4000 / len(xy), 4, 24))
+    for number, (name, own) in enumerate(groups.items()):
+        place = number % len(LINE_COLOURS)
+        colour = LINE_COLOURS[place]
+        axes.scatter(
+            xy[own, 0], xy[own, 1], s=size, marker=FILLED[place], label=name, alpha=0.8, linewidths=0.6,
+            edgecolors=colour, facecolors=colour if number < len(LINE_COLOURS) else "none",
+        )  # fmt: skip
+    axes.legend(title=what, fontsize=SMALL, title_fontsize=SMALL, ncols=1 + len(groups) // 7)
+
+
+def draw_calendar(regimes: Regimes, path: Path) -> Path:
+    """How often each regime comes in each month, and which one is there at all times."""
+    clusters = int(regimes.labels_T.max()) + 1
+    figure, ((often, line),) = new_figure(1, 2, _title(regimes, "When regimes come"), width=6.4, height=4.2)
+    share = regimes.month_share_KM
+    image = often.pcolormesh(np.ma.masked_invalid(share), cmap="Blues", vmin=0, vmax=1, edgecolors="white")
+    for (label, month), value in np.ndenumerate(share):
+        if np.isfinite(value) and value > 0:
+            colour = "white" if value > 0.5 else "black"
+            often.text(month + 0.5, label + 0.5, f"{value:.0%}", ha="center", va="center", fontsize=SMALL, color=colour)
+    often.set_xticks(np.arange(MONTHS) + 0.5, MONTH_NAMES)
+    often.set_yticks(np.arange(clusters) + 0.5, [str(label + 1) for label in range(clusters)])
+    often.invert_yaxis()
+    dress(often, "Share of each month's times", "", "regime").grid(visible=False)
+    colour_bar(image, often, "share of the month's times")
+    _draw_time_line(regimes, line)
+    return save_figure(figure, path)
+
+
+def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
+    """A row for each year, or one of all where they are less than a year."""
+    axis, clusters = regimes.embeddings.axis, int(regimes.labels_T.max()) + 1
+    days = float(axis.seconds[-1] - axis.seconds[0]) / SECONDS_PER_DAY
+    if days < DAYS_A_YEAR:
+        x, y, cells = _days(regimes)
+    else:
+        x, y, cells = _years(regimes)
+        axes.set_xticks(np.arange(MONTHS) + 0.5, MONTH_NAMES)
+    colours = ListedColormap([LINE_COLOURS[label % len(LINE_COLOURS)] for label in range(clusters)])
+    norm = BoundaryNorm(np.arange(clusters + 1) - 0.5, clusters)
+    axes.set_facecolor("#eeeeee")
+    image = axes.pcolormesh(x, y, np.ma.masked_invalid(cells), cmap=colours, norm=norm)
+    if cells.size <= NUMBERED:
+        _number(axes, (x[:-1] + x[1:]) / 2, (y[:-1] + y[1:]) / 2, cells)
+    axes.invert_yaxis()
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    dress(axes, "Regime of each time", "" if days >= DAYS_A_YEAR else f"days since {axis.date(0)}", "year")
+    axes.grid(visible=False)
+    bar = colour_bar(image, axes, "regime")
+    bar.set_ticks(range(clusters), labels=[str(label + 1) for label in range(clusters)])
+
+
+Cells = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+"""Edges along x, along y, and what is between them: the regime, NaN where there is none."""
+
+
+def _days(regimes: Regimes) -> Cells:
+    axis = regimes.embeddings.axis
+    starts = (axis.seconds - axis.seconds[0]) / SECONDS_PER_DAY
+    cells = np.array(regimes.labels_T[None], dtype=np.float64)
+    year = float(axis.years[0])
+    return np.append(starts, starts[-1] + axis.step_s / SECONDS_PER_DAY), np.array([year - 0.5, year + 0.5]), cells
+
+
+def _years(regimes: Regimes) -> Cells:
+    """A cell for each time, or for several of a day, of which the first is shown."""
+    axis = regimes.embeddings.axis
+    bins = int(np.clip(round(DAYS_A_YEAR * SECONDS_PER_DAY / max(axis.step_s, 1.0)), 1, MOST_BINS))
+    years = np.arange(axis.years.min(), axis.years.max() + 1)
+    cells = np.full((years.size, bins), np.nan)
+    place = np.minimum((axis.year_fraction * bins).astype(int), bins - 1)
+    cells[(axis.years - years[0])[::-1], place[::-1]] = regimes.labels_T[::-1]
+    return np.linspace(0, MONTHS, bins + 1), np.append(years, years[-1] + 1) - 0.5, cells
+
+
+def _number(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], cells: NDArray[np.float64]) -> None:
+    for (row, column), value in np.ndenumerate(cells):
+        if np.isfinite(value):
+            colour = "white" if int(value) % len(LINE_COLOURS) in DARK else "black"
+            text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": colour}
+            axes.text(float(x[column]), float(y[row]), str(int(value) + 1), **text)  # type: ignore[arg-type]
+
+
+def draw_composites(regimes: Regimes, path: Path, *, beyond_season: bool) -> Path:
+    """Mean fields of each regime less those of all times, or of its times' calendar months."""
+    found, record = regimes.composites, regimes.record
+    assert found is not None and record is not None, "regimes without fields have no composites"
+    fields_KCYX = found.beyond_season_KCYX if beyond_season else found.anomaly_KCYX
+    variables, clusters = record.variables[:SHOWN], len(fields_KCYX)
+    what = "less those of its calendar months" if beyond_season else "less those of all times"
+    title = _title(regimes, f"Mean fields of each regime {what}")
+    figure, rows = new_figure(clusters, len(variables), title, width=4.6, height=2.3, maps=True)
+    for channel, variable in enumerate(variables):
+        colours = Colours.of_changes(*fields_KCYX[:, channel])
+        for label in range(clusters):
+            times = int((regimes.labels_T == label).sum())
+            told = f"regime {label + 1} ({times} times): {variable.name}"
+            axes = rows[label][channel]
+            image = draw_map(axes, found.latitude_deg, found.longitude_deg, fields_KCYX[label, channel], colours, told)
+        units = f" [{variable.units}]" if variable.units else ""
+        colour_bar(image, [row[channel] for row in rows], f"departure of {variable.name}{units}")
+    return save_figure(figure, path)
+
+
+def _title(regimes: Regimes, what: str) -> str:
+    partition = regimes.one("embedding").partition
+    return f"{what} ({METHODS[CHOSEN]}, K = {partition.clusters}, {len(regimes.embeddings.axis)} times)"

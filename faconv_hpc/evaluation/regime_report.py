@@ -1,0 +1,265 @@
+"""report.md: what the regimes are, for somebody who has not seen the program."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sklearn.metrics import adjusted_rand_score
+
+from ..files import write_durably
+from .partitions import (
+    CHANCE_PERCENT,
+    KMEANS_STARTS,
+    METHODS,
+    MIXTURE_STARTS,
+    SURROGATES,
+)
+from .regime_facts import RegimeFacts, duration_in_words, facts_of
+from .regime_files import JSON, NETCDF
+from .regimes import CHOSEN, Judged, Regimes
+from .spaces import Metrics
+
+REPORT = "report.md"
+A_CALENDAR, MOSTLY = 0.9, 0.8  # seasonal share of an embedding; share of times whose regime the month tells
+CAPTIONS = {
+    "silhouettes.png": "How many regimes: how far apart clusters are, and whether seeds and halves find them again",
+    "plane.png": "All times in two dimensions",
+    "calendar.png": "When regimes come",
+    "composites.png": "Mean fields of each regime less those of all times; lines go around what is beyond half of "
+    "the scale",
+    "composites_beyond_season.png": "The same less the means of the calendar months in which its times lie: what a "
+    "regime is beyond its season",
+}
+HEADS = {
+    "silhouette": "silhouette ↑",
+    "silhouette_cosine": "silhouette, cosine ↑",
+    "davies_bouldin": "Davies-Bouldin ↓",
+    "calinski_harabasz": "Calinski-Harabasz ↑",
+    "rmse": "RMSE ↓",
+    "variance": "variance ↓",
+    "inter_cluster_distance": "inter-cluster distance ↑",
+}
+
+
+def write_report(regimes: Regimes, figures: Sequence[Path], path: Path, seeds: int) -> None:
+    """The file appears whole; figures lie beside it."""
+    write_durably(path, "\n\n".join(_parts(regimes, figures, seeds)) + "\n")
+
+
+def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[str]:
+    axis, facts = regimes.embeddings.axis, facts_of(regimes)
+    yield f"# Regimes of {axis.date(0)} to {axis.date(len(axis) - 1)}"
+    yield _what(regimes)
+    yield "## In short"
+    yield "\n".join(f"- {sentence}" for sentence in _in_short(regimes))
+    yield "## The regimes"
+    yield _table(_regime_heads(facts), (_regime_row(one) for one in facts))
+    yield (
+        "A regime's months are those in which it is the commonest. How long it lasts is the mean number of times in a "
+        "row. The strongest departure is that of its mean field from the mean of all times, in the cell where it is "
+        "largest; in brackets the root of its mean square over the globe."
+        if regimes.composites is not None
+        else "A regime's months are those in which it is the commonest. How long it lasts is the mean number of times "
+        "in a row. Call the command with --data for the fields of each regime."
+    )
+    for figure in figures:
+        yield f"![{CAPTIONS[figure.name]}]({figure.name})\n\n{CAPTIONS[figure.name]}."
+    yield "## How many there are"
+    yield regimes.suggestion.reason
+    yield _table(_number_heads(regimes), (_number_row(regimes, one) for one in regimes.of("embedding", CHOSEN)))
+    yield (
+        f"Seeds and halves: adjusted Rand index, 1 where the same is found again, 0 where only by chance; halves of "
+        f"the record are clustered one by one, and each then labels all times. Noise: the silhouette below which "
+        f"{CHANCE_PERCENT} % of {SURROGATES} random series stay that have the spectrum and the correlations of the "
+        f"embedding, and no clusters."
+    )
+    yield "## Beside EOFs, and clusters of the fields themselves" if regimes.data is not None else "## Metrics"
+    yield from _metrics(regimes)
+    yield "## How it was made"
+    yield "\n".join(f"- {sentence}" for sentence in _how(regimes, seeds))
+
+
+def _what(regimes: Regimes) -> str:
+    axis, z_TE = regimes.embeddings.axis, regimes.embeddings.z_TE
+    made_of = "; ".join(f"{option}: {one['told']}" for option, one in sorted(regimes.embeddings.made_of.items()))
+    return (
+        f"A neural network has summed up the globe at each of {len(axis)} times by {z_TE.shape[1]} numbers, its "
+        f"embedding. Times with like embeddings make a regime. ({made_of})"
+    )
+
+
+def _in_short(regimes: Regimes) -> Iterable[str]:
+    judged = regimes.one("embedding")
+    count = judged.partition.clusters
+    doubt = "" if regimes.suggestion.steady else ", with doubt"
+    yield f"**{count} regimes{doubt}.** {regimes.suggestion.reason}"
+    share = regimes.seasonal_shares["embedding"]
+    if regimes.harmonics == 0 and share > A_CALENDAR:
+        yield (
+            f"**The embedding is little more than a calendar**: {share:.1%} of its variance lies between calendar "
+            f"months{_of_fields(regimes)}. What is found here are times of the year. Call the command with --harmonics "
+            f"(6 where data are monthly) to see what there is beyond them."
+        )
+    else:
+        before = "Before its annual cycle was taken away, " if regimes.harmonics else ""
+        yield f"{before}{share:.1%} of the embedding's variance lies between calendar months{_of_fields(regimes)}."
+    told = "are seasons: the" if judged.told_by_month >= MOSTLY else "are more than seasons: the"
+    yield f"The regimes {told} calendar month tells the regime of {judged.told_by_month:.0%} of all times."
+    if judged.data is not None:
+        yield _compared(regimes)
+    mixture = regimes.one("embedding", "gmm")
+    agreement = _agreement(judged, mixture)
+    yield f"A Gaussian mixture of as many components agrees with them to {agreement:.2f} (adjusted Rand index)."
+
+
+def _of_fields(regimes: Regimes) -> str:
+    share = regimes.seasonal_shares.get("fields")
+    return "" if share is None else f", of the fields' own {share:.1%}"
+
+
+def _agreement(one: Judged, other: Judged) -> float:
+    return float(adjusted_rand_score(one.partition.labels_T, other.partition.labels_T))
+
+
+def _compared(regimes: Regimes) -> str:
+    network, eofs, fields = (regimes.one(source) for source in ("embedding", "eof", "fields"))
+    assert network.data is not None and eofs.data is not None and fields.data is not None, "there are fields"
+    mine, others = network.data.silhouette, eofs.data.silhouette
+    better = "farther apart than" if mine > others else "not as far apart as"
+    found_again = network.partition.halves_agreement, eofs.partition.halves_agreement
+    steadier = "found again better than" if found_again[0] > found_again[1] else "found again no better than"
+    return (
+        f"In the fields, the network's clusters are {better} those of as many EOFs (silhouette in data space "
+        f"{mine:.3f} and {others:.3f}; clusters of the fields themselves {fields.data.silhouette:.3f}), and are "
+        f"{steadier} theirs in the other half of the record ({_number(found_again[0], 2)} and "
+        f"{_number(found_again[1], 2)})."
+    )
+
+
+def _regime_heads(facts: Sequence[RegimeFacts]) -> list[str]:
+    variables = [f"{one.variable} [{one.units}]" if one.units else one.variable for one in facts[0].extremes]
+    return ["regime", "times", "share", "months", "lasts", *(f"strongest departure of {one}" for one in variables)]
+
+
+def _regime_row(one: RegimeFacts) -> list[str]:
+    extremes = [
+        f"{extreme.anomaly:+.3g} at {_place(extreme.latitude_deg, extreme.longitude_deg)} ({extreme.spread:.2g})"
+        for extreme in one.extremes
+    ]
+    lasts = f"{one.run_times:.1f} times ({duration_in_words(one.run_hours)})"
+    return [str(one.number), str(one.times), f"{one.share:.0%}", one.months or "none", lasts, *extremes]
+
+
+def _place(latitude_deg: float, longitude_deg: float) -> str:
+    east = (longitude_deg + 180) % 360 - 180
+    north_south, east_west = "N" if latitude_deg >= 0 else "S", "E" if east >= 0 else "W"
+    return f"{abs(latitude_deg):g}°{north_south} {abs(east):g}°{east_west}"
+
+
+def _number_heads(regimes: Regimes) -> list[str]:
+    heads = ["K", "silhouette", "in noise", "seeds", "halves", "month tells"]
+    return [*heads, "silhouette in data space"] if regimes.data is not None else heads
+
+
+def _number_row(regimes: Regimes, one: Judged) -> list[str]:
+    partition = one.partition
+    chosen = partition.clusters == regimes.suggestion.clusters
+    texts = [
+        f"**{partition.clusters}**" if chosen else str(partition.clusters),
+        _number(one.own.silhouette),
+        _number(regimes.chance[partition.clusters]),
+        _number(partition.seeds_agreement, 2),
+        _number(partition.halves_agreement, 2),
+        f"{one.told_by_month:.0%}",
+    ]
+    return [*texts, _number(one.data.silhouette)] if one.data is not None else texts
+
+
+def _metrics(regimes: Regimes) -> Iterable[str]:
+    """At the suggested number of clusters, in each space; all numbers are in the JSON file."""
+    count = regimes.suggestion.clusters
+    rows = [
+        (source, method, regimes.one(source.key, method)) for source in regimes.sources for method in source.methods
+    ]
+    if regimes.data is not None:
+        yield (
+            f"All at K = {count}, **in data space**: each time is the vector of all cells of all variables, each from "
+            f"0 to 1 between its least and greatest value, all cells alike. Whatever labels times is comparable here; "
+            f"k-means of the fields themselves minimises RMSE in this space, so no other can be better in RMSE or "
+            f"Calinski-Harabasz but by luck."
+        )
+        yield _table(
+            ["clusters of", "method", "month tells", "seeds", "halves", *HEADS.values()],
+            (
+                [source.name, METHODS[method], f"{one.told_by_month:.0%}", *_found_again(one), *_values(one.data)]
+                for source, method, one in rows
+                if one.data is not None
+            ),
+        )
+    yield (
+        f"At K = {count}, **each in the space that it was found in**. Numbers of different spaces cannot be compared: "
+        f"a space of fewer dims has higher silhouettes."
+    )
+    yield _table(
+        ["clusters of", "method", "space", *HEADS.values()],
+        ([source.name, METHODS[method], source.space.name, *_values(one.own)] for source, method, one in rows),
+    )
+    yield (
+        "↑ higher is better, ↓ lower. RMSE: root of the mean squared distance to the cluster's mean. Variance: of all "
+        "values of a cluster, weighted by its size. Inter-cluster distance: mean over clusters of the smallest "
+        "distance to a point of another, or the own diameter where that is smaller."
+    )
+
+
+def _found_again(one: Judged) -> list[str]:
+    return [_number(one.partition.seeds_agreement, 2), _number(one.partition.halves_agreement, 2)]
+
+
+def _values(metrics: Metrics) -> list[str]:
+    return [_number(value, 4) for value in metrics.as_dict().values()]
+
+
+def _how(regimes: Regimes, seeds: int) -> Iterable[str]:
+    clusters = [one.partition.clusters for one in regimes.of("embedding", CHOSEN)]
+    yield (
+        f"k-means (Euclidean, {KMEANS_STARTS} starts for each of {seeds} seeds, the best kept) and Gaussian mixtures "
+        f"(diagonal covariances along principal components, {MIXTURE_STARTS} starts for each seed), K from "
+        f"{clusters[0]} to {clusters[-1]}."
+    )
+    if regimes.harmonics:
+        yield f"An annual cycle of {regimes.harmonics} harmonics was taken away first, of embeddings and of every cell."
+    if regimes.every > 1:
+        yield f"All times are labelled; one in {regimes.every} is judged, and has fields, since all would not fit."
+    data, record = regimes.data, regimes.record
+    if data is None or record is None:
+        yield "Without fields: --data was not given."
+    else:
+        names = ", ".join(one.name for one in record.variables)
+        thinned = (
+            f", every {_th(data.stride)} row and column, as all would not fit in memory" if data.stride > 1 else ""
+        )
+        missing = f"; {data.left_out} cells are missing at some time and left out" if data.left_out else ""
+        yield f"Fields: {names} of {record.frames.name}, {data.cells} cells{thinned}{missing}."
+        if record.frames.identity != regimes.embeddings.made_of.get("--data", {}).get("value"):
+            yield "These are other data than those that were embedded; the times are the same."
+        yield (
+            f"EOFs: principal components of the same fields weighted by area, as many as the embedding has components; "
+            f"{data.explained:.0%} of the variance. They see one time, an embedding a window of "
+            f"{regimes.embeddings.window}."
+        )
+    yield f"`{NETCDF}` has the labels of all times, methods and K, and the composites; `{JSON}` all numbers."
+
+
+def _th(number: int) -> str:
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10 if number // 10 % 10 != 1 else 0, 'th') }"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    if not math.isfinite(value):
+        return "none"
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

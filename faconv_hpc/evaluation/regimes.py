@@ -1,0 +1,187 @@
+"""Regimes: clusters of the times of an embedding, judged beside those of EOFs and of the fields themselves."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.times import TimeAxis
+from .embedding_file import EmbeddingFile
+from .partitions import (
+    METHODS,
+    Method,
+    Partition,
+    Suggestion,
+    check_clusters,
+    partitions_of,
+    silhouettes_of_chance,
+    suggest,
+)
+from .records import Composites, DataSpace, Record, composites_of, data_space_of
+from .seasons import Season, counts_of, seasonal_share_of, told_by_month
+from .spaces import Metrics, Space
+
+MOST_TIMES = 4000  # whose distances from each other are kept: 128 MB for each kind of distance and space
+CHOSEN: Method = "kmeans"
+
+Stages = Callable[[str], Callable[[int, int], None]]
+"""Called with what is done now; gives what is called with (done, total)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where clusters are looked for.
+
+    Attributes:
+        key, name: for programs, for people.
+        space: of the times that are judged.
+        points_TE: of all times that are labelled.
+        every: of these, one in so many is judged.
+        methods: tried on it.
+    """
+
+    key: str
+    name: str
+    space: Space
+    points_TE: NDArray[np.float64]
+    every: int = 1
+    methods: tuple[Method, ...] = tuple(METHODS)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A partition, and how it is judged.
+
+    Attributes:
+        source: see `Source.key`.
+        own: in the space that it was found in.
+        data: in data space; None without data.
+        told_by_month: share of times whose cluster is the commonest of their calendar month.
+    """
+
+    source: str
+    partition: Partition
+    own: Metrics
+    data: Metrics | None
+    told_by_month: float
+
+
+@dataclass(frozen=True, eq=False)
+class Regimes:
+    """What was found.
+
+    Attributes:
+        sources: the embedding first.
+        judged: partitions of each source and method.
+        chance: silhouettes that k-means finds by chance, by the number of clusters; see `silhouettes_of_chance`.
+        harmonics: of the annual cycle that was taken away, from embeddings and fields; 0: none.
+        seasonal_shares: of each source's variance, as it was found, that lies between calendar months.
+        every: one in so many times is judged, and has fields.
+        data: None without fields.
+        composites: of the regimes.
+    """
+
+    embeddings: EmbeddingFile
+    sources: tuple[Source, ...]
+    judged: tuple[Judged, ...]
+    suggestion: Suggestion
+    chance: dict[int, float]
+    harmonics: int
+    seasonal_shares: dict[str, float]
+    every: int
+    record: Record | None
+    data: DataSpace | None
+    composites: Composites | None
+
+    def of(self, source: str, method: Method) -> list[Judged]:
+        """By their number of clusters."""
+        return [one for one in self.judged if (one.source, one.partition.method) == (source, method)]
+
+    def one(self, source: str, method: Method = CHOSEN, clusters: int | None = None) -> Judged:
+        """Of so many clusters; default: of as many as are suggested."""
+        wanted = self.suggestion.clusters if clusters is None else clusters
+        return next(one for one in self.of(source, method) if one.partition.clusters == wanted)
+
+    @property
+    def labels_T(self) -> NDArray[np.int64]:
+        """Of the regimes, from 0."""
+        return self.one("embedding").partition.labels_T
+
+    @cached_property
+    def month_share_KM(self) -> NDArray[np.float64]:
+        """Share of each calendar month's times in each regime; NaN for months without times."""
+        counts = counts_of(self.labels_T, self.embeddings.months)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(counts / counts.sum(0), dtype=np.float64)
+
+
+def find_regimes(
+    embeddings: EmbeddingFile,
+    record: Record | None,
+    clusters: Sequence[int],
+    seeds: int,
+    harmonics: int = 0,
+    stages: Stages = lambda what: lambda done, total: None,
+) -> Regimes:
+    """Clusters of times over a range of their number.
+
+    Args:
+        record: the fields of the same times; None: embeddings alone are looked at.
+        clusters: increasing numbers of them.
+        seeds: fits from different random starts.
+        harmonics: of an annual cycle that embeddings and fields are freed of first; 0: they are taken as they are.
+
+    Raises:
+        InputError: more clusters than times; or fields that cannot be read.
+    """
+    every = -(-len(embeddings.z_TE) // MOST_TIMES)
+    times, months = range(0, len(embeddings.z_TE), every), embeddings.months
+    check_clusters(clusters, embeddings.z_TE[::every], str(embeddings.path))
+    z_TE = Season.of(embeddings.axis, harmonics).removed_from(embeddings.z_TE)
+    sources = [Source("embedding", "network", Space.of("embedding space", z_TE[::every]), z_TE, every)]
+    shares, data = {"embedding": seasonal_share_of(embeddings.z_TE, months)}, None
+    if record is not None:
+        season = Season.of(TimeAxis(embeddings.axis.seconds[::every], embeddings.axis.calendar), harmonics)
+        data = data_space_of(record, times, z_TE.shape[1], season, months[::every], stages("reading fields"))
+        sources.append(Source("eof", "EOFs", Space.of("EOF space", data.eofs_TE), data.eofs_TE))
+        sources.append(Source("fields", "fields", data.space, data.space.points_TE, methods=("kmeans",)))
+        shares |= {"fields": data.seasonal_share}
+    chance = silhouettes_of_chance(z_TE[::every], clusters, stages("clustering noise"))
+    judged = tuple(_judged(sources, months, every, data, clusters, seeds, stages("clustering")))
+    chosen = [one for one in judged if (one.source, one.partition.method) == ("embedding", CHOSEN)]
+    own = {one.partition.clusters: one.own for one in chosen}
+    suggestion = suggest([one.partition for one in chosen], own, chance)
+    composites = None
+    if record is not None:
+        labels_T = next(one for one in chosen if one.partition.clusters == suggestion.clusters).partition.labels_T
+        composites = composites_of(record, labels_T, months, stages("averaging fields"))
+    found = embeddings, tuple(sources), judged, suggestion, chance, harmonics, shares, every
+    return Regimes(*found, record, data, composites)
+
+
+def _judged(
+    sources: Sequence[Source],
+    months_T: NDArray[np.int64],
+    every: int,
+    data: DataSpace | None,
+    clusters: Sequence[int],
+    seeds: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[Judged]:
+    total, done = sum(len(source.methods) for source in sources) * len(clusters), 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    for source in sources:
+        months = months_T[:: every // source.every]
+        for method in source.methods:
+            for one in partitions_of(source.points_TE, method, clusters, seeds, tell):
+                labels_T = one.labels_T[:: source.every]
+                of_data = None if data is None else Metrics.of(data.space, labels_T)
+                own = Metrics.of(source.space, labels_T)
+                yield Judged(source.key, one, own, of_data, told_by_month(one.labels_T, months))

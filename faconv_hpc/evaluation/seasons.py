@@ -1,0 +1,72 @@
+"""The annual cycle of points, and points less it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.annual_cycle import PER_COEFFICIENT, basis
+from ..data.times import TimeAxis
+from ..errors import InputError
+
+MONTHS = 12
+COLLINEAR = 1e-6  # waves that times so regular cannot tell apart count once
+
+
+@dataclass(frozen=True, eq=False)
+class Season:
+    """Waves of the year at some times, of which points are freed by least squares.
+
+    Attributes:
+        waves_TW: orthonormal; none where the cycle is to stay.
+    """
+
+    waves_TW: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, axis: TimeAxis, harmonics: int) -> "Season":
+        """Of the mean and so many harmonics of the year; 0: the cycle stays.
+
+        Raises:
+            InputError: too few times for them.
+        """
+        if harmonics == 0:
+            return cls(np.zeros((len(axis), 0)))
+        needed = PER_COEFFICIENT * (1 + 2 * harmonics)
+        if needed > len(axis):
+            raise InputError(
+                f"an annual cycle of {harmonics} harmonics needs at least {needed} times, there are {len(axis)}. Ask "
+                f"for fewer with --harmonics, or embed more times."
+            )
+        axes_TW, sizes_W, _ = np.linalg.svd(basis(axis.year_fraction, harmonics), full_matrices=False)
+        return cls(axes_TW[:, sizes_W > COLLINEAR * sizes_W[0]])
+
+    def removed_from(self, points_TE: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Departures of points from their annual cycle."""
+        left: NDArray[np.float64] = points_TE - self.waves_TW @ (self.waves_TW.T @ points_TE)
+        return left
+
+    def removed_from_products(self, products_TT: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Inner products of what `removed_from` leaves of points that have these."""
+        return self.removed_from(self.removed_from(products_TT).T)
+
+
+def counts_of(labels_T: NDArray[np.int64], months_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(clusters, months) how many times are in both."""
+    counts = np.zeros((int(labels_T.max()) + 1, MONTHS), dtype=np.int64)
+    np.add.at(counts, (labels_T, months_T - 1), 1)
+    return counts
+
+
+def told_by_month(labels_T: NDArray[np.int64], months_T: NDArray[np.int64]) -> float:
+    """Share of times whose cluster is the commonest of their calendar month."""
+    return float(counts_of(labels_T, months_T).max(0).sum() / len(labels_T))
+
+
+def seasonal_share_of(points_TE: NDArray[np.float64], months_T: NDArray[np.int64]) -> float:
+    """Share of the variance of points that lies between calendar months."""
+    departures = points_TE - points_TE.mean(0)
+    between = sum(
+        (months_T == month).sum() * (departures[months_T == month].mean(0) ** 2).sum() for month in np.unique(months_T)
+    )
+    return float(between / max((departures**2).sum(), np.finfo(np.float64).tiny))

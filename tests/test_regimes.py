@@ -1,0 +1,394 @@
+"""``faconv regimes``: planted ones are found, noise is not taken for some; metrics by their definitions; refused."""
+
+import json
+import re
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import xarray as xr
+from sklearn import metrics as library
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from typer.testing import CliRunner
+
+import forecasts
+from faconv_hpc.cli.app import app
+from faconv_hpc.data.statistics import row_weights
+from faconv_hpc.data.times import TimeAxis
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation import regimes as regimes_module
+from faconv_hpc.evaluation.embedding_file import read_embeddings
+from faconv_hpc.evaluation.partitions import by_size, partitions_of, silhouettes_of_chance
+from faconv_hpc.evaluation.records import Record, data_space_of
+from faconv_hpc.evaluation.regime_facts import _runs, duration_in_words, months_in_words
+from faconv_hpc.evaluation.regime_files import as_dict, write_netcdf
+from faconv_hpc.evaluation.regime_report import write_report
+from faconv_hpc.evaluation.regimes import find_regimes
+from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
+from faconv_hpc.evaluation.spaces import Metrics, Space
+from faconv_hpc.forecasting.embeddings import EmbeddingLayout, EmbeddingWriter
+
+FRAMES, DAYS, NLAT, NLON, COMPONENTS = 108, 10, 11, 14, 8
+QUIET = {"seeds": 2, "clusters": range(2, 6)}
+
+
+def planted():
+    """(FRAMES,) regimes that last for a while and come in any season, the commonest 0; and the patterns of each."""
+    random = np.random.default_rng(1)
+    runs = np.repeat([0, 1, 2] * 9, random.multinomial(FRAMES - 27, np.full(27, 1 / 27)) + 1)
+    labels = by_size(np.asarray(runs[:FRAMES], dtype=np.int64))
+    return labels, random.normal(size=(3, 2, NLAT, NLON))
+
+
+def fields():
+    """Two variables of patterns and noise, of which ice misses cells; and their annual cycle."""
+    labels, patterns = planted()
+    random = np.random.default_rng(2)
+    values = 3 * patterns[labels] + random.normal(size=(FRAMES, 2, NLAT, NLON))
+    values[:, 1, 3:5, 2:6] = np.nan
+    values[5, 1, 0, 0] = np.nan  # once only
+    dims = ("time", "latitude", "longitude")
+    coordinates = {
+        "time": ("time", np.arange(FRAMES) * DAYS * 24.0, {"units": "hours since 2003-01-01"}),
+        "latitude": np.linspace(80, -80, NLAT),
+        "longitude": np.arange(NLON) * 360 / NLON,
+    }
+    return xr.Dataset(
+        {
+            "heat": (dims, (280 + values[:, 0]).astype(np.float32), {"units": "K"}),
+            "ice": (dims, (5 + 0.5 * values[:, 1]).astype(np.float32), {"units": "m"}),
+        },
+        coordinates,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A store of planted regimes, and a contract of it."""
+    directory = tmp_path_factory.mktemp("regimes")
+    store = forecasts.make_store(directory, fields())
+    _, workspace = forecasts.draw_model(directory, store, {"forcings": ["insolation"], "periods": {}, "window": 3})
+    return directory, workspace.contract
+
+
+def season(times):
+    """(T, COMPONENTS) of a year."""
+    angle = 2 * np.pi * np.arange(times) * DAYS / 365.25
+    return np.stack([np.cos(angle), np.sin(angle), *[np.zeros(times)] * (COMPONENTS - 2)], axis=1)
+
+
+def clouds(labels, noise=0.3):
+    """(T, COMPONENTS) about a centre for each label."""
+    random = np.random.default_rng(3)
+    return 2 * random.normal(size=(labels.max() + 1, COMPONENTS))[labels] + noise * random.normal(
+        size=(len(labels), COMPONENTS)
+    )
+
+
+def written(path, contract, z_TE, first=0):
+    """As `faconv embed` leaves it."""
+    begin = int(np.datetime64("2003-01-01", "s").astype(np.int64)) + first * DAYS * 86400
+    layout = EmbeddingLayout(contract, begin + np.arange(len(z_TE)) * DAYS * 86400, 3)
+    said = {"--data": {"value": "x", "told": "the store s"}, "MODEL": {"value": "y", "told": "step 5 of r"}}
+    parts = path.parent / f"{path.name}.parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    writer = EmbeddingWriter(parts, layout, {"faconv_embed": json.dumps(said), "title": "Embeddings by step 5 of r"})
+    for number, part in enumerate(layout.parts):
+        writer.write(number, z_TE[part.start : part.stop].astype(np.float32))
+    list(writer.finish(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def embedded(site):
+    """A file of embeddings in which the planted regimes lie apart, around a season."""
+    labels, _ = planted()
+    z_TE = clouds(labels) + 9 * season(FRAMES)
+    return written(site[0] / "z.nc", site[1], z_TE)
+
+
+def record_of(site, embeddings, memory_gib=1.0):
+    return Record.of(embeddings.contract, embeddings.axis, [site[0] / "store"], None, memory_gib)
+
+
+@pytest.fixture(scope="module")
+def found(site, embedded):
+    embeddings = read_embeddings(embedded)
+    return find_regimes(embeddings, record_of(site, embeddings), harmonics=2, **QUIET)
+
+
+# What is found
+
+
+def test_planted_regimes_are_found_beneath_a_season(found):
+    labels, _ = planted()
+    assert np.bincount(labels).tolist() == sorted(np.bincount(labels), reverse=True)
+    assert (found.suggestion.clusters, found.suggestion.steady) == (3, True)
+    for method in ("kmeans", "gmm"):
+        np.testing.assert_array_equal(found.one("embedding", method).partition.labels_T, labels)
+        np.testing.assert_array_equal(found.one("eof", method).partition.labels_T, labels)
+    assert found.one("embedding").partition.halves_agreement == found.one("embedding").partition.seeds_agreement == 1
+    assert found.one("embedding").own.silhouette > 2 * found.chance[3]
+    assert 0.6 < found.seasonal_shares["embedding"] < 0.95 and found.seasonal_shares["fields"] < 0.3
+
+
+def test_with_its_season_the_embedding_is_cut_by_the_season(site, embedded):
+    with_season = find_regimes(read_embeddings(embedded), None, **QUIET)
+    assert library.adjusted_rand_score(with_season.one("embedding", clusters=3).partition.labels_T, planted()[0]) < 0.5
+    assert with_season.one("embedding", clusters=4).told_by_month > 0.7
+
+
+def test_noise_is_not_taken_for_regimes(site, tmp_path):
+    random = np.random.default_rng(8)
+    steps = random.normal(size=(120, COMPONENTS)) * np.linspace(2, 0.3, COMPONENTS)
+    noise = [steps[0]]
+    for step in steps[1:]:
+        noise.append(0.7 * noise[-1] + step)  # red, as weather is
+    found = find_regimes(read_embeddings(written(tmp_path / "z.nc", site[1], np.stack(noise))), None, **QUIET)
+    assert not found.suggestion.steady
+    assert re.search(r"No number of clusters meets all of it .* in noise 0\.\d+", found.suggestion.reason)
+
+
+def test_composites_are_the_means_of_regimes(site, found):
+    labels, months = planted()[0], found.embeddings.axis.months
+    data, composites = fields(), found.composites
+    for channel, name in enumerate(("heat", "ice")):
+        values = np.ma.masked_invalid(data[name].values.astype(np.float64))
+        usual = np.ma.stack([values[months == month].mean(0) for month in months])
+        for label in range(3):
+            own = values[labels == label]
+            wanted = (own.mean(0) - values.mean(0)).filled(np.nan)
+            np.testing.assert_allclose(composites.anomaly_KCYX[label, channel], wanted, atol=1e-5)
+            beyond = (own.mean(0) - usual[labels == label].mean(0)).filled(np.nan)
+            there = ~values.mask.any(0) | values.mask.all(0)  # of a cell that is missing once, times are not counted
+            found_there = composites.beyond_season_KCYX[label, channel][there]
+            np.testing.assert_allclose(found_there, beyond[there], atol=1e-5)
+    assert np.isnan(composites.anomaly_KCYX[:, 1, 3:5, 2:6]).all()
+    assert np.isfinite(composites.anomaly_KCYX[:, 0]).all()
+
+
+# The spaces
+
+
+def data_by_hand(season_of=None, every=slice(None)):
+    """(T, N) of all cells that are always there, each variable from 0 to 1; and their areas."""
+    data, columns, areas = fields(), [], []
+    rows = np.repeat(row_weights(data.latitude.values, data.longitude.values), NLON)
+    for name in ("heat", "ice"):
+        values = data[name].values.astype(np.float64).reshape(FRAMES, -1)[every]
+        known = np.isfinite(values).all(0)
+        values = values[:, known]
+        columns.append((values - values.min()) / (values.max() - values.min()))
+        areas.append(rows[known])
+    x_TN = np.concatenate(columns, axis=1)
+    return (x_TN if season_of is None else season_of.removed_from(x_TN)), np.concatenate(areas)
+
+
+@pytest.mark.parametrize("harmonics", [0, 2])
+def test_data_space_is_that_of_the_fields(site, embedded, harmonics):
+    embeddings = read_embeddings(embedded)
+    cycle = Season.of(embeddings.axis, harmonics)
+    found = data_space_of(
+        record_of(site, embeddings), range(FRAMES), COMPONENTS, cycle, embeddings.months, lambda done, total: None
+    )
+    x_TN, areas_N = data_by_hand(cycle if harmonics else None)
+    assert (found.cells, found.left_out, found.stride) == (x_TN.shape[1], 2 * 4 + 1, 1)
+    labels = KMeans(4, n_init=3, random_state=0).fit(x_TN).labels_
+    np.testing.assert_array_equal(labels, KMeans(4, n_init=3, random_state=0).fit(found.space.points_TE).labels_)
+    told, values = Metrics.of(found.space, labels), Metrics.of(Space.of("", x_TN), labels)
+    np.testing.assert_allclose(list(told.as_dict().values()), list(values.as_dict().values()), rtol=1e-6)
+    pca = PCA(COMPONENTS, random_state=0, svd_solver="full")
+    eofs = pca.fit_transform(x_TN * np.sqrt(areas_N))
+    np.testing.assert_allclose(np.abs(found.eofs_TE), np.abs(eofs), atol=1e-7)
+    assert found.explained == pytest.approx(pca.explained_variance_ratio_.sum())
+    wanted = 0.0 if harmonics else seasonal_share_of(x_TN, embeddings.months)
+    assert harmonics or found.seasonal_share == pytest.approx(wanted)
+
+
+def test_metrics_are_what_they_are_called():
+    random = np.random.default_rng(5)
+    x_TE, labels = random.normal(size=(41, 5)) + np.arange(5), random.integers(0, 4, 41)
+    told = Metrics.of(Space.of("", x_TE), labels)
+    assert told.silhouette == pytest.approx(library.silhouette_score(x_TE, labels))
+    assert told.silhouette_cosine == pytest.approx(library.silhouette_score(x_TE, labels, metric="cosine"))
+    assert told.davies_bouldin == pytest.approx(library.davies_bouldin_score(x_TE, labels))
+    assert told.calinski_harabasz == pytest.approx(library.calinski_harabasz_score(x_TE, labels))
+    clusters = [x_TE[labels == label] for label in range(4)]
+    assert told.rmse == pytest.approx(np.sqrt(sum(len(c) * c.var(0).sum() for c in clusters) / 41))
+    assert told.variance == pytest.approx(sum(len(c) * np.var(c) for c in clusters) / 41)
+
+    def apart(one, other):
+        return np.linalg.norm(one[:, None] - other[None], axis=2)
+
+    nearest = [
+        min([apart(one, one).max(), *(apart(one, other).min() for other in clusters if other is not one)])
+        for one in clusters
+    ]
+    assert told.inter_cluster_distance == pytest.approx(np.mean(nearest))
+    total, n, k = ((x_TE - x_TE.mean(0)) ** 2).sum(), 41, 4
+    assert told.calinski_harabasz == pytest.approx((total / (n * told.rmse**2) - 1) * (n - k) / (k - 1))
+    single = np.array([0] * 40 + [1])
+    assert Metrics.of(Space.of("", x_TE), single).inter_cluster_distance == pytest.approx(
+        min(apart(x_TE[:40], x_TE[40:]).min(), apart(x_TE[:40], x_TE[:40]).max()) / 2
+    )  # a cluster of one has no diameter
+    assert np.isnan(list(Metrics.of(Space.of("", x_TE), np.zeros(41, dtype=int)).as_dict().values())).all()
+
+
+def test_agreement_is_of_seeds_and_halves():
+    random = np.random.default_rng(6)
+    labels = np.repeat([0, 1, 2, 1, 0], 24)
+    points = clouds(labels)
+    one = partitions_of(points, "kmeans", [3], 3)[0]
+    assert one.seeds_agreement == one.halves_agreement == 1.0 and one.is_steady
+    np.testing.assert_array_equal(one.labels_T, labels)
+    moved = np.concatenate([points[:60], random.normal(size=(60, COMPONENTS))])
+    assert partitions_of(moved, "kmeans", [3], 3)[0].halves_agreement < 0.5
+    assert np.isnan(partitions_of(points[:7], "kmeans", [4], 2)[0].halves_agreement)
+    cloud = random.normal(size=(200, COMPONENTS))
+    assert partitions_of(cloud, "gmm", [6], 3)[0].seeds_agreement < 0.8
+    mixtures = partitions_of(points, "gmm", [2, 3, 4], 2)
+    assert min(mixtures, key=lambda each: each.bic).clusters == 3
+
+
+def test_noise_has_the_spectrum_of_the_points():
+    """A wave alone is the same in noise but for its phase; clusters in time's random order are not."""
+    angle = 2 * np.pi * np.arange(96) / 12
+    wave = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    chance = silhouettes_of_chance(wave, [3], lambda done, total: None)
+    labels = KMeans(3, n_init=10, random_state=0).fit(wave).labels_
+    assert chance[3] == pytest.approx(library.silhouette_score(wave, labels), rel=1e-3)
+
+
+# Seasons and what is said
+
+
+def test_a_season_is_taken_away_by_least_squares():
+    axis = TimeAxis(np.arange(80, dtype=np.int64) * 5 * 86400, "noleap")
+    cycle = 2 + np.cos(2 * np.pi * axis.year_fraction)[:, None] * [1.0, -2.0]
+    rest = np.random.default_rng(7).normal(size=(80, 2))
+    season = Season.of(axis, 1)
+    np.testing.assert_allclose(season.removed_from(cycle), 0, atol=1e-12)
+    left = season.removed_from(cycle + rest)
+    np.testing.assert_allclose(left, season.removed_from(rest), atol=1e-12)
+    both = cycle + rest
+    np.testing.assert_allclose(season.removed_from_products(both @ both.T), left @ left.T, atol=1e-9)
+    monthly = TimeAxis(((np.arange(48) + 0.5) * 730.5 * 3600).astype(np.int64), "standard")
+    of_months = np.random.default_rng(8).normal(size=12)[monthly.months - 1][:, None]
+    assert np.abs(Season.of(monthly, 6).removed_from(of_months)).max() < 0.2 * of_months.std()
+    assert seasonal_share_of(of_months, monthly.months) == pytest.approx(1)
+    with pytest.raises(InputError, match=r"of 6 harmonics needs at least 39 times, there are 38. .* --harmonics"):
+        Season.of(TimeAxis(monthly.seconds[:38], "standard"), 6)
+
+
+def test_what_is_said_of_regimes():
+    assert months_in_words([0, 10, 11, 4]) == "Nov to Jan, May"
+    assert (months_in_words(range(12)), months_in_words([])) == ("all year", "")
+    assert told_by_month(np.array([0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2])) == pytest.approx(0.8)
+    assert [duration_in_words(hours) for hours in (5, 100, 2000)] == ["5.0 hours", "4.2 days", "2.7 months"]
+    axis = TimeAxis(np.array([0, 1, 2, 3, 6, 7], dtype=np.int64) * 86400, "standard")
+    assert _runs(np.array([True, False, True, True, True, False]), axis) == [1, 2, 1]  # a gap ends one
+
+
+# The command
+
+
+def faconv(*arguments):
+    result = CliRunner().invoke(app, ["regimes", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command_leaves_all_that_a_reader_needs(site, embedded, found, tmp_path):
+    out, options = tmp_path / "out", ("--clusters", "2-5", "--seeds", 2, "--harmonics", 2)
+    told = faconv(embedded, "--data", site[0] / "store", "--output", out, *options)
+    assert re.search(
+        r"3 regimes of 108 times\. Of the numbers whose clusters are found again .*\nRead \S+report.md", told
+    )
+    report = (out / "report.md").read_text()
+    assert "**3 regimes.**" in report and "are more than seasons" in report
+    figures = re.findall(r"!\[[^]]+\]\((\S+)\)", report)
+    assert len(figures) == 5 and all((out / name).stat().st_size > 10_000 for name in figures)
+    assert report.count("| network | k-means |") == 2  # in two spaces
+    for one in json.loads((out / "regimes.json").read_text())["regimes"]:
+        assert f"| {one['number']} | {one['times']} |" in report
+    with xr.open_dataset(out / "regimes.nc", engine="h5netcdf") as file:
+        labels = planted()[0]
+        np.testing.assert_array_equal(file.regime, labels + 1)
+        np.testing.assert_array_equal(file.regime_eof_gmm.sel(clusters=3), labels + 1)
+        assert file.heat_anomaly.dims == ("regime_number", "latitude", "longitude")
+        np.testing.assert_allclose(file.heat_anomaly, found.composites.anomaly_KCYX[:, 0], rtol=1e-5, atol=1e-5)
+        assert str(file.time.values[3])[:10] == "2003-01-31" and file.silhouette.min() > 0.3
+    assert json.loads((out / "regimes.json").read_text()) == json.loads(
+        json.dumps(as_dict(found)).replace("NaN", "null")
+    )
+
+
+def test_without_fields_there_are_regimes_all_the_same(embedded, tmp_path):
+    said = json.loads(faconv(embedded, "--output", tmp_path, "--clusters", 3, "--seeds", 2, "--json"))
+    assert said["data"] is None and {one["source"] for one in said["partitions"]} == {"embedding"}
+    report = (tmp_path / "report.md").read_text()
+    assert "Call the command with --data" in report
+    assert re.findall(r"\]\((\S+)\)", report) == ["silhouettes.png", "plane.png", "calendar.png"]
+
+
+def test_what_does_not_fit_in_memory_is_thinned_and_said(site, embedded, tmp_path, monkeypatch):
+    monkeypatch.setattr(regimes_module, "MOST_TIMES", 40)
+    embeddings, labels = read_embeddings(embedded), planted()[0]
+
+    def reported(memory_gib):
+        found = find_regimes(embeddings, record_of(site, embeddings, memory_gib), [3], 2, harmonics=2)
+        write_report(found, [], tmp_path / "report.md", 2)
+        write_netcdf(found, tmp_path / "regimes.nc")
+        return (tmp_path / "report.md").read_text()
+
+    report = reported(0.001)
+    assert "one in 3 is judged" in report and "row and column" not in report
+    with xr.open_dataset(tmp_path / "regimes.nc", engine="h5netcdf") as file:
+        np.testing.assert_array_equal(file.regime, labels + 1)
+        np.testing.assert_array_equal(file.regime_eof_kmeans[0, ::3], by_size(labels[::3]) + 1)
+        assert not file.regime_eof_kmeans[0, 1::3].any() and np.isnan(file.silhouette[1::3]).all()
+    report = reported(3e-5)  # 32 kB
+    assert re.search(r"82 cells, every 2nd row and column, as all would not fit .*; 2 cells are missing", report)
+    with refused(r"36 times of one cell of 2 variables need more than 1e-07 GiB. Give more with --memory-gib"):
+        reported(1e-7)
+
+
+@contextmanager
+def refused(match):
+    with pytest.raises(InputError, match=match):
+        yield
+
+
+def test_bad_input_is_refused(site, embedded, tmp_path):
+    directory, contract = site
+    z_TE = clouds(planted()[0])
+    out = ("--output", tmp_path / "out")
+    (tmp_path / "plain.nc").write_text("mine")
+    broken = z_TE.copy()
+    broken[7, 2] = np.nan
+    for given, match in (
+        ((tmp_path / "no.nc",), r"no.nc does not exist. Make it with `faconv embed"),
+        ((tmp_path / "plain.nc",), r"plain.nc is no file of embeddings"),
+        ((directory / "source.nc",), r"source.nc is no file of embeddings \(it has no 'faconv_embed'\)"),
+        ((written(tmp_path / "one.nc", contract, z_TE[:1]),), r"holds 1 embedding\(s\) at 1 time\(s\), .* 3 times"),
+        ((written(tmp_path / "nan.nc", contract, broken),), r"no finite numbers, 1 of 108, the first of 2003-03-12"),
+        ((written(tmp_path / "few.nc", contract, z_TE[:9]), "--clusters", "2-9"), r"9 clusters need more than 9 diff"),
+        ((written(tmp_path / "same.nc", contract, z_TE[[0, 1] * 9]),), r"10 clusters .* has 2 among 18. Ask for fewer"),
+        ((embedded, "--clusters", "1-3"), r"--clusters takes a number from 2 on, or a range such as 2-10, got 1-3"),
+        ((embedded, "--clusters", "many"), r"--clusters takes .* got many"),
+        ((embedded, "--sequence", "r1"), r"--sequence r1 is of a store, which --data does not name"),
+        ((embedded, "--data", tmp_path / "x*.nc"), r"x\*.nc matches no file"),
+        (
+            (written(tmp_path / "later.nc", contract, z_TE, first=90), "--data", directory / "store"),
+            r"no fields of 90 of 108 embeddings, the first of 2005-12-16",
+        ),
+        ((embedded, "--harmonics", 30), r"30 harmonics needs at least 183 times, there are 108"),
+    ):
+        with refused(match):
+            faconv(*given, *out)
+    with refused(r"plain.nc is a file. Give a directory"):
+        faconv(embedded, "--output", tmp_path / "plain.nc")
+    with refused(r"is the data, which it would replace"):
+        faconv(embedded, "--data", directory / "store", "--output", directory / "store")
+    assert not (tmp_path / "out").exists()
