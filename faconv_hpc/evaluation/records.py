@@ -85,7 +85,7 @@ class Record:
             if stride >= max(nlat, nlon):
                 raise InputError(
                     f"{fields} times of one cell of {len(self.variables)} variables need more than "
-                    f"{self.memory_bytes / GIB:g} GiB. Give more with --memory-gib, or embed fewer --times."
+                    f"{self.memory_bytes / GIB:.3g} GiB. Give more with --memory-gib, or embed fewer --times."
                 )
             stride += 1
         return stride
