@@ -21,12 +21,13 @@ from faconv_hpc.evaluation import regimes as regimes_module
 from faconv_hpc.evaluation.embedding_file import read_embeddings
 from faconv_hpc.evaluation.partitions import by_size, partitions_of, silhouettes_of_chance
 from faconv_hpc.evaluation.records import Record, data_space_of
-from faconv_hpc.evaluation.regime_facts import _runs, duration_in_words, months_in_words
+from faconv_hpc.evaluation.regime_facts import _runs
 from faconv_hpc.evaluation.regime_files import as_dict, write_netcdf
 from faconv_hpc.evaluation.regime_report import write_report
 from faconv_hpc.evaluation.regimes import find_regimes
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
 from faconv_hpc.evaluation.spaces import Metrics, Space
+from faconv_hpc.evaluation.words import duration_in_words, latitude_in_words, longitude_in_words, months_in_words
 from faconv_hpc.forecasting.embeddings import EmbeddingLayout, EmbeddingWriter
 
 FRAMES, DAYS, NLAT, NLON, COMPONENTS = 108, 10, 11, 14, 8
@@ -286,6 +287,8 @@ def test_what_is_said_of_regimes():
     assert (months_in_words(range(12)), months_in_words([])) == ("all year", "")
     assert told_by_month(np.array([0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2])) == pytest.approx(0.8)
     assert [duration_in_words(hours) for hours in (5, 100, 2000)] == ["5.0 hours", "4.2 days", "2.7 months"]
+    assert [latitude_in_words(30), latitude_in_words(-2.5), latitude_in_words(0)] == ["30°N", "2.5°S", "0°"]
+    assert [longitude_in_words(value) for value in (350, 20, -20, 360)] == ["10°W", "20°E", "20°W", "0°"]
     axis = TimeAxis(np.array([0, 1, 2, 3, 6, 7], dtype=np.int64) * 86400, "standard")
     assert _runs(np.array([True, False, True, True, True, False]), axis) == [1, 2, 1]  # a gap ends one
 

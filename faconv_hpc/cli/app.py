@@ -15,6 +15,7 @@ from .data import data_app
 from .doctor import doctor_command
 from .embed import embed_command
 from .evaluate import evaluate_command
+from .explain import explain_command
 from .forecast import forecast_command
 from .options import Verb, Verbs
 from .ranks import say_before_joining
@@ -40,6 +41,7 @@ app.command("evaluate", cls=Verb)(evaluate_command)
 app.command("forecast", cls=Verb)(forecast_command)
 app.command("embed", cls=Verb)(embed_command)
 app.command("regimes", cls=Verb)(regimes_command)
+app.command("explain", cls=Verb)(explain_command)
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
 app.command("doctor", cls=Verb)(doctor_command)

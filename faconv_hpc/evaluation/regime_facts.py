@@ -1,16 +1,13 @@
 """What can be said of each regime in a line: how often, when in the year, how long, what is unusual where."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.times import SECONDS_PER_DAY, SECONDS_PER_HOUR, TimeAxis
+from ..data.times import SECONDS_PER_HOUR, TimeAxis
 from .regimes import Regimes
-from .seasons import MONTHS
-
-MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+from .words import months_in_words
 
 
 @dataclass(frozen=True)
@@ -71,29 +68,6 @@ def facts_of(regimes: Regimes) -> list[RegimeFacts]:
             )
         )
     return found
-
-
-def months_in_words(months: Sequence[int]) -> str:
-    """Months from 0, those in a row as a range, also over the end of the year."""
-    if len(months) == MONTHS:
-        return "all year"
-    starts = [month for month in months if (month - 1) % MONTHS not in months]
-    spans = []
-    for start in starts:
-        end = start
-        while (end + 1) % MONTHS in months:
-            end = (end + 1) % MONTHS
-        spans.append(MONTH_NAMES[start] if start == end else f"{MONTH_NAMES[start]} to {MONTH_NAMES[end]}")
-    return ", ".join(spans)
-
-
-def duration_in_words(hours: float) -> str:
-    """Such as ``3.2 days``."""
-    days = hours * SECONDS_PER_HOUR / SECONDS_PER_DAY
-    for size, unit in ((365.25, "years"), (30.4, "months"), (1.0, "days")):
-        if days >= 2 * size:
-            return f"{days / size:.1f} {unit}"
-    return f"{hours:.1f} hours"
 
 
 def _runs(there_T: NDArray[np.bool_], axis: TimeAxis) -> list[int]:

@@ -22,11 +22,10 @@ from ..look import (
     save_figure,
 )
 from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE
-from .regime_facts import MONTH_NAMES
 from .regimes import CHOSEN, Regimes, Source
-from .seasons import MONTHS
+from .seasons import MONTHS, SEASONS
+from .words import MONTH_NAMES
 
-SEASONS = {"Dec to Feb": (12, 1, 2), "Mar to May": (3, 4, 5), "Jun to Aug": (6, 7, 8), "Sep to Nov": (9, 10, 11)}
 FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
 SHOWN = 4  # variables of composites at most
 DAYS_A_YEAR, MOST_BINS = 365.25, 366

@@ -14,10 +14,11 @@ from .partitions import (
     MIXTURE_STARTS,
     SURROGATES,
 )
-from .regime_facts import RegimeFacts, duration_in_words, facts_of
+from .regime_facts import RegimeFacts, facts_of
 from .regime_files import JSON, NETCDF
 from .regimes import CHOSEN, Judged, Regimes
 from .spaces import Metrics
+from .words import duration_in_words, latitude_in_words, longitude_in_words
 
 REPORT = "report.md"
 A_CALENDAR, MOSTLY = 0.9, 0.8  # seasonal share of an embedding; share of times whose regime the month tells
@@ -151,9 +152,7 @@ def _regime_row(one: RegimeFacts) -> list[str]:
 
 
 def _place(latitude_deg: float, longitude_deg: float) -> str:
-    east = (longitude_deg + 180) % 360 - 180
-    north_south, east_west = "N" if latitude_deg >= 0 else "S", "E" if east >= 0 else "W"
-    return f"{abs(latitude_deg):g}°{north_south} {abs(east):g}°{east_west}"
+    return f"{latitude_in_words(latitude_deg)} {longitude_in_words(longitude_deg)}"
 
 
 def _number_heads(regimes: Regimes) -> list[str]:

@@ -169,13 +169,18 @@ class Forecaster:
         Yields:
             (C, Y, X) float64 of this tile: `Channels.targets` in their units, NaN where they were missing at the start.
         """
+        for lead_BCYX in self.free_run(*self.prepared(frames, start)):
+            yield lead_BCYX[0]
+
+    def prepared(
+        self, frames: Frames, start: Start
+    ) -> tuple[Window, Iterator[tuple[Tensor, Tensor]], Iterator[Tensor]]:
+        """What `free_run` takes, of one date; what is given at later times is read when it is asked for."""
         inputs = self._inputs(frames)
         window = self._window_of(inputs, frames, start)
         times = start.times.year_fraction[start.window - 1 :]
         cycles = (torch.from_numpy(inputs.cycle_at(times[at : at + 1])).to(self.device) for at in range(len(times)))
-        given = self._given(inputs, frames, start)
-        for lead_BCYX in self.free_run(window, given, cycles):
-            yield lead_BCYX[0]
+        return window, self._given(inputs, frames, start), cycles
 
     @torch.no_grad()
     def embedding(self, frames: Frames, start: Start) -> NDArray[np.float32]:

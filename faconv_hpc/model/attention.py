@@ -1,6 +1,6 @@
 """Axial attention over the whole globe from a tile: along every row, and along every column."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,19 @@ class LineAttention(nn.Module):
         """
         qkv_BLN3HD = self._lines(qkv_BYXF).unflatten(-1, (3, self.heads, self.head_size))
         return self._lines(self._exchanged(qkv_BLN3HD, domain).flatten(3))
+
+    def weights(self, qkv_BYXF: Tensor, domain: Domain) -> Iterator[Tensor]:
+        """How much each cell of a line takes from each other one, line after line: (B, H, N, N), queries by keys, whose
+        sum over keys is 1. What `forward` mixes by, for those who want to see it; of a single tile, without gradients.
+        """
+        assert domain.mesh.tiles == 1, "a line must be whole on this rank"
+        qkv_BLN3HD = self._lines(qkv_BYXF).unflatten(-1, (3, self.heads, self.head_size))
+        turn, bias = self._turn(domain, qkv_BLN3HD), self._key_bias(domain, qkv_BLN3HD)
+        queries, keys, _ = qkv_BLN3HD.detach().unbind(3)
+        for line in range(qkv_BLN3HD.shape[1]):
+            q, k = (turn(one[:, line, None])[:, 0].transpose(1, 2) for one in (queries, keys))
+            logits_BHNN = q @ k.transpose(-1, -2) * self.head_size**-0.5
+            yield torch.softmax(logits_BHNN if bias is None else logits_BHNN + bias, dim=-1)
 
     def _lines(self, x_BYXF: Tensor) -> Tensor:
         """All lines of every sample, (B, L, N, F); and back."""
@@ -223,9 +236,7 @@ class AxialAttention(nn.Module):
     def forward(self, h_BCYX: Tensor, domain: Domain) -> Tensor:
         """h and what attention adds to it: (B, C, Y, X). One product leads to all projections, one back from them."""
         batch, _, *cells = h_BCYX.shape
-        projections = torch.cat([self.rows.qkv, self.columns.qkv])
-        qkv_BNF = torch.matmul(h_BCYX.flatten(2).transpose(1, 2), projections.t())
-        of_rows, of_columns = qkv_BNF.unflatten(1, cells).chunk(2, dim=-1)
+        of_rows, of_columns = self.projected(h_BCYX)
         taper_Y11 = domain.coordinates.pole_taper(h_BCYX)[:, None, None]
         mixed_BYXF = torch.cat([self.rows(of_rows, domain), self.columns(of_columns, domain) * taper_Y11], dim=-1)
         back = self.gamma[:, None] * torch.cat([self.rows.out, self.columns.out], dim=1)
@@ -233,3 +244,10 @@ class AxialAttention(nn.Module):
         attended_BCN = torch.baddbmm(h_BCYX.flatten(2), back.expand(batch, -1, -1), mixed_BFN)
         attended: Tensor = attended_BCN.unflatten(2, cells)
         return attended
+
+    def projected(self, h_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values of rows and of columns, (B, Y, X, 3 C_a) each."""
+        projections = torch.cat([self.rows.qkv, self.columns.qkv])
+        qkv_BNF = torch.matmul(h_BCYX.flatten(2).transpose(1, 2), projections.t())
+        of_rows, of_columns = qkv_BNF.unflatten(1, h_BCYX.shape[2:]).chunk(2, dim=-1)
+        return of_rows, of_columns

@@ -73,7 +73,7 @@ class FAConvLSTM2d(nn.Module):
         squeezed = max(bottleneck // se_reduction, 1)
         branches = len(dilations)
         self.in_channels, self.hidden_channels, self.fuse = in_channels, hidden_channels, fuse
-        self.attention_every = attention_every
+        self.attention_every, self.dilations = attention_every, tuple(dilations)
         check_kernels(kernels)
         self.kernels = kernels
         taps = Taps.of(kernel_size, dilations)
@@ -148,6 +148,21 @@ class FAConvLSTM2d(nn.Module):
         x_BTCYX = as_taken(x_BTCYX, self.in_channels, self.input_weight.dtype)
         with as_given(x_BTCYX.device):
             return self._swept(x_BTCYX, state, domain, first_step, valid_BT)
+
+    def dilation_weights(self, x_BTCYX: Tensor, h_BTCYX: Tensor, domain: Domain) -> Tensor:
+        """How much each dilation counts in each channel of the bottleneck, (B, T, D, C_b): its factor from squeeze and
+        excitation, times the length of its kernel. For those who want to see it.
+
+        Args:
+            x_BTCYX, h_BTCYX: what the layer was given, from a state of zeros, and what it said.
+        """
+        before_BTCYX = torch.cat([torch.zeros_like(h_BTCYX[:, :1]), h_BTCYX[:, :-1]], dim=1)
+        means = domain.mean(x_BTCYX), domain.mean(before_BTCYX)
+        mean_BTC = functional.linear(means[0], self.input_weight) + functional.linear(means[1], self.hidden_weight)
+        excited = self.excite(functional.silu(self.squeeze(mean_BTC + self.bottleneck_bias)))
+        factors_BTDC = torch.sigmoid(excited).unflatten(-1, self.mixing_weight.shape[:2])
+        weights_BTDC: Tensor = factors_BTDC * self.mixing_weight.norm(dim=-1)
+        return weights_BTDC
 
     def _swept(
         self, x_BTCYX: Tensor, state: State | None, domain: Domain, first_step: int, valid_BT: Tensor | None
