@@ -10,6 +10,7 @@ import xarray as xr
 
 import forecasts
 from faconv_hpc import Forecaster
+from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.partitions import partitions_of
 from faconv_hpc.forecasting import embeddings
@@ -81,6 +82,19 @@ def test_they_are_the_same_on_any_ranks(made, alone, tmp_path, layout):
     np.testing.assert_allclose(tiled.embedding, whole, rtol=0, atol=1e-5)
     (mine,), (others,) = (partitions_of(one.values, "kmeans", [3], 2) for one in (tiled.embedding, whole))
     np.testing.assert_array_equal(mine.labels_T, others.labels_T)
+
+
+def test_a_frame_is_read_once(made, tmp_path, monkeypatch):
+    """Windows of three frames overlap in two; the variables that are forcings are other fields."""
+    frames, read = [], Store.read
+
+    def seen(store, these, *rest):
+        frames.extend(these)
+        return read(store, these, *rest)
+
+    monkeypatch.setattr(Store, "read", seen)
+    summary = embedded(ProcessMesh.alone(), *made, tmp_path / "z.nc", ["2003-03-02/2003-06-12/6d"])
+    assert summary.times == 18 and len(frames) == 2 * (18 + WINDOW - 1)
 
 
 def test_killed_and_started_again_they_are_the_same(made, alone, tmp_path):

@@ -130,14 +130,14 @@ def test_an_offset_is_to_the_east(forecaster, frames):
     assert not looks.row_offset_LSYX[0, 2, :, 2:].any()
 
 
-@pytest.mark.parametrize(("name", "lead"), [("heat", 1), ("vapour", 2), ("sst", 2)])
-def test_gradients_are_those_of_forecasts(forecaster, frames, name, lead):
+@pytest.mark.parametrize(("name", "lead", "step"), [("heat", 1, 2), ("heat", 2, 1), ("vapour", 2, 1), ("sst", 2, 0)])
+def test_gradients_are_those_of_forecasts(forecaster, frames, name, lead, step):
     """By differences of whole forecasts: a field of one cell a little higher, in deviations as the network sees it."""
     region, delta = Region.parse("30,60,300,40"), 0.05
     question = Question.of(forecaster.contract, region, "heat", lead)
     one = next(each for each in forecaster.contract.channels.fields if each.name == name)
     data, at = forecasts.decoded(), 26
-    raw, step, row, column = data[name].values, 1, 3, 13
+    raw, row, column = data[name].values, 3, 13
     share_YX = region.share_YX(forecaster.contract)
     assert 0 < (share_YX > 0).sum() < 20 and share_YX[row, column] > 0
     frame = at - (forecaster.window - 1) + step

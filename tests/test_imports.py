@@ -31,6 +31,7 @@ CHOKE_POINTS = {
     "xarray": ("prepare/", "forecasting/", "evaluation/"),
     "triton": ("model/blocks.py", "model/fused.py"),
     "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
+    "sklearn": ("evaluation/",),
 }
 ENVIRONMENT_READERS = ("spatial/environment.py", "launch/", "model/native.py")  # the last: which compiler
 LINES = 400
@@ -82,7 +83,10 @@ def test_some_packages_are_known_in_one_place_only(path):
 
 @pytest.mark.parametrize(
     ("module", "late"),
-    [("cli.app", {"torch", "xarray", "pandas", "h5py"}), ("training.trainer", {"xarray", "pandas", "torch._dynamo"})],
+    [
+        ("cli.app", {"torch", "xarray", "pandas", "h5py", "sklearn"}),
+        ("training.trainer", {"xarray", "pandas", "torch._dynamo"}),
+    ],
 )
 def test_ranks_do_not_wait_for_imports_that_they_have_no_use_for(module, late):
     code = f"import sys, faconv_hpc.{module}; print(*sorted(sys.modules))"

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.fields import Fields
 from ..data.times import EPOCH_UNITS, TimeAxis
 from ..files import replacing
 from ..model.arithmetic import arithmetic
 from ..observe import SAVING
 from ..prepare.hdf5_file import new_netcdf
+from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
 from .campaign import Progress, asked_of, asked_of_data, digest_of_dates, open_frames
@@ -148,6 +150,8 @@ def _embed(
 ) -> None:
     """As many times at once as there are replicas; all ranks go from turn to turn together."""
     parts, total = plan.layout.parts, plan.layout.seconds.size
+    states, forcings = RecentFields(plan.frames.states), plan.frames.forcings
+    frames = replace(plan.frames, states=states, forcings=None if forcings is None else RecentFields(forcings))
     done = total - sum(len(parts[part]) for part in todo)
     for part in todo:
         rows: list[NDArray[np.float32]] = []
@@ -156,7 +160,7 @@ def _embed(
             z_E = None
             if mine in parts[part]:
                 start = plan.timeline.start(int(plan.layout.seconds[mine]))
-                z_E = forecaster.embedding(plan.frames, start)
+                z_E = forecaster.embedding(frames, start)
             turn = mesh.gathered_objects(z_E if mesh.tile_index == 0 else None)
             rows += [one for one in turn if one is not None]
             if progress is not None:
@@ -165,6 +169,42 @@ def _embed(
         if mesh.rank == 0:
             with written_to(output), mesh.activity.during(SAVING):
                 writer.write(part, np.stack(rows))
+
+
+class RecentFields:
+    """Fields that keep the frames that were read last, as windows overlap.
+
+    Args:
+        fields: of which always the same tile is read.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self._kept: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_] | None]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the variables."""
+        return self._fields.names
+
+    @property
+    def axis(self) -> TimeAxis:
+        """The times."""
+        return self._fields.axis
+
+    def read(self, frames: Sequence[int], tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """See `Fields.read`; what is given may be changed."""
+        new = [frame for frame in frames if frame not in self._kept]
+        if new:
+            values_TCYX, known_TCYX = self._fields.read(new, tile)
+            for place, frame in enumerate(new):
+                self._kept[frame] = values_TCYX[place], None if known_TCYX is None else known_TCYX[place]
+        self._kept = {frame: self._kept[frame] for frame in frames}
+        values, known = zip(*self._kept.values(), strict=True)
+        if all(one is None for one in known):
+            return np.stack(values), None
+        there = [np.ones_like(field, dtype=bool) if one is None else one for field, one in self._kept.values()]
+        return np.stack(values), np.stack(there)
 
 
 class EmbeddingWriter:
