@@ -11,10 +11,14 @@ import xarray as xr
 import forecasts
 from faconv_hpc import Forecaster
 from faconv_hpc.data.store import Store
+from faconv_hpc.data.times import TimeAxis
 from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.embedding_file import read_embeddings
 from faconv_hpc.evaluation.partitions import partitions_of
+from faconv_hpc.evaluation.records import Record
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.embeddings import plan_embedding, run_embedding
+from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.contract import Contract
 from forecasts import FRAMES, WINDOW
@@ -102,7 +106,10 @@ def test_killed_and_started_again_they_are_the_same(made, alone, tmp_path):
     command = ["embed", model, "--data", store, "--output", output, "--kernels", "eager"]
     code = """
 import os, signal
+from faconv_hpc.data.times import TimeAxis
+from faconv_hpc.evaluation.embedding_file import read_embeddings
 from faconv_hpc.evaluation.partitions import partitions_of
+from faconv_hpc.evaluation.records import Record
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.forecaster import Forecaster
 embeddings.PART_TIMES = 20
@@ -146,3 +153,35 @@ def test_what_cannot_be_embedded_is_refused(made, tmp_path):
         refused = faconv("embed", model, "--data", store, "--output", tmp_path / output, "--ranks", 2)
         assert refused.returncode == 2 and len(messages(refused)) == 1
         assert told in refused.stderr and "(rank" not in refused.stderr
+
+
+def test_all_sequences_of_a_store_are_embedded(tmp_path):
+    """One after the other, each with windows of its own; one that is shorter than a window has none."""
+    axes = {"latitude": np.linspace(75, -75, 7), "longitude": np.arange(10) * 36.0}
+    members = []
+    for number, (name, frames) in enumerate((("r1", 8), ("r2", 2), ("r3", 11))):
+        values = np.random.default_rng(number).normal(size=(frames, 7, 10)).astype(np.float32)
+        time = {"time": ("time", np.arange(frames) * 6.0, {"units": "hours since 2001-01-01"})}
+        members.append(xr.Dataset({"u": (forecasts.DIMS, values, {"units": "m"})}, axes | time))
+        members[-1].to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+    sources = [tmp_path / f"{name}.nc" for name in ("r1", "r2", "r3")]
+    prepare(sources, tmp_path / "store", sequences=True, mesh=(1, 1))
+    model, _ = forecasts.draw_model(tmp_path, tmp_path / "store", {"periods": {}})
+    embedded(ProcessMesh.alone(), model, tmp_path / "store", tmp_path / "z.nc")
+    found = read_embeddings(tmp_path / "z.nc")
+    assert (found.axis.names, found.axis.beginnings, len(found.axis)) == (("r1", "r3"), (0, 6), 6 + 9)
+    forecaster = Forecaster.load(model, device="cpu")
+    for own, member in zip(found.axis.sequences, (members[0], members[2]), strict=True):
+        z_TE = forecaster.embed(xr.decode_cf(member)).embedding.values
+        np.testing.assert_allclose(found.z_TE[own.start : own.stop], z_TE, rtol=0, atol=1e-6)
+    record = Record.of(found.contract, found.axis, [tmp_path / "store"], None, 1.0)
+    fields = np.stack(list(record.fields(range(15), 1, lambda done, total: None)))[:, 0]
+    expected = [member.u.values[WINDOW - 1 :] for member in (members[0], members[2])]
+    np.testing.assert_array_equal(fields, np.concatenate(expected))
+    with pytest.raises(InputError, match=r"--times are of one sequence, and \S+store holds 3. Say with --sequence"):
+        plan_embedding(forecaster.contract, WINDOW, [tmp_path / "store"], ["2001-01-02"])
+    with pytest.raises(InputError, match=r"of the sequences r1, r3, and --data and --sequence name the sequences r2"):
+        Record.of(found.contract, found.axis, [tmp_path / "store"], "r2", 1.0)
+    with pytest.raises(InputError, match=r"of no sequence, and --data and --sequence name the sequences r1, r2, r3"):
+        one = TimeAxis(found.axis.seconds[:6], found.axis.calendar)
+        Record.of(found.contract, one, [tmp_path / "store"], None, 1.0)

@@ -90,7 +90,7 @@ def clouds(labels, noise=0.3):
 def written(path, contract, z_TE, first=0):
     """As `faconv embed` leaves it."""
     begin = int(np.datetime64("2003-01-01", "s").astype(np.int64)) + first * DAYS * 86400
-    layout = EmbeddingLayout(contract, begin + np.arange(len(z_TE)) * DAYS * 86400, 3)
+    layout = EmbeddingLayout(contract, TimeAxis(begin + np.arange(len(z_TE)) * DAYS * 86400, "standard"), 3)
     said = {"--data": {"value": "x", "told": "the store s"}, "MODEL": {"value": "y", "told": "step 5 of r"}}
     parts = path.parent / f"{path.name}.parts"
     parts.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ..data.layout import SEQUENCE
 from ..data.times import TimeAxis
 from ..errors import InputError
 from ..files import check_in_reach
-from ..forecasting.embeddings import CONTRACT, EMBEDDINGS, WINDOW
+from ..forecasting.embeddings import CONTRACT, EMBEDDINGS, NAMES, WINDOW
 from ..training.contract import Contract
 
 OTHER_TITLE = "The embeddings"
@@ -53,6 +54,7 @@ def read_embeddings(path: Path) -> EmbeddingFile:
             said = data.attrs[EMBEDDINGS.request]
             contract = Contract.model_validate_json(data.attrs[CONTRACT])
             z_TE, seconds = data["embedding"].values.astype(np.float64), data["time"].values.astype(np.int64)
+            sequences = (data[SEQUENCE].values, json.loads(data[SEQUENCE].attrs[NAMES])) if SEQUENCE in data else None
             window, title = int(data.attrs[WINDOW]), str(data.attrs.get("title", OTHER_TITLE))
     except (OSError, KeyError, ValueError) as error:
         check_in_reach(path, error)
@@ -65,7 +67,10 @@ def read_embeddings(path: Path) -> EmbeddingFile:
             f"more: `faconv embed` takes all times of its data without --times."
         )
     bad: NDArray[np.bool_] = np.asarray(~np.isfinite(z_TE).all(1))
-    axis = TimeAxis(seconds, contract.calendar)
+    beginnings, names = (0,), ()
+    if sequences is not None:
+        beginnings, names = tuple(np.unique(sequences[0], return_index=True)[1].tolist()), tuple(sequences[1])
+    axis = TimeAxis(seconds, contract.calendar, beginnings, names)
     if bad.any():
         raise InputError(
             f"{path} has embeddings that are no finite numbers, {int(bad.sum())} of {len(bad)}, the first of "

@@ -11,16 +11,17 @@ from ..data.statistics import row_weights
 from ..data.times import TimeAxis
 from ..data.variables import Variable
 from ..errors import InputError
-from ..forecasting.campaign import open_frames
+from ..forecasting.campaign import asked_of_data, open_sequences
 from ..forecasting.dates import places_of
 from ..forecasting.frames import Frames
+from ..forecasting.output import Asked
 from ..spatial.domain import Domain
 from ..spatial.grid import Tile
 from ..training.contract import Contract
 from .seasons import MONTHS, Season, seasonal_share_of
 from .spaces import Space, coordinates_of
 
-GIB = 2**30
+GIB, SHOWN = 2**30, 4
 POINT_BYTES, SUM_BYTES = 4, 8
 BLOCK_CELLS = 8192  # whose inner products are formed at once, in float64
 
@@ -33,12 +34,13 @@ class Record:
     """Fields of some times, which are read one time after the other.
 
     Attributes:
-        places: of the times among the frames.
+        frames: of each sequence.
+        places: of each time: its sequence, and its frame there.
         memory_bytes: for what is kept of them at once.
     """
 
-    frames: Frames
-    places: tuple[int, ...]
+    frames: tuple[Frames, ...]
+    places: tuple[tuple[int, int], ...]
     contract: Contract
     memory_bytes: int
 
@@ -47,15 +49,30 @@ class Record:
         cls, contract: Contract, axis: TimeAxis, data: Sequence[Path], sequence: str | None, memory_gib: float
     ) -> "Record":
         """The prognostic variables at all times of an axis; raises InputError where the data have not all of them."""
-        frames = open_frames(contract, data, sequence)
-        places = places_of(frames.states.axis, axis.seconds)
-        missing = np.flatnonzero(places < 0)
-        if missing.size:
+        several = {frames.sequence: frames for frames in open_sequences(contract, data, sequence)}
+        wanted = axis.names or (sequence or "",)
+        if not set(wanted) <= set(several):
             raise InputError(
-                f"{frames.name} has no fields of {missing.size} of {len(axis)} embeddings, the first of "
-                f"{axis.date(int(missing[0]))}. Give with --data what was embedded."
+                f"embeddings are of {_listed(wanted)}, and --data and --sequence name {_listed(list(several))}. Name "
+                f"what was embedded."
             )
-        return cls(frames, tuple(places.tolist()), contract, round(memory_gib * GIB))
+        chosen = [several[name] for name in wanted]
+        places = list[tuple[int, int]]()
+        for number, (frames, own) in enumerate(zip(chosen, axis.sequences, strict=True)):
+            found = places_of(frames.states.axis, axis.seconds[own.start : own.stop])
+            missing = np.flatnonzero(found < 0)
+            if missing.size:
+                raise InputError(
+                    f"{frames.name} has no fields of {missing.size} of {len(own)} embeddings, the first of "
+                    f"{axis.label(own[int(missing[0])])}. Give with --data what was embedded."
+                )
+            places += [(number, frame) for frame in found.tolist()]
+        return cls(tuple(chosen), tuple(places), contract, round(memory_gib * GIB))
+
+    @property
+    def asked(self) -> Asked:
+        """What the data are called, and what makes them others."""
+        return asked_of_data(*self.frames)
 
     @property
     def variables(self) -> tuple[Variable, ...]:
@@ -93,7 +110,8 @@ class Record:
     def fields(self, times: Sequence[int], stride: int, progress: Progress) -> Iterator[NDArray[np.float32]]:
         """(C, Y, X) of every k-th row and column, one time after the other; NaN where missing."""
         for number, time in enumerate(times):
-            values_TCYX, _ = self.frames.states.read([self.places[time]], self.tile)
+            sequence, frame = self.places[time]
+            values_TCYX, _ = self.frames[sequence].states.read([frame], self.tile)
             yield values_TCYX[0, :, ::stride, ::stride]
             progress(number + 1, len(times))
 
@@ -120,6 +138,12 @@ class DataSpace:
     left_out: int
 
 
+def _listed(names: Sequence[str]) -> str:
+    if not any(names):
+        return "no sequence"
+    return f"the sequences {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+
+
 def data_space_of(
     record: Record,
     times: Sequence[int],
@@ -143,7 +167,7 @@ def data_space_of(
         if not known_YX.any():
             raise InputError(
                 f"{variable.name!r} is missing in every cell at one of {count} times or another in "
-                f"{record.frames.name}. Fill it, or embed times that have it."
+                f"{record.asked.told}. Fill it, or embed times that have it."
             )
         for block_TN, areas_N in _scaled_blocks(values_TCYX[:, place], known_YX, areas_YX):
             plain_TT += block_TN @ block_TN.T

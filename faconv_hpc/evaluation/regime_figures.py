@@ -102,7 +102,7 @@ def draw_plane(regimes: Regimes, path: Path) -> Path:
         _scatter(row[1], xy, {str(label + 1): labels == label for label in np.unique(labels)}, "regime")
         for axes, what in zip(row, ("season", "regime"), strict=True):
             first, second = (f"component {place + 1} ({share:.0%} of variance)" for place, share in enumerate(shares))
-            dress(axes, f"{_points_of(source)}, by {what}", first, second)
+            dress(axes, f"{_points_of(source)}, by {what}{' of the network' * (what == 'regime')}", first, second)
     return save_figure(figure, path)
 
 

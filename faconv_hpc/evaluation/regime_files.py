@@ -46,6 +46,8 @@ def _dataset(regimes: Regimes) -> xr.Dataset:
                 values[place, :: every // source.every] = one.partition.labels_T + 1
             told = labels | {"long_name": f"clusters of {METHODS[method]} of the {source.name}"}
             variables[f"regime_{source.key}_{method}"] = (("clusters", "time"), values, told)
+    if axis.names:
+        variables["sequence"] = ("time", np.array(axis.names)[axis.numbers], {"long_name": "of the record"})
     if regimes.composites is not None and regimes.record is not None:
         found = regimes.composites
         dims = ("regime_number", "latitude", "longitude")
@@ -80,8 +82,8 @@ def as_dict(regimes: Regimes) -> dict[str, Any]:
         "embeddings": str(regimes.embeddings.path),
         "made_of": regimes.embeddings.made_of,
         "times": len(regimes.embeddings.axis),
-        "first": regimes.embeddings.axis.date(0),
-        "last": regimes.embeddings.axis.date(len(regimes.embeddings.axis) - 1),
+        "first": regimes.embeddings.axis.label(0),
+        "last": regimes.embeddings.axis.label(len(regimes.embeddings.axis) - 1),
         "harmonics_removed": regimes.harmonics,
         "seasonal_shares": regimes.seasonal_shares,
         "one_time_judged_in": regimes.every,
@@ -92,8 +94,8 @@ def as_dict(regimes: Regimes) -> dict[str, Any]:
         "data": None
         if data is None or regimes.record is None
         else {
-            "name": regimes.record.frames.name,
-            "identity": regimes.record.frames.identity,
+            "name": regimes.record.asked.told,
+            "identity": regimes.record.asked.value,
             "variables": [one.name for one in regimes.record.variables],
             "row_and_column_taken_in": data.stride,
             "cells": data.cells,

@@ -49,7 +49,7 @@ def write_report(regimes: Regimes, figures: Sequence[Path], path: Path, seeds: i
 
 def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[str]:
     axis, facts = regimes.embeddings.axis, facts_of(regimes)
-    yield f"# Regimes of {axis.date(0)} to {axis.date(len(axis) - 1)}"
+    yield f"# Regimes of {axis.label(0)} to {axis.label(len(axis) - 1)}"
     yield _what(regimes)
     yield "## In short"
     yield "\n".join(f"- {sentence}" for sentence in _in_short(regimes))
@@ -238,8 +238,8 @@ def _how(regimes: Regimes, seeds: int) -> Iterable[str]:
             f", every {_th(data.stride)} row and column, as all would not fit in memory" if data.stride > 1 else ""
         )
         missing = f"; {data.left_out} cells are missing at some time and left out" if data.left_out else ""
-        yield f"Fields: {names} of {record.frames.name}, {data.cells} cells{thinned}{missing}."
-        if record.frames.identity != regimes.embeddings.made_of.get("--data", {}).get("value"):
+        yield f"Fields: {names} of {record.asked.told}, {data.cells} cells{thinned}{missing}."
+        if record.asked.value != regimes.embeddings.made_of.get("--data", {}).get("value"):
             yield "These are other data than those that were embedded; the times are the same."
         yield (
             f"EOFs: principal components of the same fields weighted by area, as many as the embedding has components; "

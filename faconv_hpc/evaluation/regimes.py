@@ -143,7 +143,8 @@ def find_regimes(
     sources = [Source("embedding", "network", Space.of("embedding space", z_TE[::every]), z_TE, every)]
     shares, data = {"embedding": seasonal_share_of(embeddings.z_TE, months)}, None
     if record is not None:
-        season = Season.of(TimeAxis(embeddings.axis.seconds[::every], embeddings.axis.calendar), harmonics)
+        judged_axis = TimeAxis(embeddings.axis.seconds[::every], embeddings.axis.calendar)
+        season = Season.of(judged_axis, harmonics)
         data = data_space_of(record, times, z_TE.shape[1], season, months[::every], stages("reading fields"))
         sources.append(Source("eof", "EOFs", Space.of("EOF space", data.eofs_TE), data.eofs_TE))
         sources.append(Source("fields", "fields", data.space, data.space.points_TE, methods=("kmeans",)))

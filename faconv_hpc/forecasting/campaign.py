@@ -90,14 +90,25 @@ def plan_campaign(
     return Campaign(frames, starts, ForecastLayout.of(contract, starts), request)
 
 
-def asked_of_data(frames: Frames) -> Asked:
-    """Data, as a part of what is asked for."""
-    return Asked(frames.identity, f"{frames.name} (digest {frames.identity[:8]})")
+def asked_of_data(*frames: Frames) -> Asked:
+    """Data, or sequences of one store, as a part of what is asked for."""
+    first, more = frames[0], f" and {len(frames) - 1} more" if len(frames) > 1 else ""
+    identity = " ".join([first.identity, *(one.sequence for one in frames[1:])])
+    return Asked(identity, f"{first.name}{more} (digest {first.identity[:8]})")
 
 
 def digest_of_dates(dates: Sequence[str]) -> str:
     """Of dates, in their order."""
     return hashlib.sha256(json.dumps(list(dates)).encode()).hexdigest()
+
+
+def open_sequences(contract: Contract, data: Sequence[Path], sequence: str | None = None) -> tuple[Frames, ...]:
+    """As `open_frames`, but for a store of several sequences, of which none is named: each of them, in their order."""
+    if len(data) == 1 and sequence is None and (data[0] / STORE_FILE).is_file():
+        store = Store.open(data[0])
+        if store.layout.time.names:
+            return tuple(store_frames(store, contract, name) for name in store.layout.time.names)
+    return (open_frames(contract, data, sequence),)
 
 
 def open_frames(contract: Contract, data: Sequence[Path], sequence: str | None = None) -> Frames:

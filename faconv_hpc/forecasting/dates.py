@@ -116,11 +116,14 @@ class Timeline:
         seconds = self._frames.states.axis.seconds
         return int(seconds[self._able][-1]) if self._able.any() else self.start(int(seconds[-1])).second
 
+    def able(self) -> list[int]:
+        """Every instant that can be forecast from."""
+        found: list[int] = self._frames.states.axis.seconds[self._able].tolist()
+        return found
+
     def all(self) -> list[int]:
-        """Every instant that can be forecast from; raises InputError if there is none."""
-        seconds = self._frames.states.axis.seconds
-        found: list[int] = seconds[self._able].tolist()
-        return found or [self.start(int(seconds[-1])).second]
+        """The same; raises InputError if there is none."""
+        return self.able() or [self.start(int(self._frames.states.axis.seconds[-1])).second]
 
     def _found(self, second: int) -> Start | str:
         """What there is, or what is not."""

@@ -1,5 +1,6 @@
 """Embeddings of all times of some data, streamed over tiles and replicas into a file that appears whole."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.fields import Fields
+from ..data.layout import SEQUENCE
 from ..data.times import EPOCH_UNITS, TimeAxis
+from ..errors import InputError
 from ..files import replacing
 from ..model.arithmetic import arithmetic
 from ..observe import SAVING
@@ -18,14 +21,14 @@ from ..prepare.hdf5_file import new_netcdf
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
-from .campaign import Progress, asked_of, asked_of_data, digest_of_dates, open_frames
-from .dates import Timeline, seconds_of
+from .campaign import Progress, asked_of, asked_of_data, digest_of_dates, open_sequences
+from .dates import Start, Timeline, seconds_of
 from .forecaster import Forecaster
 from .frames import Frames
 from .output import Asked, Product, Request, finish_output, opened_output, written_to
 
 PART_TIMES = 64  # what a kill may cost
-EMBEDDING_OF, CONTRACT, WINDOW = "embedding of", "contract", "window"
+EMBEDDING_OF, CONTRACT, WINDOW, NAMES = "embedding of", "contract", "window", "names"
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,18 @@ class EmbeddingLayout:
 
     Attributes:
         contract: of the network; it says how the fields that go with the embeddings are read.
-        seconds: (time,) int64 since 1970 in the contract's calendar.
+        axis: all times, of each sequence where there are several.
         window: how many inputs an embedding is of.
     """
 
     contract: Contract
-    seconds: NDArray[np.int64]
+    axis: TimeAxis
     window: int
 
     @property
     def parts(self) -> list[range]:
         """Times of each part."""
-        count = self.seconds.size
+        count = len(self.axis)
         return [range(first, min(first + PART_TIMES, count)) for first in range(0, count, PART_TIMES)]
 
 
@@ -54,19 +57,20 @@ class EmbeddingPlan:
     """What is to be embedded, checked; no weights are needed for it.
 
     Attributes:
+        frames, timelines: of each sequence.
         request: what makes it another one, but for the network.
     """
 
-    frames: Frames
-    timeline: Timeline
+    frames: tuple[Frames, ...]
+    timelines: tuple[Timeline, ...]
     layout: EmbeddingLayout
     request: Request
 
-    @property
-    def first_and_last(self) -> tuple[str, str]:
-        """Dates."""
-        axis = TimeAxis(self.layout.seconds, self.layout.contract.calendar)
-        return axis.date(0), axis.date(len(axis) - 1)
+    def start(self, time: int) -> tuple[int, Start]:
+        """Of a time: its sequence, and where its window is."""
+        axis = self.layout.axis
+        sequence = int(axis.numbers[time])
+        return sequence, self.timelines[sequence].start(int(axis.seconds[time]))
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,36 @@ def plan_embedding(
     Raises:
         InputError: the data have not what the contract says, or not what a time needs.
     """
-    frames = open_frames(contract, data, sequence)
-    timeline = Timeline(frames, contract, window, steps=1, what=EMBEDDING_OF)
+    several = open_sequences(contract, data, sequence)
+    if times and len(several) > 1:
+        raise InputError(
+            f"--times are of one sequence, and {data[0]} holds {len(several)}. Say with --sequence of which, or leave "
+            f"--times out."
+        )
+    timelines = [Timeline(frames, contract, window, steps=1, what=EMBEDDING_OF) for frames in several]
     named = seconds_of(times, contract.calendar, "--times") if times else None
-    seconds = timeline.all() if named is None else [timeline.start(second).second for second in named]
-    layout = EmbeddingLayout(contract, np.array(seconds, dtype=np.int64), window)
-    plan = EmbeddingPlan(frames, timeline, layout, {"--data": asked_of_data(frames)})
-    told = f"{len(seconds)} times from {' to '.join(plan.first_and_last)}"
-    return replace(plan, request={**plan.request, "--times": Asked(digest_of_dates(list(map(str, seconds))), told)})
+    found = [_seconds(timeline, named, len(several) > 1) for timeline in timelines]
+    if not any(found):
+        timelines[0].all()  # which says why
+    kept = [place for place, seconds in enumerate(found) if seconds]
+    beginnings = np.cumsum([0, *(len(found[place]) for place in kept[:-1])]).tolist()
+    names = tuple(several[place].sequence for place in kept) if len(several) > 1 else ()
+    seconds = np.array([second for place in kept for second in found[place]], dtype=np.int64)
+    axis = TimeAxis(seconds, contract.calendar, tuple(beginnings), names)
+    told = f"{len(axis)} times from {axis.label(0)} to {axis.label(len(axis) - 1)}"
+    request = {
+        "--data": asked_of_data(*(several[place] for place in kept)),
+        "--times": Asked(digest_of_dates([*map(str, seconds.tolist()), *names]), told),
+    }
+    layout = EmbeddingLayout(contract, axis, window)
+    return EmbeddingPlan(tuple(several[at] for at in kept), tuple(timelines[at] for at in kept), layout, request)
+
+
+def _seconds(timeline: Timeline, named: list[int] | None, may_be_none: bool) -> list[int]:
+    """That can be embedded; none of a sequence that is shorter than a window, if there are others."""
+    if named is not None:
+        return [timeline.start(second).second for second in named]
+    return timeline.able() if may_be_none else timeline.all()
 
 
 def run_embedding(
@@ -128,7 +154,7 @@ def run_embedding(
     """
     began, layout = time.monotonic(), plan.layout
     request = {"MODEL": asked_of(forecaster.trained), **plan.request}
-    kept = layout.seconds.size
+    kept = times = len(layout.axis)
     with opened_output(output, EMBEDDINGS, layout, request, mesh, overwrite=overwrite) as writer:
         if writer is not None:
             todo = mesh.from_first([part for part in range(len(layout.parts)) if not writer.is_done(part)])
@@ -136,7 +162,8 @@ def run_embedding(
             with arithmetic("fp32", forecaster.device):
                 _embed(forecaster, plan, writer, todo, mesh, output, progress)
             finish_output(writer, output, mesh)
-    return EmbeddingSummary(str(output), layout.seconds.size, kept, *plan.first_and_last, time.monotonic() - began)
+    first, last = layout.axis.label(0), layout.axis.label(times - 1)
+    return EmbeddingSummary(str(output), times, kept, first, last, time.monotonic() - began)
 
 
 def _embed(
@@ -149,9 +176,7 @@ def _embed(
     progress: Progress | None,
 ) -> None:
     """As many times at once as there are replicas; all ranks go from turn to turn together."""
-    parts, total = plan.layout.parts, plan.layout.seconds.size
-    states, forcings = RecentFields(plan.frames.states), plan.frames.forcings
-    frames = replace(plan.frames, states=states, forcings=None if forcings is None else RecentFields(forcings))
+    parts, total, recent = plan.layout.parts, len(plan.layout.axis), _Recent(plan)
     done = total - sum(len(parts[part]) for part in todo)
     for part in todo:
         rows: list[NDArray[np.float32]] = []
@@ -159,8 +184,7 @@ def _embed(
             mine = first + mesh.replica
             z_E = None
             if mine in parts[part]:
-                start = plan.timeline.start(int(plan.layout.seconds[mine]))
-                z_E = forecaster.embedding(frames, start)
+                z_E = forecaster.embedding(*recent.window(mine))
             turn = mesh.gathered_objects(z_E if mesh.tile_index == 0 else None)
             rows += [one for one in turn if one is not None]
             if progress is not None:
@@ -169,6 +193,23 @@ def _embed(
         if mesh.rank == 0:
             with written_to(output), mesh.activity.during(SAVING):
                 writer.write(part, np.stack(rows))
+
+
+class _Recent:
+    """Windows of a plan, whose frames are read once if they come in their order."""
+
+    def __init__(self, plan: EmbeddingPlan) -> None:
+        self._plan, self._sequence = plan, -1
+        self._frames = plan.frames[0]
+
+    def window(self, time: int) -> tuple[Frames, Start]:
+        sequence, start = self._plan.start(time)
+        if sequence != self._sequence:
+            frames = self._plan.frames[sequence]
+            forcings = None if frames.forcings is None else RecentFields(frames.forcings)
+            self._frames = replace(frames, states=RecentFields(frames.states), forcings=forcings)
+            self._sequence = sequence
+        return self._frames, start
 
 
 class RecentFields:
@@ -244,10 +285,14 @@ class EmbeddingWriter:
 
     def _create(self, nc: Any, components: int) -> None:
         layout = self._layout
-        nc.dimensions = {"time": layout.seconds.size, "component": components}
+        nc.dimensions = {"time": len(layout.axis), "component": components}
         times = nc.create_variable("time", ("time",), np.int64)
-        times[:] = layout.seconds
+        times[:] = layout.axis.seconds
         times.attrs.update({"standard_name": "time", "units": EPOCH_UNITS, "calendar": layout.contract.calendar})
+        if layout.axis.names:
+            numbers = nc.create_variable(SEQUENCE, ("time",), np.int32)
+            numbers[:] = layout.axis.numbers
+            numbers.attrs[NAMES] = json.dumps(layout.axis.names)
         embedding = nc.create_variable("embedding", ("time", "component"), np.float32, fletcher32=True)
         embedding.attrs.update(embedding_attributes(layout.window))
         said = {WINDOW: str(layout.window), CONTRACT: layout.contract.model_dump_json()}

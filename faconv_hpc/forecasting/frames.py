@@ -26,6 +26,7 @@ class Frames:
         states: the prognostic variables.
         forcings: those that are forcings; None if there are none. They may have other times.
         read_static: fields_SYX without time, of a tile.
+        sequence: its name, where it is one of several.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Frames:
     states: Fields
     forcings: Fields | None
     read_static: Callable[[Tile], NDArray[np.float32]]
+    sequence: str = ""
 
 
 def store_frames(store: Store, contract: Contract, sequence: str | None = None) -> Frames:
@@ -64,6 +66,7 @@ def store_frames(store: Store, contract: Contract, sequence: str | None = None) 
         states=states,
         forcings=forcings if forcings.names else None,
         read_static=lambda tile: store.read_static(static, tile),
+        sequence=sequence or "",
     )
 
 
