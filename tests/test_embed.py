@@ -16,6 +16,10 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.embedding_file import read_embeddings
 from faconv_hpc.evaluation.partitions import partitions_of
 from faconv_hpc.evaluation.records import Record
+from faconv_hpc.evaluation.regime_figures import draw_calendar
+from faconv_hpc.evaluation.regime_files import write_netcdf
+from faconv_hpc.evaluation.regime_report import write_report
+from faconv_hpc.evaluation.regimes import find_regimes
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.embeddings import plan_embedding, run_embedding
 from faconv_hpc.prepare.preparation import prepare
@@ -110,6 +114,15 @@ from faconv_hpc.data.times import TimeAxis
 from faconv_hpc.evaluation.embedding_file import read_embeddings
 from faconv_hpc.evaluation.partitions import partitions_of
 from faconv_hpc.evaluation.records import Record
+from faconv_hpc.evaluation.regime_figures import draw_calendar
+from faconv_hpc.evaluation.regime_files import write_netcdf
+from faconv_hpc.evaluation.regime_report import write_report
+from faconv_hpc.evaluation.regimes import find_regimes
+from faconv_hpc.evaluation.records import Record
+from faconv_hpc.evaluation.regime_figures import draw_calendar
+from faconv_hpc.evaluation.regime_files import write_netcdf
+from faconv_hpc.evaluation.regime_report import write_report
+from faconv_hpc.evaluation.regimes import find_regimes
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.forecaster import Forecaster
 embeddings.PART_TIMES = 20
@@ -178,6 +191,13 @@ def test_all_sequences_of_a_store_are_embedded(tmp_path):
     fields = np.stack(list(record.fields(range(15), 1, lambda done, total: None)))[:, 0]
     expected = [member.u.values[WINDOW - 1 :] for member in (members[0], members[2])]
     np.testing.assert_array_equal(fields, np.concatenate(expected))
+    regimes = find_regimes(found, record, [2], 2)
+    assert draw_calendar(regimes, tmp_path / "calendar.png").stat().st_size > 10_000  # a row for each sequence
+    write_netcdf(regimes, tmp_path / "regimes.nc")
+    with xr.open_dataset(tmp_path / "regimes.nc", engine="h5netcdf") as file:
+        assert file.sequence.values.tolist() == ["r1"] * 6 + ["r3"] * 9
+    write_report(regimes, [], tmp_path / "report.md", 2)
+    assert not regimes.has_seasons and "a part of the year only" in (tmp_path / "report.md").read_text()
     with pytest.raises(InputError, match=r"--times are of one sequence, and \S+store holds 3. Say with --sequence"):
         plan_embedding(forecaster.contract, WINDOW, [tmp_path / "store"], ["2001-01-02"])
     with pytest.raises(InputError, match=r"of the sequences r1, r3, and --data and --sequence name the sequences r2"):

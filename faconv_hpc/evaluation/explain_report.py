@@ -10,7 +10,7 @@ from .attention_maps import Looks
 from .explain import Explanation
 from .seasons import SEASONS
 from .sensitivity import Sensitivity
-from .words import latitude_in_words, longitude_in_words
+from .words import latitude_in_words, longitude_in_words, plain
 
 NETCDF, REPORT = "explain.nc", "report.md"
 EVEN = 1.2  # times an even weight, below which attention has hardly a preference
@@ -97,15 +97,15 @@ def _of_answer(answer: Sensitivity) -> Iterable[str]:
     last = ", ".join(f"{share:.0%}" for share in shares_T[::-1].tolist())
     shares_C = squares_TC.sum(0) / squares_TC.sum()
     named = ", ".join(f"{one.name} {share:.0%}" for one, share in zip(answer.variables, shares_C, strict=True))
+    asked = f"{target.name}, mean over {question.region}, {question.lead} steps ahead"
     yield (
-        f"{target.name}, mean over {question.region}, {question.lead} steps ahead, is {np.mean(answer.answers):.4g} "
-        f"{target.units} on average. Of its squared gradient, so much comes from the last frame, the one before, and "
-        f"so on: {last}; from the variables: {named}."
+        f"{asked}, is {np.mean(answer.answers):.4g} {plain(target.units)} on average. Of its squared gradient, so much "
+        f"comes from the last frame, the one before, and so on: {last}; from the variables: {named}."
     )
 
 
 def _totals(answer: Sensitivity) -> str:
     window, units = len(answer.total_TC), answer.question.variable.units
-    heads = ["steps before the start", *(f"{one.name} [{units}]" for one in answer.variables)]
+    heads = ["steps before the start", *(f"{one.name} [{plain(units)}]" for one in answer.variables)]
     rows = [[str(window - 1 - step), *(f"{value:+.3g}" for value in answer.total_TC[step])] for step in range(window)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows[::-1]])

@@ -40,10 +40,9 @@ def draw_all(regimes: Regimes, directory: Path) -> list[Path]:
         draw_calendar(regimes, directory / "calendar.png"),
     ]
     if regimes.composites is not None:
-        paths += [
-            draw_composites(regimes, directory / "composites.png", beyond_season=False),
-            draw_composites(regimes, directory / "composites_beyond_season.png", beyond_season=True),
-        ]
+        paths.append(draw_composites(regimes, directory / "composites.png", beyond_season=False))
+        if regimes.has_seasons:
+            paths.append(draw_composites(regimes, directory / "composites_beyond_season.png", beyond_season=True))
     return paths
 
 
@@ -97,7 +96,7 @@ def draw_plane(regimes: Regimes, path: Path) -> Path:
         xy = pca.fit_transform(points_TE) if pca is not None else np.repeat(points_TE, 2, axis=1)
         shares = pca.explained_variance_ratio_ if pca is not None else (1.0, 1.0)
         months, labels = regimes.embeddings.months[::every], regimes.labels_T[::every]
-        groups = {name: np.isin(months, own) for name, own in SEASONS.items()}
+        groups = {name: np.isin(months, own) for name, own in SEASONS.items() if np.isin(months, own).any()}
         _scatter(row[0], xy, groups, "season")
         _scatter(row[1], xy, {str(label + 1): labels == label for label in np.unique(labels)}, "regime")
         for axes, what in zip(row, ("season", "regime"), strict=True):
@@ -142,11 +141,13 @@ def draw_calendar(regimes: Regimes, path: Path) -> Path:
 
 
 def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
-    """A row for each year, or one of all where they are less than a year."""
+    """A row for each year or for each sequence; one of all where they are less than a year."""
     axis, clusters = regimes.embeddings.axis, int(regimes.labels_T.max()) + 1
-    days = float(axis.seconds[-1] - axis.seconds[0]) / SECONDS_PER_DAY
-    if days < DAYS_A_YEAR:
-        x, y, cells = _days(regimes)
+    x_label, y_label = "", "year"
+    if axis.names:
+        (x, y, cells), x_label, y_label = _sequences(regimes), "days since the first time", "sequence"
+    elif axis.seconds[-1] - axis.seconds[0] < DAYS_A_YEAR * SECONDS_PER_DAY:
+        (x, y, cells), x_label = _days(regimes), f"days since {axis.date(0)}"
     else:
         x, y, cells = _years(regimes)
         axes.set_xticks(np.arange(MONTHS) + 0.5, MONTH_NAMES)
@@ -158,7 +159,7 @@ def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
         _number(axes, (x[:-1] + x[1:]) / 2, (y[:-1] + y[1:]) / 2, cells)
     axes.invert_yaxis()
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    dress(axes, "Regime of each time", "" if days >= DAYS_A_YEAR else f"days since {axis.date(0)}", "year")
+    dress(axes, "Regime of each time", x_label, y_label)
     axes.grid(visible=False)
     bar = colour_bar(image, axes, "regime")
     bar.set_ticks(range(clusters), labels=[str(label + 1) for label in range(clusters)])
@@ -174,6 +175,17 @@ def _days(regimes: Regimes) -> Cells:
     cells = np.array(regimes.labels_T[None], dtype=np.float64)
     year = float(axis.years[0])
     return np.append(starts, starts[-1] + axis.step_s / SECONDS_PER_DAY), np.array([year - 0.5, year + 0.5]), cells
+
+
+def _sequences(regimes: Regimes) -> Cells:
+    """As if the times of each were evenly spaced."""
+    axis = regimes.embeddings.axis
+    longest = max(len(own) for own in axis.sequences)
+    cells = np.full((len(axis.sequences), longest), np.nan)
+    for row, own in enumerate(axis.sequences):
+        cells[row, : len(own)] = regimes.labels_T[own.start : own.stop]
+    x = np.arange(longest + 1, dtype=np.float64) * axis.step_s / SECONDS_PER_DAY
+    return x, np.arange(len(cells) + 1, dtype=np.float64) - 0.5, cells
 
 
 def _years(regimes: Regimes) -> Cells:

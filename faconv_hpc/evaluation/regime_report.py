@@ -18,7 +18,7 @@ from .regime_facts import RegimeFacts, facts_of
 from .regime_files import JSON, NETCDF
 from .regimes import CHOSEN, Judged, Regimes
 from .spaces import Metrics
-from .words import duration_in_words, latitude_in_words, longitude_in_words
+from .words import duration_in_words, latitude_in_words, longitude_in_words, plain
 
 REPORT = "report.md"
 A_CALENDAR, MOSTLY = 0.9, 0.8  # seasonal share of an embedding; share of times whose regime the month tells
@@ -94,6 +94,18 @@ def _in_short(regimes: Regimes) -> Iterable[str]:
     count = judged.partition.clusters
     doubt = "" if regimes.suggestion.steady else ", with doubt"
     yield f"**{count} regimes{doubt}.** {regimes.suggestion.reason}"
+    yield from _of_seasons(regimes, judged)
+    if judged.data is not None:
+        yield _compared(regimes)
+    mixture = regimes.one("embedding", "gmm")
+    agreement = _agreement(judged, mixture)
+    yield f"A Gaussian mixture of as many components agrees with them to {agreement:.2f} (adjusted Rand index)."
+
+
+def _of_seasons(regimes: Regimes, judged: Judged) -> Iterable[str]:
+    if not regimes.has_seasons:
+        yield "The times are of a part of the year only, so nothing is said of seasons."
+        return
     share = regimes.seasonal_shares["embedding"]
     if regimes.harmonics == 0 and share > A_CALENDAR:
         yield (
@@ -106,11 +118,6 @@ def _in_short(regimes: Regimes) -> Iterable[str]:
         yield f"{before}{share:.1%} of the embedding's variance lies between calendar months{_of_fields(regimes)}."
     told = "are seasons: the" if judged.told_by_month >= MOSTLY else "are more than seasons: the"
     yield f"The regimes {told} calendar month tells the regime of {judged.told_by_month:.0%} of all times."
-    if judged.data is not None:
-        yield _compared(regimes)
-    mixture = regimes.one("embedding", "gmm")
-    agreement = _agreement(judged, mixture)
-    yield f"A Gaussian mixture of as many components agrees with them to {agreement:.2f} (adjusted Rand index)."
 
 
 def _of_fields(regimes: Regimes) -> str:
@@ -138,7 +145,7 @@ def _compared(regimes: Regimes) -> str:
 
 
 def _regime_heads(facts: Sequence[RegimeFacts]) -> list[str]:
-    variables = [f"{one.variable} [{one.units}]" if one.units else one.variable for one in facts[0].extremes]
+    variables = [f"{one.variable} [{plain(one.units)}]" if one.units else one.variable for one in facts[0].extremes]
     return ["regime", "times", "share", "months", "lasts", *(f"strongest departure of {one}" for one in variables)]
 
 

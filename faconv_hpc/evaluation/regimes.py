@@ -20,7 +20,7 @@ from .partitions import (
     suggest,
 )
 from .records import Composites, DataSpace, Record, composites_of, data_space_of
-from .seasons import Season, counts_of, seasonal_share_of, told_by_month
+from .seasons import MONTHS, Season, counts_of, seasonal_share_of, told_by_month
 from .spaces import Metrics, Space
 
 MOST_TIMES = 4000  # whose distances from each other are kept: 128 MB for each kind of distance and space
@@ -108,6 +108,11 @@ class Regimes:
     def labels_T(self) -> NDArray[np.int64]:
         """Of the regimes, from 0."""
         return self.one("embedding").partition.labels_T
+
+    @property
+    def has_seasons(self) -> bool:
+        """Whether all calendar months are there."""
+        return np.unique(self.embeddings.months).size == MONTHS
 
     @cached_property
     def month_share_KM(self) -> NDArray[np.float64]:

@@ -10,13 +10,18 @@ MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "O
 
 def latitude_in_words(degrees: float) -> str:
     """Such as ``30°S``."""
-    return f"{abs(degrees):g}°{'N' if degrees > 0 else 'S' if degrees < 0 else ''}"
+    return f"{abs(degrees):.4g}°{'N' if degrees > 0 else 'S' if degrees < 0 else ''}"
 
 
 def longitude_in_words(degrees: float) -> str:
     """Such as ``30°W``."""
     east = (degrees + 180) % 360 - 180
-    return f"{abs(east):g}°{'E' if east > 0 else 'W' if east < 0 else ''}"
+    return f"{abs(east):.4g}°{'E' if east > 0 else 'W' if east < 0 else ''}"
+
+
+def plain(units: str) -> str:
+    """Units in Markdown, which takes stars for emphasis."""
+    return units.replace("*", "\\*")
 
 
 def months_in_words(months: Sequence[int]) -> str:
