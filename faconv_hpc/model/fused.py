@@ -19,7 +19,7 @@ from .arithmetic import rounds_products
 from .kernels import Kernels, is_planar, planar
 from .taps import Mixing, Offsets
 
-MIXED_CHANNELS = 128  # of m: of more a program would hold so few cells that their halos outnumber them
+MIXED_CHANNELS = 128  # of m: of more the registers of a program do not hold 16 cells
 NUMBERS = 2**31  # of a sample, which kernels count in 32 bits
 PROGRAMS = 256  # that sum over cells, each by itself; two for each processor of the GPUs of today
 COLUMNS = 16  # of a block: where they lie side by side 64 bytes are, or 32
