@@ -14,8 +14,6 @@ from scipy.special import sph_legendre_p_all
 from ..spatial.grid import Boundary, LatLonGrid
 
 TABLE_BYTES = 400 * 2**20  # of Legendre functions: enough for 0.25 degrees; of finer grids the highest are left out
-    128 * 2**20
-)  # of Legendre functions: on grids of over 2,000 rows the highest total wavenumbers are left out
 FITS = 1e-8  # relative error of integrals of Legendre polynomials, by the weights of rows
 
 
