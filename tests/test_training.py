@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from faconv_hpc import FAConvLSTMNetwork, LatLonGrid, load_config
 from faconv_hpc.config import MeshConfig, TrainingConfig
@@ -71,6 +72,32 @@ def test_the_losses_do_not_depend_on_the_mesh(tmp_path, store):
     assert len(want) == 8 and want[-1] < 0.95 * want[0]
     for layout, losses in curves.items():
         np.testing.assert_allclose(losses, want, rtol=1e-5, err_msg=str(layout))
+
+
+def test_what_the_network_has_said_is_gone_when_backward_begins(tmp_path, store):
+    """Its forecasts of all steps, and the states, which are as large as what a segment holds."""
+
+    def check(mesh):
+        forward, backward, said, gone = Engine.forward, Engine.backward, [], []
+
+        def saying(engine, *given, **further):
+            output = forward(engine, *given, **further)
+            said.extend(StorageWeakRef(one.untyped_storage()) for one in (output.forecast_BTCYX, output.state[-1][1]))
+            return output
+
+        def asking(engine, loss):
+            gone.extend(one.expired() for one in said)
+            backward(engine, loss)
+
+        Engine.forward, Engine.backward = saying, asking
+        try:
+            train(small_config(tmp_path / "run", store, training={"steps": 3}), mesh)
+        finally:
+            Engine.forward, Engine.backward = forward, backward
+        return gone
+
+    ((first, *others),) = run_on_ranks(Layout(1, 1, 1), check)
+    assert first and others and all(others)
 
 
 def test_accumulation_reports_the_same_losses_as_one_batch(tmp_path, store):

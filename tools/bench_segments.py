@@ -1,14 +1,17 @@
-"""What segments cost: memory beside that of a shorter sequence without any, seconds beside the same sequence stored.
+"""What segments cost: memory beside that of a shorter sequence without any, time beside the same sequence stored.
 
 Of a layer whose output is used up where it is made (its gradient is given), and of a network of two with its losses.
-Peaks come first, while the process has no freed memory to use again; then all run in turn.
+Peaks come first, while the process has no freed memory to use again; then all run in turn. Time is the processor's,
+the kernel's for fresh memory included: other work on the machine changes it little.
 
 Run: python tools/bench_segments.py [--steps 32] [--segment 4] [--repeats 5] [--threads 1]
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.autograd import Context, Operation
-from faconv_hpc.bench.timing import interleaved, peak_bytes, timed
+from faconv_hpc.bench.timing import Work, interleaved, peak_bytes
 from faconv_hpc.model.segments import Segments
 from faconv_hpc.spread import Spread
 
@@ -56,8 +59,17 @@ class Used(Operation):
         return ctx.grad_BTCYX, None
 
 
+def processor_s(*works: Work) -> list[float]:
+    """Of each of some works, one after the other."""
+    marks = [time.process_time()]
+    for work in works:
+        work()
+        marks.append(time.process_time())
+    return [after - before for before, after in pairwise(marks)]
+
+
 def run_layer(layer: nn.Module, domain: Domain, case: Case, x_BTCYX: Tensor, grad_BTCYX: Tensor) -> list[float]:
-    """Seconds of a forward and a backward."""
+    """The processor's seconds of a forward and a backward."""
     cut = Segments(case.segment, domain)
 
     def segment(x: Tensor, grad: Tensor, state: object, first_step: int) -> tuple[Tensor, object]:
@@ -72,14 +84,14 @@ def run_layer(layer: nn.Module, domain: Domain, case: Case, x_BTCYX: Tensor, gra
             used, state = cut.computed(segment, x, grad, state, start)
             parts.append(used)
 
-    seconds = timed(CPU, forward, lambda: torch.stack(parts).sum().backward())
+    seconds = processor_s(forward, lambda: torch.stack(parts).sum().backward())
     layer.zero_grad(set_to_none=True)
     x_BTCYX.grad = None
     return seconds
 
 
 def run_network(network: FAConvLSTMNetwork, domain: Domain, case: Case, x: Tensor, target: Tensor) -> list[float]:
-    """Seconds of a forward and a backward."""
+    """The processor's seconds of a forward and a backward."""
     network.checkpoint_steps = case.segment
     losses: list[Tensor] = []
 
@@ -87,7 +99,7 @@ def run_network(network: FAConvLSTMNetwork, domain: Domain, case: Case, x: Tenso
         output = network(x, torch.zeros(1, case.steps), domain=domain)
         losses.append(network.losses(output, x, target, domain).total.objective)
 
-    seconds = timed(CPU, forward, lambda: losses[0].backward())
+    seconds = processor_s(forward, lambda: losses[0].backward())
     network.zero_grad(set_to_none=True)
     return seconds
 
@@ -141,7 +153,9 @@ def main() -> None:
     timings = {case: work for case, work in everything.items() if case.steps == given.steps}
     with console.status("warming up") as status:
         seconds = interleaved(timings, given.repeats, status.update)
-    table = table_of("a time step [ms], medians", "", "stored", "of it forward", cut, "over stored", "middle half")
+    table = table_of(
+        "a time step [ms of the processor], medians", "", "stored", "of it forward", cut, "over stored", "middle half"
+    )
     for case in rows:
         stored, again = seconds[case._replace(segment=0)], seconds[case]
         ratio = Spread.of([sum(one) / sum(other) for one, other in zip(again, stored, strict=True)])

@@ -15,6 +15,7 @@ from ..data.samples import Batch, ReadAhead, Windows
 from ..data.store import Store
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from ..model.arithmetic import arithmetic
+from ..model.losses import Loss
 from ..model.state import NetworkState
 from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
@@ -334,17 +335,22 @@ class Trainer:
 
     def _backward(self, batch: Batch, state: NetworkState | None) -> MicroBatch:
         """Forward and backward of one micro-batch; nothing waits for the device."""
-        network, domain = self._engine.network, self._domain
         with self._activity.during("forward"):
-            feedback = feedback_for(batch, self._config.data.window)
-            given = batch.inputs_BTCYX, batch.year_fraction_BT, domain
-            output = self._engine.forward(*given, state=state, feedback=feedback)
-            self._carried.after(output.window_state)
-            losses = losses_of(network, output, batch, domain, self._config.training.lead_weights)
+            loss, micro = self._forward(batch, state)
         with self._activity.during("backward"):
-            self._engine.backward(losses.total)
+            self._engine.backward(loss)
+        return micro
+
+    def _forward(self, batch: Batch, state: NetworkState | None) -> tuple[Loss, MicroBatch]:
+        """What the network has said ends here: backward has its memory."""
+        network, domain = self._engine.network, self._domain
+        feedback = feedback_for(batch, self._config.data.window)
+        given = batch.inputs_BTCYX, batch.year_fraction_BT, domain
+        output = self._engine.forward(*given, state=state, feedback=feedback)
+        self._carried.after(output.window_state)
+        losses = losses_of(network, output, batch, domain, self._config.training.lead_weights)
         found = torch.stack([losses.total.value, losses.forecast.value, losses.embedding.value])
-        return MicroBatch.of(found, output, batch)
+        return losses.total, MicroBatch.of(found, output, batch)
 
     def _found(self, micros: Sequence[MicroBatch], start: float) -> tuple[dict[str, tuple[float, ...]], StepEnd]:
         """Some numbers of a step, of every rank, and where all ranks stand. Collective.
