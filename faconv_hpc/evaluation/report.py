@@ -28,7 +28,7 @@ MEANINGS = f"""\
 - **intervals** ({PERCENT}): dates drawn anew {DRAWS} times by the stationary bootstrap (Politis and Romano, 1994), the
   same for all, in blocks of {{block:.1f}} dates on average: twice the automatic choice of Politis and White (2004), its
   median over variables and leads; wider by Student's t for so many blocks. *Better* and *worse* are where the interval
-  of the ratio of errors does not reach 1. Of many such verdicts about one in ten is chance."""
+  of the ratio of errors does not reach 1. Of many such verdicts one in ten or more is chance."""
 
 
 def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
