@@ -58,12 +58,17 @@ def train(given: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 @torch.no_grad()
-def embedded(network: FAConvLSTMNetwork, workspace: Workspace, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
-    """(N, E) z of the last step of each window, and (N, K) the coarse field then."""
+def embedded(
+    network: FAConvLSTMNetwork, workspace: Workspace, windows: Windows, later_N: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, E) z of the last step of each window, told so much of a year later, and (N, K) the coarse field then."""
     found = []
     for first in range(0, len(windows), BATCH):
         batch = windows.read(range(first, min(first + BATCH, len(windows)))).first(WINDOW)
-        z_BTE = network(batch.inputs_BTCYX, batch.year_fraction_BT, domain=workspace.domain).embedding_BTE
+        season_BT = batch.year_fraction_BT
+        if later_N is not None:
+            season_BT = season_BT + torch.from_numpy(later_N[first : first + BATCH, None])
+        z_BTE = network(batch.inputs_BTCYX, season_BT, domain=workspace.domain).embedding_BTE
         last_B1CYX = batch.inputs_BTCYX[:, -1:, : network.field_channels]
         coarse, _ = coarse_means(last_B1CYX, workspace.domain, network.subspace.coarse_shape)
         found.append((z_BTE[:, -1].double().numpy(), coarse.double().flatten(1).numpy()))
@@ -81,6 +86,11 @@ def follows(network: FAConvLSTMNetwork, workspace: Workspace, windows: Windows) 
     return float((z - turned)[:, :half].abs().max() / z.std())
 
 
+def changed_by_another_run(z_RDE: np.ndarray) -> float:
+    """Variance between runs at a date over all of it: half the mean square of what another run's fields change."""
+    return float(z_RDE.var(0, ddof=1).mean(0).sum() / z_RDE.reshape(-1, z_RDE.shape[-1]).var(0, ddof=1).sum())
+
+
 def measured(run_dir: Path, mesh: ProcessMesh, samples: int) -> dict[str, float]:
     """Of held-out runs, all of the same dates; the probe is fitted to training's."""
     config = load_run(run_dir).model_copy(update={"run_dir": run_dir})
@@ -94,13 +104,16 @@ def measured(run_dir: Path, mesh: ProcessMesh, samples: int) -> dict[str, float]
     starts = training_starts(workspace.store, workspace.training_spans, WINDOW, 1)
     some = starts[np.linspace(0, len(starts) - 1, min(FITTED, len(starts))).round().astype(int)]
     fitted = embedded(network, workspace, workspace.windows(some, WINDOW))
-    within, every = z_RDE.var(0, ddof=1).mean(0).sum(), z_NE.var(0, ddof=1).sum()
+    dates = z_RDE.shape[1]
+    turned_NE, _ = embedded(network, workspace, held_out, np.tile(np.arange(dates) / dates, runs))
+    changed, changed_in_a_year = changed_by_another_run(z_RDE), changed_by_another_run(turned_NE.reshape(z_RDE.shape))
     leads = evaluate(config, mesh, max(LEADS), samples=samples).skills
     skill = {f"lead {lead}": mean(one.ratio for one in leads if one.lead == lead) for lead in LEADS}
     last = read_records(run_dir)[-40:]
     return skill | {
-        "changed by another run": float(within / every),
-        "calendar": max(0.0, 1 - float(within / every)),
+        "changed by another run": changed,
+        "calendar": max(0.0, 1 - changed),
+        "changed, dates all over a year": changed_in_a_year,
         "effective rank": effective_rank(z_NE),
         "R2": probe_r2(*fitted, z_NE, x_NK),
         "by what follows": follows(network, workspace, held_out),
