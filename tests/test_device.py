@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +187,7 @@ def test_a_step_makes_every_tensor_on_its_device(tmp_path, store, model, precisi
     trainer = SimpleNamespace(
         _engine=engine, _domain=workspace.domain, _activity=Activity(), _config=config, _carried=carried, _mesh=mesh
     )
+    trainer._forward = partial(Trainer._forward, trainer)
     batches = [windows.read([number]).to("meta") for number in range(2)]
     for step, may in enumerate([COPIES, ()]):
         with Elsewhere(may) as elsewhere:
