@@ -141,7 +141,7 @@ class ModelConfig(Section):
     embedding_channels: Annotated[int, Field(ge=8, multiple_of=8, description="4 heads, an even number in each")] = 32
     embedding_past: Count = Field(8, description="steps that the embedding of one attends to, itself among them")
     embedding_leads: int = Field(2, ge=0, description="steps ahead of which it maps to the coarse field, too")
-    embedding_weight: float = Field(0.1, ge=0, description="of the coarse fields' error in the loss")
+    embedding_weight: float = Field(0.02, ge=0, description="of the coarse fields' error in the loss")
     seasonal_encoding: bool = Field(True, description="whether the embedding is told the day of the year")
     coarse_shape: tuple[Count, Count] = Field((3, 6), description="regions whose means it is made of, and maps to")
     checkpoint_steps: int = Field(0, ge=0, description="time steps per recomputed segment; 0: store everything")

@@ -21,6 +21,7 @@ from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
+from faconv_hpc.training.identity import check_same_run
 from faconv_hpc.training.parity import verify_parity
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.seen import annual_cycle_of
@@ -309,6 +310,14 @@ def test_a_damaged_file_of_all_checkpoints_is_mended_from_the_runs_own(made, run
     trained(tmp_path, made[0])
     assert [one.problem() for one in checkpoints_in(tmp_path / "run")] == [None] * 2
     assert_same_state(*(checkpoints_in(one)[-1] for one in (run.run_dir, tmp_path / "run")))
+
+
+def test_a_run_that_saw_no_anomalies_does_not_begin_to(made, tmp_path):
+    saved = {"data.log1p": {}, "data.anomalies": {}}
+    with Store.open(made[0]) as store:
+        workspace = Workspace.of(small_config(tmp_path, made[0], data=DATA), store, ProcessMesh.alone())
+    with pytest.raises(InputError, match=r"holds a run with data\.anomalies=\{\}, this config says \{'heat': 2"):
+        check_same_run(workspace, saved)
 
 
 def test_an_export_without_the_cycle_is_refused(run, tmp_path):

@@ -132,7 +132,7 @@ class FAConvLSTMNetwork(nn.Module):
         embedding_past: int = 8,
         embedding_leads: int = 2,
         seasonal_encoding: bool = True,
-        embedding_weight: float = 0.1,
+        embedding_weight: float = 0.02,
         checkpoint_steps: int = 0,
         cell: str = "faconvlstm",
         **layer_options: Any,
