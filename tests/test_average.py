@@ -15,7 +15,7 @@ from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.skill import SkillSums
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import evaluated, make_store, small_config
+from runs import evaluated, make_store, skills_in, small_config
 from test_checkpoint import assert_same_state, train_until
 from test_engine import every_parameter_cut, grid, network, samples, sharded_update
 from test_parity import relative_difference
@@ -72,9 +72,10 @@ def test_it_is_the_mean_that_its_definition_says(stage, precision, optimizer):
 
 def test_validation_evaluation_and_export_use_it_and_training_does_not(tmp_path, store):
     plain, averaged = (config_of(tmp_path / name, store, ema=ema) for name, ema in (("plain", 0.0), ("mean", 0.8)))
-    rows = {config.run_dir: trained(config) for config in (plain, averaged)}
+    for config in (plain, averaged):
+        trained(config)
     assert losses_of(plain) == losses_of(averaged)
-    last = [[row["rmse"] for row in rows[config.run_dir][-4:]] for config in (plain, averaged)]
+    last = [[row["rmse"] for row in skills_in(config.run_dir)[-4:]] for config in (plain, averaged)]
     assert last[0] != last[1]
     data = DATA | {"periods": {"train": ["/2000-01-02T12", "2000-01-03T19/2000-01-03"], "test": DATES}}
     config = config_of(tmp_path / "evaluated", store, data=data, ema=0.8, validate_every=0)

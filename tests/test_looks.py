@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from contextlib import redirect_stderr
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,23 +49,23 @@ def trained_and_told(config, layout=TWO, scores=SCORES, until=None, strict=False
     """The same, with what each rank said."""
 
     def run(mesh):
-        look, told = Validation.skills, io.StringIO()
+        look, told = Validation.look, io.StringIO()
 
-        def skills(self, may_go_on):
+        def scored(self, may_go_on):
             step = self._workspace.domain.mesh.activity.step
             if until is not None and step > until:
                 raise KeyboardInterrupt
-            look(self, may_go_on)
-            return (Skill("wave_0", 1, "", scores[step], 1.0, 1.0),)
+            found = look(self, may_go_on)
+            return replace(found, skills=(Skill("wave_0", 1, "", scores[step], 1.0, 1.0),))
 
-        Validation.skills = skills
+        Validation.look = scored
         try:
             with redirect_stderr(told):
                 return train(config, mesh, strict=strict), told.getvalue()
         except KeyboardInterrupt:
             return -1, told.getvalue()
         finally:
-            Validation.skills = look
+            Validation.look = look
 
     return run_on_ranks(layout, run)
 
