@@ -100,6 +100,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+def check_data_is_there(paths: Sequence[Path]) -> None:
+    """Raises InputError for ``--data`` that is nowhere."""
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--data {path} does not exist. Give a store, or NetCDF, zarr or GRIB data.")
+
+
 def check_in_reach(path: Path, error: BaseException) -> None:
     """Raises TryAgainError if a file could not be read because its file system is away."""
     if isinstance(error, OSError) and error.errno and is_out_of_reach(error):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
+from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.errors import InputError
 from faconv_hpc.model.state import Past
-from faconv_hpc.model.subspace import SubspaceHead, coarse_at_leads
+from faconv_hpc.model.subspace import SubspaceHead, coarse_at_leads, coarse_means
 from faconv_hpc.training.embeddings import Embedded, calendar_share, effective_rank, embedding_skill, probe_r2
 from test_domain import random_like
 from test_parity import randomized
@@ -255,3 +255,48 @@ def test_a_grid_with_fewer_cells_than_regions_is_refused():
         network()(torch.zeros(1, 2, 3, 2, 11), torch.zeros(1, 2))
     with pytest.raises(InputError, match=r"3 x 12 regions do not fit a grid of 7 x 11 cells"):
         Domain(LatLonGrid(7, 11)).mean(torch.zeros(7, 11), (3, 12))
+
+
+@pytest.mark.parametrize("regions", [None, (3, 6)], ids=["globe", "regions"])
+def test_means_are_rounded_by_no_arithmetic_of_products(regions):
+    """As autocast, in bf16, and TF32 on a GPU round them: what is lost would depend on how the grid is cut."""
+    domain = Domain(LatLonGrid(31, 46, lat_boundary="pole"), ProcessMesh.alone())
+    x = (3 + random_like((2, 31, 46), 5)).float().requires_grad_()
+
+    def found():
+        mean = domain.mean(x, regions)
+        return mean.detach(), torch.autograd.grad(mean.square().sum(), x)[0]
+
+    plain = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(*pair) for pair in zip(found(), plain, strict=True))
+
+
+def test_a_region_of_which_hardly_anything_is_known_has_the_mean_of_that():
+    """One cell at the pole itself: less than float32's eps of its region."""
+    domain = Domain(LatLonGrid(721, 1440, lat_boundary="pole"), ProcessMesh.alone())
+    known = torch.zeros(1, 1, 1, 721, 1440)
+    known[..., 0, 7] = 1
+    means, counts = coarse_means(2 * known, domain, (3, 6), known)
+    assert counts.sum() == 1 and means[counts].item() == pytest.approx(2, rel=1e-5)
+
+
+def test_backward_may_go_through_segments_more_than_once():
+    network = randomized(FAConvLSTMNetwork(3, 2, 4, 1, checkpoint_steps=2, kernels="eager", coarse_shape=(2, 3)))
+    x, when = random_like((1, 4, 3, 6, 9), 1), torch.zeros(1, 4, dtype=torch.float64)
+
+    def gradients(steps):
+        network.checkpoint_steps = steps
+        output, weight = network(x, when), network.layers[0].input_weight
+        parts = output.forecast_BTCYX.square().sum(), output.embedding_BTE.square().sum()
+        return [torch.autograd.grad(part, weight, retain_graph=True)[0] for part in parts]
+
+    for again, stored in zip(gradients(2), gradients(0), strict=True):
+        torch.testing.assert_close(again, stored, rtol=1e-12, atol=1e-14)
+
+
+def test_samples_of_different_length_do_not_run_freely():
+    network, x = FAConvLSTMNetwork(3, 3, 4, 1, coarse_shape=(2, 3)), torch.zeros(1, 4, 3, 6, 9)
+    valid, when = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4)
+    with pytest.raises(InputError, match=r"samples of different length \(valid_BT\) do not run freely \(feedback\)"):
+        network(x, when, valid_BT=valid, feedback=object())

@@ -10,6 +10,7 @@ import pytest
 
 from faconv_hpc.errors import InputError
 from faconv_hpc.training.fit import check_fits
+from forecasts import draw_model
 from runs import make_store, small_config, write_config
 from test_cli import faconv
 
@@ -87,11 +88,9 @@ def test_a_store_that_a_job_before_this_one_makes_is_not_asked_for(tmp_path):
 
 
 def test_evaluate_starts_no_ranks_without_a_store(tmp_path, store):
-    config = write_config(tmp_path, tmp_path / "gone", mesh={"lon": 2})
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(config.read_text())
-    ran = faconv("evaluate", tmp_path / "run", "--ranks", 2)
-    assert ran.returncode == 2 and ran.stderr.startswith(f"faconv: error: store {tmp_path / 'gone'} does not exist")
+    model, _ = draw_model(tmp_path, store, data={"window": 3})
+    ran = faconv("evaluate", model, "--data", tmp_path / "gone", "--mesh", "1x2", "--ranks", 2)
+    assert ran.returncode == 2 and ran.stderr.startswith(f"faconv: error: --data {tmp_path / 'gone'} does not exist")
 
 
 def test_no_rank_is_started_for_a_mesh_that_does_not_fit(tmp_path, store):

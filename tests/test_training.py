@@ -82,7 +82,8 @@ def test_what_the_network_has_said_is_gone_when_backward_begins(tmp_path, store)
 
         def saying(engine, *given, **further):
             output = forward(engine, *given, **further)
-            said.extend(StorageWeakRef(one.untyped_storage()) for one in (output.forecast_BTCYX, output.state[-1][1]))
+            large = output.forecast_BTCYX, output.state.layers[-1][1]
+            said.extend(StorageWeakRef(one.untyped_storage()) for one in large)
             return output
 
         def asking(engine, loss):

@@ -17,17 +17,18 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from faconv_hpc.config_file import load_config
 from faconv_hpc.data.samples import Windows
 from faconv_hpc.data.store import Store
-from faconv_hpc.evaluation.skill import evaluate, load_run, trained_network
+from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.model.network import FAConvLSTMNetwork
 from faconv_hpc.model.subspace import coarse_means
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.embeddings import effective_rank, probe_r2
 from faconv_hpc.training.fit import training_starts
-from faconv_hpc.training.records import read_records
+from faconv_hpc.training.loading import load_network
+from faconv_hpc.training.records import CONFIG_FILE, read_records
 from faconv_hpc.training.setup import Workspace
-from faconv_hpc.training.shards import newest_at
 
 WINDOW, LEADS, FITTED, BATCH = 8, (1, 2, 4, 8), 448, 16
 VARIANTS = {
@@ -93,10 +94,8 @@ def changed_by_another_run(z_RDE: np.ndarray) -> float:
 
 def measured(run_dir: Path, mesh: ProcessMesh, samples: int) -> dict[str, float]:
     """Of held-out runs, all of the same dates; the probe is fitted to training's."""
-    config = load_run(run_dir).model_copy(update={"run_dir": run_dir})
-    checkpoint = newest_at(run_dir)
-    workspace = Workspace.of(config, Store.open(config.data.store), mesh, checkpoint.manifest().contract)
-    network = trained_network(workspace, checkpoint)
+    config, trained = load_config(run_dir / CONFIG_FILE, older=True), load_network(run_dir)
+    workspace, network = Workspace.of(config, Store.open(config.data.store), mesh, trained.contract), trained.network
     held_out = workspace.forecast_windows(workspace.contract.test, 1)
     z_NE, x_NK = embedded(network, workspace, held_out)
     runs = 1 + int((np.diff(held_out.starts) > 1).sum())
@@ -107,7 +106,7 @@ def measured(run_dir: Path, mesh: ProcessMesh, samples: int) -> dict[str, float]
     dates = z_RDE.shape[1]
     turned_NE, _ = embedded(network, workspace, held_out, np.tile(np.arange(dates) / dates, runs))
     changed, changed_in_a_year = changed_by_another_run(z_RDE), changed_by_another_run(turned_NE.reshape(z_RDE.shape))
-    leads = evaluate(config, mesh, max(LEADS), samples=samples).skills
+    leads = evaluate([run_dir], mesh, leads=max(LEADS), samples=samples).skills
     skill = {f"lead {lead}": mean(one.ratio for one in leads if one.lead == lead) for lead in LEADS}
     last = read_records(run_dir)[-40:]
     return skill | {

@@ -108,8 +108,9 @@ class Check:
         """Of one run, by both."""
         run_dir = self.output / f"{self.options.device}-fp32"
         both = [
-            json.loads(printed(faconv("evaluate", run_dir, "--device", device, "--json")))["skills"]
+            [one for one in said["skills"] if one["model"] == said["models"][0]["name"]]
             for device in (self.options.device, "cpu")
+            for said in [json.loads(printed(faconv("evaluate", run_dir, "--device", device, "--json")))]
         ]
         pairs = list(zip(*both, strict=True))
         off = max(abs(got["rmse"] / want["rmse"] - 1) for got, want in pairs)

@@ -141,10 +141,12 @@ def _mesh_in(abouts: Sequence[dict[str, str]]) -> str:
 
 
 def _check_data(paths: Sequence[Path]) -> None:
-    """Says why a store cannot be read before any rank is started."""
+    """Says why data cannot be read before any rank is started."""
     from ..data.layout import STORE_FILE
     from ..data.store import Store
+    from ..files import check_data_is_there
 
+    check_data_is_there(paths)
     for path in paths:
         if (path / STORE_FILE).is_file():
             Store.open(path).close()

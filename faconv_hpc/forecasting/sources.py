@@ -14,6 +14,7 @@ from ..data.layout import digest_of
 from ..data.times import EPOCH_UNITS, TimeAxis, normal_calendar
 from ..data.variables import Variable
 from ..errors import InputError
+from ..files import check_data_is_there
 from ..prepare.catalogue import Catalogue, catalogue_of, same_calendar
 from ..prepare.preparation import request_of
 from ..prepare.roles import SourceOptions
@@ -75,9 +76,7 @@ def file_frames(paths: Sequence[Path], contract: Contract) -> Frames:
 
 def files_opened(paths: Sequence[Path]) -> tuple[Opened, str]:
     """What files hold, unread, and what to call them in messages; raises InputError as `open_sources`."""
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"--data {path} does not exist. Give a store, or NetCDF, zarr or GRIB data.")
+    check_data_is_there(paths)
     opened = [(dataset, path) for path in paths for dataset in open_sources(path)]
     return opened, ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 

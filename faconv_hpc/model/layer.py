@@ -157,7 +157,7 @@ class FAConvLSTM2d(nn.Module):
             x_BTCYX, h_BTCYX: what the layer was given, from a state of zeros, and what it said.
         """
         before_BTCYX = torch.cat([torch.zeros_like(h_BTCYX[:, :1]), h_BTCYX[:, :-1]], dim=1)
-        means = domain.mean(x_BTCYX), domain.mean(before_BTCYX)
+        means = [domain.mean(one).to(self.input_weight.dtype) for one in (x_BTCYX, before_BTCYX)]
         mean_BTC = functional.linear(means[0], self.input_weight) + functional.linear(means[1], self.hidden_weight)
         excited = self.excite(functional.silu(self.squeeze(mean_BTC + self.bottleneck_bias)))
         factors_BTDC = torch.sigmoid(excited).unflatten(-1, self.mixing_weight.shape[:2])

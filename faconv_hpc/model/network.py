@@ -189,7 +189,10 @@ class FAConvLSTMNetwork(nn.Module):
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         self._check_boundaries(domain)
         check_coarse(self.subspace.coarse_shape, domain.grid.nlat, domain.grid.nlon)
-        assert feedback is None or valid_BT is None, "samples of different length do not run freely"
+        if feedback is not None and valid_BT is not None:
+            raise InputError(
+                "samples of different length (valid_BT) do not run freely (feedback). Give one of the two."
+            )
         window = x_BTCYX.shape[1] if feedback is None else feedback.window
         states: Sequence[State | None] = [None] * len(self.layers) if state is None else state.layers
         forecasts, means = [], []
@@ -211,10 +214,9 @@ class FAConvLSTMNetwork(nn.Module):
                 means.append(mean)
         past = None if state is None else state.past
         embedding_BTE, coarse, tokens_BTE = self.subspace(torch.cat(means, dim=1), year_fraction_BT, past, valid_BT)
-        final, at_window = (
-            self._state(ones, past, tokens_BTE[:, :end], valid_BT)
-            for ones, end in ((states, tokens_BTE.shape[1]), (window_states, window))
-        )
+        final = at_window = self._state(states, past, tokens_BTE, valid_BT)
+        if feedback is not None:
+            at_window = self._state(window_states, past, tokens_BTE[:, :window], None)
         forecast = torch.cat(forecasts, dim=1)
         return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, at_window, valid_BT)
 

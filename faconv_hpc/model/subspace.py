@@ -169,7 +169,7 @@ def coarse_means(
         return domain.mean(x_BTCYX, coarse_shape), None
     known = domain.mean(known_BTCYX, coarse_shape)
     means = domain.mean(x_BTCYX * known_BTCYX, coarse_shape)
-    return means / known.clamp_min(torch.finfo(known.dtype).eps), known > 0
+    return means / known.where(known > 0, 1), known > 0
 
 
 def coarse_at_leads(

@@ -1,4 +1,7 @@
-"""Area-weighted means over all tiles: started early, waited for late. No autograd here, see operations.py."""
+"""Area-weighted means over all tiles: started early, waited for late. No autograd here, see operations.py.
+
+Without matrix products, whose factors TF32 and autocast round: what is lost would depend on how the grid is cut.
+"""
 
 from collections.abc import Callable
 
@@ -26,7 +29,7 @@ class AreaMean:
     def start(self, x: Tensor) -> Finish:
         """The mean (...) of x (..., Y, X), in float32 or better."""
         rows = x.sum(-1, dtype=at_least_float32(x.dtype))
-        return start_sum(rows @ self._row_weights(rows), self._group, self._clock, "mean")
+        return start_sum((rows * self._row_weights(rows)).sum(-1), self._group, self._clock, "mean")
 
     def start_gradient(self, grad_mean: Tensor) -> Finish:
         """The sum over tiles of the gradients of the mean, which every tile has used."""
@@ -65,7 +68,8 @@ class RegionMeans:
         spans = self._coordinates.spans_of_columns(self._regions[1])
         by_column = torch.stack([x[..., span].sum(-1, dtype=kind) for span in spans], dim=-1)
         rows, columns = self._shares(by_column)
-        return start_sum((rows @ by_column) * columns, self._group, self._clock, "mean")
+        by_region = (rows[:, :, None] * by_column[..., None, :, :]).sum(-2)
+        return start_sum(by_region * columns, self._group, self._clock, "mean")
 
     def start_gradient(self, grad_means: Tensor) -> Finish:
         """The sum over tiles of the gradients of the means, which every tile has used."""
@@ -75,7 +79,8 @@ class RegionMeans:
     def by_cell(self, total: Tensor, columns: int, kind: torch.dtype) -> Tensor:
         """The gradient at every owned cell, (..., Y, X): its weight times that of its region's mean."""
         rows, per_column = self._shares(total)
-        by_region = (rows.T @ (total * per_column)).to(kind)
+        of_rows = (total * per_column)[..., rows.argmax(0), :]  # each row lies in one region
+        by_region = (of_rows * rows.sum(0)[:, None]).to(kind)
         spans = self._coordinates.spans_of_columns(self._regions[1])
         parts = [by_region[..., place, None].expand(*by_region.shape[:-1], _length(span))
                  for place, span in enumerate(spans)]  # fmt: skip

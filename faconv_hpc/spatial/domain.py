@@ -19,7 +19,7 @@ from .grid import Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
 from .operations import Gather, Mean, Pad, Swap, SwapBack, Total
 from .surroundings import Surroundings
-from .tape import Started, Tape
+from .tape import Again, Started, Tape
 
 Value = TypeVar("Value")
 
@@ -170,7 +170,7 @@ class Domain:
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` for `torch.utils.checkpoint`: what other tiles have sent is kept, not asked for twice."""
         tape = Tape()
-        return self._using(tape, tape.recording()), self._using(tape, tape.replaying())
+        return self._using(tape, tape.recording()), Again(lambda: self._using(tape, tape.replaying()))
 
     @contextmanager
     def _using(self, tape: Tape, mode: AbstractContextManager[None]) -> Iterator[None]:

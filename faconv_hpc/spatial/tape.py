@@ -1,7 +1,7 @@
 """What was communicated on the way forward, kept so that recomputation need not ask again."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -60,3 +60,17 @@ class Tape:
         self._position = 0
         self._replaying = True
         yield
+
+
+class Again(AbstractContextManager[None]):
+    """A context that is made anew whenever it is entered: backward may go through a segment more than once."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+
+    def __enter__(self) -> None:
+        self._entered = self._make()
+        self._entered.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._entered.__exit__(*raised)
