@@ -316,14 +316,54 @@ def test_what_has_nothing_in_common_is_refused(files, elsewhere, tmp_path):
         evaluate([elsewhere / "model.safetensors"], ALONE, data=[tmp_path / "early.nc"], leads=2)
 
 
+def changed(path, output, contract, **about):
+    """A network that says other things of itself."""
+    with safe_open(path, "pt") as file:
+        before = file.metadata()
+    own = Contract.model_validate_json(before["contract"])
+    told = own.model_copy(update=contract(own)).model_dump_json()
+    save_file(load_file(path), output, before | about | {"contract": told})
+    return output
+
+
 def test_networks_of_other_steps_are_not_judged_together(elsewhere, tmp_path):
     path = elsewhere / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-    contract = Contract.model_validate_json(about["contract"]).model_copy(update={"step_hours": (288.0, 288.0)})
-    save_file(load_file(path), tmp_path / "other.safetensors", about | {"contract": contract.model_dump_json()})
+    changed(path, tmp_path / "other.safetensors", lambda own: {"step_hours": (288.0, 288.0)})
     with pytest.raises(InputError, match=r"other forecasts 288 ... h ahead, and what is compared is 144 ... h ahead"):
         evaluate([path, tmp_path / "other.safetensors"], ALONE, data=[elsewhere / "source.nc"])
+
+
+def test_networks_of_several_runs_forecast_from_the_data_of_the_first(elsewhere, tmp_path):
+    path, store = elsewhere / "model.safetensors", forecasts.make_store(tmp_path)
+    first = changed(path, tmp_path / "first.safetensors", lambda own: {}, store=str(store))
+    second = changed(path, tmp_path / "second.safetensors", lambda own: {}, store=str(tmp_path / "gone"))
+    found = evaluate([first, second], ALONE, samples=2)
+    assert found.truth == f"the store {store}" and np.isfinite(found.metrics["rmse"][0, 0]).all()
+    np.testing.assert_array_equal(found.metrics["rmse"][:, 0], found.metrics["rmse"][:, 1])
+
+
+@pytest.mark.parametrize(
+    ("contract", "told"),
+    {
+        "columns": (
+            lambda own: {"longitude_deg": tuple(one - 180 for one in own.longitude_deg)},
+            r"longitude_deg .*-180.*, what other is held against, .*source.nc, has ",
+        ),
+        "units": (
+            lambda own: {
+                "variables": tuple(
+                    one.model_copy(update={"units": "mm"} if one.name == "rain" else {}) for one in own.variables
+                )
+            },
+            r"trained on 'rain' in mm, what other is held against, .*source.nc, has it in m\.",
+        ),
+    }.values(),
+    ids=["columns", "units"],
+)
+def test_networks_that_do_not_fit_the_data_of_all_are_refused(elsewhere, tmp_path, contract, told):
+    other = changed(elsewhere / "model.safetensors", tmp_path / "other.safetensors", contract)
+    with pytest.raises(InputError, match=told):
+        evaluate([elsewhere / "model.safetensors", other], ALONE, data=[elsewhere / "source.nc"], samples=1)
 
 
 def test_the_command_says_what_it_cannot_do(files, tmp_path):

@@ -53,6 +53,9 @@ class Entry(Protocol):
     @property
     def contract(self) -> Contract | None: ...
 
+    def check(self, truth: Truth) -> None:
+        """Raises InputError where it is not of the same cells, units and calendar as what came."""
+
     def has(self, truth: Truth, case: Case) -> bool:
         """Whether it forecasts from that date over those leads."""
 
@@ -81,6 +84,14 @@ class NetworkEntry:
     def contract(self) -> Contract:
         """What it was trained on."""
         return self.forecaster.contract
+
+    def check(self, truth: Truth) -> None:
+        """See `Entry`; of files each network would take the columns in its own order."""
+        where = f"what {self.name} is held against, {truth.name},"
+        self.contract.check_grid(np.array(truth.grid.latitude_deg), np.array(truth.grid.longitude_deg), where)
+        units = {one.name: one.units for one in truth.targets}
+        for variable in self.contract.channels.targets:
+            self.contract.check_units(variable, units.get(variable.name, variable.units), where)
 
     def has(self, truth: Truth, case: Case) -> bool:
         """From any date; what it needs is looked up when it is asked."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -173,6 +173,8 @@ def evaluate(
     files = [one for one in entries if isinstance(one, FileEntry)]
     contract = networks[0].contract if networks else None
     truth = truth_of(data, contract, [name for one in files for name in one.names])
+    for entry in entries:
+        entry.check(truth)
     cases = _cases(networks, files, truth, leads)
     some = [cases[place] for place in evenly(len(cases), samples or len(cases))]
     domain = Domain(truth.grid, mesh)
@@ -192,27 +194,28 @@ def evaluate(
 def opened(
     models: Sequence[Path], mesh: ProcessMesh, data: Sequence[Path] = (), kernels: str | None = None
 ) -> tuple[tuple[Entry, ...], Sequence[Path]]:
-    """What is to be judged, and the data: those that are named, or the store of the first run. Collective."""
-    names, entries = names_of(models), list[Entry]()
-    for path, name in zip(models, names, strict=True):
-        if is_file_of_forecasts(path):
+    """What is to be judged, and the data of all: those that are named, or the store of the first run. Collective."""
+    names = names_of(models)
+    load = partial(Forecaster.load, mesh=mesh, kernels=kernels)
+    loaded = [None if is_file_of_forecasts(path) else load(path) for path in models]
+    data = data or _store_of(loaded, models)
+    entries = list[Entry]()
+    for path, name, forecaster in zip(models, names, loaded, strict=True):
+        if forecaster is None:
             entries.append(FileEntry(path, name))
             continue
-        forecaster = Forecaster.load(path, mesh=mesh, kernels=kernels)
         trained = forecaster.trained
         about = {"path": str(path), "step": str(trained.step), "network_sha256": trained.digest}
-        entries.append(NetworkEntry(name, about, forecaster, data or data_of(trained.about.get("store"), path)))
-    if not data:
-        runs = [one for one in entries if isinstance(one, NetworkEntry)]
-        data = runs[0].data if runs else data_of(None, models[0])
+        entries.append(NetworkEntry(name, about, forecaster, data))
     return tuple(entries), data
 
 
-def data_of(store: str | None, model: Path) -> list[Path]:
-    """The store of a run; raises InputError for what has none."""
-    if store is None:
-        raise InputError(f"{model} is no run, and brings no data. Name what came with --data: a store, or files.")
-    return [Path(store)]
+def _store_of(loaded: Sequence[Forecaster | None], models: Sequence[Path]) -> list[Path]:
+    """The store of the first run; raises InputError where there is no run."""
+    for forecaster in loaded:
+        if forecaster is not None and forecaster.trained.about.get("store"):
+            return [Path(forecaster.trained.about["store"])]
+    raise InputError(f"{models[0]} is no run, and brings no data. Name what came with --data: a store, or files.")
 
 
 def names_of(models: Sequence[Path]) -> list[str]:
@@ -237,10 +240,8 @@ def _cases(networks: Sequence[NetworkEntry], files: Sequence[FileEntry], truth: 
     if networks:
         window = max(one.forecaster.window for one in networks)
         cases = truth.cases(networks[0].contract.test, window, leads or 1)
-    if files:
-        for one in files:
-            one.check(truth)
-        cases = cases if networks else cases_of_files(files, truth, leads)
+    else:
+        cases = cases_of_files(files, truth, leads)
     found = [case for case in cases if all(one.has(truth, case) for one in files)]
     if not found:
         raise InputError(
