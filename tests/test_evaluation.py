@@ -289,15 +289,59 @@ def test_of_few_dates_it_says_that_it_cannot_tell(files):
         "grid": (lambda one: one.assign_coords(latitude=LATITUDE + 1), r"has 6 latitudes from 76 to -74, what came 6"),
         "dates": (lambda one: one.assign_coords(init_time=one.init_time + np.timedelta64(40, "D")), r"has no date of"),
         "leads": (lambda one: one.assign_coords(lead_time=("lead_time", [6, 12])), r"lead_time of .* has no units"),
+        "unknown units": (
+            lambda one: one.assign_coords(lead_time=("lead_time", [6, 12], {"units": "steps"})),
+            r"lead_time of .* has the units 'steps', which say no time. Give it others, in xarray: .* = 'hours'`",
+        ),
+        "no lead": (lambda one: one.assign_coords(lead_time=one.lead_time * 0), r"from 0 to 0 h, and no forecast is"),
+        "plain numbers": (
+            lambda one: one.assign_coords(init_time=("init_time", np.arange(36) * 6)),
+            r"init_time of .* has no units. Give it others, in xarray: .* = 'hours since 2000-01-01'`",
+        ),
+        "no date": (
+            lambda one: one.assign_coords(init_time=("init_time", np.arange(36), {"units": "hours since then"})),
+            r"init_time of .* has the units 'hours since then', which say no time",
+        ),
         "calendar": (lambda one: one.convert_calendar("noleap", "init_time"), r"of the calendar noleap, what came of"),
         "variables": (lambda one: one.drop_vars("t").rename(u="rain"), r"'rain'"),
     }.values(),
-    ids=["names", "units", "grid", "dates", "leads", "calendar", "variables"],
+    ids=[
+        "names",
+        "units",
+        "grid",
+        "dates",
+        "leads",
+        "unknown units",
+        "no lead",
+        "plain numbers",
+        "no date",
+        "calendar",
+        "variables",
+    ],
 )
 def test_files_that_do_not_fit_are_refused(files, tmp_path, change, told):
     change(forecast_of(0.1)).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
     with pytest.raises(InputError, match=told):
         evaluate([tmp_path / "other.nc"], ALONE, data=[files / "truth.nc"])
+
+
+@pytest.mark.parametrize(("units", "hour"), [("h", 1), ("hour", 1), ("days", 1 / 24), ("day", 1 / 24), ("s", 3600)])
+def test_leads_are_told_in_any_units_of_time(files, tmp_path, units, hour):
+    told = forecast_of(0.1).assign_coords(lead_time=("lead_time", np.array(LEADS) * hour, {"units": units}))
+    told.to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    found = evaluate([files / "good.nc", tmp_path / "other.nc"], ALONE, data=[files / "truth.nc"], samples=4)
+    assert found.leads_h.tolist() == [6, 12]
+    np.testing.assert_array_equal(found.metrics["rmse"][:, 0], found.metrics["rmse"][:, 1])
+
+
+def test_variables_measured_in_days_are_no_times(tmp_path):
+    with xr.open_dataset(write_truth(tmp_path / "truth.nc"), decode_times=False, engine="h5netcdf") as truth:
+        truth.assign(u=truth.u.assign_attrs(units="days")).to_netcdf(tmp_path / "days.nc", engine="h5netcdf")
+    said = forecast_of(0.1)
+    said.assign(u=said.u.assign_attrs(units="days")).to_netcdf(tmp_path / "said.nc", engine="h5netcdf")
+    found = evaluate([tmp_path / "said.nc"], ALONE, data=[tmp_path / "days.nc"], samples=8)
+    assert [one.units for one in found.targets] == ["days", "K", "K"]
+    np.testing.assert_allclose(found.metrics["rmse"][:, 0], 0.1, rtol=0.1)
 
 
 def test_what_has_nothing_in_common_is_refused(files, elsewhere, tmp_path):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.layout import same_units
-from ..data.times import EPOCH_UNITS, IRREGULAR_S, normal_calendar
+from ..data.times import EPOCH_UNITS, IRREGULAR_S, SECONDS_PER_HOUR, normal_calendar
 from ..errors import InputError
 from ..forecasting.campaign import open_frames
 from ..forecasting.dates import Timeline
@@ -30,6 +30,7 @@ from ..training.contract import Contract
 from .truth import Case, Target, Truth
 
 DIMS = ("init_time", "lead_time", "latitude", "longitude")
+LONG = {"h": "hours", "hr": "hours", "hour": "hours", "d": "days", "day": "days", "min": "minutes", "s": "seconds"}
 FILES = (".nc", ".nc4", ".h5", ".hdf5", ".zarr")
 
 
@@ -143,11 +144,18 @@ class FileEntry:
                 f"{', '.join(map(str, dataset.dims))}. Rename them, in xarray: `ds.rename(time='init_time', "
                 f"prediction_timedelta='lead_time')`."
             )
-        if dataset.lead_time.dtype.kind != "m" and "units" not in dataset.lead_time.attrs:
-            raise InputError(
-                f"lead_time of {path} has no units. Give it some, in xarray: `ds.lead_time.attrs['units'] = 'hours'`."
+        self._dataset = dataset.assign_coords(
+            init_time=_decoded(dataset.init_time, "MO", "hours since 2000-01-01", path),
+            lead_time=_decoded(dataset.lead_time, "m", "hours", path),
+        )
+        if not (self.leads_s > 0).any():
+            ends_h = (
+                f"{one / SECONDS_PER_HOUR:g}" for one in (self.leads_s.min(initial=0), self.leads_s.max(initial=0))
             )
-        self._dataset = xr.decode_cf(dataset, decode_timedelta=True)
+            raise InputError(
+                f"lead_time of {path} runs from {next(ends_h)} to {next(ends_h)} h, and no forecast is ahead of its "
+                f"start. Correct lead_time or its units."
+            )
         self.about = {"path": str(path), "title": str(dataset.attrs.get("title", ""))}
 
     @property
@@ -245,6 +253,31 @@ class FileEntry:
                 )
             found.append(away.argmin(axis=1))
         return found[0], found[1]
+
+
+def _decoded(times: xr.DataArray, kinds: str, usual: str, path: Path) -> xr.Variable:
+    """Dates or spans of time alone: variables that are measured in hours or days stay numbers.
+
+    Args:
+        kinds: of dtypes, which it must be of then.
+        usual: units that are understood, for the message.
+
+    Raises:
+        InputError: its units are not understood.
+    """
+    units = str(times.attrs.get("units", ""))
+    raw = times.variable.copy()
+    raw.attrs |= {"units": LONG[units]} if units in LONG else {}
+    try:
+        found = xr.decode_cf(xr.Dataset(coords={times.name: raw}), decode_timedelta=True)[times.name].variable
+    except (ValueError, OverflowError):
+        found = raw
+    if found.dtype.kind not in kinds:
+        raise InputError(
+            f"{times.name} of {path} has {f'the units {units!r}, which say no time' if units else 'no units'}. Give it "
+            f"others, in xarray: `ds.{times.name}.attrs['units'] = {usual!r}`."
+        )
+    return found
 
 
 def _place(among_s: NDArray[np.int64], second: Any) -> int | None:
