@@ -281,44 +281,36 @@ def test_of_few_dates_it_says_that_it_cannot_tell(files):
     assert few.known.sum() == 0 and dataset_of(few).rmse.sel(model="climatology").isnull().all()
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    {
-        "names": (lambda one: one.rename(init_time="time"), r"has no dim and coordinate init_time.*Rename them"),
-        "units": (lambda one: one.assign(u=one.u.assign_attrs(units="km")), r"'u' is in km in .*, and in m s\*\*-1"),
-        "grid": (lambda one: one.assign_coords(latitude=LATITUDE + 1), r"has 6 latitudes from 76 to -74, what came 6"),
-        "dates": (lambda one: one.assign_coords(init_time=one.init_time + np.timedelta64(40, "D")), r"has no date of"),
-        "leads": (lambda one: one.assign_coords(lead_time=("lead_time", [6, 12])), r"lead_time of .* has no units"),
-        "unknown units": (
-            lambda one: one.assign_coords(lead_time=("lead_time", [6, 12], {"units": "steps"})),
-            r"lead_time of .* has the units 'steps', which say no time. Give it others, in xarray: .* = 'hours'`",
-        ),
-        "no lead": (lambda one: one.assign_coords(lead_time=one.lead_time * 0), r"from 0 to 0 h, and no forecast is"),
-        "plain numbers": (
-            lambda one: one.assign_coords(init_time=("init_time", np.arange(36) * 6)),
-            r"init_time of .* has no units. Give it others, in xarray: .* = 'hours since 2000-01-01'`",
-        ),
-        "no date": (
-            lambda one: one.assign_coords(init_time=("init_time", np.arange(36), {"units": "hours since then"})),
-            r"init_time of .* has the units 'hours since then', which say no time",
-        ),
-        "calendar": (lambda one: one.convert_calendar("noleap", "init_time"), r"of the calendar noleap, what came of"),
-        "variables": (lambda one: one.drop_vars("t").rename(u="rain"), r"'rain'"),
-    }.values(),
-    ids=[
-        "names",
-        "units",
-        "grid",
-        "dates",
-        "leads",
-        "unknown units",
-        "no lead",
-        "plain numbers",
-        "no date",
-        "calendar",
-        "variables",
-    ],
-)
+NOT_FITTING = {
+    "names": (lambda one: one.rename(init_time="time"), r"has no dim and coordinate init_time.*Rename them"),
+    "units": (lambda one: one.assign(u=one.u.assign_attrs(units="km")), r"'u' is in km in .*, and in m s\*\*-1"),
+    "grid": (lambda one: one.assign_coords(latitude=LATITUDE + 1), r"has 6 latitudes from 76 to -74, what came 6"),
+    "dates": (lambda one: one.assign_coords(init_time=one.init_time + np.timedelta64(40, "D")), r"has no date of"),
+    "leads": (lambda one: one.assign_coords(lead_time=("lead_time", [6, 12])), r"lead_time of .* has no units"),
+    "unknown units": (
+        lambda one: one.assign_coords(lead_time=("lead_time", [6, 12], {"units": "steps"})),
+        r"lead_time of .* has the units 'steps', which say no time. Give it others, in xarray: .* = 'hours'`",
+    ),
+    "no lead": (lambda one: one.assign_coords(lead_time=one.lead_time * 0), r"from 0 to 0 h, and no forecast is"),
+    "plain numbers": (
+        lambda one: one.assign_coords(init_time=("init_time", np.arange(36) * 6)),
+        r"init_time of .* has no units. Give it others, in xarray: .* = 'hours since 2000-01-01'`",
+    ),
+    "no date": (
+        lambda one: one.assign_coords(init_time=("init_time", np.arange(36), {"units": "hours since then"})),
+        r"init_time of .* has the units 'hours since then', which say no time",
+    ),
+    "a date twice": (
+        lambda one: one.isel(init_time=[0, 1, 2, 1]),
+        r"init_time of .* has 2001-01-02T06:00:00.* more than once.*drop_duplicates\('init_time'\)",
+    ),
+    "a lead twice": (lambda one: one.isel(lead_time=[0, 1, 1]), r"lead_time of .* has 43200.* more than once"),
+    "calendar": (lambda one: one.convert_calendar("noleap", "init_time"), r"of the calendar noleap, what came of"),
+    "variables": (lambda one: one.drop_vars("t").rename(u="rain"), r"'rain'"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), NOT_FITTING.values(), ids=list(NOT_FITTING))
 def test_files_that_do_not_fit_are_refused(files, tmp_path, change, told):
     change(forecast_of(0.1)).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
     with pytest.raises(InputError, match=told):
@@ -332,6 +324,14 @@ def test_leads_are_told_in_any_units_of_time(files, tmp_path, units, hour):
     found = evaluate([files / "good.nc", tmp_path / "other.nc"], ALONE, data=[files / "truth.nc"], samples=4)
     assert found.leads_h.tolist() == [6, 12]
     np.testing.assert_array_equal(found.metrics["rmse"][:, 0], found.metrics["rmse"][:, 1])
+
+
+def test_dates_are_judged_in_their_order_however_a_file_has_them(files, tmp_path):
+    mixed = np.random.default_rng(1).permutation(36)
+    forecast_of(0.1).isel(init_time=mixed).to_netcdf(tmp_path / "good.nc", engine="h5netcdf")
+    found, want = (evaluate([one / "good.nc"], ALONE, data=[files / "truth.nc"]) for one in (tmp_path, files))
+    assert found.dates == want.dates and found.draws.block == want.draws.block
+    np.testing.assert_array_equal(found.intervals["rmse"], want.intervals["rmse"])
 
 
 def test_variables_measured_in_days_are_no_times(tmp_path):

@@ -156,6 +156,14 @@ class FileEntry:
                 f"lead_time of {path} runs from {next(ends_h)} to {next(ends_h)} h, and no forecast is ahead of its "
                 f"start. Correct lead_time or its units."
             )
+        for name, seconds in (("init_time", self.init_s), ("lead_time", self.leads_s)):
+            _, firsts = np.unique(seconds, return_index=True)
+            twice = np.setdiff1d(np.arange(seconds.size), firsts)
+            if twice.size:
+                raise InputError(
+                    f"{name} of {path} has {self._dataset[name].values[twice[0]]} more than once. Keep one of each, in "
+                    f"xarray: `ds.drop_duplicates({name!r})`."
+                )
         self.about = {"path": str(path), "title": str(dataset.attrs.get("title", ""))}
 
     @property
@@ -296,7 +304,7 @@ def _chosen(fields_CYX: Tensor, places: Sequence[int | None]) -> Tensor:
 
 
 def cases_of_files(files: Sequence[FileEntry], truth: Truth, leads: int | None) -> list[Case]:
-    """Dates from which the first of some files forecasts, and at whose leads it is known what came.
+    """Dates, in their order, from which the first of some files forecasts, and at whose leads it is known what came.
 
     Args:
         leads: how many; default: all there are.
@@ -312,7 +320,7 @@ def cases_of_files(files: Sequence[FileEntry], truth: Truth, leads: int | None) 
     first, seconds = files[0], truth.axis.seconds
     ahead_s = sorted(lead for lead in first.leads_s.tolist() if lead > 0)[:leads]
     found = []
-    for init_s in first.init_s.tolist():
+    for init_s in sorted(first.init_s.tolist()):  # intervals are of blocks of dates that follow each other
         frames = [_place(seconds, init_s + ahead) for ahead in (0, *ahead_s)]
         if all(frame is not None for frame in frames):
             start, *rest = (frame for frame in frames if frame is not None)
