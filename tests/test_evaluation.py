@@ -305,6 +305,10 @@ NOT_FITTING = {
         r"init_time of .* has 2001-01-02T06:00:00.* more than once.*drop_duplicates\('init_time'\)",
     ),
     "a lead twice": (lambda one: one.isel(lead_time=[0, 1, 1]), r"lead_time of .* has 43200.* more than once"),
+    "members": (
+        lambda one: one.expand_dims(number=[0, 1]),
+        r"'u' of .* has the dim number of 2 beside init_time.*`ds.isel\(number=0\)` or `ds.mean\('number'\)`",
+    ),
     "calendar": (lambda one: one.convert_calendar("noleap", "init_time"), r"of the calendar noleap, what came of"),
     "variables": (lambda one: one.drop_vars("t").rename(u="rain"), r"'rain'"),
 }
@@ -332,6 +336,13 @@ def test_dates_are_judged_in_their_order_however_a_file_has_them(files, tmp_path
     found, want = (evaluate([one / "good.nc"], ALONE, data=[files / "truth.nc"]) for one in (tmp_path, files))
     assert found.dates == want.dates and found.draws.block == want.draws.block
     np.testing.assert_array_equal(found.intervals["rmse"], want.intervals["rmse"])
+
+
+def test_one_member_is_a_forecast(files, tmp_path):
+    forecast_of(0.1).expand_dims(number=[3]).to_netcdf(tmp_path / "member.nc", engine="h5netcdf")
+    models, data = [files / "good.nc", tmp_path / "member.nc"], [files / "truth.nc"]
+    found = evaluate(models, ALONE, data=data, samples=4)
+    np.testing.assert_array_equal(found.metrics["rmse"][:, 0], found.metrics["rmse"][:, 1])
 
 
 def test_variables_measured_in_days_are_no_times(tmp_path):

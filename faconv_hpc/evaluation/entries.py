@@ -186,8 +186,10 @@ class FileEntry:
         return np.asarray(self._dataset.lead_time.values.astype("timedelta64[s]"), dtype=np.int64)
 
     def check(self, truth: Truth) -> None:
-        """Raises InputError for another grid or calendar than that of what came."""
+        """See `Entry`."""
         self._onto(truth)
+        for target in truth.targets:
+            self._variable(target)
         times = self._dataset.init_time.values
         calendar = normal_calendar(times.flat[0].calendar) if times.dtype == object else "standard"
         if not same_calendar(replace(truth.axis, calendar=calendar), truth.axis):
@@ -245,7 +247,14 @@ class FileEntry:
             raise InputError(
                 f"{target.name!r} is in {units} in {self._path}, and in {target.units} in what came. Convert it."
             )
-        return found
+        others = [dim for dim in found.dims if dim not in DIMS]
+        many = [str(dim) for dim in others if found.sizes[dim] != 1]
+        if many:
+            raise InputError(
+                f"{target.name!r} of {self._path} has the dim {', '.join(many)} of {found.sizes[many[0]]} beside "
+                f"{', '.join(DIMS)}. Take one or the mean, in xarray: `ds.isel({many[0]}=0)` or `ds.mean({many[0]!r})`."
+            )
+        return found.squeeze(others)
 
     def _onto(self, truth: Truth) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Which of its rows and columns each of the truth's grid is."""
