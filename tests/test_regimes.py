@@ -147,7 +147,7 @@ def test_planted_regimes_are_found_beneath_a_season(found):
 def test_with_its_season_and_without_fields_the_embedding_is_cut_by_the_season(embedded, tmp_path):
     with_season = find_regimes(read_embeddings(embedded), None, **QUIET)
     assert library.adjusted_rand_score(with_season.one("embedding", clusters=3).partition.labels_T, planted()[0]) < 0.5
-    assert with_season.one("embedding", clusters=4).told_by_month > 0.7
+    assert with_season.one("embedding", clusters=4).told_by_month.gain > 0.6
     assert as_dict(with_season)["data"] is None and {one.source for one in with_season.judged} == {"embedding"}
     write_report(with_season, [draw_numbers(with_season, tmp_path / "silhouettes.png")], tmp_path / "report.md", 2)
     report = (tmp_path / "report.md").read_text()
@@ -300,12 +300,29 @@ def test_a_season_is_taken_away_by_least_squares():
 def test_what_is_said_of_regimes():
     assert months_in_words([0, 10, 11, 4]) == "Nov to Jan, May"
     assert (months_in_words(range(12)), months_in_words([])) == ("all year", "")
-    assert told_by_month(np.array([0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2])) == pytest.approx(0.8)
+    told = told_by_month(np.array([0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2]))
+    assert (told.share, told.largest, told.gain) == pytest.approx((0.8, 0.6, 0.5))
     assert [duration_in_words(hours) for hours in (5, 100, 2000)] == ["5.0 hours", "4.2 days", "2.7 months"]
     assert [latitude_in_words(30), latitude_in_words(-2.5), latitude_in_words(0)] == ["30°N", "2.5°S", "0°"]
     assert [longitude_in_words(value) for value in (350, 20, -20, 360)] == ["10°W", "20°E", "20°W", "0°"]
     axis = TimeAxis(np.array([0, 1, 2, 3, 6, 7], dtype=np.int64) * 86400, "standard")
     assert _runs(np.array([True, False, True, True, True, False]), axis) == [1, 2, 1]  # a gap ends one
+
+
+def test_a_rare_regime_of_any_month_is_no_season(site, tmp_path):
+    """Every month has the same share of it: the larger cluster is the commonest of each."""
+    labels = (np.random.default_rng(12).random(FRAMES) < 0.13).astype(int)
+    found = find_regimes(read_embeddings(written(tmp_path / "z.nc", site[1], clouds(labels))), None, [2, 3], 2)
+    assert found.suggestion.clusters == 2 and 0.8 < found.one("embedding").told_by_month.share < 0.95
+    write_report(found, [], tmp_path / "report.md", 2)
+    report = (tmp_path / "report.md").read_text()
+    largest = (labels == 0).mean()
+    assert "The regimes are more than seasons" in report and f"({largest:.0%}) |" in report
+    assert f"and {largest:.0%} are of the largest regime anyway" in report
+    seasons = np.asarray(found.embeddings.axis.months % 12 // 3)
+    pure = find_regimes(read_embeddings(written(tmp_path / "s.nc", site[1], clouds(seasons))), None, [4], 2)
+    write_report(pure, [], tmp_path / "report.md", 2)
+    assert "The regimes are seasons" in (tmp_path / "report.md").read_text()
 
 
 # The command

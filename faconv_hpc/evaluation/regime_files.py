@@ -114,7 +114,9 @@ def _row(judged: Judged) -> dict[str, Any]:
         "seeds_agreement": one.seeds_agreement,
         "halves_agreement": one.halves_agreement,
         "bic": one.bic,
-        "told_by_month": judged.told_by_month,
+        "told_by_month": judged.told_by_month.share,
+        "largest_cluster": judged.told_by_month.largest,
+        "gained_by_month": judged.told_by_month.gain,
         "own_space": judged.own.as_dict(),
         "data_space": None if judged.data is None else judged.data.as_dict(),
     }

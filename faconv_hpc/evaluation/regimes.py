@@ -20,7 +20,7 @@ from .partitions import (
     suggest,
 )
 from .records import Composites, DataSpace, Record, composites_of, data_space_of
-from .seasons import MONTHS, Season, counts_of, seasonal_share_of, told_by_month
+from .seasons import MONTHS, Season, Told, counts_of, seasonal_share_of, told_by_month
 from .spaces import Metrics, Space
 
 MOST_TIMES = 4000  # whose distances from each other are kept: 128 MB for each kind of distance and space
@@ -58,14 +58,14 @@ class Judged:
         source: see `Source.key`.
         own: in the space that it was found in.
         data: in data space; None without data.
-        told_by_month: share of times whose cluster is the commonest of their calendar month.
+        told_by_month: how well calendar months tell its clusters.
     """
 
     source: str
     partition: Partition
     own: Metrics
     data: Metrics | None
-    told_by_month: float
+    told_by_month: Told
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,9 +59,28 @@ def counts_of(labels_T: NDArray[np.int64], months_T: NDArray[np.int64]) -> NDArr
     return counts
 
 
-def told_by_month(labels_T: NDArray[np.int64], months_T: NDArray[np.int64]) -> float:
-    """Share of times whose cluster is the commonest of their calendar month."""
-    return float(counts_of(labels_T, months_T).max(0).sum() / len(labels_T))
+@dataclass(frozen=True)
+class Told:
+    """How well calendar months tell clusters.
+
+    Attributes:
+        share: of times whose cluster is the commonest of their calendar month.
+        largest: share of times that are of the largest cluster, which is told without a month: never above `share`.
+    """
+
+    share: float
+    largest: float
+
+    @property
+    def gain(self) -> float:
+        """What months tell of what the largest cluster leaves to tell: from 0, nothing, to 1, all."""
+        return (self.share - self.largest) / (1 - self.largest) if self.largest < 1 else 0.0
+
+
+def told_by_month(labels_T: NDArray[np.int64], months_T: NDArray[np.int64]) -> Told:
+    """Of clusters of times."""
+    counts = counts_of(labels_T, months_T)
+    return Told(float(counts.max(0).sum() / len(labels_T)), float(counts.sum(1).max() / len(labels_T)))
 
 
 def seasonal_share_of(points_TE: NDArray[np.float64], months_T: NDArray[np.int64]) -> float:
