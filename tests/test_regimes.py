@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from faconv_hpc.evaluation.records import Record, data_space_of
 from faconv_hpc.evaluation.regime_facts import _runs
 from faconv_hpc.evaluation.regime_figures import draw_numbers
 from faconv_hpc.evaluation.regime_files import as_dict, write_netcdf
-from faconv_hpc.evaluation.regime_report import write_report
+from faconv_hpc.evaluation.regime_report import _compared, write_report
 from faconv_hpc.evaluation.regimes import find_regimes
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
 from faconv_hpc.evaluation.spaces import Metrics, Space
@@ -323,6 +324,26 @@ def test_a_rare_regime_of_any_month_is_no_season(site, tmp_path):
     pure = find_regimes(read_embeddings(written(tmp_path / "s.nc", site[1], clouds(seasons))), None, [4], 2)
     write_report(pure, [], tmp_path / "report.md", 2)
     assert "The regimes are seasons" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mine", "told"),
+    [(0.331, "about as far apart as"), (0.345, "about as far apart as"), (0.36, "farther apart than"),
+     (0.30, "not as far apart as"), (np.nan, "not to be compared with")],
+)  # fmt: skip
+def test_small_differences_to_eofs_have_no_verdict(found, mine, told):
+    def judged(one):
+        silhouette = {"embedding": mine, "eof": 0.33}.get(one.source, 0.5)
+        agreement = {"embedding": 0.9, "eof": 0.89}.get(one.source, 0.5)
+        return replace(
+            one,
+            data=one.data and replace(one.data, silhouette=silhouette),
+            partition=replace(one.partition, halves_agreement=agreement),
+        )
+
+    compared = _compared(replace(found, judged=tuple(judged(one) for one in found.judged)))
+    assert f"clusters are {told} those of as many EOFs (silhouette in data space {mine:.3f} and 0.330;" in compared
+    assert "found again about as well as theirs in the other half of the record (0.90 and 0.89)" in compared
 
 
 # The command

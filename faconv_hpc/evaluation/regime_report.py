@@ -21,6 +21,7 @@ from .spaces import Metrics
 from .words import duration_in_words, latitude_in_words, longitude_in_words, plain
 
 REPORT = "report.md"
+ALIKE = 0.02  # silhouettes and Rand indices that differ by less are given without a verdict
 MONTH_TELLS = "month tells (the largest alone)"
 A_CALENDAR, MOSTLY = 0.9, 0.7  # seasonal share of an embedding; gain by months of pure seasons, cut within months
 CAPTIONS = {
@@ -138,15 +139,20 @@ def _compared(regimes: Regimes) -> str:
     network, eofs, fields = (regimes.one(source) for source in ("embedding", "eof", "fields"))
     assert network.data is not None and eofs.data is not None and fields.data is not None, "there are fields"
     mine, others = network.data.silhouette, eofs.data.silhouette
-    better = "farther apart than" if mine > others else "not as far apart as"
-    found_again = network.partition.halves_agreement, eofs.partition.halves_agreement
-    steadier = "found again better than" if found_again[0] > found_again[1] else "found again no better than"
+    apart = _verdict(mine, others, "farther apart than", "not as far apart as", "about as far apart as")
+    again = network.partition.halves_agreement, eofs.partition.halves_agreement
+    steadier = _verdict(*again, "found again better than", "found again less well than", "found again about as well as")
     return (
-        f"In the fields, the network's clusters are {better} those of as many EOFs (silhouette in data space "
+        f"In the fields, the network's clusters are {apart} those of as many EOFs (silhouette in data space "
         f"{mine:.3f} and {others:.3f}; clusters of the fields themselves {fields.data.silhouette:.3f}), and are "
-        f"{steadier} theirs in the other half of the record ({_number(found_again[0], 2)} and "
-        f"{_number(found_again[1], 2)})."
+        f"{steadier} theirs in the other half of the record ({_number(again[0], 2)} and {_number(again[1], 2)})."
     )
+
+
+def _verdict(mine: float, others: float, more: str, less: str, alike: str) -> str:
+    if math.isnan(mine - others):
+        return "not to be compared with"
+    return alike if abs(mine - others) < ALIKE else more if mine > others else less
 
 
 def _regime_heads(facts: Sequence[RegimeFacts]) -> list[str]:
