@@ -15,7 +15,7 @@ from faconv_hpc.cli.app import app
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import explain as explain_module
 from faconv_hpc.evaluation.attention_maps import looks_of
-from faconv_hpc.evaluation.explain import explain, write_netcdf
+from faconv_hpc.evaluation.explain import check_memory, explain, write_netcdf
 from faconv_hpc.evaluation.explain_report import write_report
 from faconv_hpc.evaluation.sensitivity import Question, Region, sensitivity_of
 from faconv_hpc.forecasting.campaign import open_frames
@@ -179,6 +179,19 @@ def test_a_region_may_cross_the_end_of_longitudes(forecaster):
     np.testing.assert_allclose(rows / rows.sum(), areas / areas.sum())
 
 
+def test_memory_that_only_caches_files_is_free(forecaster, monkeypatch, tmp_path):
+    """What the system would give back at once counts, as MemAvailable has it."""
+    table = tmp_path / "meminfo"
+    monkeypatch.setattr(explain_module, "MEMORY_TABLE", table)
+    table.write_text("MemTotal:  24684084 kB\nMemFree:     8 kB\nMemAvailable:   8388608 kB\n")
+    check_memory(forecaster, 1)
+    table.write_text("MemTotal:  24684084 kB\nMemFree:   8388608 kB\nMemAvailable:      16 kB\n")
+    with pytest.raises(InputError, match=r"for 4 steps, and 0.0 GiB are free"):
+        check_memory(forecaster, 1)
+    table.unlink()  # as on other systems than Linux
+    check_memory(forecaster, 1)
+
+
 def faconv(*arguments):
     result = CliRunner().invoke(app, ["explain", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -225,6 +238,11 @@ def test_bad_input_is_refused(made, tmp_path, monkeypatch):
         (("--region", "0,60,0,90", "--variable", "sst"), r"no forecast variable 'sst' in the network"),
         (("--variable", "heat"), r"--variable and --lead are of the forecast of a region"),
         (("--sequence", "r1"), r"no sequence 'r1' in the store"),
+        (
+            ("--region", "10,35,80,130", "--variable", "ice"),
+            r"'ice' is missing in every cell of --region 10°N to 35°N, 80°E to 130°E in the forecast from 2003-01-13.* "
+            r"Give a larger region, or another --variable.",
+        ),
     ):
         with pytest.raises(InputError, match=match):
             faconv(*good, *given)

@@ -22,6 +22,7 @@ from .seasons import SEASONS
 from .sensitivity import Question, Sensitivity, sensitivity_of
 
 GIB = 2**30
+MEMORY_TABLE = Path("/proc/meminfo")
 KEPT_PER_STEP = (
     5  # times C_h channels of every cell that backward keeps of a layer's step: h, c, u, and what is made of them
 )
@@ -95,13 +96,23 @@ def check_memory(forecaster: Forecaster, steps: int) -> None:
     if forecaster.device.type == "cuda":
         there = int(torch.cuda.mem_get_info(forecaster.device)[0])
     else:
-        there = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = _available_bytes()
     if needed > there:
         raise InputError(
             f"a network on {nlat} x {nlon} cells that is explained in one piece keeps about {needed / GIB:.1f} GiB for "
             f"{forecaster.window + steps} steps, and {there / GIB:.1f} GiB are free. Take a machine or a GPU with "
             f"more, or a smaller --lead."
         )
+
+
+def _available_bytes() -> int:
+    """Of this machine's memory, with that which only caches files: pages that hold nothing at all are few."""
+    try:
+        lines = MEMORY_TABLE.read_text().splitlines()
+    except OSError:  # another system than Linux, of which all that it has is known
+        lines = []
+    kib = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * next(kib, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024)
 
 
 def write_netcdf(found: Explanation, path: Path) -> None:

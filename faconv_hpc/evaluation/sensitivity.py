@@ -113,7 +113,11 @@ def sensitivity_of(
     question: Question,
     progress: Callable[[int, int], None],
 ) -> Sensitivity:
-    """On one tile; dates have as many steps after them as the question asks for."""
+    """On one tile; dates have as many steps after them as the question asks for.
+
+    Raises:
+        InputError: the region has nothing of the variable.
+    """
     channels, areas_Y = forecaster.contract.channels, forecaster.domain.grid.cell_area_sr
     share_YX = torch.from_numpy(question.region.share_YX(forecaster.contract)).to(forecaster.device)
     total, squares, answers = np.zeros(()), np.zeros(()), []
@@ -127,7 +131,13 @@ def sensitivity_of(
         runs = forecaster.free_run(replace(window, inputs_BTCYX=inputs_BTCYX, last_BPYX=last_BPYX), given, cycles)
         field_YX = next(islice(runs, question.lead - 1, None))[0, question.target]
         known_YX = field_YX.isfinite()
-        answer = (field_YX.where(known_YX, 0.0) * share_YX).sum() / (known_YX * share_YX).sum()
+        known = (known_YX * share_YX).sum()
+        if not known:
+            raise InputError(
+                f"{question.variable.name!r} is missing in every cell of --region {question.region} in the forecast "
+                f"from {start.times.date(start.window - 1)}. Give a larger region, or another --variable."
+            )
+        answer = (field_YX.where(known_YX, 0.0) * share_YX).sum() / known
         (gradient,) = torch.autograd.grad(answer, inputs_BTCYX)
         gradient_TCYX = gradient[0, :, : channels.given].double().cpu().numpy()
         total, squares = total + gradient_TCYX, squares + gradient_TCYX**2
