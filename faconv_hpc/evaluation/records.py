@@ -22,7 +22,7 @@ from .seasons import MONTHS, Season, seasonal_share_of
 from .spaces import Space, coordinates_of
 
 GIB, SHOWN = 2**30, 4
-POINT_BYTES, SUM_BYTES = 4, 8
+POINT_BYTES, SUM_BYTES, COUNT_BYTES = 4, 8, 4
 BLOCK_CELLS = 8192  # whose inner products are formed at once, in float64
 
 Progress = Callable[[int, int], None]
@@ -228,24 +228,21 @@ def composites_of(
     """Of clusters of all times of a record, labelled from 0."""
     clusters, variables = int(labels_T.max()) + 1, len(record.variables)
     groups = clusters + MONTHS
-    stride = record.stride(2 * groups, SUM_BYTES)
+    stride = record.stride(2 * groups + clusters * MONTHS * COUNT_BYTES // SUM_BYTES, SUM_BYTES)
     shape = (variables, *(-(-size // stride) for size in record.tile.shape))
-    sums, counts = np.zeros((groups, *shape)), np.zeros((groups, *shape), dtype=np.int64)
-    pairs = np.zeros((clusters, MONTHS))
+    sums, pairs = np.zeros((groups, *shape)), np.zeros((clusters, MONTHS, *shape), dtype=np.int32)
     for time, fields_CYX in enumerate(record.fields(range(len(labels_T)), stride, progress)):
         known = np.isfinite(fields_CYX)
         cluster, month = int(labels_T[time]), int(months_T[time]) - 1
-        pairs[cluster, month] += 1
+        pairs[cluster, month] += known
         for group in (cluster, clusters + month):
             sums[group] += np.where(known, fields_CYX, 0.0)
-            counts[group] += known
+    counts = np.concatenate([pairs.sum(1), pairs.sum(0)])
     with np.errstate(invalid="ignore"):
         means = sums / counts
         overall = sums[:clusters].sum(0) / counts[:clusters].sum(0)
-        of_months = means[clusters:]
-        usual = np.tensordot(pairs, np.nan_to_num(of_months), axes=1) / np.tensordot(
-            pairs, np.isfinite(of_months), axes=1
-        )
+        usual = sum(pairs[:, month] * np.nan_to_num(means[clusters + month]) for month in range(MONTHS))
+        usual = usual / counts[:clusters]  # the months of those times alone that are known in a cell, as its mean is
     latitude, longitude = record.latitude_deg, record.longitude_deg
     return Composites(
         means[:clusters] - overall,
