@@ -1,5 +1,6 @@
 """Scores of networks and of anyone's files: equal to the package `scores`; spectra, intervals, verdicts, the report."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -550,3 +551,15 @@ def test_several_sequences_are_no_truth_of_a_file(files, tmp_path):
     assert truth_of([tmp_path / "store"], None, ["u"]).axis.names == ("a", "b")
     with pytest.raises(InputError, match="holds 2 sequences, and files of forecasts do not say"):
         evaluate([files / "good.nc"], ALONE, data=[tmp_path / "store"])
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [("there.txt", r"--output \S*there.txt is a file. Give a directory"), ("truth.nc", "is the data, which it would")],
+)
+def test_an_output_that_is_no_directory_or_is_data_is_refused(files, tmp_path, output, told):
+    (tmp_path / "there.txt").touch()
+    place = (files if output == "truth.nc" else tmp_path) / output
+    given = ["evaluate", files / "good.nc", "--data", files / "truth.nc", "--output", place]
+    ended = CliRunner().invoke(app, [str(one) for one in given])
+    assert isinstance(ended.exception, InputError) and re.search(told, str(ended.exception))

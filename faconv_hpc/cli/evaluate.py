@@ -13,7 +13,7 @@ from ..errors import InputError
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .ranks import job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
-from .trained import PROGRESS, mesh_of, paths_of
+from .trained import PROGRESS, check_is_no_data, mesh_of, paths_of
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
@@ -78,6 +78,7 @@ def evaluate_command(
     starting = starts_ranks(ranks)
     sizes = mesh_of(mesh, _mesh_in(abouts), ranks if starting and ranks else job_ranks(), replicas=False)
     paths = paths_of(data, next((one["store"] for one in abouts if "store" in one), None), model[0])
+    _check_output(output, model, paths)
     if starting:
         _check_data(paths)
         check_device(device or "auto")
@@ -114,6 +115,14 @@ def _evaluate(
 
         evaluation = evaluate(models, mesh, data=data, maps=directory / MAPS, progress=progress, **options)
     return evaluation, save(evaluation, directory) if mesh.rank == 0 else {}, directory
+
+
+def _check_output(output: Path | None, models: Sequence[Path], data: Sequence[Path]) -> None:
+    """Before anything is read or any rank is started."""
+    place = output or place_of(models[0])
+    check_is_no_data(place, [*data, *models])
+    if place.exists() and not place.is_dir():
+        raise InputError(f"--output {place} is a file. Give a directory.")
 
 
 def place_of(model: Path) -> Path:
