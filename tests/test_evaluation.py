@@ -563,3 +563,47 @@ def test_an_output_that_is_no_directory_or_is_data_is_refused(files, tmp_path, o
     given = ["evaluate", files / "good.nc", "--data", files / "truth.nc", "--output", place]
     ended = CliRunner().invoke(app, [str(one) for one in given])
     assert isinstance(ended.exception, InputError) and re.search(told, str(ended.exception))
+
+
+@pytest.mark.parametrize("at", [3, None], ids=["a cell of a date", "not at all"])
+def test_a_forecast_that_lacks_a_variable_has_no_verdict_on_the_whole(files, tmp_path, at):
+    """Its errors there may be any: these are large."""
+    given = forecast_of(0.1)
+    given["u"] = given.u + 5
+    if at is None:
+        given.u[:] = np.nan
+    given.u[{"init_time": at or 0, "lead_time": 1, "latitude": 2, "longitude": 2}] = np.nan
+    given.to_netcdf(tmp_path / "holed.nc", engine="h5netcdf")
+    models, data = [tmp_path / "holed.nc", files / "good.nc"], [files / "truth.nc"]
+    found = evaluate(models, ALONE, data=data, climatology=["/2001-01-05"])
+    leads = "" if at is None else " at 1 of 2 leads"
+    for one, sentence in zip(found.comparisons, headline(found), strict=True):
+        if "holed" in (one.model, one.other):
+            assert one.verdict == "cannot tell" and one.as_json()["verdict"] == "cannot tell"
+            assert f"**cannot be told on the whole**. Left out: u{leads} (holed has no errors there, as" in sentence
+        else:
+            assert sentence.startswith("**good is better than ") and "Left out" not in sentence
+    left = as_json(found)["comparisons"][0]["left_out"]
+    assert {"variable": "u", "lead": 2, "why": "model lacks"} in left and len(left) == (2 if at is None else 1)
+
+
+def test_a_comparison_names_what_does_not_count():
+    """Leads: both have errors; one lacks; the other lacks; an error of 0; known in some draws alone."""
+    rmse_LFC = np.array([[1.0, 2.0], [np.nan, 2.0], [1.0, np.nan], [1.0, 0.0], [1.0, 2.0], [np.nan, np.nan]])[..., None]
+    draws = Draws.of(np.random.default_rng(0).normal(size=(40, 1)))
+    drawn_BLFC = np.repeat(rmse_LFC[None], len(draws.drawn_BN), axis=0)
+    drawn_BLFC[7, 4] = np.nan
+    for leads, why, verdict, of_baseline in (
+        ([0], [], "better", "better"),
+        ([0, 1], ["model lacks"], "cannot tell", "cannot tell"),
+        ([0, 2], ["other lacks"], "cannot tell", "better"),
+        ([0, 3], ["no error"], "cannot tell", "cannot tell"),
+        ([0, 4], ["too few"], "better", "better"),
+        ([0, 5], [], "better", "better"),
+    ):
+        given = rmse_LFC[leads], drawn_BLFC[:, leads], draws
+        one, other = compared("a", "b", 0, 1, *given), compared("a", "b", 0, 1, *given, baseline=True)
+        assert (one.verdict, other.verdict, one.overall) == (verdict, of_baseline, 0.5), why
+        assert {reason: left_LC[:, 0].tolist() for reason, left_LC in one.left_out.items()} == {
+            reason: [False, True] for reason in why
+        }

@@ -1,5 +1,6 @@
 """Whether one forecast is better than another."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from .bootstrap import Draws
 
 Verdict = Literal["better", "worse", "cannot tell"]
+Why = Literal["model lacks", "other lacks", "no error", "too few"]
+"""Leads and targets do not count: one of the two has no RMSE, that of but one is 0, or some draws have no ratio."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +22,10 @@ class Comparison:
         model, other: their names.
         ratio_LC: RMSE of the one over that of the other; below 1 it is better.
         bounds_2LC: its interval; NaN where it cannot be told.
-        overall, bounds: the geometric mean of the ratios over all leads and targets that both have, and its interval.
+        overall, bounds: the geometric mean of the ratios over all leads and targets that count, and its interval.
+        left_out: leads and targets (L, C) that one of them has and that do not count, by why; none of it empty.
+        one_sided: whether a forecast that is judged lacks some of them, or one of the two has no error at all there:
+            then the others say nothing of the whole.
     """
 
     model: str
@@ -28,11 +34,13 @@ class Comparison:
     bounds_2LC: NDArray[np.float64]
     overall: float
     bounds: tuple[float, float]
+    left_out: Mapping[Why, NDArray[np.bool_]]
+    one_sided: bool
 
     @property
     def verdict(self) -> Verdict:
         """On the whole."""
-        return verdict_of(*self.bounds)
+        return "cannot tell" if self.one_sided else verdict_of(*self.bounds)
 
     def counts(self) -> dict[Verdict, int]:
         """How many of the leads and targets have each verdict; those that one of them lacks have none."""
@@ -63,15 +71,39 @@ def compared(
     rmse_LFC: NDArray[np.float64],
     drawn_BLFC: NDArray[np.float64],
     draws: Draws,
+    *,
+    baseline: bool = False,
 ) -> Comparison:
-    """Of two forecasts, by their places among F."""
+    """Of two forecasts, by their places among F.
+
+    Args:
+        baseline: whether the other is one, which may lack variables without a verdict on the whole being withheld.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_LC, ratio_BLC = rmse_LFC[:, a] / rmse_LFC[:, b], drawn_BLFC[:, :, a] / drawn_BLFC[:, :, b]
         log, log_B = np.log(ratio_LC), np.log(ratio_BLC)
+        bounds_2LC = np.exp(draws.interval(log_B, log))
     known = np.isfinite(log) & np.isfinite(log_B).all(axis=0)
-    bounds_2LC = np.exp(draws.interval(log_B, log))
+    left_out = _left_out(rmse_LFC[:, a], rmse_LFC[:, b], known)
+    one_sided = bool(left_out.keys() & {"model lacks", "no error", *["other lacks"] * (not baseline)})
+    rest = left_out, one_sided
     if not known.any():
-        return Comparison(model, other, ratio_LC, bounds_2LC, float("nan"), (float("nan"), float("nan")))
+        return Comparison(model, other, ratio_LC, bounds_2LC, float("nan"), (float("nan"), float("nan")), *rest)
     overall, overall_B = log[known].mean(), log_B[:, known].mean(axis=1)
     low, high = np.exp(draws.interval(overall_B, overall)).tolist()
-    return Comparison(model, other, ratio_LC, bounds_2LC, float(np.exp(overall)), (low, high))
+    return Comparison(model, other, ratio_LC, bounds_2LC, float(np.exp(overall)), (low, high), *rest)
+
+
+def _left_out(
+    model_LC: NDArray[np.float64], other_LC: NDArray[np.float64], known: NDArray[np.bool_]
+) -> dict[Why, NDArray[np.bool_]]:
+    """Of the errors of both, and where their ratio counts."""
+    has, other_has = np.isfinite(model_LC), np.isfinite(other_LC)
+    perfect = has & other_has & ((model_LC == 0) ^ (other_LC == 0))
+    why: dict[Why, NDArray[np.bool_]] = {
+        "model lacks": other_has & ~has,
+        "other lacks": has & ~other_has,
+        "no error": perfect,
+        "too few": has & other_has & ~known & ~perfect,
+    }
+    return {reason: left_LC for reason, left_LC in why.items() if left_LC.any()}

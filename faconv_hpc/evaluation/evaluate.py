@@ -121,7 +121,8 @@ class Evaluation:
         places = range(len(self.names))
         pairs = [(a, b) for a, b in combinations(places, 2) if a < len(self.entries)]
         given = self.metrics["rmse"], self.drawn["rmse"], self.draws
-        return tuple(compared(self.names[a], self.names[b], a, b, *given) for a, b in pairs)
+        first = len(self.entries)
+        return tuple(compared(self.names[a], self.names[b], a, b, *given, baseline=b >= first) for a, b in pairs)
 
     @property
     def skills(self) -> tuple[Skill, ...]:

@@ -69,17 +69,46 @@ def _answers(evaluation: Evaluation) -> Iterable[str]:
 def _sentence(one: Comparison, evaluation: Evaluation) -> str:
     if not np.isfinite(one.overall):
         return f"{one.model} and {one.other} cannot be compared: for no variable both have errors."
-    ratio = f"its RMSE is {one.overall:.3g} times as large"
+    left, ratio = _left_out(one, evaluation), f"its RMSE is {one.overall:.3g} times as large"
     if not evaluation.draws.can_tell:
-        return f"Whether {one.model} is better than {one.other} **cannot be told** from so few dates; on them {ratio}."
+        return (
+            f"Whether {one.model} is better than {one.other} **cannot be told** from so few dates; on them {ratio}."
+            f"{left}"
+        )
     counts, (low, high) = one.counts(), one.bounds
     of = (
-        f"{ratio} on average over variables and leads ({PERCENT} interval {low:.3g} to {high:.3g}); better in "
-        f"{counts['better']} of {sum(counts.values())} of them, worse in {counts['worse']}"
+        f"{ratio} on average over variables and leads ({PERCENT} interval {low:.3g} to "
+        f"{high:.3g}); better in {counts['better']} of {sum(counts.values())} of them, worse in {counts['worse']}"
     )
+    if one.one_sided:
+        return (
+            f"Whether {one.model} is better than {one.other} **cannot be told on the whole**.{left} On the rest {of}."
+        )
     if one.verdict == "cannot tell":
-        return f"Whether {one.model} is better than {one.other} **cannot be told**: {of}."
-    return f"**{one.model} is {one.verdict} than {one.other}**: {of}."
+        return f"Whether {one.model} is better than {one.other} **cannot be told**: {of}.{left}"
+    return f"**{one.model} is {one.verdict} than {one.other}**: {of}.{left}"
+
+
+def _left_out(one: Comparison, evaluation: Evaluation) -> str:
+    """Which variables and leads a comparison is not of, and why."""
+    lacks = "{} has no errors there, as it has no numbers in a cell or on a date where it is known what came"
+    why = {
+        "model lacks": lacks.format(one.model),
+        "other lacks": lacks.format(one.other) if one.other not in baselines.NAMES else f"there is no {one.other}",
+        "no error": "but one of the two has an error of 0",
+        "too few": "known on too few dates, or the error is 0",
+    }
+    parts = []
+    for reason, left_LC in one.left_out.items():
+        places = np.flatnonzero(left_LC.any(axis=0))
+        names = ", ".join(_with_leads(evaluation, int(place), left_LC[:, place]) for place in places)
+        parts.append(f"{names} ({why[reason]})")
+    return f" Left out: {'; '.join(parts)}." if parts else ""
+
+
+def _with_leads(evaluation: Evaluation, place: int, left_L: NDArray[np.bool_]) -> str:
+    name = evaluation.targets[place].name
+    return name if left_L.all() else f"{name} at {left_L.sum()} of {len(left_L)} leads"
 
 
 def _compared(evaluation: Evaluation) -> Iterable[str]:

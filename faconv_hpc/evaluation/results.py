@@ -12,6 +12,7 @@ import xarray as xr
 from ..files import replacing, write_durably
 from ..versions import __version__
 from .bootstrap import LEVEL
+from .compare import Comparison
 from .evaluate import Evaluation
 from .fields import lead_times
 from .figures import draw_figures
@@ -119,11 +120,20 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "mean_block_dates": draws.block,
         "can_tell": draws.can_tell,
         "spectra": evaluation.spectra.reason or "yes",
-        "comparisons": [one.as_json() for one in evaluation.comparisons],
+        "comparisons": [
+            one.as_json() | {"left_out": list(_left_out(one, evaluation))} for one in evaluation.comparisons
+        ],
         "skills": list(_rows(evaluation)),
     }
     plain: dict[str, Any] = _plain(said)
     return plain
+
+
+def _left_out(one: Comparison, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """One for each variable and lead that a comparison is not of."""
+    for reason, left_LC in one.left_out.items():
+        for lead, number in np.argwhere(left_LC).tolist():
+            yield {"variable": evaluation.targets[number].name, "lead": lead + 1, "why": reason}
 
 
 def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
