@@ -607,3 +607,31 @@ def test_a_comparison_names_what_does_not_count():
         assert {reason: left_LC[:, 0].tolist() for reason, left_LC in one.left_out.items()} == {
             reason: [False, True] for reason in why
         }
+
+
+def test_a_baseline_that_was_judged_on_other_cells_has_no_ratio(files, tmp_path):
+    """In two rows climatology is not known, as they are missing on all its dates; the forecast errs most there."""
+    with xr.open_dataset(files / "truth.nc", engine="h5netcdf", decode_times=False) as stored:
+        truth = stored.load()
+    truth.u[:20, 2:4] = np.nan
+    truth.to_netcdf(tmp_path / "truth.nc", engine="h5netcdf")
+    forecast = forecast_of(0.1, range(20, 40))
+    forecast.u[:, :, 2:4] += 1
+    forecast.to_netcdf(tmp_path / "errs.nc", engine="h5netcdf")
+    found = evaluate([tmp_path / "errs.nc"], ALONE, data=[tmp_path / "truth.nc"], climatology=["/2001-01-05"])
+    persistence, climatology, damped = found.comparisons
+    u = [one.name for one in found.targets].index("u")
+    assert np.isfinite(persistence.ratio_LC).all() and not persistence.left_out
+    for one in (climatology, damped):
+        assert np.isnan(one.ratio_LC[:, u]).all() and np.isnan(one.bounds_2LC[:, :, u]).all()
+        assert {why: left.nonzero()[1].tolist() for why, left in one.left_out.items()} == {"other cells": [u, u]}
+        t = np.delete(found.metrics["rmse"], u, axis=2)
+        place = found.names.index(one.other)
+        assert one.overall == pytest.approx(np.exp(np.log(t[:, 0] / t[:, place]).mean()))
+    area = LatLonGrid(6, 8, latitude_deg=LATITUDE).cell_area_sr
+    share = f"{100 * (1 - area[2:4].sum() / area.sum()):.3g} %"
+    report = report_of(found, {})
+    assert f"climatology of u, {share}; damped persistence of u, {share}." in report
+    assert "Left out: u (climatology is known on a part of the cells)" in headline(found)[1]
+    rows = [line.split("|")[3:8] for line in report.splitlines() if line.startswith("| u ")]
+    assert all("**" in "".join(row[:2]) and "**" not in "".join(row[2:]) for row in rows[:2])  # not the least elsewhere

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from .bootstrap import Draws
 
 Verdict = Literal["better", "worse", "cannot tell"]
-Why = Literal["model lacks", "other lacks", "no error", "too few"]
-"""Leads and targets do not count: one of the two has no RMSE, that of but one is 0, or some draws have no ratio."""
+Why = Literal["model lacks", "other lacks", "other cells", "no error", "too few"]
+"""Leads and targets do not count: one of the two has no RMSE, that of the other is of a part of the cells, that of but
+one is 0, or some draws have no ratio."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +74,22 @@ def compared(
     draws: Draws,
     *,
     baseline: bool = False,
+    part_LC: NDArray[np.bool_] | None = None,
 ) -> Comparison:
     """Of two forecasts, by their places among F.
 
     Args:
         baseline: whether the other is one, which may lack variables without a verdict on the whole being withheld.
+        part_LC: where the other was judged on a part of the cells: there is no ratio. Default: nowhere.
     """
+    part_LC = np.zeros_like(rmse_LFC[:, b], dtype=bool) if part_LC is None else part_LC
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_LC, ratio_BLC = rmse_LFC[:, a] / rmse_LFC[:, b], drawn_BLFC[:, :, a] / drawn_BLFC[:, :, b]
+        ratio_LC, ratio_BLC = (np.where(part_LC, np.nan, ratio) for ratio in (ratio_LC, ratio_BLC))
         log, log_B = np.log(ratio_LC), np.log(ratio_BLC)
         bounds_2LC = np.exp(draws.interval(log_B, log))
     known = np.isfinite(log) & np.isfinite(log_B).all(axis=0)
-    left_out = _left_out(rmse_LFC[:, a], rmse_LFC[:, b], known)
+    left_out = _left_out(rmse_LFC[:, a], rmse_LFC[:, b], part_LC, known)
     one_sided = bool(left_out.keys() & {"model lacks", "no error", *["other lacks"] * (not baseline)})
     rest = left_out, one_sided
     if not known.any():
@@ -95,15 +100,17 @@ def compared(
 
 
 def _left_out(
-    model_LC: NDArray[np.float64], other_LC: NDArray[np.float64], known: NDArray[np.bool_]
+    model_LC: NDArray[np.float64], other_LC: NDArray[np.float64], part_LC: NDArray[np.bool_], known: NDArray[np.bool_]
 ) -> dict[Why, NDArray[np.bool_]]:
     """Of the errors of both, and where their ratio counts."""
     has, other_has = np.isfinite(model_LC), np.isfinite(other_LC)
-    perfect = has & other_has & ((model_LC == 0) ^ (other_LC == 0))
+    part, both = part_LC & has & other_has, has & other_has & ~part_LC
+    perfect = both & ((model_LC == 0) ^ (other_LC == 0))
     why: dict[Why, NDArray[np.bool_]] = {
         "model lacks": other_has & ~has,
         "other lacks": has & ~other_has,
+        "other cells": part,
         "no error": perfect,
-        "too few": has & other_has & ~known & ~perfect,
+        "too few": both & ~known & ~perfect,
     }
     return {reason: left_LC for reason, left_LC in why.items() if left_LC.any()}

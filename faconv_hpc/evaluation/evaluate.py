@@ -121,8 +121,16 @@ class Evaluation:
         places = range(len(self.names))
         pairs = [(a, b) for a, b in combinations(places, 2) if a < len(self.entries)]
         given = self.metrics["rmse"], self.drawn["rmse"], self.draws
-        first = len(self.entries)
-        return tuple(compared(self.names[a], self.names[b], a, b, *given, baseline=b >= first) for a, b in pairs)
+        names, part_LFC = self.names, self.elsewhere
+        return tuple(
+            compared(names[a], names[b], a, b, *given, baseline=b >= len(self.entries), part_LC=part_LFC[:, b])
+            for a, b in pairs
+        )
+
+    @property
+    def elsewhere(self) -> NDArray[np.bool_]:
+        """(L, F, C) where a baseline was judged on a part of the cells, as it is not known on the others."""
+        return np.asarray(self.per_date.shares < 1 - 1e-9)  # NaN: nothing was judged
 
     @property
     def skills(self) -> tuple[Skill, ...]:

@@ -95,6 +95,7 @@ def _left_out(one: Comparison, evaluation: Evaluation) -> str:
     why = {
         "model lacks": lacks.format(one.model),
         "other lacks": lacks.format(one.other) if one.other not in baselines.NAMES else f"there is no {one.other}",
+        "other cells": f"{one.other} is known on a part of the cells",
         "no error": "but one of the two has an error of 0",
         "too few": "known on too few dates, or the error is 0",
     }
@@ -121,11 +122,17 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
         if len(leads) > 1
         else f"{leads[0]:.4g} h ahead"
     )
+    parts = _parts(evaluation)
     yield (
         f"{evaluation.forecasts} forecasts, from {evaluation.dates[0]} to {evaluation.dates[-1]}, {ahead}, of "
         f"{', '.join(one.name for one in evaluation.targets)} on {grid.nlat} x {grid.nlon} cells. What came is from "
-        f"{evaluation.truth}. All are held against it on the same dates and cells."
+        f"{evaluation.truth}. All are held against it on the same dates and cells{', with exceptions' * bool(parts)}."
     )
+    if parts:
+        yield (
+            f"Baselines that are not known in all of the cells were judged on a part of the area, and there is no "
+            f"ratio of errors to theirs: {'; '.join(parts)}."
+        )
     lacking = [one.name for one, known in zip(evaluation.targets, evaluation.known, strict=True) if not known]
     if lacking:
         yield (
@@ -134,6 +141,16 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
         )
     if evaluation.spectra.reason:
         yield f"There are no spectra: {evaluation.spectra.reason}."
+
+
+def _parts(evaluation: Evaluation) -> list[str]:
+    """Where baselines were judged on a part of the area: on how much of it, at the lead where that is least."""
+    shares_FC = np.where(evaluation.elsewhere, evaluation.per_date.shares, 1.0).min(axis=0)
+    known_FC = evaluation.elsewhere.any(axis=0) & (shares_FC > 0)
+    return [
+        f"{evaluation.names[place]} of {evaluation.targets[number].name}, {100 * shares_FC[place, number]:.3g} %"
+        for place, number in np.argwhere(known_FC)
+    ]
 
 
 def _scores(evaluation: Evaluation) -> Iterable[str]:
@@ -167,6 +184,7 @@ def _metric_rows(
             line = values[lead, :, number]
             halves = (intervals[1] - intervals[0])[lead, :, number] / 2
             cells = [_number(value, half * (best is not None)) for value, half in zip(line, halves, strict=True)]
+            line = np.where(evaluation.elsewhere[lead, :, number], np.nan, line)  # of other cells: not the best
             if best is not None and np.isfinite(line).any():
                 cells[best(line)] = f"**{cells[best(line)]}**"
             named = f"{target.name} [{target.units}]" if target.units and metric != "acc" else target.name

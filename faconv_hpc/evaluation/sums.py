@@ -116,6 +116,14 @@ class PerDate:
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.square / self.weight
 
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """(L, F, C) of the area that the first forecast was judged on; NaN where that is none. Below 1 errors are of
+        other cells, and their ratio to that of others says nothing."""
+        weight_LFC = self.weight.sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(weight_LFC / weight_LFC[:, :1])
+
 
 def _varies(variance: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
     """NaN where a field is the same everywhere, to rounding: it correlates with nothing."""
