@@ -382,6 +382,29 @@ def changed(path, output, contract, **about):
     return output
 
 
+@pytest.mark.parametrize(
+    ("training", "held_out", "told"),
+    [
+        (
+            ("sequence a", "2003-01-01/2003-06-01 of sequence b"),
+            None,
+            "Whether other saw some of these dates in training",
+        ),
+        (("sequence a", "2004-01-01/2005-01-01"), False, "**other saw some of these dates in training**"),
+        (("2003-01-01/2003-06-01",), True, "| yes |"),
+    ],
+    ids=["not known", "no", "yes"],
+)
+def test_of_sequences_that_data_do_not_name_it_is_not_known_whether_training_saw_them(
+    elsewhere, tmp_path, training, held_out, told
+):
+    model = changed(elsewhere / "model.safetensors", tmp_path / "other.safetensors", lambda own: {"training": training})
+    found = evaluate([model], ALONE, data=[elsewhere / "source.nc"], samples=2)
+    report = report_of(found, {})
+    assert found.held_out is held_out and told in report and ("| not known |" in report) == (held_out is None)
+    assert as_json(found)["models"][0]["held_out"] is held_out
+
+
 def test_networks_of_other_steps_are_not_judged_together(elsewhere, tmp_path):
     path = elsewhere / "model.safetensors"
     changed(path, tmp_path / "other.safetensors", lambda own: {"step_hours": (288.0, 288.0)})

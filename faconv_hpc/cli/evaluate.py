@@ -166,7 +166,7 @@ def show(evaluation: "Evaluation", directory: Path) -> None:
     from ..evaluation.report import headline
     from ..evaluation.results import REPORT
 
-    kinds = {True: ", held out", False: ", trained on", None: ""}
+    kinds = {True: ", held out", False: ", trained on", None: ", not known to be held out"}
     steps = f"{len(evaluation.leads_h)} steps" if len(evaluation.leads_h) > 1 else "1 step"
     title = f"{evaluation.forecasts} forecasts of {steps}{kinds[evaluation.held_out]}, area-weighted RMSE"
     headings = [name.replace("_", "_ ") for name in evaluation.names]  # several stand beside each other

@@ -365,8 +365,11 @@ class _Work:
 
 
 def _held_out(entry: Entry, truth: Truth, cases: Sequence[Case]) -> bool | None:
-    """Whether training saw none of the leads: by their dates, in whatever data they stand."""
+    """Whether training saw none of the leads: by their dates and the names of their sequences, in whatever data they
+    stand; None: not known, as training names sequences, and the data none."""
     if entry.contract is None:
         return None
     trained = mask_of(truth.spans(entry.contract.training), len(truth.axis))
-    return not any(trained[list(case.leads)].any() for case in cases)
+    if any(trained[list(case.leads)].any() for case in cases):
+        return False
+    return True if truth.axis.names or truth.names_all(entry.contract.training) else None

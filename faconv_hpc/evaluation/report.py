@@ -64,6 +64,12 @@ def _answers(evaluation: Evaluation) -> Iterable[str]:
     seen = [one.name for one in evaluation.entries if one.held_out is False]
     if seen:
         yield f"**{', '.join(seen)} saw some of these dates in training**: on others errors will be larger."
+    unknown = [one.name for one in evaluation.entries if one.kind == "network" and one.held_out is None]
+    if unknown:
+        yield (
+            f"Whether {', '.join(unknown)} saw some of these dates in training is **not known**: training names "
+            f"sequences, and the data none."
+        )
 
 
 def _sentence(one: Comparison, evaluation: Evaluation) -> str:

@@ -68,6 +68,10 @@ class Truth:
         """The frames at some dates, and of some sequences, as far as they are there."""
         return frames_within(self.axis, [text for text in dates if is_there(self.axis, text)])
 
+    def names_all(self, dates: Sequence[str]) -> bool:
+        """Whether the sequences that some dates are of are there, all of them."""
+        return all(is_there(self.axis, text) for text in dates)
+
     def holds(self, dates: Sequence[str]) -> bool:
         """Whether all of some dates of training are there, from the first to the last, as a contract writes them."""
         return bool(dates) and all(ranges_of(self.axis, self.spans([text])) == (text,) for text in dates)
