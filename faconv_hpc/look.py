@@ -1,6 +1,7 @@
 """The look of all figures: maps with coastlines, colours that fit the quantity, lines that are told apart in grey.
 
-Maps are plate carree (degrees east and north, equally spaced), of the globe or of a region, longitude 0 in the middle.
+Maps are plate carree (degrees east and north, equally spaced), of the globe with longitude 0 in the middle, or of a
+region, which may lie across 180 degrees.
 Where colours have a sign, so that a print in grey loses it, lines go around what is beyond half the scale: solid where
 it is above zero, dashed below.
 """
@@ -121,11 +122,12 @@ def draw_map(
     )  # fmt: skip
     if colours.signed:
         _draw_sign(axes, latitude, longitude, field, colours.high / 2)
-    coast = LineCollection(coastlines("c" if np.ptp(longitude) > REGION_DEG else "l"), colors="black", linewidths=0.5)
+    _scale_degrees(axes, latitude, longitude)
+    resolution = "c" if np.ptp(longitude) > REGION_DEG else "l"
+    coast = LineCollection(_coasts(resolution, *axes.get_xlim()), colors="black", linewidths=0.5)
     if not colours.signed:  # where it is dark
         coast.set_path_effects([withStroke(linewidth=1.1, foreground="white", alpha=0.7)])
     axes.add_collection(coast, autolim=False)
-    _scale_degrees(axes, latitude, longitude)
     axes.set_title(title, fontsize=PANEL)
     return image
 
@@ -187,27 +189,44 @@ def _draw_sign(
 
 def _scale_degrees(axes: Axes, latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> None:
     """All of the cells are seen, to half a cell beyond the centres of the outermost, and of the globe no more."""
-    for limit, values, most in ((axes.set_xlim, longitude, 180.0), (axes.set_ylim, np.sort(latitude), 90.0)):
+    around = 180.0 if np.isclose(np.ptp(longitude), 360) else np.inf
+    for limit, values, most in ((axes.set_xlim, longitude, around), (axes.set_ylim, np.sort(latitude), 90.0)):
         first, last = (abs(values[1] - values[0]), abs(values[-1] - values[-2])) if values.size > 1 else (1.0, 1.0)
         limit(max(values[0] - first / 2, -most), min(values[-1] + last / 2, most))
-    if np.ptp(longitude) > 180:
-        axes.set_xticks(np.arange(-120, 121, 60))
-        axes.set_yticks(np.arange(-60, 61, 30))
-    for axis, (above, below) in ((axes.xaxis, ("E", "W")), (axes.yaxis, ("N", "S"))):
-        axis.set_major_formatter(partial(_degrees, above, below))
+    for axis, values, wide, step in ((axes.xaxis, longitude, 180, 60), (axes.yaxis, latitude, 90, 30)):
+        if np.ptp(values) > wide:
+            first, last = axis.get_view_interval()
+            axis.set_ticks(step * np.arange(np.floor(first / step) + 1, np.ceil(last / step)))
+    axes.xaxis.set_major_formatter(_meridian)
+    axes.yaxis.set_major_formatter(partial(_degrees, "N", "S"))
     axes.tick_params(labelsize=SMALL)
+
+
+def _meridian(value: float, _: float) -> str:
+    named = (value + 180) % 360 - 180
+    return "180°" if named == -180 else _degrees("E", "W", named)
 
 
 def _degrees(above: str, below: str, value: float, position: int | None = None) -> str:
     return f"{abs(value):g}°{above if value > 0 else below if value < 0 else ''}"
 
 
+def _coasts(resolution: str, west: float, east: float) -> list[NDArray[np.float64]]:
+    """Of a map between two longitudes, which may reach beyond 180 degrees."""
+    turns = [turn for turn in (-360.0, 0.0, 360.0) if west < turn + 180 and east > turn - 180]
+    return [line + np.array([turn, 0.0]) for turn in turns for line in coastlines(resolution)]
+
+
 def _centred(longitude_deg: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Longitudes from -180 on in increasing order, and the columns that they are. Where columns go around the globe,
-    the first comes again at the end: its cells reach across 180 degrees."""
+    """Longitudes in increasing order, and the columns that they are. Those that go around the globe begin at -180, and
+    the first comes again at the end: its cells reach across 180 degrees. Those of a region begin after the widest gap.
+    """
     wrapped = within_half_a_turn(longitude_deg)
     order = np.argsort(wrapped)
     longitude = wrapped[order]
-    if longitude.size > 2 and longitude[0] + 360 - longitude[-1] < 1.5 * (longitude[1] - longitude[0]):
+    gaps = np.diff(longitude, append=longitude[0] + 360)
+    if longitude.size > 2 and gaps.max() < 1.5 * np.median(gaps):
         return np.append(longitude, longitude[0] + 360), np.append(order, order[0])
-    return longitude, order
+    begin = -int(np.argmax(gaps[::-1])) % longitude.size  # of equal gaps the last, which is at 180 degrees
+    longitude, order = np.append(longitude[begin:], longitude[:begin] + 360), np.roll(order, -begin)
+    return longitude - 360 * np.ceil((longitude[0] + longitude[-1] - 360) / 720), order

@@ -16,11 +16,13 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import explain as explain_module
 from faconv_hpc.evaluation.attention_maps import looks_of
 from faconv_hpc.evaluation.explain import check_memory, explain, write_netcdf
+from faconv_hpc.evaluation.explain_figures import _box
 from faconv_hpc.evaluation.explain_report import write_report
 from faconv_hpc.evaluation.sensitivity import Question, Region, sensitivity_of
 from faconv_hpc.forecasting.campaign import open_frames
 from faconv_hpc.forecasting.dates import Timeline
 from faconv_hpc.forecasting.sources import dataset_frames
+from faconv_hpc.look import new_figure
 from faconv_hpc.model.sweep import Bank
 
 START = "2003-06-06"
@@ -177,6 +179,19 @@ def test_a_region_may_cross_the_end_of_longitudes(forecaster):
     rows = share_YX[share_YX.any(1)][:, 0]
     areas = contract.grid.cell_area_sr[share_YX.any(1)]
     np.testing.assert_allclose(rows / rows.sum(), areas / areas.sum())
+
+
+@pytest.mark.parametrize(
+    ("west", "east", "view", "seen"),
+    [(170, -160, (149, 211), (170, 200)), (170, -160, (-211, -149), (-190, -160)),
+     (-180, 180, (-180, 180), (-180, 180)), (300, 40, (-180, 180), (-60, 40))],
+)  # fmt: skip
+def test_a_region_is_framed_where_the_map_has_it(west, east, view, seen):
+    _, ((axes,),) = new_figure(1, 1, "")
+    axes.set_xlim(*view)
+    _box(axes, -40, -20, west, east)
+    ends = [(min(line.get_xdata()), max(line.get_xdata())) for line in axes.lines]
+    assert [one for one in ends if one[0] < view[1] and one[1] > view[0]] == [seen]
 
 
 def test_memory_that_only_caches_files_is_free(forecaster, monkeypatch, tmp_path):

@@ -1,7 +1,10 @@
 """The look of figures: what is drawn where, and that a print in grey can be read."""
 
+import re
+
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Path as Outline
 
@@ -67,6 +70,32 @@ def test_a_map_has_longitude_0_in_the_middle_and_its_signs_can_be_told_in_grey()
         sides[lines.get_linestyle()[0][1] is None] = lines.get_paths()[0].vertices[:, 0].mean()
     assert sides[True] == pytest.approx(90, abs=3), "what is above half the scale has solid lines"
     assert sides[False] == pytest.approx(-90, abs=3), "below: dashed ones"
+
+
+@pytest.mark.parametrize(
+    ("west", "east", "centre"), [(150, 210, 180), (-210, -150, 180), (100, 340, -140), (20, 60, 40), (-30, 30, 0)]
+)
+def test_a_map_of_a_region_is_cut_where_it_has_no_cells(west, east, centre):
+    """Across 180 degrees as well: no cell is stretched around the world, and coasts lie where they belong."""
+    longitude, latitude = np.arange(west, east + 1, 2.0), np.arange(-50, 1, 2.0)
+    field = np.broadcast_to(np.cos(np.deg2rad(longitude - centre)), (latitude.size, longitude.size))
+    figure, axes, image = drawn(field, Colours.of_values(field), latitude, longitude % 360)
+    edges, (first, last) = image.get_coordinates()[0, :, 0], axes.get_xlim()
+    np.testing.assert_allclose(np.diff(edges), 2.0)
+    assert last - first == pytest.approx(east - west + 2)
+    assert (first + last) / 2 % 360 == pytest.approx(centre % 360)
+    np.testing.assert_allclose(image.get_array(), field)
+    (coast,) = (one for one in axes.collections if isinstance(one, LineCollection))
+    points = np.concatenate(coast.get_segments())
+    shown = points[(points[:, 0] > first) & (points[:, 0] < last) & (points[:, 1] > -50) & (points[:, 1] < 0)]
+    world = np.concatenate(coastlines("l" if east - west <= 120 else "c"))
+    there = ((world[:, 0] - first) % 360 < last - first) & (world[:, 1] > -50) & (world[:, 1] < 0)
+    assert len(shown) == there.sum() > 20
+    figure.draw_without_rendering()
+    labels = [text.get_text() for text in axes.get_xticklabels()]
+    assert "180°" in labels or centre != 180
+    assert all(re.fullmatch(r"(0|180|[\d.]+°[EW])°?", text) for text in labels), labels
+    assert axes.get_xlim() == (first, last), "ticks lie within the map"
 
 
 def test_colours_fit_the_quantity():

@@ -139,9 +139,9 @@ def draw_sensitivity(found: Explanation, path: Path) -> Path:
 
 
 def _box(axes: Axes, south: float, north: float, west: float, east: float) -> None:
-    west, east = (west + 180) % 360 - 180, (east + 180) % 360 - 180
-    spans = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
-    for first, last in spans:
+    wide = 360.0 if east - west >= 360 else (east - west) % 360
+    for first in (west % 360 + turn for turn in (-720, -360, 0, 360)):  # of which the map shows what lies in it
+        last = first + wide
         axes.plot([first, last, last, first, first], [south, south, north, north, south], color="black", linewidth=1.0)
 
 
