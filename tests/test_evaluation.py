@@ -658,3 +658,31 @@ def test_a_baseline_that_was_judged_on_other_cells_has_no_ratio(files, tmp_path)
     assert "Left out: u (climatology is known on a part of the cells)" in headline(found)[1]
     rows = [line.split("|")[3:8] for line in report.splitlines() if line.startswith("| u ")]
     assert all("**" in "".join(row[:2]) and "**" not in "".join(row[2:]) for row in rows[:2])  # not the least elsewhere
+
+
+def test_the_report_says_what_climatology_is_made_of_and_whether_it_is_judged_on_it(files, judged, elsewhere):
+    leaks = evaluate([files / "good.nc"], ALONE, data=[files / "truth.nc"], climatology=["2001-01-08/2001-01-09"])
+    none = evaluate([files / "good.nc"], ALONE, data=[files / "truth.nc"])
+    trained = evaluate([elsewhere / "model.safetensors"], ALONE, data=[elsewhere / "source.nc"])
+    # frames 28 to 35 are the last of two dates; starts are 4 to 39, leads one and two later
+    assert leaks.made_of == ("named", ("2001-01-08 00:00:00/2001-01-09 18:00:00",), 9)
+    # frames 0 to 19, starts 4 to 29
+    assert (judged.made_of.kind, judged.made_of.judged) == ("named", 15) and none.made_of == ("none", (), 0)
+    assert trained.made_of.kind == "training" and trained.made_of.judged == 0
+    for found, what, warned in (
+        (
+            leaks,
+            "over the dates that `--climatology` names (2001-01-08",
+            "9 of 36 forecasts have leads among the dates",
+        ),
+        (none, "the annual cycle that a network brings", None),
+        (trained, "over the training period (", None),
+    ):
+        report = report_of(found, {})
+        assert f"- **climatology**: {'' if found is none else 'the mean of each cell '}{what}" in report
+        assert (warned in report) if warned else "has seen" not in report
+        assert ("training period" in report) == (found is trained)
+        assert as_json(found)["climatology"] == found.made_of._asdict() | {"dates": list(found.made_of.dates)}
+        stored = dataset_of(found).attrs
+        assert stored["climatology"] == found.made_of.kind
+        assert stored["climatology_dates"] == ", ".join(found.made_of.dates)

@@ -20,6 +20,7 @@ from faconv_hpc.cli.verify import _show_parity
 from faconv_hpc.config import MeshConfig
 from faconv_hpc.data.inspection import describe_reading, describe_store
 from faconv_hpc.data.store import Store
+from faconv_hpc.evaluation.baselines import MadeOf
 from faconv_hpc.evaluation.evaluate import Evaluation, Judged
 from faconv_hpc.evaluation.sums import PerDate
 from faconv_hpc.evaluation.truth import Target
@@ -67,7 +68,9 @@ def test_an_evaluation(printed):
     labels, hours = tuple(map(str, range(dates))), np.array(leads) * 6.0
     per_date = PerDate(ones, ones, squares, ones, ones, ones, ones)
     grid, known = LatLonGrid(721, 1440), np.ones(2, dtype=bool)
-    found = Evaluation(entries, "the store data/era5", targets, grid, known, labels, hours, per_date, None, None)
+    found = Evaluation(
+        entries, "the store data/era5", targets, grid, known, labels, hours, per_date, None, None, MadeOf()
+    )
     told = printed(lambda: show(found, Path("runs/a/evaluation")))
     assert "persistence" in told and "climatology" in told and "40 forecasts of 2 steps, held out" in told
     assert "cannot be told" in told and "evaluation/report.md" in told

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,14 +11,35 @@ from torch import Tensor
 
 from ..data.annual_cycle import AnnualCycle
 from ..data.climatology import Climatology
-from ..data.periods import evenly, starts_within, stretches_of
+from ..data.periods import evenly, mask_of, ranges_of, starts_within, stretches_of
 from ..observe import READING
 from ..spatial.domain import Domain
-from .truth import Truth
+from .truth import Case, Truth
 
 PERSISTENCE, CLIMATOLOGY, DAMPED = "persistence", "climatology", "damped persistence"
 NAMES = (PERSISTENCE, CLIMATOLOGY, DAMPED)
 PAIRS = 40  # dates of training from which it is told how much of an anomaly is left
+
+
+class MadeOf(NamedTuple):
+    """What climatology and damping are made of.
+
+    Attributes:
+        kind: the dates of training, others that were named, or none: then climatology is a network's cycle, if known.
+        dates: ranges, in their order.
+        judged: how many forecasts have leads among them: these climatology has seen.
+    """
+
+    kind: Literal["training", "named", "none"] = "none"
+    dates: tuple[str, ...] = ()
+    judged: int = 0
+
+    @classmethod
+    def of(cls, truth: Truth, spans: Sequence[range], named: bool, cases: Sequence[Case]) -> "MadeOf":
+        """Of frames, and of the forecasts that are judged."""
+        seen = mask_of(spans, len(truth.axis))
+        judged = sum(bool(seen[list(case.leads)].any()) for case in cases)
+        return cls("named" if named else "training" if spans else "none", ranges_of(truth.axis, spans), judged)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..training.export import SUFFIXES
 from ..training.shards import FOLDER
 from ..training.skill import Skill
 from . import baselines
-from .baselines import Baselines
+from .baselines import Baselines, MadeOf
 from .bootstrap import Draws
 from .compare import Comparison, compared
 from .entries import FILES, Entry, FileEntry, NetworkEntry, cases_of_files, is_file_of_forecasts
@@ -66,6 +66,7 @@ class Evaluation:
         dates: of the starts.
         leads_h: (L,) how far ahead the leads are, in hours, on average over dates.
         per_date: of all entries and then the baselines.
+        made_of: which dates climatology and damped persistence are made of.
     """
 
     entries: tuple[Judged, ...]
@@ -78,6 +79,7 @@ class Evaluation:
     per_date: PerDate
     spectra: KeptSpectra
     example: Example
+    made_of: MadeOf
 
     @property
     def held_out(self) -> bool | None:
@@ -188,7 +190,8 @@ def evaluate(
     some = [cases[place] for place in evenly(len(cases), samples or len(cases))]
     domain = Domain(truth.grid, mesh)
     cycle = networks[0].forecaster.cycle if networks else None
-    base = Baselines.of(truth, domain, _spans(truth, climatology, contract), len(some[0].leads), cycle)
+    spans = _spans(truth, climatology, contract)
+    base = Baselines.of(truth, domain, spans, len(some[0].leads), cycle)
     work = _Work(entries, truth, domain, base, some)
     with arithmetic("fp32", mesh.device):
         for number, case in enumerate(some):
@@ -197,7 +200,7 @@ def evaluate(
                 progress(number + 1, len(some))
     if maps is not None:
         work.maps.save(maps, [one.name for one in entries], truth.targets, work.leads_h)
-    return work.evaluation()
+    return work.evaluation(MadeOf.of(truth, spans, bool(climatology), some))
 
 
 def opened(
@@ -312,7 +315,7 @@ class _Work:
         ahead_s = [seconds[list(case.leads)] - seconds[case.start] for case in self._cases]
         return np.asarray(np.mean(ahead_s, axis=0) / SECONDS_PER_HOUR)
 
-    def evaluation(self) -> Evaluation:
+    def evaluation(self, made_of: MadeOf) -> Evaluation:
         """When all cases are added. Collective over the tiles."""
         truth = self._truth
         kinds = ["file of forecasts" if one.contract is None else "network" for one in self._entries]
@@ -330,6 +333,7 @@ class _Work:
             per_date=PerDate.of(self._sums.terms_NLFCK),
             spectra=self._spectra.kept,
             example=self._whole_example(),
+            made_of=made_of,
         )
 
     def _whole_example(self) -> Example:

@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 
 from ..data.periods import evenly
 from . import baselines
+from .baselines import MadeOf
 from .bootstrap import DRAWS, FEWEST_BLOCKS, FEWEST_DATES, LEVEL
 from .compare import Comparison
 from .evaluate import Evaluation
 from .fields import SPECTRA_DATES
 
-LEADS = 4  # of tables, at most
+LEADS, RANGES = 4, 4  # of tables, of dates of climatology, at most
 PERCENT = f"{100 * LEVEL:g} %"
 MEANINGS = f"""\
 - **persistence**: nothing changes from the start on.
-- **climatology**: the mean of each cell over the training period at that time of the year and of the day; where the
-  data do not have its dates, the annual cycle that a network brings, if it has one.
+- **climatology**: {{climatology}}.
 - **damped persistence**: climatology, and what is left of the anomaly of the start, as fitted for each variable and
-  lead on at most {baselines.PAIRS} dates of training.
+  lead on at most {baselines.PAIRS} of the dates of climatology; not known without such dates.
 - **RMSE**, **bias**: cells count by their area, all dates alike.
 - **anomaly correlation**: of departures from climatology over the grid, weighted by area and centred, mean over dates.
 - **activity**: standard deviation of departures from climatology over the grid, weighted by area. Where it is less than
@@ -43,7 +43,7 @@ def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
         "## Figures",
         *(f"**{title}.** {_caption(title, evaluation)}\n\n![{title}]({path.name})" for title, path in figures.items()),
         "## What the numbers mean",
-        MEANINGS.format(block=evaluation.draws.block),
+        MEANINGS.format(block=evaluation.draws.block, climatology=_climatology(evaluation.made_of)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -139,6 +139,12 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
             f"Baselines that are not known in all of the cells were judged on a part of the area, and there is no "
             f"ratio of errors to theirs: {'; '.join(parts)}."
         )
+    if evaluation.made_of.judged:
+        yield (
+            f"**Climatology has seen what it is judged on**: {evaluation.made_of.judged} of {evaluation.forecasts} "
+            f"forecasts have leads among the dates that it is made of, {_dates(evaluation.made_of)}. It and damped "
+            f"persistence look better than they would be; name other dates with `--climatology FIRST/LAST`."
+        )
     lacking = [one.name for one, known in zip(evaluation.targets, evaluation.known, strict=True) if not known]
     if lacking:
         yield (
@@ -147,6 +153,18 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
         )
     if evaluation.spectra.reason:
         yield f"There are no spectra: {evaluation.spectra.reason}."
+
+
+def _climatology(made_of: MadeOf) -> str:
+    if made_of.kind == "none":
+        return "the annual cycle that a network brings, where it has one, as the data do not have the dates of training"
+    what = {"training": "the training period", "named": "the dates that `--climatology` names"}[made_of.kind]
+    return f"the mean of each cell over {what} ({_dates(made_of)}) at that time of the year and of the day"
+
+
+def _dates(made_of: MadeOf) -> str:
+    more = len(made_of.dates) - RANGES
+    return ", ".join(made_of.dates[:RANGES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parts(evaluation: Evaluation) -> list[str]:

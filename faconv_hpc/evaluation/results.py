@@ -100,6 +100,9 @@ def _attributes(evaluation: Evaluation) -> dict[str, Any]:
         "title": f"Scores of {', '.join(one.name for one in evaluation.entries)}",
         "source": f"faconv_hpc {__version__}",
         "truth": evaluation.truth,
+        "climatology": evaluation.made_of.kind,
+        "climatology_dates": ", ".join(evaluation.made_of.dates),
+        "forecasts_that_climatology_has_seen": evaluation.made_of.judged,
         "interval": f"{100 * LEVEL:g} %, stationary bootstrap over {evaluation.forecasts} dates",
         "mean_block_dates": evaluation.draws.block,
     }
@@ -119,6 +122,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "interval": LEVEL,
         "mean_block_dates": draws.block,
         "can_tell": draws.can_tell,
+        "climatology": evaluation.made_of._asdict(),
         "spectra": evaluation.spectra.reason or "yes",
         "comparisons": [
             one.as_json() | {"left_out": list(_left_out(one, evaluation))} for one in evaluation.comparisons
