@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,16 @@ def make_durably(directory: Path) -> None:
         make_durably(directory.parent)
         directory.mkdir(exist_ok=True)
         flush_entries(directory.parent)
+
+
+def json_ready(value: Any) -> Any:
+    """The same as JSON knows it: numbers that are not finite are None, tuples lists, and NumPy's scalars plain."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(one) for one in value]
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from faconv_hpc.config_file import load_config
+from faconv_hpc.data.periods import evenly
 from faconv_hpc.data.samples import Windows
 from faconv_hpc.data.store import Store
 from faconv_hpc.evaluation.evaluate import evaluate
@@ -101,7 +102,7 @@ def measured(run_dir: Path, mesh: ProcessMesh, samples: int) -> dict[str, float]
     runs = 1 + int((np.diff(held_out.starts) > 1).sum())
     z_RDE = z_NE.reshape(runs, -1, z_NE.shape[-1])  # fails where runs are not equally long
     starts = training_starts(workspace.store, workspace.training_spans, WINDOW, 1)
-    some = starts[np.linspace(0, len(starts) - 1, min(FITTED, len(starts))).round().astype(int)]
+    some = starts[evenly(len(starts), FITTED)]
     fitted = embedded(network, workspace, workspace.windows(some, WINDOW))
     dates = z_RDE.shape[1]
     turned_NE, _ = embedded(network, workspace, held_out, np.tile(np.arange(dates) / dates, runs))

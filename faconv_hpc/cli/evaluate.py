@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from ..errors import InputError
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .ranks import job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
-from .trained import PROGRESS, check_is_no_data, mesh_of, paths_of
+from .trained import check_directory, mesh_of, paths_of, shown_progress
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
@@ -78,7 +77,7 @@ def evaluate_command(
     starting = starts_ranks(ranks)
     sizes = mesh_of(mesh, _mesh_in(abouts), ranks if starting and ranks else job_ranks(), replicas=False)
     paths = paths_of(data, next((one["store"] for one in abouts if "store" in one), None), model[0])
-    _check_output(output, model, paths)
+    check_directory(output or place_of(model[0]), [*paths, *model])
     if starting:
         _check_data(paths)
         check_device(device or "auto")
@@ -106,23 +105,9 @@ def _evaluate(
     directory = output or place_of(models[0])
     if mesh.rank == 0:
         make_durably(directory)
-
-    with Progress(*PROGRESS, console=Console(stderr=True), transient=True, disable=mesh.rank > 0) as shown:
-        task = shown.add_task("forecasts", total=None)
-
-        def progress(done: int, total: int) -> None:
-            shown.update(task, completed=done, total=total)
-
+    with shown_progress("forecasts", disable=mesh.rank > 0) as progress:
         evaluation = evaluate(models, mesh, data=data, maps=directory / MAPS, progress=progress, **options)
     return evaluation, save(evaluation, directory) if mesh.rank == 0 else {}, directory
-
-
-def _check_output(output: Path | None, models: Sequence[Path], data: Sequence[Path]) -> None:
-    """Before anything is read or any rank is started."""
-    place = output or place_of(models[0])
-    check_is_no_data(place, [*data, *models])
-    if place.exists() and not place.is_dir():
-        raise InputError(f"--output {place} is a file. Give a directory.")
 
 
 def place_of(model: Path) -> Path:

@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..files import cannot_write
 from .options import DataPaths, Device
 from .ranks import job_ranks
-from .trained import Model, OfSequence, check_is_no_data, paths_of, shown_stages
+from .trained import Model, OfSequence, check_directory, paths_of, shown_stages
 
 if TYPE_CHECKING:
     from ..evaluation.explain import Explanation
@@ -55,9 +55,7 @@ def explain_command(
     if region is None and (variable is not None or lead > 1):
         raise InputError("--variable and --lead are of the forecast of a region. Give --region, such as 40,60,-20,20.")
     paths = paths_of(data, about_network(model).get("store"), model)
-    check_is_no_data(output, [*paths, model])
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file. Give a directory.")
+    check_directory(output, [*paths, model])
     check_device(device or "auto")
     forecaster = Forecaster.load(model, device=device_for(device or "auto"))
     question = None

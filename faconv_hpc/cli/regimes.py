@@ -9,7 +9,7 @@ import typer
 from ..errors import InputError
 from ..files import cannot_write
 from .options import AsJson
-from .trained import OfSequence, check_is_no_data, paths_in, shown_stages
+from .trained import OfSequence, check_directory, paths_in, shown_stages
 
 if TYPE_CHECKING:
     from ..evaluation.regimes import Regimes
@@ -63,9 +63,7 @@ def regimes_command(
     from ..evaluation.regimes import find_regimes
 
     embeddings, paths = read_embeddings(embedding), paths_in(data or ())
-    check_is_no_data(output, [*paths, embedding])
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file. Give a directory.")
+    check_directory(output, [*paths, embedding])
     numbers = _numbers(clusters, len(embeddings.z_TE))
     record = None
     if paths:

@@ -139,6 +139,13 @@ def check_is_no_data(output: Path, data: Sequence[Path]) -> None:
         raise InputError(f"--output {output} is the data, which it would replace. Give another --output.")
 
 
+def check_directory(output: Path, data: Sequence[Path]) -> None:
+    """Raises InputError for an output that is no place for several files."""
+    check_is_no_data(output, data)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file. Give a directory.")
+
+
 def mesh_of(text: str | None, trained: str, ranks: int, *, replicas: bool = True) -> MeshConfig:
     """What is asked for; or the run's tiles, and as many replicas as there are ranks for, if they may be several. One
     rank has all."""

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 import xarray as xr
 
+from ..data.periods import evenly
 from ..errors import InputError
-from ..files import replacing
-from ..forecasting.campaign import open_frames
-from ..forecasting.dates import Start, Timeline
+from ..forecasting.campaign import asked_of, open_frames
+from ..forecasting.dates import Timeline
 from ..forecasting.forecaster import Forecaster
+from ..forecasting.layout import attributes_of
 from ..model.layer import FAConvLSTM2d
-from ..versions import __version__
 from .attention_maps import Looks, looks_of
+from .netcdf import grid_coordinates, save_dataset
 from .seasons import SEASONS
 from .sensitivity import Question, Sensitivity, sensitivity_of
 
@@ -72,19 +73,13 @@ def explain(
     frames = open_frames(contract, data, sequence)
     timeline = Timeline(frames, contract, window, steps, what="forecast from")
     seconds = timeline.all()
-    places = np.unique(np.linspace(0, len(seconds) - 1, samples).round().astype(int)).tolist()
-    starts = [timeline.start(seconds[place]) for place in places]
+    starts = [timeline.start(seconds[place]) for place in evenly(len(seconds), samples)]
     looks = looks_of(forecaster, frames, starts, stages("watching attention"))
     answer = None
     if question is not None:
         answer = sensitivity_of(forecaster, frames, starts, question, stages("gradients"))
-    trained = forecaster.trained
-    title = f"step {trained.step} of {trained.about.get('run', 'a network')} (digest {trained.digest[:8]})"
-    return Explanation(title, forecaster, tuple(map(_date, starts)), looks, answer)
-
-
-def _date(start: Start) -> str:
-    return start.times.date(start.window - 1)
+    title = asked_of(forecaster.trained).told
+    return Explanation(title, forecaster, tuple(one.date for one in starts), looks, answer)
 
 
 def check_memory(forecaster: Forecaster, steps: int) -> None:
@@ -118,10 +113,7 @@ def _available_bytes() -> int:
 def write_netcdf(found: Explanation, path: Path) -> None:
     """All maps; the file appears whole."""
     contract = found.forecaster.contract
-    coordinates: dict[str, Any] = {
-        name: (name, np.array(getattr(contract, f"{name}_deg")), {"standard_name": name, "units": units})
-        for name, units in (("latitude", "degrees_north"), ("longitude", "degrees_east"))
-    }
+    coordinates = grid_coordinates(np.array(contract.latitude_deg), np.array(contract.longitude_deg))
     variables = _of_looks(found.looks) | _of_sensitivity(found.sensitivity)
     if found.looks is not None:
         coordinates |= {"season": ("season", list(SEASONS)), "dilation": ("dilation", list(found.dilations))}
@@ -130,14 +122,7 @@ def write_netcdf(found: Explanation, path: Path) -> None:
         coordinates["given"] = ("given", [one.name for one in found.sensitivity.variables])
         window = found.sensitivity.mean_TCYX.shape[0]
         coordinates["steps_before_start"] = ("steps_before_start", np.arange(1 - window, 1))
-    attributes = {
-        "Conventions": "CF-1.8",
-        "title": f"What {found.title} looks at",
-        "source": f"faconv_hpc {__version__}",
-    }
-    dataset = xr.Dataset(variables, coordinates, attributes)
-    with replacing(path) as beside:
-        dataset.to_netcdf(beside, engine="h5netcdf")
+    save_dataset(xr.Dataset(variables, coordinates, attributes_of(f"What {found.title} looks at")), path)
 
 
 def _of_looks(looks: Looks | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .attention_maps import Looks
 from .explain import Explanation
 from .seasons import SEASONS
 from .sensitivity import Sensitivity
-from .words import latitude_in_words, longitude_in_words, plain
+from .words import latitude_in_words, longitude_in_words, plain, table
 
 NETCDF, REPORT = "explain.nc", "report.md"
 EVEN = 1.2  # times an even weight, below which attention has hardly a preference
@@ -108,4 +108,4 @@ def _totals(answer: Sensitivity) -> str:
     window, units = len(answer.total_TC), answer.question.variable.units
     heads = ["steps before the start", *(f"{one.name} [{plain(units)}]" for one in answer.variables)]
     rows = [[str(window - 1 - step), *(f"{value:+.3g}" for value in answer.total_TC[step])] for step in range(window)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows[::-1]])
+    return table(heads, rows[::-1])

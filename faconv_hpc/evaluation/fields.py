@@ -14,9 +14,11 @@ from torch import Tensor
 from ..data.periods import evenly
 from ..data.times import SECONDS_PER_HOUR
 from ..files import replacing
+from ..forecasting.layout import CONVENTIONS
 from ..observe import SAVING
 from ..spatial.domain import Domain
-from .spectra import Spectra, reason_against
+from .netcdf import grid_coordinates
+from .spectra import Spectra
 from .truth import Target
 
 SHOWN_LEADS = 3  # of which there are maps and spectra: the first, the last, and one between
@@ -53,7 +55,8 @@ class SpectraSums:
     """
 
     def __init__(self, domain: Domain, leads: int, dates: int, entries: int, targets: int) -> None:
-        self._domain, self._spectra, reason = domain, Spectra(domain.grid), reason_against(domain.grid)
+        self._domain, self._spectra = domain, Spectra(domain.grid)
+        reason = self._spectra.reason
         zonal, total = np.arange(0), np.arange(0)
         if not reason:
             zonal, total = self._spectra.zonal_wavenumbers, self._spectra.total_wavenumbers
@@ -115,16 +118,7 @@ class MapSums:
         coordinates = {
             "model": list(entries),
             "lead_time": lead_times(leads_h)[self.leads],
-            "latitude": (
-                "latitude",
-                np.rad2deg(grid.latitude),
-                {"units": "degrees_north", "standard_name": "latitude"},
-            ),
-            "longitude": (
-                "longitude",
-                np.rad2deg(grid.longitude),
-                {"units": "degrees_east", "standard_name": "longitude"},
-            ),
+            **grid_coordinates(np.rad2deg(grid.latitude), np.rad2deg(grid.longitude)),
         }
         shape = (len(entries), len(self.leads), grid.nlat, grid.nlon)
         with ExitStack() as stack:
@@ -136,7 +130,7 @@ class MapSums:
                 if beside is not None:
                     told = {"units": target.units}
                     fields = {f"{target.name}_{name}": (tuple(coordinates), one, told) for name, one in maps.items()}
-                    dataset = xr.Dataset(fields, coordinates, {"Conventions": "CF-1.8"})
+                    dataset = xr.Dataset(fields, coordinates, {"Conventions": CONVENTIONS})
                     dataset.lead_time.encoding |= {"units": "hours", "dtype": "float64"}
                     with mesh.activity.during(SAVING):
                         dataset.to_netcdf(beside, mode="a" if number else "w", engine="h5netcdf")

@@ -8,6 +8,7 @@ import xarray as xr
 from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, line_style, new_figure, save_figure
 from .bootstrap import LEVEL
 from .evaluate import Evaluation
+from .words import with_units
 
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
 FORECAST = "forecast.png"
@@ -46,7 +47,7 @@ def draw_forecast(evaluation: Evaluation, path: Path) -> Path:
         for place, (what, field) in zip(axes[row], panels.items(), strict=True):
             title = f"{variable}: {what}" + f", {said}" * (what == "forecast")
             image = draw_map(place, example.latitude_deg, example.longitude_deg, field, colours, title)
-        colour_bar(image, list(axes[row]), _with_units(example.meaning[row], example.units[row]))
+        colour_bar(image, list(axes[row]), with_units(example.meaning[row], example.units[row]))
     return save_figure(figure, path)
 
 
@@ -71,7 +72,7 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
                 place.errorbar(
                     hours + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **line_style(model)
                 )
-        label = _with_units(what, targets[number].units) if metric == "rmse" else what
+        label = with_units(what, targets[number].units) if metric == "rmse" else what
         dress(place, targets[number].name, "lead [h]", label)
         if metric == "rmse":
             place.set_ylim(bottom=0)
@@ -101,7 +102,7 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
             )
             row[2].semilogx(kept.total_wavenumbers[1:], share, **style)
         units = f"({target.units})" if " " in target.units else target.units
-        squared = _with_units("variance", units and f"{units}²")
+        squared = with_units("variance", units and f"{units}²")
         dress(row[0], f"{target.name}: along latitude circles", "zonal wavenumber", squared)
         dress(row[1], f"{target.name}: on the sphere", "total wavenumber", squared)
         dress(row[2], f"{target.name}: below 1 it is blurred", "total wavenumber", "forecast over truth")
@@ -122,12 +123,12 @@ def draw_maps(maps: xr.Dataset, model: str, path: Path) -> Path:
         colours = Colours.of_magnitudes(*ends)
         for place, field, ahead in zip(row, ends, (hours[0], hours[-1]), strict=False):
             image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead:.4g} h ahead")
-        colour_bar(image, list(row[:2]), _with_units("RMSE", rmse.units))
+        colour_bar(image, list(row[:2]), with_units("RMSE", rmse.units))
         field = bias.isel(lead_time=-1).values
         image = draw_map(
             row[2], *coordinates, field, Colours.of_changes(field), f"{name}: bias {hours[-1]:.4g} h ahead"
         )
-        colour_bar(image, row[2], _with_units("bias", rmse.units))
+        colour_bar(image, row[2], with_units("bias", rmse.units))
     return save_figure(figure, path)
 
 
@@ -154,7 +155,3 @@ def draw_comparisons(evaluation: Evaluation, path: Path) -> Path:
     axes.set_xticks(range(len(names)), [one.replace(" ", "\n") for one in names], fontsize=PANEL)
     axes.set_yticks(range(len(entries)), entries, fontsize=PANEL)
     return save_figure(figure, path)
-
-
-def _with_units(what: str, units: str) -> str:
-    return f"{what} [{units}]" if units else what

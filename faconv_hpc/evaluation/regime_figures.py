@@ -24,7 +24,7 @@ from ..look import (
 from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE
 from .regimes import CHOSEN, Regimes, Source
 from .seasons import MONTHS, SEASONS
-from .words import MONTH_NAMES
+from .words import MONTH_NAMES, with_units
 
 FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
 SHOWN = 4  # variables of composites at most
@@ -223,8 +223,8 @@ def draw_composites(regimes: Regimes, path: Path, *, beyond_season: bool) -> Pat
             told = f"regime {label + 1} ({times} times): {variable.name}"
             axes = rows[label][channel]
             image = draw_map(axes, found.latitude_deg, found.longitude_deg, fields_KCYX[label, channel], colours, told)
-        units = f" [{variable.units}]" if variable.units else ""
-        colour_bar(image, [row[channel] for row in rows], f"departure of {variable.name}{units}")
+        departure = with_units(f"departure of {variable.name}", variable.units)
+        colour_bar(image, [row[channel] for row in rows], departure)
     return save_figure(figure, path)
 
 

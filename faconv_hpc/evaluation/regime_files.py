@@ -1,7 +1,6 @@
 """Regimes for programs: regimes.nc with labels and composites, regimes.json with all numbers."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import numpy as np
 import xarray as xr
 
 from ..data.times import EPOCH_UNITS
-from ..files import replacing, write_durably
-from ..versions import __version__
+from ..files import json_ready, write_durably
+from ..forecasting.layout import attributes_of
+from .netcdf import grid_coordinates, save_dataset
 from .partitions import METHODS
 from .regime_facts import facts_of
 from .regimes import CHOSEN, Judged, Regimes
@@ -23,8 +23,7 @@ NO_LABEL = 0
 def write_netcdf(regimes: Regimes, path: Path) -> None:
     """Labels from 1, 0 where a time has none; the file appears whole."""
     dataset = _dataset(regimes)
-    with replacing(path) as beside:
-        dataset.to_netcdf(beside, engine="h5netcdf", encoding={name: {"zlib": True} for name in dataset.data_vars})
+    save_dataset(dataset, path, encoding={name: {"zlib": True} for name in dataset.data_vars})
 
 
 def _dataset(regimes: Regimes) -> xr.Dataset:
@@ -52,11 +51,7 @@ def _dataset(regimes: Regimes) -> xr.Dataset:
         found = regimes.composites
         dims = ("regime_number", "latitude", "longitude")
         coordinates["regime_number"] = ("regime_number", np.arange(1, len(found.anomaly_KCYX) + 1))
-        for name, values_Z, units in (
-            ("latitude", found.latitude_deg, "degrees_north"),
-            ("longitude", found.longitude_deg, "degrees_east"),
-        ):
-            coordinates[name] = (name, values_Z, {"standard_name": name, "units": units})
+        coordinates |= grid_coordinates(found.latitude_deg, found.longitude_deg)
         kinds = {
             "anomaly": (found.anomaly_KCYX, "mean of the regime less that of all times"),
             "beyond_season": (found.beyond_season_KCYX, "mean of the regime less those of its times' calendar months"),
@@ -65,8 +60,7 @@ def _dataset(regimes: Regimes) -> xr.Dataset:
             for channel, variable in enumerate(regimes.record.variables):
                 said = {"units": variable.units, "long_name": f"{variable.long_name or variable.name}: {told_of}"}
                 variables[f"{variable.name}_{kind}"] = (dims, values_KCYX[:, channel].astype(np.float32), said)
-    attributes = {"Conventions": "CF-1.8", "title": title_of(regimes), "source": f"faconv_hpc {__version__}"}
-    return xr.Dataset(variables, coordinates, attributes)
+    return xr.Dataset(variables, coordinates, attributes_of(title_of(regimes)))
 
 
 def title_of(regimes: Regimes) -> str:
@@ -124,17 +118,9 @@ def _row(judged: Judged) -> dict[str, Any]:
 
 def json_of(regimes: Regimes) -> str:
     """What is NaN is null."""
-    return json.dumps(_plain(as_dict(regimes)), indent=2) + "\n"
+    return json.dumps(json_ready(as_dict(regimes)), indent=2) + "\n"
 
 
 def write_json(regimes: Regimes, path: Path) -> None:
     """The file appears whole."""
     write_durably(path, json_of(regimes))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,18 +7,12 @@ from pathlib import Path
 from sklearn.metrics import adjusted_rand_score
 
 from ..files import write_durably
-from .partitions import (
-    CHANCE_PERCENT,
-    KMEANS_STARTS,
-    METHODS,
-    MIXTURE_STARTS,
-    SURROGATES,
-)
+from .partitions import CHANCE_PERCENT, KMEANS_STARTS, METHODS, MIXTURE_STARTS, SURROGATES
 from .regime_facts import RegimeFacts, facts_of
 from .regime_files import JSON, NETCDF
 from .regimes import CHOSEN, Judged, Regimes
 from .spaces import Metrics
-from .words import duration_in_words, latitude_in_words, longitude_in_words, plain
+from .words import duration_in_words, latitude_in_words, longitude_in_words, plain, table, with_units
 
 REPORT = "report.md"
 ALIKE = 0.02  # silhouettes and Rand indices that differ by less are given without a verdict
@@ -56,7 +50,7 @@ def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[st
     yield "## In short"
     yield "\n".join(f"- {sentence}" for sentence in _in_short(regimes))
     yield "## The regimes"
-    yield _table(_regime_heads(facts), (_regime_row(one) for one in facts))
+    yield table(_regime_heads(facts), (_regime_row(one) for one in facts))
     yield (
         "A regime's months are those in which it is the commonest. How long it lasts is the mean number of times in a "
         "row. The strongest departure is that of its mean field from the mean of all times, in the cell where it is "
@@ -69,7 +63,7 @@ def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[st
         yield f"![{CAPTIONS[figure.name]}]({figure.name})\n\n{CAPTIONS[figure.name]}."
     yield "## How many there are"
     yield regimes.suggestion.reason
-    yield _table(_number_heads(regimes), (_number_row(regimes, one) for one in regimes.of("embedding", CHOSEN)))
+    yield table(_number_heads(regimes), (_number_row(regimes, one) for one in regimes.of("embedding", CHOSEN)))
     yield (
         f"Seeds and halves: adjusted Rand index, 1 where the same is found again, 0 where only by chance; halves of "
         f"the record are clustered one by one, and each then labels all times. Noise: the silhouette below which "
@@ -156,7 +150,7 @@ def _verdict(mine: float, others: float, more: str, less: str, alike: str) -> st
 
 
 def _regime_heads(facts: Sequence[RegimeFacts]) -> list[str]:
-    variables = [f"{one.variable} [{plain(one.units)}]" if one.units else one.variable for one in facts[0].extremes]
+    variables = [with_units(one.variable, plain(one.units)) for one in facts[0].extremes]
     return ["regime", "times", "share", "months", "lasts", *(f"strongest departure of {one}" for one in variables)]
 
 
@@ -205,7 +199,7 @@ def _metrics(regimes: Regimes) -> Iterable[str]:
             f"k-means of the fields themselves minimises RMSE in this space, so no other can be better in RMSE or "
             f"Calinski-Harabasz but by luck."
         )
-        yield _table(
+        yield table(
             ["clusters of", "method", MONTH_TELLS, "seeds", "halves", *HEADS.values()],
             (
                 [source.name, METHODS[method], _told(one), *_found_again(one), *_values(one.data)]
@@ -217,7 +211,7 @@ def _metrics(regimes: Regimes) -> Iterable[str]:
         f"At K = {count}, **each in the space that it was found in**. Numbers of different spaces cannot be compared: "
         f"a space of fewer dims has higher silhouettes."
     )
-    yield _table(
+    yield table(
         ["clusters of", "method", "space", *HEADS.values()],
         ([source.name, METHODS[method], source.space.name, *_values(one.own)] for source, method, one in rows),
     )
@@ -279,8 +273,3 @@ def _number(value: float, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "none"
     return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

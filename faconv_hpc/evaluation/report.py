@@ -13,6 +13,7 @@ from .bootstrap import DRAWS, FEWEST_BLOCKS, FEWEST_DATES, LEVEL
 from .compare import Comparison
 from .evaluate import Evaluation
 from .fields import SPECTRA_DATES
+from .words import table, with_units
 
 LEADS, RANGES = 4, 4  # of tables, of dates of climatology, at most
 PERCENT = f"{100 * LEVEL:g} %"
@@ -211,7 +212,7 @@ def _metric_rows(
             line = np.where(evaluation.elsewhere[lead, :, number], np.nan, line)  # of other cells: not the best
             if best is not None and np.isfinite(line).any():
                 cells[best(line)] = f"**{cells[best(line)]}**"
-            named = f"{target.name} [{target.units}]" if target.units and metric != "acc" else target.name
+            named = with_units(target.name, target.units if metric != "acc" else "")
             came = [_number(evaluation.metrics["truth_activity"][lead, 0, number])] if truth else []
             rows.append([named, f"{evaluation.leads_h[lead]:.4g}", *cells, *came])
     return ["variable", "lead [h]", *evaluation.names, *truth], rows
@@ -238,9 +239,3 @@ def _caption(title: str, evaluation: Evaluation) -> str:
     if title.startswith("One"):
         return "The last of the dates; of one step, so that errors can be seen."
     return "RMSE of each cell over all dates, and the mean error: red where the forecast is too high."
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(one)} |" for one in lines)

@@ -1,7 +1,6 @@
 """What an evaluation leaves: scores as NetCDF and JSON, maps as NetCDF, a report and figures."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..files import replacing, write_durably
-from ..versions import __version__
+from ..files import json_ready, write_durably
+from ..forecasting.layout import attributes_of
 from .bootstrap import LEVEL
 from .compare import Comparison
 from .evaluate import Evaluation
 from .fields import lead_times
 from .figures import draw_figures
+from .netcdf import save_dataset
 from .report import report_of
 from .sums import METRICS
 
@@ -32,8 +32,7 @@ LONG = {
 
 def save(evaluation: Evaluation, directory: Path) -> dict[str, Any]:
     """Writes all of it beside the maps, which are there, and gives what stands in the JSON."""
-    with replacing(directory / SCORES) as beside:
-        dataset_of(evaluation).to_netcdf(beside, engine="h5netcdf")
+    save_dataset(dataset_of(evaluation), directory / SCORES)
     said = as_json(evaluation)
     write_durably(directory / JSON_FILE, json.dumps(said, indent=2) + "\n")
     with xr.open_dataset(directory / MAPS, engine="h5netcdf", decode_timedelta=True) as maps:
@@ -96,9 +95,7 @@ def _spectra(evaluation: Evaluation) -> dict[str, Any]:
 
 def _attributes(evaluation: Evaluation) -> dict[str, Any]:
     return {
-        "Conventions": "CF-1.8",
-        "title": f"Scores of {', '.join(one.name for one in evaluation.entries)}",
-        "source": f"faconv_hpc {__version__}",
+        **attributes_of(f"Scores of {', '.join(one.name for one in evaluation.entries)}"),
         "truth": evaluation.truth,
         "climatology": evaluation.made_of.kind,
         "climatology_dates": ", ".join(evaluation.made_of.dates),
@@ -129,8 +126,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         ],
         "skills": list(_rows(evaluation)),
     }
-    plain: dict[str, Any] = _plain(said)
-    return plain
+    ready: dict[str, Any] = json_ready(said)
+    return ready
 
 
 def _left_out(one: Comparison, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -151,13 +148,3 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
                     row |= {name: float(evaluation.metrics[name][lead, place, number])}
                     row |= {f"{name}_low": low, f"{name}_high": high}
                 yield row
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.item() if isinstance(value, np.generic) else value

@@ -135,7 +135,7 @@ def sensitivity_of(
         if not known:
             raise InputError(
                 f"{question.variable.name!r} is missing in every cell of --region {question.region} in the forecast "
-                f"from {start.times.date(start.window - 1)}. Give a larger region, or another --variable."
+                f"from {start.date}. Give a larger region, or another --variable."
             )
         answer = (field_YX.where(known_YX, 0.0) * share_YX).sum() / known
         (gradient,) = torch.autograd.grad(answer, inputs_BTCYX)

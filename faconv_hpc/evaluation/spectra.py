@@ -22,10 +22,27 @@ class Spectra:
     """Of fields on a grid.
 
     Attributes:
-        grid: see `reason_against`.
+        grid: there are none where `reason` says why.
     """
 
     grid: LatLonGrid
+
+    @cached_property
+    def reason(self) -> str:
+        """Why there are no spectra on the grid; empty where there are."""
+        grid, latitude = self.grid, np.rad2deg(self.grid.latitude)
+        if grid.lon_boundary != Boundary.PERIODIC or grid.equal_area:
+            return "longitudes do not go around the globe"
+        if grid.nlat < 4 or grid.nlon < 4:
+            return f"{grid.nlat} x {grid.nlon} cells are too few"
+        ends = [(90 - abs(latitude[at]), abs(latitude[at] - latitude[inner])) for at, inner in ((0, 1), (-1, -2))]
+        if any(gap > row + 1e-3 for gap, row in ends):
+            return f"latitudes from {latitude[0]:g} to {latitude[-1]:g} do not reach the poles"
+        degree = 2 * int(self.total_wavenumbers[-1])
+        integrals = np.polynomial.legendre.legvander(np.sin(grid.latitude), degree).T @ self._weights_Y
+        if np.abs(integrals - 2 * (np.arange(degree + 1) == 0)).max() > FITS:
+            return "latitudes are too uneven for an integral over the sphere"
+        return ""
 
     @cached_property
     def zonal_wavenumbers(self) -> NDArray[np.int64]:
@@ -87,20 +104,3 @@ def quadrature(grid: LatLonGrid, degree: int) -> NDArray[np.float64]:
     change_Y = np.linalg.lstsq(scaled_KY, wanted_K - scaled_KY.sum(axis=1), rcond=None)[0]
     weights_Y: NDArray[np.float64] = areas_Y * (1 + change_Y)
     return weights_Y
-
-
-def reason_against(grid: LatLonGrid) -> str:
-    """Why there are no spectra on a grid; empty where there are."""
-    if grid.lon_boundary != Boundary.PERIODIC or grid.equal_area:
-        return "longitudes do not go around the globe"
-    latitude = np.rad2deg(grid.latitude)
-    if grid.nlat < 4 or grid.nlon < 4:
-        return f"{grid.nlat} x {grid.nlon} cells are too few"
-    ends = [(90 - abs(latitude[place]), abs(latitude[place] - latitude[next_])) for place, next_ in ((0, 1), (-1, -2))]
-    if any(gap > row + 1e-3 for gap, row in ends):
-        return f"latitudes from {latitude[0]:g} to {latitude[-1]:g} do not reach the poles"
-    degree = 2 * int(Spectra(grid).total_wavenumbers[-1])
-    integrals = np.polynomial.legendre.legvander(np.sin(grid.latitude), degree).T @ quadrature(grid, degree)
-    if np.abs(integrals - 2 * (np.arange(degree + 1) == 0)).max() > FITS:
-        return "latitudes are too uneven for an integral over the sphere"
-    return ""

@@ -1,6 +1,6 @@
-"""Places, months and durations in words, for reports."""
+"""Places, months, durations and units in words, and tables, for reports and figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..data.times import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from .seasons import MONTHS
@@ -17,6 +17,16 @@ def longitude_in_words(degrees: float) -> str:
     """Such as ``30°W``."""
     east = (degrees + 180) % 360 - 180
     return f"{abs(east):.4g}°{'E' if east > 0 else 'W' if east < 0 else ''}"
+
+
+def with_units(what: str, units: str) -> str:
+    """Such as ``RMSE [K]``; without units as it is."""
+    return f"{what} [{units}]" if units else what
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))
 
 
 def plain(units: str) -> str:

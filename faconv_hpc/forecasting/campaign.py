@@ -80,7 +80,7 @@ def plan_campaign(
     timeline = Timeline(frames, contract, window, steps)
     seconds = [timeline.last()] if list(start) == [LAST] else seconds_of(start, contract.calendar)
     starts = tuple(timeline.start(second) for second in seconds)
-    dates = [one.times.date(one.window - 1) for one in starts]
+    dates = [one.date for one in starts]
     told = f"{len(dates)} dates from {dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]
     request = {
         "--data": asked_of_data(frames),
@@ -154,7 +154,7 @@ def run_campaign(
             with arithmetic("fp32", forecaster.device):
                 _Work(forecaster, campaign, writer, mesh, output).do(todo, progress)
             finish_output(writer, output, mesh)
-    dates = [one.times.date(one.window - 1) for one in campaign.starts]
+    dates = [one.date for one in campaign.starts]
     names, steps = tuple(one.name for one in campaign.layout.fields), campaign.layout.leads_s.size
     return Summary(str(output), names, count, kept, steps, dates[0], dates[-1], time.monotonic() - began)
 

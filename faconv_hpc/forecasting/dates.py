@@ -75,6 +75,11 @@ class Start:
         return int(self.times.seconds[self.window - 1])
 
     @property
+    def date(self) -> str:
+        """Of the start, for people."""
+        return self.times.date(self.window - 1)
+
+    @property
     def leads_s(self) -> NDArray[np.int64]:
         """(N,) from the start to each lead."""
         leads: NDArray[np.int64] = self.times.seconds[self.window :] - self.second

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..data.times import EPOCH_UNITS, SECONDS_PER_HOUR
 from ..errors import InputError
 from ..training.contract import Contract
+from ..versions import __version__
 from .dates import Start
 from .names import Field, fields_of
 
@@ -18,6 +19,11 @@ DIMS = ("init_time", "lead_time", "level", "latitude", "longitude")
 CONVENTIONS = "CF-1.8"
 CHUNK_BYTES = 16 * 2**20
 VALUE_BYTES = 4
+
+
+def attributes_of(title: str) -> dict[str, str]:
+    """Of every file that is made of forecasts and embeddings."""
+    return {"Conventions": CONVENTIONS, "title": title, "source": f"faconv_hpc {__version__}"}
 
 
 class Coordinate(NamedTuple):
@@ -49,7 +55,7 @@ class ForecastLayout:
         for one in starts:
             if not np.array_equal(one.leads_s, first.leads_s):
                 raise InputError(
-                    f"the steps after {first.times.date(first.window - 1)} and after {one.times.date(one.window - 1)} "
+                    f"the steps after {first.date} and after {one.date} "
                     f"are not of the same length, and one file has one lead_time. Forecast from them one by one."
                 )
         return cls(contract, np.array([one.second for one in starts], dtype=np.int64), first.leads_s)

@@ -15,9 +15,8 @@ from ..errors import InputError, is_out_of_reach
 from ..files import cannot_write, flush_entries, write_durably
 from ..locks import locked_directory
 from ..spatial.mesh import ProcessMesh
-from ..versions import __version__
 from . import netcdf, zarr_store
-from .layout import CONVENTIONS, ForecastLayout
+from .layout import ForecastLayout, attributes_of
 
 ATTRIBUTES = {".nc": netcdf.attributes_in, ".zarr": zarr_store.attributes_in}
 REQUEST_FILE, LOCK_FILE = "request.json", ".lock"
@@ -216,9 +215,7 @@ def _attributes(product: Product[Any, Any], request: Request) -> dict[str, str]:
     """Of every file: CF's, and who made it of what."""
     said = {option: asdict(asked) for option, asked in request.items()}
     return {
-        "Conventions": CONVENTIONS,
-        "title": f"{product.title} {request['MODEL'].told}",
-        "source": f"faconv_hpc {__version__}",
+        **attributes_of(f"{product.title} {request['MODEL'].told}"),
         "network_sha256": request["MODEL"].value,
         product.request: json.dumps(said, sort_keys=True),
     }

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.annual_cycle import basis, most_harmonics
+from ..files import json_ready
 from ..model.subspace import HARMONICS
 
 Rows = NDArray[np.float64]
@@ -43,7 +44,8 @@ class EmbeddingSkill:
 
     def as_json(self) -> dict[str, Any]:
         """JSON knows no NaN and no infinity: they are None."""
-        return {key: one if math.isfinite(one) else None for key, one in asdict(self).items()}
+        ready: dict[str, Any] = json_ready(asdict(self))
+        return ready
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..config import RunConfig
 from ..data.samples import Windows
-from ..files import read_json_lines, write_durably, write_json_lines
+from ..files import json_ready, read_json_lines, write_durably, write_json_lines
 from ..versions import versions
 from .contract import Contract
 from .embeddings import EmbeddingSkill
@@ -74,11 +74,7 @@ class StepRecord:
 
     def to_json(self) -> str:
         """One line; numbers that are not finite are null, which every JSON reader takes."""
-        values: dict[str, Any] = asdict(self)
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[name] = None
-        return json.dumps(values)
+        return json.dumps(json_ready(asdict(self)))
 
     @classmethod
     def from_row(cls, values: Mapping[str, Any]) -> "StepRecord":

@@ -1,6 +1,5 @@
 """Errors of forecasts beside persistence's and climatology's: area-weighted RMSE per variable and lead."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..data.climatology import Climatology
 from ..data.samples import Batch, Windows
 from ..data.variables import Channels
+from ..files import json_ready
 from ..model.network import NetworkOutput
 from ..observe import READING
 from ..spatial.domain import Domain
@@ -38,8 +38,8 @@ class Skill:
 
     def as_json(self) -> dict[str, Any]:
         """Its values and the ratio; JSON knows no NaN and no infinity: they are None."""
-        values = asdict(self) | {"ratio": self.ratio}
-        return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in values.items()}
+        ready: dict[str, Any] = json_ready(asdict(self) | {"ratio": self.ratio})
+        return ready
 
 
 @dataclass(frozen=True)
