@@ -13,13 +13,13 @@ from faconv_hpc import Forecaster
 from faconv_hpc.data.store import Store
 from faconv_hpc.data.times import TimeAxis
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.embedding_file import read_embeddings
-from faconv_hpc.evaluation.partitions import partitions_of
-from faconv_hpc.evaluation.records import Record
-from faconv_hpc.evaluation.regime_figures import draw_calendar
-from faconv_hpc.evaluation.regime_files import write_netcdf
-from faconv_hpc.evaluation.regime_report import write_report
-from faconv_hpc.evaluation.regimes import find_regimes
+from faconv_hpc.evaluation.regimes.embedding_file import read_embeddings
+from faconv_hpc.evaluation.regimes.figures import draw_calendar
+from faconv_hpc.evaluation.regimes.files import write_netcdf
+from faconv_hpc.evaluation.regimes.find import find_regimes
+from faconv_hpc.evaluation.regimes.partitions import partitions_of
+from faconv_hpc.evaluation.regimes.records import Record
+from faconv_hpc.evaluation.regimes.report import write_report
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.embeddings import plan_embedding, run_embedding
 from faconv_hpc.prepare.preparation import prepare
@@ -111,18 +111,18 @@ def test_killed_and_started_again_they_are_the_same(made, alone, tmp_path):
     code = """
 import os, signal
 from faconv_hpc.data.times import TimeAxis
-from faconv_hpc.evaluation.embedding_file import read_embeddings
-from faconv_hpc.evaluation.partitions import partitions_of
-from faconv_hpc.evaluation.records import Record
-from faconv_hpc.evaluation.regime_figures import draw_calendar
-from faconv_hpc.evaluation.regime_files import write_netcdf
-from faconv_hpc.evaluation.regime_report import write_report
-from faconv_hpc.evaluation.regimes import find_regimes
-from faconv_hpc.evaluation.records import Record
-from faconv_hpc.evaluation.regime_figures import draw_calendar
-from faconv_hpc.evaluation.regime_files import write_netcdf
-from faconv_hpc.evaluation.regime_report import write_report
-from faconv_hpc.evaluation.regimes import find_regimes
+from faconv_hpc.evaluation.regimes.embedding_file import read_embeddings
+from faconv_hpc.evaluation.regimes.partitions import partitions_of
+from faconv_hpc.evaluation.regimes.records import Record
+from faconv_hpc.evaluation.regimes.figures import draw_calendar
+from faconv_hpc.evaluation.regimes.files import write_netcdf
+from faconv_hpc.evaluation.regimes.report import write_report
+from faconv_hpc.evaluation.regimes.find import find_regimes
+from faconv_hpc.evaluation.regimes.records import Record
+from faconv_hpc.evaluation.regimes.figures import draw_calendar
+from faconv_hpc.evaluation.regimes.files import write_netcdf
+from faconv_hpc.evaluation.regimes.report import write_report
+from faconv_hpc.evaluation.regimes.find import find_regimes
 from faconv_hpc.forecasting import embeddings
 from faconv_hpc.forecasting.forecaster import Forecaster
 embeddings.PART_TIMES = 20

@@ -13,12 +13,12 @@ import forecasts
 from faconv_hpc import Forecaster
 from faconv_hpc.cli.app import app
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation import explain as explain_module
-from faconv_hpc.evaluation.attention_maps import looks_of
-from faconv_hpc.evaluation.explain import check_memory, explain, write_netcdf
-from faconv_hpc.evaluation.explain_figures import _box
-from faconv_hpc.evaluation.explain_report import write_report
-from faconv_hpc.evaluation.sensitivity import Question, Region, sensitivity_of
+from faconv_hpc.evaluation.explanation import explain as explain_module
+from faconv_hpc.evaluation.explanation.attention_maps import looks_of
+from faconv_hpc.evaluation.explanation.explain import check_memory, explain, write_netcdf
+from faconv_hpc.evaluation.explanation.figures import _box
+from faconv_hpc.evaluation.explanation.report import write_report
+from faconv_hpc.evaluation.explanation.sensitivity import Question, Region, sensitivity_of
 from faconv_hpc.forecasting.campaign import open_frames
 from faconv_hpc.forecasting.dates import Timeline
 from faconv_hpc.forecasting.sources import dataset_frames

@@ -18,18 +18,17 @@ from faconv_hpc.cli.app import app
 from faconv_hpc.data.statistics import row_weights
 from faconv_hpc.data.times import TimeAxis
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation import partitions, regime_figures
-from faconv_hpc.evaluation import regimes as regimes_module
-from faconv_hpc.evaluation.embedding_file import read_embeddings
-from faconv_hpc.evaluation.partitions import by_size, partitions_of, silhouettes_of_chance
-from faconv_hpc.evaluation.records import Record, data_space_of
-from faconv_hpc.evaluation.regime_facts import _runs
-from faconv_hpc.evaluation.regime_figures import draw_numbers
-from faconv_hpc.evaluation.regime_files import as_dict, write_netcdf
-from faconv_hpc.evaluation.regime_report import _compared, write_report
-from faconv_hpc.evaluation.regimes import find_regimes
+from faconv_hpc.evaluation.regimes import figures, find, partitions
+from faconv_hpc.evaluation.regimes.embedding_file import read_embeddings
+from faconv_hpc.evaluation.regimes.facts import _runs
+from faconv_hpc.evaluation.regimes.figures import draw_numbers
+from faconv_hpc.evaluation.regimes.files import as_dict, write_netcdf
+from faconv_hpc.evaluation.regimes.find import find_regimes
+from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, silhouettes_of_chance
+from faconv_hpc.evaluation.regimes.records import Record, data_space_of
+from faconv_hpc.evaluation.regimes.report import _compared, write_report
+from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
-from faconv_hpc.evaluation.spaces import Metrics, Space
 from faconv_hpc.evaluation.words import duration_in_words, latitude_in_words, longitude_in_words, months_in_words
 from faconv_hpc.forecasting.embeddings import EmbeddingLayout, EmbeddingWriter
 
@@ -355,14 +354,14 @@ def faconv(*arguments):
 
 
 def test_the_command_leaves_all_that_a_reader_needs(site, embedded, found, tmp_path, monkeypatch):
-    monkeypatch.setattr(regime_figures, "SHOWN", 1)  # of the variables: maps take their time
+    monkeypatch.setattr(figures, "SHOWN", 1)  # of the variables: maps take their time
     out, options = tmp_path / "out", ("--clusters", "2-5", "--seeds", 2, "--harmonics", 2, "--json")
     told = faconv(embedded, "--data", site[0] / "store", "--output", out, *options)
     assert told.strip() == (out / "regimes.json").read_text().strip()
     report = (out / "report.md").read_text()
     assert "**3 regimes.**" in report and "are more than seasons" in report
-    figures = re.findall(r"!\[[^]]+\]\((\S+)\)", report)
-    assert len(figures) == 5 and all((out / name).stat().st_size > 10_000 for name in figures)
+    drawn = re.findall(r"!\[[^]]+\]\((\S+)\)", report)
+    assert len(drawn) == 5 and all((out / name).stat().st_size > 10_000 for name in drawn)
     assert report.count("| network | k-means |") == 2  # in two spaces
     for one in json.loads((out / "regimes.json").read_text())["regimes"]:
         assert f"| {one['number']} | {one['times']} |" in report
@@ -379,7 +378,7 @@ def test_the_command_leaves_all_that_a_reader_needs(site, embedded, found, tmp_p
 
 
 def test_what_does_not_fit_in_memory_is_thinned_and_said(site, embedded, tmp_path, monkeypatch):
-    monkeypatch.setattr(regimes_module, "MOST_TIMES", 40)
+    monkeypatch.setattr(find, "MOST_TIMES", 40)
     embeddings, labels = read_embeddings(embedded), planted()[0]
 
     def reported(memory_gib):

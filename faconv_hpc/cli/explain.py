@@ -12,7 +12,7 @@ from .ranks import job_ranks
 from .trained import Model, OfSequence, check_directory, paths_of, shown_stages
 
 if TYPE_CHECKING:
-    from ..evaluation.explain import Explanation
+    from ..evaluation.explanation.explain import Explanation
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="For report.md, figures and explain.nc.")]
 Samples = Annotated[int, typer.Option(min=1, help="Dates to average over, spread over those that the data allow.")]
@@ -44,8 +44,8 @@ def explain_command(
 
     Example: `faconv explain runs/quickstart_era5 --output explained --region 40,60,-20,20 --lead 2`
     """
-    from ..evaluation.explain import explain
-    from ..evaluation.sensitivity import Question, Region
+    from ..evaluation.explanation.explain import explain
+    from ..evaluation.explanation.sensitivity import Question, Region
     from ..forecasting.forecaster import Forecaster
     from ..spatial.device import check_device, device_for
     from ..training.loading import about_network
@@ -68,9 +68,9 @@ def explain_command(
 
 
 def _write(found: "Explanation", output: Path) -> None:
-    from ..evaluation.explain import write_netcdf
-    from ..evaluation.explain_figures import draw_all
-    from ..evaluation.explain_report import NETCDF, REPORT, write_report
+    from ..evaluation.explanation.explain import write_netcdf
+    from ..evaluation.explanation.figures import draw_all
+    from ..evaluation.explanation.report import NETCDF, REPORT, write_report
 
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from .options import AsJson
 from .trained import OfSequence, check_directory, paths_in, shown_stages
 
 if TYPE_CHECKING:
-    from ..evaluation.regimes import Regimes
+    from ..evaluation.regimes.find import Regimes
 
 Embedding = Annotated[Path, typer.Argument(metavar="EMBEDDING", help="A file that `faconv embed` has written.")]
 Data = Annotated[
@@ -58,9 +58,9 @@ def regimes_command(
 
     Example: `faconv regimes embeddings.nc --data data/era5 --output regimes`
     """
-    from ..evaluation.embedding_file import read_embeddings
-    from ..evaluation.records import Record
-    from ..evaluation.regimes import find_regimes
+    from ..evaluation.regimes.embedding_file import read_embeddings
+    from ..evaluation.regimes.find import find_regimes
+    from ..evaluation.regimes.records import Record
 
     embeddings, paths = read_embeddings(embedding), paths_in(data or ())
     check_directory(output, [*paths, embedding])
@@ -88,9 +88,9 @@ def _numbers(text: str | None, times: int) -> range:
 
 
 def _write(found: "Regimes", output: Path, seeds: int) -> None:
-    from ..evaluation.regime_figures import draw_all
-    from ..evaluation.regime_files import JSON, NETCDF, write_json, write_netcdf
-    from ..evaluation.regime_report import REPORT, write_report
+    from ..evaluation.regimes.figures import draw_all
+    from ..evaluation.regimes.files import JSON, NETCDF, write_json, write_netcdf
+    from ..evaluation.regimes.report import REPORT, write_report
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -103,8 +103,8 @@ def _write(found: "Regimes", output: Path, seeds: int) -> None:
 
 
 def _show(found: "Regimes", output: Path, as_json: bool) -> None:
-    from ..evaluation.regime_files import json_of
-    from ..evaluation.regime_report import REPORT
+    from ..evaluation.regimes.files import json_of
+    from ..evaluation.regimes.report import REPORT
 
     if as_json:
         print(json_of(found), end="")

@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from ..look import Colours, colour_bar, draw_map, dress, line_style, new_figure, save_figure
+from ...look import Colours, colour_bar, draw_map, dress, line_style, new_figure, save_figure
+from ..seasons import SEASONS
+from ..words import latitude_in_words
 from .explain import Explanation
-from .seasons import SEASONS
-from .words import latitude_in_words
 
 SHOWN_STEPS, SHOWN_VARIABLES = 4, 3
 QUERIES_DEG = (60.0, 30.0, 0.0, -30.0, -60.0)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..data.times import EPOCH_UNITS
-from ..files import json_ready, write_durably
-from ..forecasting.layout import attributes_of
-from .netcdf import grid_coordinates, save_dataset
+from ...data.times import EPOCH_UNITS
+from ...files import json_ready, write_durably
+from ...forecasting.layout import attributes_of
+from ..netcdf import grid_coordinates, save_dataset
+from .facts import facts_of
+from .find import CHOSEN, Judged, Regimes
 from .partitions import METHODS
-from .regime_facts import facts_of
-from .regimes import CHOSEN, Judged, Regimes
 
 NETCDF, JSON = "regimes.nc", "regimes.json"
 NO_LABEL = 0

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 import xarray as xr
 
-from ..data.periods import evenly
-from ..errors import InputError
-from ..forecasting.campaign import asked_of, open_frames
-from ..forecasting.dates import Timeline
-from ..forecasting.forecaster import Forecaster
-from ..forecasting.layout import attributes_of
-from ..model.layer import FAConvLSTM2d
+from ...data.periods import evenly
+from ...errors import InputError
+from ...forecasting.campaign import asked_of, open_frames
+from ...forecasting.dates import Timeline
+from ...forecasting.forecaster import Forecaster
+from ...forecasting.layout import attributes_of
+from ...model.layer import FAConvLSTM2d
+from ..netcdf import grid_coordinates, save_dataset
+from ..seasons import SEASONS
 from .attention_maps import Looks, looks_of
-from .netcdf import grid_coordinates, save_dataset
-from .seasons import SEASONS
 from .sensitivity import Question, Sensitivity, sensitivity_of
 
 GIB = 2**30

@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.times import TimeAxis
+from ...data.times import TimeAxis
+from ..seasons import MONTHS, Season, Told, counts_of, seasonal_share_of, told_by_month
 from .embedding_file import EmbeddingFile
 from .partitions import (
     METHODS,
@@ -20,7 +21,6 @@ from .partitions import (
     suggest,
 )
 from .records import Composites, DataSpace, Record, composites_of, data_space_of
-from .seasons import MONTHS, Season, Told, counts_of, seasonal_share_of, told_by_month
 from .spaces import Metrics, Space
 
 MOST_TIMES = 4000  # whose distances from each other are kept: 128 MB for each kind of distance and space

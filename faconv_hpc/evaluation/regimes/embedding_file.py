@@ -9,12 +9,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ..data.layout import SEQUENCE
-from ..data.times import TimeAxis
-from ..errors import InputError
-from ..files import check_in_reach
-from ..forecasting.embeddings import CONTRACT, EMBEDDINGS, NAMES, WINDOW
-from ..training.contract import Contract
+from ...data.layout import SEQUENCE
+from ...data.times import TimeAxis
+from ...errors import InputError
+from ...files import check_in_reach
+from ...forecasting.embeddings import CONTRACT, EMBEDDINGS, NAMES, WINDOW
+from ...training.contract import Contract
 
 OTHER_TITLE = "The embeddings"
 

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..forecasting.dates import Start
-from ..forecasting.forecaster import Forecaster
-from ..forecasting.frames import Frames
-from ..model.attention import AxialAttention
-from ..model.layer import FAConvLSTM2d
-from .seasons import SEASONS
+from ...forecasting.dates import Start
+from ...forecasting.forecaster import Forecaster
+from ...forecasting.frames import Frames
+from ...model.attention import AxialAttention
+from ...model.layer import FAConvLSTM2d
+from ..seasons import SEASONS
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from ..data.times import SECONDS_PER_DAY
-from ..look import (
+from ...data.times import SECONDS_PER_DAY
+from ...look import (
     LINE_COLOURS,
     SMALL,
     Colours,
@@ -21,10 +21,10 @@ from ..look import (
     new_figure,
     save_figure,
 )
+from ..seasons import MONTHS, SEASONS
+from ..words import MONTH_NAMES, with_units
+from .find import CHOSEN, Regimes, Source
 from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE
-from .regimes import CHOSEN, Regimes, Source
-from .seasons import MONTHS, SEASONS
-from .words import MONTH_NAMES, with_units
 
 FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
 SHOWN = 4  # variables of composites at most

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.unknown_names import index_of
-from ..data.variables import Variable
-from ..errors import InputError
-from ..forecasting.dates import Start
-from ..forecasting.forecaster import Forecaster
-from ..forecasting.frames import Frames
-from ..training.contract import Contract
-from ..training.units import reference_of
-from .words import latitude_in_words, longitude_in_words
+from ...data.unknown_names import index_of
+from ...data.variables import Variable
+from ...errors import InputError
+from ...forecasting.dates import Start
+from ...forecasting.forecaster import Forecaster
+from ...forecasting.frames import Frames
+from ...training.contract import Contract
+from ...training.units import reference_of
+from ..words import latitude_in_words, longitude_in_words
 
 
 @dataclass(frozen=True)

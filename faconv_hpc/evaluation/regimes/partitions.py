@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_score
 from sklearn.mixture import GaussianMixture
 
-from ..errors import InputError
+from ...errors import InputError
 from .spaces import Metrics
 
 Method = Literal["kmeans", "gmm"]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from sklearn.metrics import adjusted_rand_score
 
-from ..files import write_durably
+from ...files import write_durably
+from ..words import duration_in_words, latitude_in_words, longitude_in_words, plain, table, with_units
+from .facts import RegimeFacts, facts_of
+from .files import JSON, NETCDF
+from .find import CHOSEN, Judged, Regimes
 from .partitions import CHANCE_PERCENT, KMEANS_STARTS, METHODS, MIXTURE_STARTS, SURROGATES
-from .regime_facts import RegimeFacts, facts_of
-from .regime_files import JSON, NETCDF
-from .regimes import CHOSEN, Judged, Regimes
 from .spaces import Metrics
-from .words import duration_in_words, latitude_in_words, longitude_in_words, plain, table, with_units
 
 REPORT = "report.md"
 ALIKE = 0.02  # silhouettes and Rand indices that differ by less are given without a verdict

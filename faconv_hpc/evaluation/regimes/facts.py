@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.times import SECONDS_PER_HOUR, TimeAxis
-from .regimes import Regimes
-from .words import months_in_words
+from ...data.times import SECONDS_PER_HOUR, TimeAxis
+from ..words import months_in_words
+from .find import Regimes
 
 
 @dataclass(frozen=True)

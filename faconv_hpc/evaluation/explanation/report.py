@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_durably
+from ...files import write_durably
+from ..seasons import SEASONS
+from ..words import latitude_in_words, longitude_in_words, plain, table
 from .attention_maps import Looks
 from .explain import Explanation
-from .seasons import SEASONS
 from .sensitivity import Sensitivity
-from .words import latitude_in_words, longitude_in_words, plain, table
 
 NETCDF, REPORT = "explain.nc", "report.md"
 EVEN = 1.2  # times an even weight, below which attention has hardly a preference
