@@ -1,10 +1,7 @@
 """The only place that knows DeepSpeed: forward, backward, step, and the full state of a sharded run."""
 
 import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from ..spatial.domain import Domain
 from ..spatial.environment import deepspeed_finds
 from ..spatial.mesh import ProcessMesh
 from .deepspeed_config import deepspeed_config
+from .deepspeed_start import quiet, without_compiler
 from .frozen import frozen_in, unasked
 from .optimizers import optimizer_of
 from .shards import AVERAGE
@@ -49,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, network: FAConvLSTMNetwork, mesh: ProcessMesh, training: TrainingConfig) -> None:
-        with _quiet(), _without_compiler(), deepspeed_finds(mesh.device.type, mesh.device.index):
+        with quiet(), without_compiler(), deepspeed_finds(mesh.device.type, mesh.device.index):
             import deepspeed  # here, so that only ranks that train pay for the import
 
             # Not compiled: an all-reduce for inference on CPUs that training never calls. Its build takes a
@@ -60,6 +58,7 @@ class Engine:
             groups = deepspeed.utils.groups  # its own group would know no training.timeout_s
             groups._WORLD_GROUP = groups._WORLD_GROUP or mesh.new_group_of_job()
             self.network = network.to(mesh.device)
+            whole = self._of_first_rank(mesh) if training.precision == "bf16" else {}
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,
                 optimizer=optimizer_of(self.network, training),
@@ -74,11 +73,24 @@ class Engine:
         self._frozen = [parameter for parameter, name in self._names.items() if name in frozen]
         self._timed = _timed_collectives() if mesh.device.type == "cpu" else None
         self.gradient_norm = torch.tensor(float("nan"), device=mesh.device)
+        self._put_whole(whole)
         # Torch makes the moments at the first update, which may be left out; and in bf16 at ZeRO 0 DeepSpeed makes
         # them by a step of its own, which Adam counts.
         self._prepare_moments(0)
         self.take_communication_s()  # forget what setting up has cost
         self.activation_type = ACTIVATIONS[training.precision]
+
+    def _of_first_rank(self, mesh: ProcessMesh) -> dict[str, Tensor]:
+        """The weights as they are, which DeepSpeed would round to bf16 before it makes its fp32 values. Collective."""
+        named = self.network.named_parameters()
+        return {name: mesh.from_rank(parameter.detach(), parameter.shape, 0) for name, parameter in named}
+
+    def _put_whole(self, whole: Mapping[str, Tensor]) -> None:
+        """Puts fp32 values in place of all parameters, or nothing in place of any. Collective."""
+        for parameter, name in self._names.items() if whole else ():
+            self._set(parameter, whole[name])
+        if whole:
+            self._refresh_low_precision()
 
     def forward(self, inputs_BTCYX: Tensor, year_fraction_BT: Tensor, domain: Domain, **further: Any) -> NetworkOutput:
         """The network's output, from inputs in float32 at every precision. See `FAConvLSTMNetwork.forward`."""
@@ -365,30 +377,3 @@ def _part_of(full: Tensor) -> Tensor:
 def _kept(value: Tensor) -> Tensor:
     """A copy in host memory that later steps do not change."""
     return value.detach().to("cpu", torch.float32, copy=True)
-
-
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """DeepSpeed imports an optimizer (Muon) whose decorators load all of torch's compiler: 3 s of every start."""
-    compiler = torch.compile
-    torch.compile = lambda function=None, **options: function or (lambda one: one)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiler
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its build steps; they are shown only if it fails."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's calls
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            yield
-    except BaseException:
-        print(printed.getvalue())
-        raise
-    finally:
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
