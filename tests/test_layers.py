@@ -19,7 +19,7 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.model import native, sweep
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
 from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, TracedKernels, Turn, kernels_for
-from faconv_hpc.model.subspace import coarse_means, seasonal_encoding
+from faconv_hpc.model.subspace import SubspaceHead, coarse_means, seasonal_encoding
 from faconv_hpc.model.taps import Taps
 from faconv_hpc.spatial import collectives
 from faconv_hpc.spatial.area_mean import AreaMean, RegionMeans
@@ -641,6 +641,72 @@ def test_sequences_of_different_length_equal_each_by_itself(cell):
     torch.testing.assert_close(
         network.forecast_loss(beyond, target, domain).value, network.forecast_loss(together, target, domain).value
     )
+
+
+def beyond_the_end(x, valid_BT):
+    """The same with no numbers at the steps that are not valid."""
+    filled = x.clone()
+    filled[~valid_BT] = torch.nan
+    return filled
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        ("faconvlstm", {"attention_every": 2}),
+        ("faconvlstm", {"attention_every": 3, "kernels": "compiled", "checkpoint_steps": 2}),
+        ("convlstm", {}),
+    ],
+    ids=["eager", "compiled, in segments", "convlstm"],
+)
+def test_what_fills_up_a_sequence_reaches_neither_losses_nor_gradients(cell, options):
+    """Nor do no numbers: 0 times them is none."""
+    options = options | {"embedding_channels": 16, "coarse_shape": (2, 2)}
+    network, domain = randomized(FAConvLSTMNetwork(3, 2, 8, 2, cell=cell, **options)), Domain(LatLonGrid(5, 7))
+    x, target, season = random_like((2, 5, 3, 5, 7), 0), random_like((2, 5, 2, 5, 7), 2), random_like((2, 5), 1)
+    valid_BT = torch.arange(5) < torch.tensor([[3], [5]])
+    known = random_like(target.shape, 3) > -1
+    x_filled, target_filled, season_filled = (beyond_the_end(one, valid_BT) for one in (x, target, season.sigmoid()))
+    weights = list(network.parameters())
+
+    def with_gradients(x, season, target, known, valid=None):
+        output = network(x, season, domain=domain, valid_BT=valid)
+        loss = network.losses(output, x, target, domain, known).total
+        return loss.value, *torch.autograd.grad(loss.objective, weights)
+
+    alone = []
+    for sample, length in enumerate((3, 5)):
+        part = (slice(sample, sample + 1), slice(length))
+        alone.append(with_gradients(x[part], season.sigmoid()[part], target[part], known[part]))
+    want = [torch.stack(of_samples).mean(0) for of_samples in zip(*alone, strict=True)]
+    got = with_gradients(x_filled, season_filled, target_filled, known, valid_BT)
+    torch.testing.assert_close(list(got), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [lambda: FAConvLSTM2d(3, 8, attention_every=2), lambda: ConvLSTM2d(3, 8)])
+def test_a_layer_takes_no_numbers_where_a_sample_has_ended(make):
+    layer, x, valid_BT = randomized(make()), random_like((2, 5, 3, 5, 7), 0), torch.ones(2, 5, dtype=torch.bool)
+    valid_BT[0, 2:], valid_BT[1, 1] = False, False
+    found = []
+    for given in (x, beyond_the_end(x, valid_BT)):
+        given.requires_grad_()
+        out, (h, c) = layer(given, valid_BT=valid_BT)
+        objective = (out * random_like(out.shape, 1)).sum() + (h * c).sum()
+        found.append([out, h, c, *torch.autograd.grad(objective, [given, *layer.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert found[1][3][valid_BT].abs().min() > 0 and not found[1][3][~valid_BT].any()
+
+
+@pytest.mark.parametrize("make", [
+    lambda x: FAConvLSTM2d(3, 8, attention_every=0)(x),
+    lambda x: FAConvLSTM2d(3, 8, attention_every=2)(x),
+    lambda x: ConvLSTM2d(3, 8)(x),
+    lambda x: FAConvLSTMNetwork(3, 2, 8, 1, embedding_channels=16, coarse_shape=(2, 2))(x, x.new_zeros(2, 0)),
+    lambda x: SubspaceHead(8, 16, 2, (2, 2))(x.new_zeros(2, 0, 8, 2, 2), x.new_zeros(2, 0)),
+], ids=["layer", "attention", "convlstm", "network", "head"])  # fmt: skip
+def test_a_sequence_of_no_steps_is_refused(make):
+    with pytest.raises(InputError, match=r"a sequence of 0 steps has no output and no last state\. Give it one step"):
+        make(torch.zeros(2, 0, 3, 6, 8))
 
 
 def test_rotating_the_globe_rotates_the_output():

@@ -135,17 +135,18 @@ class FAConvLSTM2d(nn.Module):
             domain: where the tile lies; default: all there is, a plane with zero boundaries.
             first_step: number of steps before this piece, so that attention keeps its period.
             valid_BT: bool, for sequences of different length: at a step that is not valid a sample keeps
-                its state and repeats its output, as Keras does with a mask. The same on every tile.
+                its state and repeats its output, as Keras does with a mask; what the input has there does not count.
+                The same on every tile.
 
         Returns:
             h of every step (B, T, C_h, Y, X), and the state after the last. Backward needs the former: what changes it
             in place raises there. Under autocast all is computed in the weights' type.
 
         Raises:
-            InputError: an input or a state of another shape, type or device.
+            InputError: an input or a state of another shape, type or device, or a sequence of no steps.
         """
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        x_BTCYX = as_taken(x_BTCYX, self.in_channels, self.input_weight.dtype)
+        x_BTCYX = as_taken(x_BTCYX, self.in_channels, self.input_weight.dtype, valid_BT)
         with as_given(x_BTCYX.device):
             return self._swept(x_BTCYX, state, domain, first_step, valid_BT)
 

@@ -63,13 +63,12 @@ def area_mean_squared_error(
     """
     weigh = partial(_weighed, weights=weights, steps=step_weights)
     precision = at_least_float32(predicted_BTCYX.dtype)
-    error_BTCYX = (predicted_BTCYX.to(precision) - target_BTCYX.to(precision)).square()
+    error_BTCYX = _squared_error(predicted_BTCYX.to(precision), target_BTCYX.to(precision), valid_BTCYX)
     if valid_BTCYX is None:
         share = weigh(_area_sum(error_BTCYX, domain)).mean()
     else:
-        valid = valid_BTCYX.to(precision)
-        counted_B = domain.total(weigh(_area_sum(valid, domain)).sum((1, 2)))
-        share_B = weigh(_area_sum(error_BTCYX * valid, domain)).sum((1, 2))
+        counted_B = domain.total(weigh(_area_sum(valid_BTCYX.to(precision), domain)).sum((1, 2)))
+        share_B = weigh(_area_sum(error_BTCYX, domain)).sum((1, 2))
         share = (share_B / counted_B.clamp_min(1e-30)).mean()
     return Loss(objective=share * domain.tiles, value=domain.total(share.detach()))
 
@@ -118,13 +117,19 @@ def shared_mean_squared_error(predicted: Tensor, target: Tensor, valid: Tensor |
     Each sample is averaged over its own valid entries (bool, default: all).
     """
     precision = at_least_float32(predicted.dtype)
-    error = (predicted.to(precision) - target.to(precision)).square()
+    error = _squared_error(predicted.to(precision), target.to(precision), valid)
     if valid is None:
         loss = error.mean()
     else:
         counted_B = valid.flatten(1).sum(1).clamp_min(1)
-        loss = ((error * valid).flatten(1).sum(1) / counted_B).mean()
+        loss = (error.flatten(1).sum(1) / counted_B).mean()
     return Loss(objective=loss, value=loss.detach())
+
+
+def _squared_error(predicted: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """0 where it is not valid, whatever stands there, and so is its gradient: 0 times what is no number is none."""
+    difference = predicted - target
+    return (difference if valid is None else difference.where(valid, 0)).square()
 
 
 def _weighed(x_BTC: Tensor, weights: tuple[float, ...] | None, steps: tuple[float, ...] | None) -> Tensor:

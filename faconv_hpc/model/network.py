@@ -17,8 +17,8 @@ from .convlstm import ConvLSTM2d
 from .feedback import Feedback
 from .layer import FAConvLSTM2d
 from .losses import Loss, area_mean_squared_error, free_run_loss, shared_mean_squared_error
-from .recurrence import State
-from .rules import check_coarse
+from .recurrence import State, known_steps
+from .rules import check_coarse, check_steps
 from .segments import Segments
 from .state import NetworkState, Past
 from .subspace import SubspaceHead, coarse_at_leads, coarse_means
@@ -194,6 +194,8 @@ class FAConvLSTMNetwork(nn.Module):
                 "samples of different length (valid_BT) do not run freely (feedback). Give one of the two."
             )
         window = x_BTCYX.shape[1] if feedback is None else feedback.window
+        check_steps(min(window, x_BTCYX.shape[1]))
+        x_BTCYX = known_steps(x_BTCYX, valid_BT)
         states: Sequence[State | None] = [None] * len(self.layers) if state is None else state.layers
         forecasts, means = [], []
         given_BTCYX, ahead_BTCYX = x_BTCYX.split([window, x_BTCYX.shape[1] - window], dim=1)

@@ -9,13 +9,16 @@ from ..autograd import autocasts
 from ..errors import InputError
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
+from .rules import check_steps
 
 State = tuple[Tensor, Tensor]
 """(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
 
 
-def as_taken(x_BTCYX: Tensor, in_channels: int, activations: torch.dtype) -> Tensor:
+def as_taken(x_BTCYX: Tensor, in_channels: int, activations: torch.dtype, valid_BT: Tensor | None = None) -> Tensor:
     """The input of a layer whose weights are of this type: of the same, or of float32; under autocast of the same.
+
+    0 at steps that are not valid, see `known_steps`.
 
     Raises:
         InputError: it has another shape than the layer takes, or a type that would be rounded.
@@ -25,6 +28,8 @@ def as_taken(x_BTCYX: Tensor, in_channels: int, activations: torch.dtype) -> Ten
             f"the layer takes (batch, time, {in_channels} channels, rows, columns), got {tuple(x_BTCYX.shape)}. "
             f"Permute the tensor, or change in_channels."
         )
+    check_steps(x_BTCYX.shape[1])
+    x_BTCYX = known_steps(x_BTCYX, valid_BT)
     if autocasts(x_BTCYX.device):
         return x_BTCYX.to(activations)
     kinds = dict.fromkeys((activations, at_least_float32(activations)))
@@ -34,6 +39,12 @@ def as_taken(x_BTCYX: Tensor, in_channels: int, activations: torch.dtype) -> Ten
             f"takes {' or '.join(map(str, kinds))}."
         )
     return x_BTCYX
+
+
+def known_steps(x_BTCYX: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """The same with 0 at steps that are not valid: whatever fills them up would reach sums over steps, as 0 times what
+    is no number is none, in the gradients of weights, too."""
+    return x_BTCYX if valid_BT is None else x_BTCYX.where(valid_BT[:, :, None, None, None], 0)
 
 
 def zero_state(like_BTCYX: Tensor, hidden_channels: int) -> State:
@@ -84,7 +95,7 @@ class Unrolled(nn.Module):
         valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """As `FAConvLSTM2d.forward`; ``first_step`` makes no difference here."""
-        x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype)
+        x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype, valid_BT)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         parts_BTCYX = self._of_inputs(x_BTCYX.flatten(0, 1), domain).unflatten(0, x_BTCYX.shape[:2])
         of_steps = parts_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them

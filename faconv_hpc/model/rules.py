@@ -25,6 +25,12 @@ def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention
         raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
 
 
+def check_steps(steps: int) -> None:
+    """Raises InputError for a sequence of none."""
+    if steps < 1:
+        raise InputError(f"a sequence of {steps} steps has no output and no last state. Give it one step or more.")
+
+
 def attention_channels(channels: int, reduction: int, heads: int) -> int:
     """C_a, of queries, keys and values over all heads: C / reduction, rounded up to an even number for each head, as
     rotary positions turn pairs."""

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .rules import check_coarse
+from .rules import check_coarse, check_steps
 from .state import Past
 
 REGION_SHARE = 4  # channels of a region are so many times fewer than those of the embedding
@@ -99,6 +99,9 @@ class SubspaceHead(nn.Module):
         Returns:
             z (B, T, E), the coarse fields (B, T, 1 + leads, C, R, S), and the tokens (B, T, E) that `Past` keeps.
         """
+        check_steps(means_BTCRS.shape[1])
+        if valid_BT is not None:  # whatever fills up a sequence would reach the others as 0 times no number
+            year_fraction_BT = year_fraction_BT.where(valid_BT, 0)
         r_BTRSN = self.region(means_BTCRS.movedim(2, -1))
         token_BTE = self.embed(r_BTRSN.flatten(2))
         if self.season is not None:
