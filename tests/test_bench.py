@@ -5,8 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+import typer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from faconv_hpc import ConvLSTM2d, FAConvLSTM2d
 from faconv_hpc.bench.arithmetic import least_moved_bytes, multiply_adds
@@ -17,6 +19,7 @@ from faconv_hpc.bench.measure import LayerRun, Place, machine_of, measure
 from faconv_hpc.bench.reference import check_comparable, falls, ratios_of
 from faconv_hpc.bench.result import BenchResult
 from faconv_hpc.bench.timing import WARM_UP, interleaved, peak_bytes, timed
+from faconv_hpc.cli.bench import bench_command
 from faconv_hpc.config import MeshConfig
 from faconv_hpc.errors import InputError
 from faconv_hpc.spatial.domain import Domain
@@ -43,6 +46,8 @@ def bench(*arguments):
     return faconv("bench", *arguments, environment={"CUDA_VISIBLE_DEVICES": ""})
 
 
+bench_app = typer.Typer()
+bench_app.command()(bench_command)
 CASE = case_of()
 LAYERS = layers_of(CASE, ["eager"])
 
@@ -322,3 +327,19 @@ def test_another_file_is_no_reference(printed, tmp_path):
 def test_what_cannot_be_measured_is_refused(options, told):
     done = bench(*options)
     assert done.returncode == 2 and told in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--device", "cuda"], "device is cuda, and torch .* can use no GPU on"),
+        (["--precision", "tf32"], "--precision tf32 is how a GPU multiplies, this is a cpu"),
+        (["--kernels", "eager", "--kernels", "triton"], "--kernels triton are those of a GPU, this is a cpu"),
+    ],
+    ids=["device", "precision", "kernels"],
+)
+def test_ranks_are_not_started_for_what_they_would_refuse(monkeypatch, options, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("faconv_hpc.cli.bench.run_ranks", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(InputError, match=told):
+        CliRunner().invoke(bench_app, [*options, "--ranks", "2"], catch_exceptions=False)

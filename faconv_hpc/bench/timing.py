@@ -65,6 +65,9 @@ def interleaved(
 def peak_bytes(work: Work, device: torch.device) -> int | None:
     """Memory that some work takes at most beyond what is there before; None where nothing tells.
 
+    The first run of something in a process counts what is loaded and built for all that follow, too, so let the work
+    run once before. What else a process has done changes little of a layer's (docs/measurements.md).
+
     On a CPU it is the process's, whose allocator gives back at once what is freed meanwhile: how much glibc keeps for
     later hangs on the largest block that was ever freed (mallopt(3), M_MMAP_THRESHOLD).
     """

@@ -87,12 +87,24 @@ def bench_command(
     modes, names, device = kernels or [Kernels.COMPILED], only or [], device or "auto"
     if starts_ranks(ranks):
         check_ranks(case.mesh, ranks, "another --mesh")
+        if device == "cuda" or case.precision == "tf32" or Kernels.TRITON in modes:
+            from ..spatial.device import device_for  # which imports torch
+
+            _check_kind(case, modes, device_for(device).type)
         more = [part for mode in modes for part in ("--kernels", mode)]
         more += [part for name in names for part in ("--only", name)]
         more += ["--against", str(against)] if against else []
         given = ["bench", "--device", device, "--repeats", str(repeats), *_options(case), *more, *["--json"] * as_json]
         raise typer.Exit(run_ranks(given, ranks))
     raise typer.Exit(_bench(case, device, modes, names, repeats, against, as_json))
+
+
+def _check_kind(case: BenchCase, kernels: Sequence[str], kind: str) -> None:
+    """Raises InputError for what only a GPU does, on a device of another kind."""
+    if case.precision == "tf32" and kind != "cuda":
+        raise InputError(f"--precision tf32 is how a GPU multiplies, this is a {kind}. Use fp32 or bf16.")
+    if "triton" in kernels and kind != "cuda":
+        raise InputError(f"--kernels triton are those of a GPU, this is a {kind}. Use eager or compiled.")
 
 
 def _options(case: BenchCase) -> list[str]:
@@ -119,14 +131,7 @@ def _bench(
     makers = layers_of(case, kernels, only)
     reference = BenchResult.load(against) if against else None
     with joined(case.mesh, TIMEOUT_S, device) as mesh:
-        if case.precision == "tf32" and mesh.device.type != "cuda":
-            raise InputError(
-                f"--precision tf32 is how a GPU multiplies, this is a {mesh.device.type}. Use fp32 or bf16."
-            )
-        if "triton" in kernels and mesh.device.type != "cuda":
-            raise InputError(
-                f"--kernels triton are those of a GPU, this is a {mesh.device.type}. Use eager or compiled."
-            )
+        _check_kind(case, kernels, mesh.device.type)
         if reference is not None:
             check_comparable(case, machine_of(mesh.device), reference)
         with Console(stderr=True, quiet=mesh.rank > 0).status("starting") as status:
