@@ -227,6 +227,11 @@ class TrainingConfig(Section):
         (),
         description="of leads 2, 3, ... in the loss, the last for all that follow; default: 1, like a step",
     )
+    input_noise: float = Field(
+        0.0,
+        ge=0,
+        description="deviation of noise on the fields that are given in training, over the fields' own; 0: none",
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard events")
 
     @property

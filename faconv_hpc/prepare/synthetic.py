@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.chunks import chunk_shape
+from ..data.hashing import mixed, start_of, uniform
 from ..data.layout import Channel, StoreLayout
 from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
@@ -77,7 +78,7 @@ class SyntheticFields:
         self._time = layout.time
         draw = np.random.Philox(key=np.array([options.seed % 2**64, 0], dtype=np.uint64))
         raw = draw.random_raw(4 * options.channels * len(WAVENUMBERS)).reshape(4, options.channels, len(WAVENUMBERS))
-        share, pace, phase, direction = _uniform(raw)
+        share, pace, phase, direction = uniform(raw)
         self._amplitude_CK = (0.5 + share) / np.sqrt(np.array(WAVENUMBERS))
         periods_h = 24.0 * (FASTEST_DAYS + (SLOWEST_DAYS - FASTEST_DAYS) * pace)
         self._rate_CK = 2 * np.pi / periods_h * np.array(WAVENUMBERS) * np.where(direction < 0.7, 1.0, -1.0)
@@ -115,23 +116,8 @@ class SyntheticFields:
         """(rows, nlon) of mean 0 and variance 1, from a hash of the cell's number."""
         nlon = self._longitude.size
         cells = np.arange(rows[0] * nlon, rows[1] * nlon, dtype=np.uint64).reshape(-1, nlon)
-        start = _mix(np.array([self._options.seed % 2**64], dtype=np.uint64))
-        for number in (frame, channel):
-            start = _mix(start + np.uint64(number))
-        return np.asarray((_uniform(_mix(cells + start)) - 0.5) * np.sqrt(12.0))
-
-
-def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Numbers in [0, 1) of the upper 53 bits."""
-    return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _mix(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea & Flood 2014): neighbours in, nothing alike out. Wraps modulo 2^64."""
-    mixed = number + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+        start = start_of(self._options.seed, frame, channel)
+        return np.asarray((uniform(mixed(cells + start)) - 0.5) * np.sqrt(12.0))
 
 
 def synthesise(

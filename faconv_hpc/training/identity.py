@@ -23,7 +23,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}
     kept |= {
         f"training.{key}": tree["training"][key]
-        for key in ("optimizer", "seed", "rollout", "stateful_windows", "lead_weights", "frozen")
+        for key in ("optimizer", "seed", "rollout", "stateful_windows", "lead_weights", "input_noise", "frozen")
     }
     stretches = stretches_of(axis, workspace.training_spans)
     dates = [axis.label(frame) for frame in (stretches[0].start, stretches[-1].stop - 1)]

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 
 from ..config import RunConfig
-from ..data.order import Order
 from ..data.samples import Batch, ReadAhead, Windows
 from ..data.store import Store
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
@@ -33,10 +32,11 @@ from .free_run import feedback_for
 from .looks import NONE, Looks
 from .machines import machines_of, peak_memory_gib
 from .objective import losses_of
+from .reading import reader, requests
 from .records import Recorder, StepRecord, beginning, ending, look_is_missing, recording
 from .resume import bring_back, contract_of_run, resume
 from .schedule import Leg, Rule, learning_rate, legs_of
-from .setup import Workspace, build_network, order_of, places_of
+from .setup import Workspace, build_network, order_of
 from .start_from import Beginning
 from .validation import Validation
 
@@ -101,8 +101,8 @@ def train(
         stack.enter_context(closing(writer))
         machines = machines_of(mesh)
         recorder = stack.enter_context(recording(config, workspace.contract, done, here=here, machines=machines))
-        requests, read = _requests(config, order, mesh.replica, done), partial(_read, windows, mesh.device)
-        batches = stack.enter_context(ReadAhead(read, requests, depth=config.data.read_ahead))
+        asked = requests(config, order, mesh.replica, done)
+        batches = stack.enter_context(ReadAhead(reader(workspace, windows), asked, depth=config.data.read_ahead))
         if here and not looks:
             _announce(workspace, engine, windows, done)
         code = Trainer(workspace, engine, batches, carried, recorder, writer, stop, claim, legs).run(done)
@@ -137,21 +137,6 @@ def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int)
     left_out = windows_over_gaps(workspace.store, workspace.training_spans, windows.window)
     told = beginning(workspace.config, workspace.contract, windows, left_out, parameters, rank_gib, done)
     print(told, file=sys.stderr, flush=True)
-
-
-def _requests(config: RunConfig, order: Order, replica: int, done: int) -> Iterator[tuple[list[int], int]]:
-    """Which windows each micro-batch of this replica reads, and how much of them, from the first step not done."""
-    training = config.training
-    for step in range(done, training.steps):
-        steps = config.data.window + training.leads_after(step) - 1
-        for micro in range(training.accumulation):
-            yield [order.window(step, place) for place in places_of(config, micro, replica)], steps
-
-
-def _read(windows: Windows, device: torch.device, request: tuple[Sequence[int], int]) -> Batch:
-    """A batch in memory from which a GPU copies while it computes."""
-    batch = windows.read(*request)
-    return batch.pin_memory() if device.type == "cuda" else batch
 
 
 class Trainer:
