@@ -7,6 +7,7 @@ from eager ones in float64, relative to the largest number.
 
 import json
 import os
+from collections import Counter
 from contextlib import contextmanager
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -19,7 +20,7 @@ from triton.runtime import interpreter
 from faconv_hpc import FAConvLSTM2d
 from faconv_hpc.model import attention, fused, layer
 from faconv_hpc.model.kernels import EAGER
-from faconv_hpc.model.taps import Mixing, Taps
+from faconv_hpc.model.taps import Gates, Mixing, Taps
 from test_domain import random_like
 from test_parity import randomized
 
@@ -41,6 +42,9 @@ LAYERS = {
 }
 
 
+PRODUCTS = Counter()
+
+
 def as_on_a_gpu():
     """The interpreter cuts float32 down to bf16, and multiplies the bits of bf16 as if they were whole numbers."""
     builder = interpreter.InterpreterBuilder
@@ -53,6 +57,7 @@ def as_on_a_gpu():
         return interpreter.TensorHandle(bits.view(np.uint16).reshape(src.data.shape), tl.bfloat16)
 
     def widened(self, *given):
+        PRODUCTS["dot"] += 1
         a, b = (cast(self, one, tl.float32) if one.dtype.scalar == tl.bfloat16 else one for one in given[:2])
         return dot(self, a, b, *given[2:])
 
@@ -78,16 +83,16 @@ def passes(kernels, kind, batch, rows, columns, channels, bottleneck, dilations,
         random_like((4 * channels,), 7),
         random_like((3, channels), 8),
     )
-    gates = expansion.to(kind), bias.to(wide), peep.to(wide)
+    gates = Gates(expansion.to(kind), bias.to(wide), peep.to(wide))
     framed = torch.zeros(batch, inner, rows + 4 * reach, columns + 4 * reach, dtype=kind)
     amid = framed[..., 2 * reach : 2 * reach + rows, 2 * reach : 2 * reach + columns]
     mixing, room, back = (
         Mixing(u.contiguous(), taps, weights),
-        kernels.room(c, gates[0]),
+        kernels.room(c, gates.weight),
         torch.empty_like(u).contiguous(),
     )
-    after = kernels.mix_and_advance(h.data, mixing, c, *gates, room)
-    of_weight, of_mixed, of_c, of_bias, of_peep = kernels.mix_and_retreat(amid, mixing, c, *gates, grad_h, grad_c, room)
+    after = kernels.mix_and_advance(h.data, mixing, c, gates, room)
+    of_weight, of_mixed, of_c, of_bias, of_peep = kernels.mix_and_retreat(amid, mixing, c, gates, grad_h, grad_c, room)
     kernels.mix(back, framed[:, :bottleneck], weights[0], taps[0].mirrored)
     of_taps = kernels.mix_weights(u, amid[:, :bottleneck], taps[0].offsets)
     return {"h": h, "c": after, "of expansion": of_weight, "of m": of_mixed, "of c": of_c, "of bias": of_bias,
@@ -125,14 +130,34 @@ def gates_at_their_ends(kernels):
     given = (
         mixing,
         torch.ones(1, channels, 2, 3),
-        torch.zeros(4 * channels, 1),
-        bias.repeat(4),
-        torch.zeros(3, channels),
+        Gates(torch.zeros(4 * channels, 1), bias.repeat(4), torch.zeros(3, channels)),
     )
-    h, room = torch.empty(1, channels, 2, 3), kernels.room(given[1], given[2])
+    h, room = torch.empty(1, channels, 2, 3), kernels.room(given[1], given[2].weight)
     after = kernels.mix_and_advance(h, *given, room)
     grads = kernels.mix_and_retreat(torch.empty(1, 1, 2, 3), *given, torch.ones_like(h), torch.ones_like(h), room)
     return {"h": h, "c": after, "of c": grads[2], "of bias": grads[3]}
+
+
+def gradients_of_what_learns(kernels, learns):
+    """Of one step whose expansion learns or not; and how many products were made."""
+    rows, columns, channels = 5, 19, 11
+    u, m, c = (
+        random_like((1, size, rows + more, columns + more), size).float() for size, more in ((5, 2), (5, 0), (11, 0))
+    )
+    taps = Taps.of(3, (1,))
+    gates = Gates(*(random_like(shape, 6).float() for shape in ((4 * channels, 5), (4 * channels,), (3, channels))))
+    mixing = Mixing(u, (taps,), (random_like((1, 5, 9), 5).float(),))
+    before, room = PRODUCTS.total(), kernels.room(c, gates.weight)
+    of_weight, *others = kernels.mix_and_retreat(m, mixing, c, gates, 2 * c, 3 * c, room, learns)
+    return of_weight, others, PRODUCTS.total() - before
+
+
+def what_does_not_learn(kernels):
+    """Whether its gradient is left out, whether the others are the same, and the products of both."""
+    (_, want, all_products), (none, got, products) = (
+        gradients_of_what_learns(kernels, learns) for learns in (True, False)
+    )
+    return {"none": none is None, "others": all(map(torch.equal, got, want)), "products": [all_products, products]}
 
 
 def apart(got, want):
@@ -162,6 +187,7 @@ def main():
     told["ends"] = {
         name: torch.allclose(one, ends[1][name], rtol=1e-6, atol=1e-6, equal_nan=True) for name, one in ends[0].items()
     }
+    told["frozen"] = what_does_not_learn(kernels)
     print(json.dumps(told))
 
 

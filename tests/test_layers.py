@@ -20,7 +20,7 @@ from faconv_hpc.model import native, sweep
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
 from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, TracedKernels, Turn, kernels_for
 from faconv_hpc.model.subspace import SubspaceHead, coarse_means, seasonal_encoding
-from faconv_hpc.model.taps import Taps
+from faconv_hpc.model.taps import Gates, Taps
 from faconv_hpc.spatial import collectives
 from faconv_hpc.spatial.area_mean import AreaMean, RegionMeans
 from faconv_hpc.spatial.exchange import HaloExchange
@@ -312,9 +312,9 @@ def test_the_passes_have_the_gradients_that_autograd_gives():
     given = [random_like(shape, number).requires_grad_() for number, shape in enumerate(shapes)]
     grad_h, grad_c = random_like((2, 3, 2, 3), 8), random_like((2, 3, 2, 3), 9)
     h = torch.zeros(2, 3, 2, 3).double()
-    want = torch.autograd.grad((h, EAGER.advance(h, *given)), given, (grad_h, grad_c))
+    want = torch.autograd.grad((h, EAGER.advance(h, *given[:2], Gates(*given[2:]))), given, (grad_h, grad_c))
     with torch.no_grad():
-        of_weight, of_mixed, of_c, of_bias, of_peep = EAGER.retreat(*given, grad_h, grad_c)
+        of_weight, of_mixed, of_c, of_bias, of_peep = EAGER.retreat(*given[:2], Gates(*given[2:]), grad_h, grad_c)
     for got, one in zip((of_mixed, of_c, of_weight, of_bias, of_peep), want, strict=True):
         torch.testing.assert_close(got, one)
 
@@ -337,17 +337,18 @@ def all_passes(kernels, batch, rows, columns, kind=torch.float32):
     u, w = numbers(0, 6, rows + 4, columns + 4), numbers(1, 6, 3).contiguous()
     m, c, x, grad_h = (numbers(seed, size, rows, columns) for seed, size in ((2, 6), (3, 7), (4, 5), (5, 7)))
     m, c = m.contiguous(), c.contiguous()
-    weight, bias, peep, other = (random_like(shape, 9).to(kind) for shape in ((28, 6), (28,), (3, 7), (9, 5)))
+    *parameters, other = (random_like(shape, 9).to(kind) for shape in ((28, 6), (28,), (3, 7), (9, 5)))
+    gates = Gates(*parameters)
     h, mixed = numbers(6, 7, rows, columns).data, torch.empty_like(m)
     with torch.no_grad():
         kernels.mix(mixed, u, w, taps.offsets)
-        c_new = kernels.advance(h, m, c, weight, bias, peep)
+        c_new = kernels.advance(h, m, c, gates)
         products = (
             kernels.product(other, x),
             kernels.product(other.t(), kernels.product(other, x), x.contiguous(), add=True),
         )
         return mixed, kernels.mix_weights(u, m, taps.offsets), h, c_new, *products, *kernels.retreat(
-            m, c, weight, bias, peep, grad_h, c_new
+            m, c, gates, grad_h, c_new
         )  # fmt: skip
 
 
@@ -426,11 +427,12 @@ def test_native_gates_at_the_ends_of_their_range():
     """What saturates does, what is no number stays none."""
     bias = torch.tensor([0.0, 1e-8, 30.0, -30.0, 200.0, -200.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
     channels = len(bias)
-    given = torch.zeros(1, 1, 2, 3), torch.ones(1, channels, 2, 3), torch.zeros(4 * channels, 1), bias.repeat(4)
+    gates = Gates(torch.zeros(4 * channels, 1), bias.repeat(4), torch.zeros(3, channels))
+    given = torch.zeros(1, 1, 2, 3), torch.ones(1, channels, 2, 3), gates
     outcomes = []
     for kernels in (kernels_for("compiled", *[torch.empty(0)] * 2), EAGER):
         h = torch.empty(1, channels, 2, 3)
-        outcomes.append((h, kernels.advance(h, *given, torch.zeros(3, channels))))
+        outcomes.append((h, kernels.advance(h, *given)))
     torch.testing.assert_close(*outcomes, equal_nan=True, rtol=1e-6, atol=1e-6)
     assert outcomes[0][0][:, :-1].isfinite().all() and outcomes[0][0][:, -1].isnan().all()
 

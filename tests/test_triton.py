@@ -15,7 +15,7 @@ import forks
 from faconv_hpc.errors import InputError
 from faconv_hpc.model.arithmetic import arithmetic
 from faconv_hpc.model.kernels import Kernels, kernels_for, kernels_named
-from faconv_hpc.model.taps import Taps
+from faconv_hpc.model.taps import Gates, Mixing, Taps
 
 triton = pytest.importorskip("triton")
 
@@ -37,7 +37,7 @@ def interpreted():
     ran = forks.run([sys.executable, str(INTERPRETED)], timeout=600)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
-    assert told.keys() == {*CASES, "ends"}
+    assert told.keys() == {*CASES, "ends", "frozen"}
     return told
 
 
@@ -51,6 +51,13 @@ def test_kernels_are_as_near_to_float64_as_eager_passes(interpreted, case):
 
 def test_kernels_saturate_as_eager_passes_and_what_is_no_number_stays_none(interpreted):
     assert all(interpreted["ends"].values()) and len(interpreted["ends"]) == 4
+
+
+def test_the_gradient_of_an_expansion_that_does_not_learn_is_not_made(interpreted):
+    """A product less in every block of `retreat_weights`; the other gradients are as with it."""
+    frozen = interpreted["frozen"]
+    whole, less = frozen["products"]
+    assert frozen["none"] and frozen["others"] and 0 < less < whole
 
 
 def resources(kernel, activations, target, constants):
@@ -96,6 +103,7 @@ def test_kernels_of_a_step_compile_and_spill_nothing(blocks, tmp_path, channels,
     weight = torch.empty(4 * channels, channels, dtype=KINDS[kind])
     with arithmetic(kind, torch.device("cuda")):
         chosen = {name: block_of(weight, sums=name == "retreat_weights") for name in STEP}
+    chosen["retreat_weights"]["LEARNS"] = True
     for name, constants in chosen.items():
         cubin, code, shared_bytes = resources(
             getattr(blocks, name), "bf16" if kind == "bf16" else "fp32", target, constants
@@ -166,12 +174,12 @@ class Told(Kernels):
 def test_what_kernels_cannot_count_is_left_to_others(monkeypatch, limit):
     """More channels than registers hold, and more numbers than 32 bits count; m has room there."""
     from faconv_hpc.model import fused
-    from faconv_hpc.model.taps import Mixing
 
     monkeypatch.setattr(fused, limit, 4)
     kernels, taps = fused.TritonKernels(Told()), Taps.of(3, (1,))
     u, c, weight = torch.zeros(1, 5, 4, 5), torch.zeros(1, 2, 2, 3), torch.zeros(8, 5)
-    given = Mixing(u, (taps,), (torch.zeros(1, 5, 9),)), c, weight, torch.zeros(8), torch.zeros(3, 2)
+    gates = Gates(weight, torch.zeros(8), torch.zeros(3, 2))
+    given = Mixing(u, (taps,), (torch.zeros(1, 5, 9),)), c, gates
     room = kernels.room(c, weight)
     assert not room.numel()
     assert kernels.mix_and_advance(c.clone(), *given, room) == ("advanced", (1, 5, 2, 3))

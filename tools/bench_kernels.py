@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from faconv_hpc.model.kernels import kernels_for
-from faconv_hpc.model.taps import Taps
+from faconv_hpc.model.taps import Gates, Taps
 
 ROWS, COLUMNS, BOTTLENECK, HIDDEN, RUNS = 181, 180, 32, 32, 9
 
@@ -35,14 +35,14 @@ def measure(mode: str) -> dict[str, float]:
     mixed, grad_padded = torch.randn(1, BOTTLENECK, ROWS, COLUMNS), torch.empty_like(padded)
     weight = torch.randn(1, BOTTLENECK, len(taps.offsets))
     h, c = torch.randn(2, 1, HIDDEN, ROWS, COLUMNS).unbind()
-    gates = torch.randn(4 * HIDDEN, BOTTLENECK) * 0.2, torch.randn(4 * HIDDEN), torch.randn(3, HIDDEN)
+    gates = Gates(torch.randn(4 * HIDDEN, BOTTLENECK) * 0.2, torch.randn(4 * HIDDEN), torch.randn(3, HIDDEN))
     kernels = kernels_for(mode, h, c)
     passes = {
         "mixing": lambda: kernels.mix(mixed, padded, weight, taps.offsets),
         "adjoint of mixing": lambda: kernels.mix(grad_padded, framed, weight, taps.mirrored),
         "gradient of kernels": lambda: kernels.mix_weights(padded, mixed, taps.offsets),
-        "expansion and gates": lambda: kernels.advance(h, mixed, c, *gates),
-        "their gradients": lambda: kernels.retreat(mixed, c, *gates, h, c),
+        "expansion and gates": lambda: kernels.advance(h, mixed, c, gates),
+        "their gradients": lambda: kernels.retreat(mixed, c, gates, h, c),
     }
     with torch.no_grad():
         return {name: median_ms(work) for name, work in passes.items()}

@@ -150,6 +150,28 @@ def _gate_gradients(
 
 
 @triton.jit
+def _gone_back(
+    weight_RF: tl.tensor, mixed_FN: tl.tensor, bias: tl.pointer_type, row_R: tl.tensor, known_R: tl.tensor,
+    peepholes: tl.tensor, c: tl.pointer_type, grad_h: tl.pointer_type, grad_after: tl.pointer_type, at_CN: tl.tensor,
+    there_CN: tl.tensor, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What `_gate_gradients` gives for some channels of a block, and the old c.
+
+    Args:
+        peepholes: of those channels, see `_peepholes`.
+        c, grad_h, grad_after: of the sample.
+        at_CN, there_CN: where the numbers of those cells lie in each, and which there are.
+    """
+    i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
+    p_i, p_f, p_o = peepholes
+    before = tl.load(c + at_CN, there_CN, 0.0)
+    d_h = tl.load(grad_h + at_CN, there_CN, 0.0).to(tl.float32)
+    d_c = tl.load(grad_after + at_CN, there_CN, 0.0)
+    i, f, g, o, d_before, after = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
+    return i, f, g, o, d_before, after, before
+
+
+@triton.jit
 def retreat(
     grad_mixed: tl.pointer_type, grad_before: tl.pointer_type, grad_h: tl.pointer_type, grad_after: tl.pointer_type,
     padded: tl.pointer_type, weights: tl.pointer_type, shifts: tl.pointer_type, c: tl.pointer_type,
@@ -160,6 +182,7 @@ def retreat(
 ) -> None:  # fmt: skip
     """The gradients of m and of the old c. A program has a block of a sample, and all of its channels."""
     sample, cells = tl.program_id(1).to(tl.int64), rows * columns
+    of_sample = sample * channels * cells
     row_N, column_N, there_N = _cells(tl.program_id(0), rows, columns, ROWS, COLUMNS)
     cell_N, at_N, f_F = row_N * columns + column_N, row_N * padded_columns + column_N, tl.arange(0, INNER)
     padded += sample * padded_batch
@@ -173,13 +196,11 @@ def retreat(
         at_CN = c_C[:, None] * cells + cell_N[None, :]
         row_R, known_R = _rows_of(first, channels, CHANNELS)
         weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
-        i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
-        p_i, p_f, p_o = _peepholes(peephole, c_C, channels)
-        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
-        d_h = tl.load(grad_h + sample * grad_h_batch + at_CN, there_CN, 0.0).to(tl.float32)
-        d_c = tl.load(grad_after + sample * channels * cells + at_CN, there_CN, 0.0)
-        i, f, g, o, d_before, _ = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
-        tl.store(grad_before + sample * channels * cells + at_CN, d_before, there_CN)
+        i, f, g, o, d_before, _, _ = _gone_back(
+            weight_RF, mixed_FN, bias, row_R, known_R, _peepholes(peephole, c_C, channels), c + of_sample,
+            grad_h + sample * grad_h_batch, grad_after + of_sample, at_CN, there_CN, PRECISION,
+        )  # fmt: skip
+        tl.store(grad_before + of_sample + at_CN, d_before, there_CN)
         d_RN = _together(i, f, g, o).to(weight_RF.dtype)
         total_FN = tl.dot(tl.trans(weight_RF), d_RN, total_FN, input_precision=PRECISION)
     into_FN = (f_F * grad_mixed_channel)[:, None] + (row_N * grad_mixed_row + column_N)[None, :]
@@ -192,16 +213,16 @@ def retreat_weights(
     padded: tl.pointer_type, weights: tl.pointer_type, shifts: tl.pointer_type, c: tl.pointer_type,
     expansion: tl.pointer_type, bias: tl.pointer_type, peephole: tl.pointer_type, grad_h_batch: int, padded_batch: int,
     batch: int, rows: int, columns: int, padded_columns: int, plane: int, channels: int, inner: int, bottleneck: int,
-    taps: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    taps: int, LEARNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Parts of the gradients of the expansion, and of biases and peepholes, 7 for each channel. A program has some
-    channels of every so many-th block of all samples."""
+    """Parts of the gradients of the expansion, if it ``LEARNS``, and of biases and peepholes, 7 for each channel. A
+    program has some channels of every so many-th block of all samples."""
     first, part, parts, cells = tl.program_id(0) * CHANNELS, tl.program_id(1), tl.num_programs(1), rows * columns
     f_F, c_C = tl.arange(0, INNER), first + tl.arange(0, CHANNELS)
     row_R, known_R = _rows_of(first, channels, CHANNELS)
     weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
-    p_i, p_f, p_o = _peepholes(peephole, c_C, channels)
+    peepholes = _peepholes(peephole, c_C, channels)
     of_RF, sum_R = tl.zeros([4 * CHANNELS, INNER], tl.float32), tl.zeros([4 * CHANNELS], tl.float32)
     sum_i = tl.zeros([CHANNELS], tl.float32)
     sum_f, sum_o = sum_i, sum_i
@@ -213,19 +234,21 @@ def retreat_weights(
         at_CN = c_C[:, None] * cells + (row_N * columns + column_N)[None, :]
         mixed_FN = _mixed(padded + sample * padded_batch, weights + sample * inner * taps, shifts, f_F, at_N, there_N,
                           inner, bottleneck, taps, plane).to(expansion.dtype.element_ty)  # fmt: skip
-        i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
-        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
-        d_h = tl.load(grad_h + sample * grad_h_batch + at_CN, there_CN, 0.0).to(tl.float32)
-        d_c = tl.load(grad_after + sample * channels * cells + at_CN, there_CN, 0.0)
-        i, f, g, o, _, after = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
+        of_sample = sample * channels * cells
+        i, f, g, o, _, after, before = _gone_back(
+            weight_RF, mixed_FN, bias, row_R, known_R, peepholes, c + of_sample, grad_h + sample * grad_h_batch,
+            grad_after + of_sample, at_CN, there_CN, PRECISION,
+        )  # fmt: skip
         sum_i += tl.sum(i * before, 1)
         sum_f += tl.sum(f * before, 1)
         sum_o += tl.sum(o * after, 1)
         d_RN = _together(i, f, g, o)
         sum_R += tl.sum(d_RN, 1)
-        of_RF = tl.dot(d_RN.to(weight_RF.dtype), tl.trans(mixed_FN), of_RF, input_precision=PRECISION)
-    into_RF = row_R[:, None] * inner + f_F[None, :]
-    tl.store(products + part * 4 * channels * inner + into_RF, of_RF, known_R[:, None] & (f_F < inner)[None, :])
+        if LEARNS:
+            of_RF = tl.dot(d_RN.to(weight_RF.dtype), tl.trans(mixed_FN), of_RF, input_precision=PRECISION)
+    if LEARNS:
+        into_RF = row_R[:, None] * inner + f_F[None, :]
+        tl.store(products + part * 4 * channels * inner + into_RF, of_RF, known_R[:, None] & (f_F < inner)[None, :])
     sums += part * 7 * channels
     tl.store(sums + row_R, sum_R, known_R)
     tl.store(sums + 4 * channels + c_C, sum_i, c_C < channels)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import blocks
 from .arithmetic import rounds_products
-from .kernels import Kernels, is_planar, planar
-from .taps import Mixing, Offsets
+from .kernels import Kernels, Retreated, is_planar, planar
+from .taps import Gates, Mixing, Offsets
 
 MIXED_CHANNELS = 128  # of m: of more the registers of a program do not hold 16 cells
 NUMBERS = 2**31  # of a sample, which kernels count in 32 bits
@@ -69,17 +69,15 @@ class TritonKernels(Kernels):
             )  # fmt: skip
         return products.sum(0)
 
-    def mix_and_advance(
-        self, h: Tensor, mixing: Mixing, c: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor, room: Tensor
-    ) -> Tensor:
-        c = c.contiguous()
+    def mix_and_advance(self, h: Tensor, mixing: Mixing, c: Tensor, gates: Gates, room: Tensor) -> Tensor:
+        c, weight = c.contiguous(), gates.weight
         if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c):
-            return self.beyond.mix_and_advance(h, mixing, c, weight, bias, peep_GC, self.beyond.room(c, weight))
+            return self.beyond.mix_and_advance(h, mixing, c, gates, self.beyond.room(c, weight))
         assert h.shape == c.shape and is_planar(h), "h is of the same cells"
         block, after = block_of(weight), torch.empty_like(c)
         with _on(c):
             blocks.advance[_blocks(c.shape[2:], block), len(c)](
-                h, after, *_given(mixing, c, weight, bias, peep_GC), h.stride(0), *_sizes(mixing, c, weight), **block
+                h, after, *_given(mixing, c, gates), h.stride(0), *_sizes(mixing, c, weight), **block
             )
         return after
 
@@ -88,44 +86,40 @@ class TritonKernels(Kernels):
         grad_mixed: Tensor,
         mixing: Mixing,
         c: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        peep_GC: Tensor,
+        gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         room: Tensor,
         learns: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        c, grad_h, grad_c = c.contiguous(), planar(grad_h), grad_c.contiguous()
+    ) -> Retreated:
+        c, grad_h, grad_c, weight = c.contiguous(), planar(grad_h), grad_c.contiguous(), gates.weight
         if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c, grad_mixed):
             room = self.beyond.room(c, weight)
-            return self.beyond.mix_and_retreat(
-                grad_mixed, mixing, c, weight, bias, peep_GC, grad_h, grad_c, room, learns
-            )
+            return self.beyond.mix_and_retreat(grad_mixed, mixing, c, gates, grad_h, grad_c, room, learns)
         (batch, channels, *cells), inner, before = c.shape, weight.shape[1], torch.empty_like(c)
-        given, sizes = _given(mixing, c, weight, bias, peep_GC), _sizes(mixing, c, weight)
+        given, sizes = _given(mixing, c, gates), _sizes(mixing, c, weight)
         grads, strides = (grad_h, grad_c), (*grad_mixed.stride()[:3], grad_h.stride(0))
         block, of_sums = block_of(weight), block_of(weight, sums=True)
         programs = triton.cdiv(channels, of_sums["CHANNELS"])
         parts = min(_blocks(cells, of_sums) * batch, triton.cdiv(PROGRAMS, programs))
-        products, sums = c.new_empty(parts, 4 * channels, inner), c.new_empty(parts, 7, channels)
+        products, sums = c.new_empty(parts, 4 * channels, inner if learns else 0), c.new_empty(parts, 7, channels)
         with _on(c):
             blocks.retreat[_blocks(cells, block), batch](grad_mixed, before, *grads, *given, *strides, *sizes, **block)
             blocks.retreat_weights[programs, parts](
-                products, sums, *grads, *given, grad_h.stride(0), sizes[0], batch, *sizes[1:], **of_sums
+                products, sums, *grads, *given, grad_h.stride(0), sizes[0], batch, *sizes[1:], LEARNS=learns, **of_sums
             )
         of_bias, of_peep = sums.sum(0).split([4, 3])
         return products.sum(0) if learns else None, grad_mixed, before, of_bias.flatten(), of_peep
 
 
-def _given(mixing: Mixing, c: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor) -> tuple[Tensor, ...]:
+def _given(mixing: Mixing, c: Tensor, gates: Gates) -> tuple[Tensor, ...]:
     """What m is made of, and what becomes of it, as kernels take it."""
-    padded, passes, weights = mixing
+    (padded, passes, weights), (expansion, bias, peephole) = mixing, gates
     assert is_planar(padded) and c.dtype == torch.float32, "as a sweep makes them"
     offsets = tuple(taps.offsets for taps in passes)
     factors = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0].contiguous()
     shifts = _shifts(offsets, padded.shape[3], padded.device)
-    return padded, factors, shifts, c, weight.contiguous(), bias.float().contiguous(), peep_GC.float().contiguous()
+    return padded, factors, shifts, c, expansion.contiguous(), bias.float().contiguous(), peephole.float().contiguous()
 
 
 def _sizes(mixing: Mixing, c: Tensor, weight: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,11 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.collectives import at_least_float32
-from .taps import Mixing, Offsets
+from .taps import Gates, Mixing, Offsets
+
+Retreated = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]
+"""Gradients of the expansion's weight, of m, of the old c, of the bias and of the peepholes; weights' in float32 or
+better. None: that of the weight was not asked for."""
 
 KERNEL_MODES = ("eager", "compiled", "triton")
 SHAPES = 64  # compilations of one pass before torch gives up; its default of 8 is soon reached by tests of layouts
@@ -178,78 +182,66 @@ class Kernels:
         """(B, C, N) the gradient of the weights of `mix`, in float32 or better."""
         return _shifted_products(padded_BCYX, grad_BCYX, offsets)
 
-    def advance(
-        self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor
-    ) -> Tensor:
+    def advance(self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> Tensor:
         """Expansion and gates, design section 3, steps 4 and 5.
 
         Args:
             h: where h goes, of any type.
             mixed_BFYX: m.
             c_BCYX: cell state; float32 or better, and so is the arithmetic of the gates.
-            weight, bias: of the expansion, (4 C, F) and (4 C,), in the order i, f, g, o.
-            peep_GC: (3, C) peephole weights of i, f (on the old c) and o (on the new c).
+            gates: what they learn.
 
         Returns:
             The new c.
         """
-        return self._gates(h, *_gate_inputs(self.product(weight, mixed_BFYX), c_BCYX, bias, peep_GC))
+        return self._gates(h, *_gate_inputs(self.product(gates.weight, mixed_BFYX), c_BCYX, gates))
 
     def retreat(
         self,
         mixed_BFYX: Tensor,
         c_BCYX: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        peep_GC: Tensor,
+        gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         learns: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    ) -> Retreated:
         """The gradients of `advance`, whose pre-activations are computed again.
 
         Args:
             grad_h, grad_c: of h and of the new c.
-            learns: whether that of the weight is asked for.
-
-        Returns:
-            Those of the weight, of m, of the old c, of the bias and of the peepholes; weights' in float32 or better.
+            learns: whether that of the expansion's weight is asked for; it costs a product.
         """
-        given = _gate_inputs(self.product(weight, mixed_BFYX), c_BCYX, bias, peep_GC)
+        given = _gate_inputs(self.product(gates.weight, mixed_BFYX), c_BCYX, gates)
         grad_a, grad_before, grad_bias, grad_peep = self._gate_gradients(*given, grad_h, grad_c)
         grad_a = grad_a.flatten(1, 2).to(mixed_BFYX.dtype)
         of_weight = None
         if learns:
             of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
-        return of_weight, self.product(weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
+        return of_weight, self.product(gates.weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
 
     def room(self, like_BCYX: Tensor, weight: Tensor) -> Tensor:
         """Where `mix_and_advance` and `mix_and_retreat` put m, for so many samples and cells and this expansion."""
         return weight.new_empty(like_BCYX.shape[0], weight.shape[1], *like_BCYX.shape[2:])
 
-    def mix_and_advance(
-        self, h: Tensor, mixing: Mixing, c: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor, room: Tensor
-    ) -> Tensor:
+    def mix_and_advance(self, h: Tensor, mixing: Mixing, c: Tensor, gates: Gates, room: Tensor) -> Tensor:
         """`advance`, from what m is made of; m itself is not to be read afterwards."""
         self._mix_passes(room, mixing)
-        return self.advance(h, room, c, weight, bias, peep_GC)
+        return self.advance(h, room, c, gates)
 
     def mix_and_retreat(
         self,
         grad_mixed: Tensor,
         mixing: Mixing,
         c: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        peep_GC: Tensor,
+        gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         room: Tensor,
         learns: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    ) -> Retreated:
         """`retreat`, whose m is computed again; its gradient is written to the view ``grad_mixed``, too."""
         self._mix_passes(room, mixing)
-        grads = self.retreat(room, c, weight, bias, peep_GC, grad_h, grad_c, learns)
+        grads = self.retreat(room, c, gates, grad_h, grad_c, learns)
         grad_mixed.copy_(grads[1])
         return grads
 
@@ -364,8 +356,6 @@ _MADE: dict[str, Callable[[], Kernels]] = {
 }
 
 
-def _gate_inputs(
-    a_BFYX: Tensor, c_BCYX: Tensor, bias: Tensor, peep_GC: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gates = (4, c_BCYX.shape[1])
-    return a_BFYX.unflatten(1, gates), bias.unflatten(0, gates).to(c_BCYX.dtype), c_BCYX, peep_GC.to(c_BCYX.dtype)
+def _gate_inputs(a_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    four, kind = (4, c_BCYX.shape[1]), c_BCYX.dtype
+    return a_BFYX.unflatten(1, four), gates.bias.unflatten(0, four).to(kind), c_BCYX, gates.peep_GC.to(kind)

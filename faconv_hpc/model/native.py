@@ -23,8 +23,8 @@ from torch import Tensor
 from ..autograd import Context, Operation
 from ..errors import InputError
 from ..files import replacing
-from .kernels import Kernels, Turn, is_planar, planar
-from .taps import Offsets
+from .kernels import Kernels, Retreated, Turn, is_planar, planar
+from .taps import Gates, Offsets
 
 TYPES = {torch.float32: "float32", torch.float64: "float64"}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -58,14 +58,12 @@ class NativeKernels(Kernels):
         )
         return into
 
-    def advance(
-        self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, weight: Tensor, bias: Tensor, peep_GC: Tensor
-    ) -> Tensor:
+    def advance(self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> Tensor:
         mixed, c, after = mixed_BFYX.contiguous(), c_BCYX.contiguous(), c_BCYX.new_empty(c_BCYX.shape)
         assert h.shape == c.shape and is_planar(h) and mixed.shape[::2] == c.shape[::2], (
             "h, c and m are of the same cells"
         )
-        parameters = weight.contiguous(), bias.contiguous(), peep_GC.contiguous()
+        parameters = [one.contiguous() for one in gates]
         _call("advance", h, h.stride(0), after, mixed, c, *parameters, *_sizes(c, mixed))
         return after
 
@@ -73,17 +71,15 @@ class NativeKernels(Kernels):
         self,
         mixed_BFYX: Tensor,
         c_BCYX: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        peep_GC: Tensor,
+        gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         learns: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    ) -> Retreated:
         mixed, c, grad_h, grad_c = mixed_BFYX.contiguous(), c_BCYX.contiguous(), planar(grad_h), grad_c.contiguous()
-        parameters = weight.contiguous(), bias.contiguous(), peep_GC.contiguous()
+        parameters = [one.contiguous() for one in gates]
         of_weight, of_bias, of_peep = (torch.empty_like(one) for one in parameters)
-        of_weight = of_weight if learns else weight.new_empty(0)  # whose address is null
+        of_weight = of_weight if learns else mixed.new_empty(0)  # whose address is null
         grads = torch.empty_like(mixed), torch.empty_like(c), of_bias, of_peep
         _call("retreat", of_weight, *grads, grad_h, grad_h.stride(0), grad_c, mixed, c, *parameters, *_sizes(c, mixed))
         return of_weight if learns else None, *grads

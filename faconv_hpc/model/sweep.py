@@ -27,7 +27,7 @@ from torch.nn import functional
 from ..autograd import Context, Operation, as_given
 from ..spatial.surroundings import Surroundings
 from .kernels import Kernels
-from .taps import Mixing, Taps
+from .taps import Gates, Mixing, Taps
 
 
 class Weights(NamedTuple):
@@ -68,9 +68,9 @@ class Weights(NamedTuple):
         )
 
     @property
-    def of_gates(self) -> tuple[Tensor, Tensor, Tensor]:
+    def of_gates(self) -> Gates:
         """What expands, and what the gates learn."""
-        return self.expansion, self.expansion_bias, self.peephole
+        return Gates(self.expansion, self.expansion_bias, self.peephole)
 
     @property
     def of_bank(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -219,7 +219,7 @@ class Sweep(Operation):
             mixing = Mixing(padded[-1], bank.passes, bank.weights(mean, *w.of_bank))
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
             target = h_BTCYX[:, step].data if step < length - 1 else last
-            c_after = kernels.mix_and_advance(target, mixing, c, *w.of_gates, room)
+            c_after = kernels.mix_and_advance(target, mixing, c, w.of_gates, room)
             held = _held(valid_BT, step)
             if held is not None:
                 c_after = torch.where(held, c, c_after)
@@ -321,7 +321,7 @@ class _Backward:
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
         weights = bank.weights(mean, *w.of_bank)
         mixing = Mixing(padded, bank.passes, weights)
-        given = self.amid, mixing, c, *w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
+        given = self.amid, mixing, c, w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
         grads = bank.kernels.mix_and_retreat(*given)
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
         bank.adjoint(self.grad_padded, self.framed, weights)

@@ -1,4 +1,4 @@
-"""Where the depthwise kernels look: the taps of a bank of dilations, and what m of a step is made of."""
+"""Where the depthwise kernels look: the taps of a bank of dilations; what m of a step is made of, and what of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,3 +59,16 @@ class Mixing(NamedTuple):
     padded_BCYX: Tensor
     passes: tuple[Taps, ...]
     weights: tuple[Tensor, ...]
+
+
+class Gates(NamedTuple):
+    """What makes gates of m: the expansion, and what they see of the cell.
+
+    Attributes:
+        weight, bias: of the expansion, (4 C, F) and (4 C,), in the order i, f, g, o.
+        peep_GC: (3, C) peephole weights of i, f (on the old c) and o (on the new c).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    peep_GC: Tensor
