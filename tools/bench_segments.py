@@ -4,26 +4,33 @@ Of a layer whose output is used up where it is made (its gradient is given), and
 Peaks come first, while the process has no freed memory to use again; then all run in turn. Time is the processor's,
 the kernel's for fresh memory included: other work on the machine changes it little.
 
+On tiles, a rank each, all along a circle of latitude: what segments keep of other tiles, counted.
+
 Run: python tools/bench_segments.py [--steps 32] [--segment 4] [--repeats 5] [--threads 1]
+     torchrun --standalone --nproc-per-node 2 tools/bench_segments.py
 """
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
+from faconv_hpc import Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid, ProcessMesh
 from faconv_hpc.autograd import Context, Operation
 from faconv_hpc.bench.timing import Work, interleaved, peak_bytes
 from faconv_hpc.model.segments import Segments
+from faconv_hpc.spatial.environment import RankEnvironment
+from faconv_hpc.spatial.tape import Started, Tape
 from faconv_hpc.spread import Spread
 
 GRID, INPUTS, HIDDEN, LAYERS, ATTENTION = LatLonGrid(96, 192), 16, 64, 2, (0, 4)
@@ -120,6 +127,67 @@ def works(steps: int, segment: int) -> dict[Case, Callable[[], list[float]]]:
     return found
 
 
+class CountedTape(Tape):
+    """Counts what it keeps, by what it is of."""
+
+    kept: ClassVar[Counter[str]] = Counter()
+    KINDS: ClassVar = {
+        tuple: "halos and means of steps",
+        list: "attention",
+        Tensor: "means over regions",
+    }
+
+    def started(self, start: Callable[[], Started[object]]) -> Started[object]:
+        """As a tape."""
+        finish: Started[object] = super().started(start)
+        if self._replaying:
+            return finish
+
+        def counted() -> object:
+            received = finish()
+            self.kept[self.KINDS[type(received)]] += kept_bytes(received)
+            return received
+
+        return counted
+
+
+def kept_bytes(received: object) -> int:
+    """Of all memory that its tensors hold."""
+    found: dict[int, int] = {}
+    left = [received]
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        else:
+            left += one.values() if isinstance(one, dict) else one
+    return sum(found.values())
+
+
+def on_tiles(steps: int, segment: int) -> None:
+    """Prints what tapes keep of a network on this rank, the first one's, beside the states of its segments."""
+    mesh = ProcessMesh.start(lon=RankEnvironment.world_size_hint(), device="cpu")
+    domain = Domain(GRID, mesh)
+    x_BTCYX = torch.randn(1, steps, INPUTS, *domain.tile.shape)
+    states = -(-steps // segment) * LAYERS * 2 * HIDDEN * domain.tile.shape[0] * domain.tile.shape[1] * 4
+    kinds = [*CountedTape.KINDS.values()]
+    title = f"kept of a network's {steps} steps in segments of {segment} on each of {mesh.tiles} tiles [MiB]"
+    table = table_of(title, "", *kinds, "h and c")
+    for every, exchange in ((0, "auto"), (4, "gather"), (4, "swap")):
+        torch.manual_seed(0)
+        options = {"attention_every": every, "attention_exchange": exchange, "checkpoint_steps": segment}
+        network = FAConvLSTMNetwork(INPUTS, INPUTS, HIDDEN, LAYERS, kernels="compiled", **options)
+        CountedTape.kept.clear()
+        with patch("faconv_hpc.spatial.domain.Tape", CountedTape):
+            network(x_BTCYX, torch.zeros(1, steps), domain=domain)
+        numbers = [CountedTape.kept[kind] for kind in kinds] + [states]
+        attention = f"attention every {every}, {exchange}" if every else "no attention"
+        table.add_row(attention, *(f"{one / 2**20:.2f}" for one in numbers))
+    if mesh.rank == 0:
+        Console(width=120).print(table)
+    mesh.stop()
+
+
 def table_of(title: str, *columns: str) -> Table:
     """Text, then numbers."""
     table = Table(title=title)
@@ -135,6 +203,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if RankEnvironment.world_size_hint() > 1:
+        on_tiles(given.steps, given.segment)
+        return
     everything = works(given.steps, given.segment)
     short, cut = 2 * given.segment, f"in segments of {given.segment}"
     console, rows = Console(), [case for case in everything if case.segment]
