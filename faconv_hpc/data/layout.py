@@ -128,12 +128,6 @@ class StoreLayout:
         return replace(self, channels=self.channels[own.start : own.stop], chunk=chunk, blocks=(0,))
 
 
-def same_units(one: str, other: str) -> bool:
-    """Whether two texts mean the same units."""
-    mine, others = ("".join(text.replace("**", "").replace("^", "").split()) for text in (one, other))
-    return mine == others
-
-
 def file_name(file: int) -> str:
     """Name of a file of fields."""
     return f"fields-{file:05d}.nc"

@@ -13,8 +13,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.layout import same_units
 from ..data.times import EPOCH_UNITS, IRREGULAR_S, SECONDS_PER_HOUR, normal_calendar
+from ..data.units import same_units
 from ..errors import InputError
 from ..forecasting.campaign import open_frames
 from ..forecasting.dates import Timeline

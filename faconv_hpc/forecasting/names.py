@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..data.layout import same_units
+from ..data.units import same_units
 from ..data.variables import Variable
 
 LEVEL = re.compile(r"(?P<name>.+) at (?P<level>\d+(?:\.\d+)?)(?: (?:hPa|mbar|mb|millibars?))?")

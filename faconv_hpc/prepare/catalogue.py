@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ..data.layout import Channel, same_units
+from ..data.layout import Channel
 from ..data.times import TimeAxis, in_sequence
+from ..data.units import same_units
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span

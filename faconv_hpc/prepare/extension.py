@@ -10,9 +10,10 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.layout import FileEntry, StoreLayout, digest_of, same_units
+from ..data.layout import FileEntry, StoreLayout, digest_of
 from ..data.store import Store
 from ..data.times import TimeAxis, in_sequence, is_regular
+from ..data.units import same_units
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span, Tile
 from .catalogue import Catalogue, build_catalogue, same_calendar

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from ..config import DataConfig, RunConfig
 from ..data.annual_cycle import AnnualCycle
-from ..data.layout import same_units
 from ..data.moments import ChannelMoments
 from ..data.periods import frames_within, is_there, ranges_of, stretches_of
 from ..data.statistics import Seen, Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
+from ..data.units import same_units
 from ..data.unknown_names import index_of
 from ..data.variables import Channels, Role, Variable
 from ..errors import InputError
