@@ -65,6 +65,10 @@ def test_owned_tiles_cover_the_canvas_exactly_once(layout):
         all_agree(
             domain, torch.equal(domain.assemble(domain.scatter(coordinates(domain.grid))), coordinates(domain.grid))
         )
+        several = coordinates(domain.grid) + 1000 * torch.arange(3, dtype=torch.float64)[:, None, None]
+        for tile in range(domain.tiles):
+            found, here = domain.assemble_at(domain.scatter(several), tile), mesh.tile_index == tile
+            all_agree(domain, torch.equal(found, several) if found is not None else not here)
 
     run_on_ranks(layout, check)
 

@@ -74,6 +74,25 @@ def test_the_file_says_of_what_it_is(made, alone):
     assert Contract.model_validate_json(alone.attrs["contract"]) == Forecaster.load(made[0], device="cpu").contract
 
 
+def test_the_last_of_months_is_embedded_too(tmp_path):
+    """As if the next one were there, whose date the year before tells; what a network is given hangs on it."""
+    days = np.cumsum([0, *[31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] * 2])
+    random = np.random.default_rng(3).normal(size=(25, 7, 10)).astype(np.float32)
+    axes = {"latitude": np.linspace(75, -75, 7), "longitude": np.arange(10) * 36.0}
+    time = {"time": ("time", days, {"units": "days since 2001-01-01", "calendar": "noleap"})}
+    data = xr.Dataset({"u": (forecasts.DIMS, random, {"units": "m"})}, axes | time)
+    model, _ = forecasts.draw_model(
+        tmp_path, forecasts.make_store(tmp_path, data), {"forcings": ["step_hours", "next_insolation"], "periods": {}}
+    )
+    forecaster = Forecaster.load(model, device="cpu")
+    whole, cut = (forecaster.embed(xr.decode_cf(data.isel(time=slice(count)))).embedding for count in (25, 15))
+    assert whole.time.size == 25 - WINDOW + 1 and cut.time.size == 15 - WINDOW + 1
+    np.testing.assert_allclose(cut, whole[: cut.time.size], atol=1e-6)  # the last is March, 31 days; February has 28
+    assert float(whole.std("time").min()) > 1e-3
+    with pytest.raises(InputError, match="is the only time, and none tells how long a step is"):
+        TimeAxis(days[:1], "noleap").after(0)
+
+
 @pytest.mark.parametrize("layout", [Layout(1, 2, 2), Layout(2, 1, 2)], ids=str)
 def test_they_are_the_same_on_any_ranks(made, alone, tmp_path, layout):
     """Over the ends of parts, and with replicas that have nothing to do in the last turn."""

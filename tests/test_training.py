@@ -226,22 +226,31 @@ def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, mo
     data = {"periods": {"test": "2000-01-10T06/"}}
     config = small_config(tmp_path, store, training={"steps": 240, "learning_rate": 0.02}, data=data)
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
-    maps = [tmp_path / "alone.nc", tmp_path / "tiled.nc"]
+    maps = [tmp_path / "alone.nc", tmp_path / "on_ranks.nc"]
     alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluated(config, mesh, maps=maps[0]))
-    tiled = run_on_ranks(Layout(1, 2, 2), lambda mesh: evaluated(config, mesh, maps=maps[1]))
     assert alone.held_out and alone.forecasts == 3
-    for evaluation in tiled:
+    for layout in (Layout(1, 2, 2), Layout(2, 1, 2)):  # tiles; and replicas, of which one has a date less
+        _check_is_the_same(run_on_ranks(layout, lambda mesh: evaluated(config, mesh, maps=maps[1])), alone)
+        xr.testing.assert_allclose(*(xr.load_dataset(path, engine="h5netcdf") for path in maps), rtol=1e-5, atol=1e-5)
+        maps[1].unlink()
+    assert all(skill.ratio < 0.9 for skill in alone.skills)
+    _check_against_the_files(alone, store)
+    _look_at_the_figure(alone, tmp_path / "figures" / "forecast.png", monkeypatch)
+
+
+def _check_is_the_same(on_ranks, alone):
+    """On every rank; spectra on the first."""
+    for evaluation in on_ranks:
         for found, want in zip(evaluation.skills, alone.skills, strict=True):
             assert found.rmse == pytest.approx(want.rmse, rel=1e-5)
             assert found.persistence_rmse == pytest.approx(want.persistence_rmse, rel=1e-5)
         for name, values in evaluation.metrics.items():
             np.testing.assert_allclose(values, alone.metrics[name], rtol=1e-5, atol=1e-5)
+        for name in ("truth_CYX", "forecast_CYX"):
+            np.testing.assert_allclose(getattr(evaluation.example, name), getattr(alone.example, name), atol=1e-5)
     for name in ("zonal_ESCK", "total_ESCL"):
-        np.testing.assert_allclose(getattr(tiled[0].spectra, name), getattr(alone.spectra, name), rtol=1e-5, atol=1e-9)
-    xr.testing.assert_allclose(*(xr.load_dataset(path, engine="h5netcdf") for path in maps), rtol=1e-5, atol=1e-5)
-    assert all(skill.ratio < 0.9 for skill in alone.skills)
-    _check_against_the_files(alone, store)
-    _look_at_the_figure(alone, tmp_path / "figures" / "forecast.png", monkeypatch)
+        found, want = (getattr(one.spectra, name) for one in (on_ranks[0], alone))
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-9)
 
 
 def _look_at_the_figure(evaluation, path, monkeypatch):

@@ -21,9 +21,8 @@ from .trained import (
 )
 
 if TYPE_CHECKING:
-    from ..forecasting.campaign import Progress
     from ..forecasting.embeddings import EmbeddingPlan, EmbeddingSummary
-    from ..forecasting.forecaster import Forecaster
+    from ..forecasting.turns import Progress
     from ..spatial.mesh import ProcessMesh
 
 Output = Annotated[Path, typer.Option(help="NAME.nc (NetCDF4).")]
@@ -61,14 +60,16 @@ def embed_command(
     from ..training.loading import about_network
 
     about = about_network(model)
-    asked = _Asked(paths_of(data, about.get("store"), model), times or (), sequence, output, overwrite)
-    carry_out(asked, model, about, Where(ranks, mesh, device, kernels), "times", _report, as_json=as_json)
+    asked = _Asked(model, paths_of(data, [about], [model]), times or (), sequence, output, overwrite)
+    where = Where(ranks, mesh, device, kernels)
+    carry_out(asked, about.get("mesh", "1x1"), where, "times", _report, as_json=as_json)
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the user asks for, but for the network and the ranks."""
+    """What the user asks for, but for the ranks."""
 
+    model: Path
     data: Sequence[Path]
     times: Sequence[str]
     sequence: str | None
@@ -82,10 +83,16 @@ class _Asked:
         """To hand on to ranks."""
         several = [("--data", self.data), ("--times", self.times)]
         given = {"--output": self.output, "--sequence": self.sequence}
-        return [*as_arguments(several, given), *["--overwrite"] * self.overwrite]
+        return [str(self.model), *as_arguments(several, given), *["--overwrite"] * self.overwrite]
+
+    def check(self) -> None:
+        """With all that can be told without the network's weights; raises InputError."""
+        from ..training.loading import about_network
+
+        self.plan(about_network(self.model))
 
     def plan(self, about: Mapping[str, str]) -> "EmbeddingPlan":
-        """With all that can be told without the network's weights; raises InputError."""
+        """Checked; raises InputError."""
         from ..forecasting.embeddings import EMBEDDINGS, plan_embedding
         from ..forecasting.output import check_output
         from ..training.loading import contract_in, window_of
@@ -95,10 +102,12 @@ class _Asked:
         check_output(self.output, EMBEDDINGS, plan.request, overwrite=self.overwrite)
         return plan
 
-    def make(self, forecaster: "Forecaster", mesh: "ProcessMesh", progress: "Progress") -> "EmbeddingSummary":
+    def make(self, mesh: "ProcessMesh", kernels: str | None, progress: "Progress") -> "EmbeddingSummary":
         """On all ranks."""
         from ..forecasting.embeddings import run_embedding
+        from ..forecasting.forecaster import Forecaster
 
+        forecaster = Forecaster.load(self.model, mesh=mesh, kernels=kernels)
         plan = self.plan(forecaster.trained.about)
         return run_embedding(forecaster, plan, self.output, mesh, overwrite=self.overwrite, progress=progress)
 

@@ -1,21 +1,21 @@
 """``faconv evaluate``: how good forecasts are, of networks and of files."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
 from ..errors import InputError
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
-from .ranks import job_ranks, joined, run_ranks, starts_ranks
 from .tables import table_of
-from .trained import check_directory, mesh_of, paths_of, shown_progress
+from .trained import Mesh, Overwrite, Where, as_arguments, carry_out, check_directory, paths_of
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import Evaluation
+    from ..evaluation.evaluation import Evaluation
+    from ..forecasting.turns import Progress
     from ..spatial.mesh import ProcessMesh
 
 Models = Annotated[
@@ -39,9 +39,6 @@ Climatology = Annotated[
         help="Dates of the data that climatology is made of, FIRST/LAST, may be repeated. Default: those of training.",
     ),
 ]
-Mesh = Annotated[
-    str | None, typer.Option("--mesh", metavar="LATxLON", help="How ranks share the globe. Default: as the run's.")
-]
 Output = Annotated[
     Path | None, typer.Option(help="A directory. Default: evaluation/ in the run, or MODEL.evaluation beside a file.")
 ]
@@ -58,6 +55,7 @@ def evaluate_command(
     mesh: Mesh = None,
     device: Device = None,
     kernels: Kernels = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Hold forecasts of the test period against what came: errors, anomaly correlation, spectra and maps, beside
@@ -66,48 +64,102 @@ def evaluate_command(
     Several models stand in the same table, on the same dates. Files of forecasts may be anyone's, with the names that
     WeatherBench-X reads (init_time, lead_time, latitude, longitude, level).
 
-    On several ranks the globe is cut as the run's mesh says, on one it is whole; the numbers are the same.
+    On several ranks the globe is cut as the run's mesh says, and replicas share the dates; on one it is whole; the
+    numbers are the same. An earlier evaluation of other models or options is not touched without --overwrite.
 
     Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4`
     """
-    from ..spatial.device import check_device
-    from ..spatial.mesh import TIMEOUT_S
-
     abouts = _abouts(model)
-    starting = starts_ranks(ranks)
-    sizes = mesh_of(mesh, _mesh_in(abouts), ranks if starting and ranks else job_ranks(), replicas=False)
-    paths = paths_of(data, next((one["store"] for one in abouts if "store" in one), None), model[0])
-    check_directory(output or place_of(model[0]), [*paths, *model])
-    if starting:
-        _check_data(paths)
-        check_device(device or "auto")
-        options = {"--leads": leads, "--samples": samples, "--output": output, "--device": device, "--kernels": kernels}
-        given = [part for name, value in options.items() if value is not None for part in (name, value)]
-        given += [part for path in paths for part in ("--data", path)]
-        given += [part for text in climatology or () for part in ("--climatology", text)]
-        again = ["evaluate", *model, *given, "--mesh", sizes, *["--json"] * as_json]
-        raise typer.Exit(run_ranks([str(part) for part in again], ranks))
-    with joined(sizes, TIMEOUT_S, device or "auto") as here:
-        chosen = {"leads": leads, "samples": samples, "climatology": climatology or (), "kernels": kernels}
-        evaluation, said, directory = _evaluate(model, paths, output, here, chosen)
-        if here.rank == 0:
-            print(json.dumps(said, indent=2)) if as_json else show(evaluation, directory)
+    paths = paths_of(data, abouts, model)
+    asked = _Asked(model, paths, leads, samples, climatology or (), output or place_of(model[0]), overwrite)
+    asked.check()
+    trained_on = next((one["mesh"] for one in abouts if "mesh" in one), "1x1")
+    carry_out(asked, trained_on, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
 
 
-def _evaluate(
-    models: Sequence[Path], data: Sequence[Path], output: Path | None, mesh: "ProcessMesh", options: dict[str, Any]
-) -> tuple["Evaluation", dict[str, Any], Path]:
-    """On all ranks."""
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.results import MAPS, save
-    from ..files import make_durably
+@dataclass(frozen=True)
+class _Asked:
+    """What the user asks for, but for the ranks."""
 
-    directory = output or place_of(models[0])
-    if mesh.rank == 0:
-        make_durably(directory)
-    with shown_progress("forecasts", disable=mesh.rank > 0) as progress:
-        evaluation = evaluate(models, mesh, data=data, maps=directory / MAPS, progress=progress, **options)
-    return evaluation, save(evaluation, directory) if mesh.rank == 0 else {}, directory
+    models: Sequence[Path]
+    data: Sequence[Path]
+    leads: int | None
+    samples: int | None
+    climatology: Sequence[str]
+    output: Path
+    overwrite: bool
+
+    verb = "evaluate"
+
+    @property
+    def arguments(self) -> list[str]:
+        """To hand on to ranks."""
+        several = [("--data", self.data), ("--climatology", self.climatology)]
+        given = {"--leads": self.leads, "--samples": self.samples, "--output": self.output}
+        return [*map(str, self.models), *as_arguments(several, given), *["--overwrite"] * self.overwrite]
+
+    @property
+    def request(self) -> dict[str, str]:
+        """What makes it another evaluation, by argument or option."""
+        known = ((path.absolute(), about.get("step")) for path, about in self._abouts)
+        steps = (f"{path} of step {step}" if step is not None else str(path) for path, step in known)
+        return {
+            "MODEL": ", ".join(steps),
+            "--data": ", ".join(str(path.absolute()) for path in self.data),
+            "--leads": str(self.leads or "by default"),
+            "--samples": str(self.samples or "all"),
+            "--climatology": ", ".join(self.climatology) or "by default",
+        }
+
+    @property
+    def _abouts(self) -> Iterable[tuple[Path, dict[str, str]]]:
+        return zip(self.models, _abouts(self.models), strict=True)
+
+    def check(self) -> None:
+        """With all that can be told without weights; raises InputError."""
+        from ..evaluation.results import check_is_free
+
+        check_directory(self.output, [*self.data, *self.models])
+        _check_data(self.data)
+        if not self.overwrite:
+            check_is_free(self.output, self.request)
+
+    def make(self, mesh: "ProcessMesh", kernels: str | None, progress: "Progress") -> "_Judged":
+        """On all ranks."""
+        from ..evaluation.evaluate import evaluate
+        from ..evaluation.results import MAPS, save
+        from ..files import make_durably
+
+        if mesh.rank == 0:
+            make_durably(self.output)
+        found = evaluate(
+            self.models,
+            mesh,
+            data=self.data,
+            leads=self.leads,
+            samples=self.samples,
+            climatology=self.climatology,
+            maps=self.output / MAPS,
+            kernels=kernels,
+            progress=progress,
+        )
+        return _Judged(found, save(found, self.output, self.request) if mesh.rank == 0 else {}, self.output)
+
+
+class _Judged(NamedTuple):
+    """What was found, for people and for ``--json``, and where the rest is."""
+
+    evaluation: "Evaluation"
+    said: dict[str, Any]
+    directory: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; on the first rank."""
+        return self.said
+
+
+def _report(judged: _Judged) -> None:
+    show(judged.evaluation, judged.directory)
 
 
 def place_of(model: Path) -> Path:
@@ -128,10 +180,6 @@ def _abouts(models: Sequence[Path]) -> list[dict[str, str]]:
         if not path.exists():
             raise InputError(f"MODEL {path} does not exist. Give a run_dir, a checkpoint, or a file.")
     return [{} if is_file_of_forecasts(path) else about_network(path) for path in models]
-
-
-def _mesh_in(abouts: Sequence[dict[str, str]]) -> str:
-    return next((one["mesh"] for one in abouts if "mesh" in one), "1x1")
 
 
 def _check_data(paths: Sequence[Path]) -> None:

@@ -54,7 +54,7 @@ def explain_command(
         raise InputError(f"faconv explain is one process, and this is one of {job_ranks()} ranks. Start it once.")
     if region is None and (variable is not None or lead > 1):
         raise InputError("--variable and --lead are of the forecast of a region. Give --region, such as 40,60,-20,20.")
-    paths = paths_of(data, about_network(model).get("store"), model)
+    paths = paths_of(data, [about_network(model)], [model])
     check_directory(output, [*paths, model])
     check_device(device or "auto")
     forecaster = Forecaster.load(model, device=device_for(device or "auto"))

@@ -21,8 +21,8 @@ from .trained import (
 )
 
 if TYPE_CHECKING:
-    from ..forecasting.campaign import Campaign, Progress, Summary
-    from ..forecasting.forecaster import Forecaster
+    from ..forecasting.campaign import Campaign, Summary
+    from ..forecasting.turns import Progress
     from ..spatial.mesh import ProcessMesh
 
 Start = Annotated[
@@ -59,14 +59,16 @@ def forecast_command(
     from ..training.loading import about_network
 
     about = about_network(model)
-    asked = _Asked(paths_of(data, about.get("store"), model), start, steps, sequence, output, overwrite)
-    carry_out(asked, model, about, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
+    asked = _Asked(model, paths_of(data, [about], [model]), start, steps, sequence, output, overwrite)
+    where = Where(ranks, mesh, device, kernels)
+    carry_out(asked, about.get("mesh", "1x1"), where, "leads", _report, as_json=as_json)
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the user asks for, but for the network and the ranks."""
+    """What the user asks for, but for the ranks."""
 
+    model: Path
     data: Sequence[Path]
     start: Sequence[str]
     steps: int
@@ -81,10 +83,16 @@ class _Asked:
         """To hand on to ranks."""
         several = [("--data", self.data), ("--start", self.start)]
         given = {"--steps": self.steps, "--output": self.output, "--sequence": self.sequence}
-        return [*as_arguments(several, given), *["--overwrite"] * self.overwrite]
+        return [str(self.model), *as_arguments(several, given), *["--overwrite"] * self.overwrite]
+
+    def check(self) -> None:
+        """With all that can be told without the network's weights; raises InputError."""
+        from ..training.loading import about_network
+
+        self.plan(about_network(self.model))
 
     def plan(self, about: Mapping[str, str]) -> "Campaign":
-        """With all that can be told without the network's weights; raises InputError."""
+        """Checked; raises InputError."""
         from ..forecasting.campaign import plan_campaign
         from ..forecasting.output import FORECASTS, check_output
         from ..training.loading import contract_in, window_of
@@ -95,10 +103,12 @@ class _Asked:
         check_output(self.output, FORECASTS, campaign.request, overwrite=self.overwrite)
         return campaign
 
-    def make(self, forecaster: "Forecaster", mesh: "ProcessMesh", progress: "Progress") -> "Summary":
+    def make(self, mesh: "ProcessMesh", kernels: str | None, progress: "Progress") -> "Summary":
         """On all ranks."""
         from ..forecasting.campaign import run_campaign
+        from ..forecasting.forecaster import Forecaster
 
+        forecaster = Forecaster.load(self.model, mesh=mesh, kernels=kernels)
         campaign = self.plan(forecaster.trained.about)
         return run_campaign(forecaster, campaign, self.output, mesh, overwrite=self.overwrite, progress=progress)
 

@@ -18,7 +18,6 @@ from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..forecasting.forecaster import Forecaster
     from ..spatial.mesh import ProcessMesh
 
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -41,19 +40,19 @@ class Summary(Protocol):
 
 
 class Asked(Protocol):
-    """What the user asks for, but for the network and the ranks."""
+    """What the user asks for, but for the ranks."""
 
     @property
     def verb(self) -> str: ...
 
     @property
     def arguments(self) -> list[str]:
-        """To hand on to ranks."""
+        """To hand on to ranks, MODEL first."""
 
-    def plan(self, about: Mapping[str, str]) -> Any:
-        """Raises InputError for what can be told without the network's weights."""
+    def check(self) -> None:
+        """Raises InputError for what can be told without weights."""
 
-    def make(self, forecaster: "Forecaster", mesh: "ProcessMesh", progress: Callable[[int, int], None]) -> Any:
+    def make(self, mesh: "ProcessMesh", kernels: str | None, progress: Callable[[int, int], None]) -> Any:
         """On all ranks; a `Summary`."""
 
 
@@ -69,8 +68,7 @@ class Where:
 
 def carry_out(
     asked: Asked,
-    model: Path,
-    about: Mapping[str, str],
+    trained_on: str,
     where: Where,
     counted: str,
     report: Callable[[Any], None],
@@ -80,7 +78,7 @@ def carry_out(
     """Starts ranks that do it, or does it as one of them.
 
     Args:
-        about: see `about_network`.
+        trained_on: the mesh of the run.
         counted: what the progress counts.
         report: tells the user of the summary.
     """
@@ -89,19 +87,16 @@ def carry_out(
 
     starting, device = starts_ranks(where.ranks), where.device or "auto"
     ranks = where.ranks if starting and where.ranks else job_ranks()
-    sizes = mesh_of(where.mesh, about.get("mesh", "1x1"), ranks)
+    sizes = mesh_of(where.mesh, trained_on, ranks)
     if starting:
-        asked.plan(about)  # or says why not, before any rank is started
+        asked.check()  # or says why not, before any rank is started
         check_device(device)
         given = {"--mesh": sizes, "--kernels": where.kernels, "--device": where.device}
-        again = [asked.verb, str(model), *asked.arguments, *as_arguments((), given), *["--json"] * as_json]
+        again = [asked.verb, *asked.arguments, *as_arguments((), given), *["--json"] * as_json]
         raise typer.Exit(run_ranks(again, ranks))
     with joined(sizes, TIMEOUT_S, device) as mesh:
-        from ..forecasting.forecaster import Forecaster
-
-        forecaster = Forecaster.load(model, mesh=mesh, kernels=where.kernels)
         with shown_progress(counted, disable=mesh.rank > 0) as progress:
-            summary = asked.make(forecaster, mesh, progress)
+            summary = asked.make(mesh, where.kernels, progress)
         if mesh.rank == 0:
             print(json.dumps(summary.as_dict(), indent=2)) if as_json else report(summary)
 
@@ -146,28 +141,24 @@ def check_directory(output: Path, data: Sequence[Path]) -> None:
         raise InputError(f"--output {output} is a file. Give a directory.")
 
 
-def mesh_of(text: str | None, trained: str, ranks: int, *, replicas: bool = True) -> MeshConfig:
-    """What is asked for; or the run's tiles, and as many replicas as there are ranks for, if they may be several. One
-    rank has all."""
+def mesh_of(text: str | None, trained: str, ranks: int) -> MeshConfig:
+    """What is asked for; or the run's tiles, and as many replicas as there are ranks for. One rank has all."""
     if text is not None:
         mesh = MeshConfig.parse(text)
     elif ranks == 1:
         return MeshConfig()
     else:
         tiles = MeshConfig.parse(trained)
-        several = max(ranks // (tiles.lat * tiles.lon), 1) if replicas else 1
-        mesh = tiles.model_copy(update={"replicas": several})
-    if mesh.replicas > 1 and not replicas:
-        raise InputError(f"--mesh {text} has {mesh.replicas} replicas, and all ranks share the globe. Give LATxLON.")
-    check_ranks(mesh, ranks, f"say with --mesh how they share {'dates and ' * replicas}the globe")
+        mesh = tiles.model_copy(update={"replicas": max(ranks // (tiles.lat * tiles.lon), 1)})
+    check_ranks(mesh, ranks, "say with --mesh how they share dates and the globe")
     return mesh
 
 
-def paths_of(data: Sequence[str] | None, store: str | None, model: Path) -> list[Path]:
-    """The data that are named, patterns resolved; or the run's store."""
-    if not data and store is None:
-        raise InputError(f"{model} is no run, and brings no data. Name a store or files with --data.")
-    return paths_in(data or [str(store)])
+def paths_of(data: Sequence[str] | None, abouts: Sequence[Mapping[str, str]], models: Sequence[Path]) -> list[Path]:
+    """The data that are named, patterns resolved; or the store of the first run. See `about_network`."""
+    from ..training.loading import store_of
+
+    return paths_in(data) if data else [store_of(abouts, models)]
 
 
 def paths_in(data: Sequence[str]) -> list[Path]:

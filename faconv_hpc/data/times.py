@@ -14,6 +14,7 @@ from ..errors import InputError
 EPOCH_UNITS = "seconds since 1970-01-01 00:00:00"
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 86400
+YEAR_S = round(365.25 * SECONDS_PER_DAY)
 IRREGULAR_S = 1.5  # times are kept to the second, so steps meant to be equal differ by one at most
 ALIKE = 0.25  # of the usual step, by which others may differ: months and seasons are alike, a missing time is not
 _SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
@@ -96,6 +97,19 @@ class TimeAxis:
         unlike = np.abs(np.diff(self.seconds) - self.step_s) > ALIKE * self.step_s
         unlike[np.array(self.beginnings[1:], dtype=np.int64) - 1] = True
         return np.flatnonzero(unlike) + 1
+
+    def after(self, frame: int) -> int:
+        """The instant that is to follow a frame: as far away as the next one was a year before, or else as the frame
+        is from the one before it. Months have the lengths that they had."""
+        (own,) = (one for one in self.sequences if frame in one)
+        second, before = int(self.seconds[frame]), self.seconds[own.start : frame + 1]
+        if len(before) < 2:
+            raise InputError(f"{self.label(frame)} is the only time, and none tells how long a step is. Give more.")
+        step_s = int(before[-1] - before[-2])
+        year = int(np.argmin(np.abs(before[:-1] - (second - YEAR_S))))
+        if abs(int(before[year]) - (second - YEAR_S)) <= ALIKE * step_s:
+            step_s = int(before[year + 1] - before[year])
+        return second + step_s
 
     @property
     def described(self) -> str:

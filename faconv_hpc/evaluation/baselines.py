@@ -18,6 +18,7 @@ from .truth import Case, Truth
 
 PERSISTENCE, CLIMATOLOGY, DAMPED = "persistence", "climatology", "damped persistence"
 NAMES = (PERSISTENCE, CLIMATOLOGY, DAMPED)
+MADE_OF_DATES = NAMES[1:]
 PAIRS = 40  # dates of training from which it is told how much of an anomaly is left
 
 

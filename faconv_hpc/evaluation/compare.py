@@ -7,12 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .bootstrap import Draws
+from .intervals import Weighings
 
 Verdict = Literal["better", "worse", "cannot tell"]
 Why = Literal["model lacks", "other lacks", "other cells", "no error", "too few"]
 """Leads and targets do not count: one of the two has no RMSE, that of the other is of a part of the cells, that of but
-one is 0, or some draws have no ratio."""
+one is 0, or they have no ratio when dates count otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class Comparison:
         left_out: leads and targets (L, C) that one of them has and that do not count, by why; none of it empty.
         one_sided: whether a forecast that is judged lacks some of them, or one of the two has no error at all there:
             then the others say nothing of the whole.
+        seen: whether the other is made of dates that are judged: there is no verdict then.
     """
 
     model: str
@@ -37,11 +38,12 @@ class Comparison:
     bounds: tuple[float, float]
     left_out: Mapping[Why, NDArray[np.bool_]]
     one_sided: bool
+    seen: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """On the whole."""
-        return "cannot tell" if self.one_sided else verdict_of(*self.bounds)
+        return "cannot tell" if self.one_sided or self.seen else verdict_of(*self.bounds)
 
     def counts(self) -> dict[Verdict, int]:
         """How many of the leads and targets have each verdict; those that one of them lacks have none."""
@@ -54,7 +56,7 @@ class Comparison:
         """For programs."""
         low, high = self.bounds
         said = {"model": self.model, "other": self.other, "rmse_ratio": self.overall, "low": low, "high": high}
-        return said | {"verdict": self.verdict, "leads_and_variables": self.counts()}
+        return said | {"verdict": self.verdict, "other_has_seen": self.seen, "leads_and_variables": self.counts()}
 
 
 def verdict_of(low: float, high: float) -> Verdict:
@@ -70,32 +72,34 @@ def compared(
     a: int,
     b: int,
     rmse_LFC: NDArray[np.float64],
-    drawn_BLFC: NDArray[np.float64],
-    draws: Draws,
+    weighed_KLFC: NDArray[np.float64],
+    weighings: Weighings,
     *,
     baseline: bool = False,
     part_LC: NDArray[np.bool_] | None = None,
+    seen: bool = False,
 ) -> Comparison:
     """Of two forecasts, by their places among F.
 
     Args:
         baseline: whether the other is one, which may lack variables without a verdict on the whole being withheld.
         part_LC: where the other was judged on a part of the cells: there is no ratio. Default: nowhere.
+        seen: see `Comparison`.
     """
     part_LC = np.zeros_like(rmse_LFC[:, b], dtype=bool) if part_LC is None else part_LC
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio_LC, ratio_BLC = rmse_LFC[:, a] / rmse_LFC[:, b], drawn_BLFC[:, :, a] / drawn_BLFC[:, :, b]
-        ratio_LC, ratio_BLC = (np.where(part_LC, np.nan, ratio) for ratio in (ratio_LC, ratio_BLC))
-        log, log_B = np.log(ratio_LC), np.log(ratio_BLC)
-        bounds_2LC = np.exp(draws.interval(log_B, log))
-    known = np.isfinite(log) & np.isfinite(log_B).all(axis=0)
+        ratio_LC, ratio_KLC = rmse_LFC[:, a] / rmse_LFC[:, b], weighed_KLFC[:, :, a] / weighed_KLFC[:, :, b]
+        ratio_LC, ratio_KLC = (np.where(part_LC, np.nan, ratio) for ratio in (ratio_LC, ratio_KLC))
+        log, log_K = np.log(ratio_LC), np.log(ratio_KLC)
+        bounds_2LC = np.exp(weighings.interval(log_K, log))
+    known = np.isfinite(log) & np.isfinite(log_K).all(axis=0)
     left_out = _left_out(rmse_LFC[:, a], rmse_LFC[:, b], part_LC, known)
     one_sided = bool(left_out.keys() & {"model lacks", "no error", *["other lacks"] * (not baseline)})
-    rest = left_out, one_sided
+    rest = left_out, one_sided, seen
     if not known.any():
         return Comparison(model, other, ratio_LC, bounds_2LC, float("nan"), (float("nan"), float("nan")), *rest)
-    overall, overall_B = log[known].mean(), log_B[:, known].mean(axis=1)
-    low, high = np.exp(draws.interval(overall_B, overall)).tolist()
+    overall, overall_K = log[known].mean(), log_K[:, known].mean(axis=1)
+    low, high = np.exp(weighings.interval(overall_K, overall)).tolist()
     return Comparison(model, other, ratio_LC, bounds_2LC, float(np.exp(overall)), (low, high), *rest)
 
 

@@ -1,11 +1,8 @@
 """How good forecasts are, of networks and of files, beside each other and beside what costs nothing."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,131 +15,21 @@ from ..data.times import SECONDS_PER_HOUR
 from ..data.variables import Variable
 from ..errors import InputError
 from ..forecasting.forecaster import Forecaster
+from ..forecasting.turns import Progress, take_turns
 from ..model.arithmetic import arithmetic
 from ..spatial.domain import Domain
-from ..spatial.grid import LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
 from ..training.export import SUFFIXES
+from ..training.loading import store_of
 from ..training.shards import FOLDER
-from ..training.skill import Skill
 from . import baselines
 from .baselines import Baselines, MadeOf
-from .bootstrap import Draws
-from .compare import Comparison, compared
 from .entries import FILES, Entry, FileEntry, NetworkEntry, cases_of_files, is_file_of_forecasts
-from .fields import Example, KeptSpectra, MapSums, SpectraSums
+from .evaluation import Evaluation, Judged
+from .fields import Example, MapSums, SpectraSums
 from .sums import PerDate, Sums
-from .truth import Case, Target, Truth, truth_of
-
-Progress = Callable[[int, int], None]
-"""Called with (dates that are done, dates there are)."""
-
-
-class Judged(NamedTuple):
-    """One of those that stand in a table.
-
-    Attributes:
-        kind: ``network`` or ``file of forecasts``.
-        about: where it is, its step, its digest.
-        held_out: whether training saw none of what it forecast; None: not known.
-    """
-
-    name: str
-    kind: str
-    about: dict[str, str]
-    held_out: bool | None
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes:
-        entries: what was judged, without the baselines.
-        truth: what came, for people.
-        targets: what was forecast.
-        known: (C,) of which targets there is a climatology.
-        dates: of the starts.
-        leads_h: (L,) how far ahead the leads are, in hours, on average over dates.
-        per_date: of all entries and then the baselines.
-        made_of: which dates climatology and damped persistence are made of.
-    """
-
-    entries: tuple[Judged, ...]
-    truth: str
-    targets: tuple[Target, ...]
-    grid: LatLonGrid
-    known: NDArray[np.bool_]
-    dates: tuple[str, ...]
-    leads_h: NDArray[np.float64]
-    per_date: PerDate
-    spectra: KeptSpectra
-    example: Example
-    made_of: MadeOf
-
-    @property
-    def held_out(self) -> bool | None:
-        """Of the first entry."""
-        return self.entries[0].held_out
-
-    @property
-    def forecasts(self) -> int:
-        """How many, each over all leads."""
-        return len(self.dates)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the entries and the baselines, in the order of the sums."""
-        return (*(one.name for one in self.entries), *baselines.NAMES)
-
-    @cached_property
-    def metrics(self) -> dict[str, NDArray[np.float64]]:
-        """(L, F, C) each of `METRICS`."""
-        return {name: values[0] for name, values in self.per_date.metrics().items()}
-
-    @cached_property
-    def draws(self) -> Draws:
-        """Dates drawn anew, the same for all, so that differences can be told."""
-        errors_NS = self.per_date.errors[:, :, : len(self.entries)].reshape(self.forecasts, -1)
-        return Draws.of(errors_NS)
-
-    @cached_property
-    def drawn(self) -> dict[str, NDArray[np.float64]]:
-        """(B, L, F, C) each of `METRICS`."""
-        return dict(self.per_date.metrics(self.draws.drawn_BN))
-
-    @cached_property
-    def intervals(self) -> dict[str, NDArray[np.float64]]:
-        """(2, L, F, C) each of `METRICS`."""
-        return {name: self.draws.interval(values, self.metrics[name]) for name, values in self.drawn.items()}
-
-    @cached_property
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """Of each entry with those after it, and with the baselines."""
-        places = range(len(self.names))
-        pairs = [(a, b) for a, b in combinations(places, 2) if a < len(self.entries)]
-        given = self.metrics["rmse"], self.drawn["rmse"], self.draws
-        names, part_LFC = self.names, self.elsewhere
-        return tuple(
-            compared(names[a], names[b], a, b, *given, baseline=b >= len(self.entries), part_LC=part_LFC[:, b])
-            for a, b in pairs
-        )
-
-    @property
-    def elsewhere(self) -> NDArray[np.bool_]:
-        """(L, F, C) where a baseline was judged on a part of the cells, as it is not known on the others."""
-        return np.asarray(self.per_date.shares < 1 - 1e-9)  # NaN: nothing was judged
-
-    @property
-    def skills(self) -> tuple[Skill, ...]:
-        """Of the first entry, lead by lead."""
-        rmse_LFC, first = self.metrics["rmse"], len(self.entries)
-        return tuple(
-            Skill(target.name, lead + 1, target.units, *rmse_LFC[lead, [0, first, first + 1], place].tolist())
-            for lead in range(len(self.leads_h))
-            for place, target in enumerate(self.targets)
-        )
+from .truth import Case, Truth, truth_of
 
 
 @torch.no_grad()
@@ -159,7 +46,8 @@ def evaluate(
     kernels: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Holds forecasts against what came, on the same dates and cells. Collective; the ranks of a mesh share the globe.
+    """Holds forecasts against what came, on the same dates and cells. Collective; tiles share the globe, replicas the
+    dates.
 
     Dates are those whose leads lie in the test period of the first network, or those of the first file, as far as all
     have them. A cell counts where it is known what came at the start and at every lead up to the one in question.
@@ -194,13 +82,11 @@ def evaluate(
     base = Baselines.of(truth, domain, spans, len(some[0].leads), cycle)
     work = _Work(entries, truth, domain, base, some)
     with arithmetic("fp32", mesh.device):
-        for number, case in enumerate(some):
-            work.add(number, case)
-            if progress is not None:
-                progress(number + 1, len(some))
-    if maps is not None:
+        take_turns(range(len(some)), len(some[0].leads), mesh, work.add, progress)
+    found = work.evaluation(MadeOf.of(truth, spans, bool(climatology), some))
+    if maps is not None and mesh.replica == 0:
         work.maps.save(maps, [one.name for one in entries], truth.targets, work.leads_h)
-    return work.evaluation(MadeOf.of(truth, spans, bool(climatology), some))
+    return found
 
 
 def opened(
@@ -210,7 +96,7 @@ def opened(
     names = names_of(models)
     load = partial(Forecaster.load, mesh=mesh, kernels=kernels)
     loaded = [None if is_file_of_forecasts(path) else load(path) for path in models]
-    data = data or _store_of(loaded, models)
+    data = data or [store_of([one.trained.about for one in loaded if one is not None], models)]
     entries = list[Entry]()
     for path, name, forecaster in zip(models, names, loaded, strict=True):
         if forecaster is None:
@@ -220,14 +106,6 @@ def opened(
         about = {"path": str(path), "step": str(trained.step), "network_sha256": trained.digest}
         entries.append(NetworkEntry(name, about, forecaster, data))
     return tuple(entries), data
-
-
-def _store_of(loaded: Sequence[Forecaster | None], models: Sequence[Path]) -> list[Path]:
-    """The store of the first run; raises InputError where there is no run."""
-    for forecaster in loaded:
-        if forecaster is not None and forecaster.trained.about.get("store"):
-            return [Path(forecaster.trained.about["store"])]
-    raise InputError(f"{models[0]} is no run, and brings no data. Name what came with --data: a store, or files.")
 
 
 def names_of(models: Sequence[Path]) -> list[str]:
@@ -286,13 +164,14 @@ class _Work:
     ) -> None:
         self._entries, self._truth, self._domain, self._base, self._cases = entries, truth, domain, base, cases
         leads, targets = len(cases[0].leads), len(truth.targets)
-        self._sums = Sums(len(cases), leads, len(entries) + len(baselines.NAMES), targets)
+        self._sums = Sums(domain, len(cases), leads, len(entries) + len(baselines.NAMES), targets)
         self._spectra = SpectraSums(domain, leads, len(cases), len(entries), targets)
         self.maps = MapSums(domain, leads, len(entries), targets)
         self._first_step: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def add(self, number: int, case: Case) -> None:
-        """One case. Collective over the tiles."""
+    def add(self, number: int) -> Iterator[None]:
+        """One case, lead by lead. Collective over the tiles."""
+        case = self._cases[number]
         start_CYX, mean_then_CYX = self._base.came(case.start), self._base.climatology(case.start)
         known = ~start_CYX.isnan()
         runs = zip(*(one.leads(self._truth, case, self._domain) for one in self._entries), strict=True)
@@ -302,11 +181,12 @@ class _Work:
             came_CYX = came_CYX.where(known, float("nan"))
             damped_CYX = self._base.damped(lead, start_CYX, mean_then_CYX, mean_CYX)
             free = start_CYX, mean_CYX, damped_CYX
-            self._sums.add(number, lead, forecasts, free, came_CYX, mean_CYX, self._domain)
+            self._sums.add(number, lead, forecasts, free, came_CYX, mean_CYX)
             self._spectra.add(number, lead, came_CYX, forecasts)
             self.maps.add(lead, came_CYX, forecasts)
             if lead == 0:
                 self._first_step = start_CYX, came_CYX, forecasts[0]
+            yield
 
     @property
     def leads_h(self) -> NDArray[np.float64]:
@@ -316,8 +196,10 @@ class _Work:
         return np.asarray(np.mean(ahead_s, axis=0) / SECONDS_PER_HOUR)
 
     def evaluation(self, made_of: MadeOf) -> Evaluation:
-        """When all cases are added. Collective over the tiles."""
+        """When all cases are added. Collective."""
         truth = self._truth
+        for sums in (self._sums, self._spectra, self.maps):
+            sums.join()
         kinds = ["file of forecasts" if one.contract is None else "network" for one in self._entries]
         entries = zip(self._entries, kinds, strict=True)
         return Evaluation(
@@ -337,35 +219,51 @@ class _Work:
         )
 
     def _whole_example(self) -> Example:
-        """The first lead of the last case, of the first entry."""
-        assert self._first_step is not None, "there is at least one case, of at least one lead"
-        start_CYX, came_CYX, forecast_CYX = self._first_step
-        case, grid, targets = self._cases[-1], self._domain.grid, self._truth.targets
-        reference_CYX, meaning = start_CYX.clone(), ["change in one step"] * len(targets)
-        judged = {}
-        entry = self._entries[0]
-        for place, variable in enumerate(entry.contract.channels.targets if entry.contract else ()):
+        """The first lead of the last case, of the first entry, on every rank. Collective."""
+        case, grid, axis, mesh = self._cases[-1], self._domain.grid, self._truth.axis, self._domain.mesh
+        contract = self._entries[0].contract
+        meaning, judged = ["change in one step"] * len(self._truth.targets), {}
+        for place, variable in enumerate(contract.channels.targets if contract else ()):
             if not variable.loss_weight:
                 judged[variable.name] = "not trained: its loss has weight 0"
             if variable.role == "diagnostic":
-                reference_CYX[place], meaning[place] = self._mean_of(variable, case.leads[0])
-        parts = (came_CYX - reference_CYX, forecast_CYX - reference_CYX)
-        came, said = (self._domain.assemble(one.float()).cpu().numpy() for one in parts)
-        axis, degrees = self._truth.axis, (np.rad2deg(grid.latitude), np.rad2deg(grid.longitude))
-        names, units = zip(*((one.name, one.units) for one in targets), strict=True)
+                meaning[place] = _departure_of(variable)
+        replica = (len(self._cases) - 1) % mesh.replicas
+        fields = self._departures(case) if mesh.replica == replica else None
+        shape = (2, len(self._truth.targets), grid.nlat, grid.nlon)
+        came, said = mesh.from_rank(fields, shape, replica * mesh.tiles).cpu().numpy()
+        degrees = (np.rad2deg(grid.latitude), np.rad2deg(grid.longitude))
+        names, units = zip(*((one.name, one.units) for one in self._truth.targets), strict=True)
         dates = axis.label(case.start), axis.label(case.leads[0])
         return Example(names, units, tuple(meaning), *degrees, came, said, dates, judged)
 
-    def _mean_of(self, variable: Variable, frame: int) -> tuple[Tensor, str]:
-        """(Y, X) what a diagnostic variable departs from, and what the departure is called."""
-        mean_YX = torch.full(
-            self._domain.tile.shape, variable.mean, dtype=torch.float64, device=self._domain.mesh.device
-        )
-        what = "departure from the mean" if variable.log1p is None else "departure from the mean of its logarithm"
+    def _departures(self, case: Case) -> Tensor | None:
+        """(2, C, nlat, nlon) what came and the forecast, less the start or, of diagnostic variables, a mean; on the
+        first tile. Collective over the tiles of the replica that has the last case."""
+        assert self._first_step is not None, "there is at least one case, of at least one lead"
+        start_CYX, came_CYX, forecast_CYX = self._first_step
+        reference_CYX, contract = start_CYX.clone(), self._entries[0].contract
+        for place, variable in enumerate(contract.channels.targets if contract else ()):
+            if variable.role == "diagnostic":
+                reference_CYX[place] = self._mean_of(variable, case.leads[0])
+        parts = torch.stack([came_CYX - reference_CYX, forecast_CYX - reference_CYX])
+        return self._domain.assemble_at(parts.float(), 0)
+
+    def _mean_of(self, variable: Variable, frame: int) -> Tensor:
+        """(Y, X) what a diagnostic variable departs from."""
+        shape, device = self._domain.tile.shape, self._domain.mesh.device
+        mean_YX = torch.full(shape, variable.mean, dtype=torch.float64, device=device)
         if variable.harmonics is None:
-            return variable.value(mean_YX), what
+            return variable.value(mean_YX)
         cycle_YX = self._base.cycle.at(variable.name, self._truth.axis.year_fraction[frame : frame + 1])[0]
-        return mean_YX + torch.from_numpy(cycle_YX).to(mean_YX), "departure from its annual cycle"
+        return mean_YX + torch.from_numpy(cycle_YX).to(mean_YX)
+
+
+def _departure_of(variable: Variable) -> str:
+    """What the departure of a diagnostic variable is called."""
+    if variable.harmonics is not None:
+        return "departure from its annual cycle"
+    return "departure from the mean" if variable.log1p is None else "departure from the mean of its logarithm"
 
 
 def _held_out(entry: Entry, truth: Truth, cases: Sequence[Case]) -> bool | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +71,17 @@ class SpectraSums:
             return
         for entry, fields_CYX in enumerate([came_CYX, *forecasts]):
             for target, field_YX in enumerate(fields_CYX):
-                whole_YX = self._domain.assemble(field_YX)
-                if self._domain.mesh.rank == 0:
+                whole_YX = self._domain.assemble_at(field_YX, 0)
+                if whole_YX is not None:
                     place, values_YX = (entry, kept.leads.index(lead), target), whole_YX.cpu().numpy()
                     kept.zonal_ESCK[place] += self._spectra.zonal(values_YX) / len(kept.dates)
                     kept.total_ESCL[place] += self._spectra.total(values_YX) / len(kept.dates)
+
+    def join(self) -> None:
+        """Adds the dates of the other replicas. Collective."""
+        spectra = self.kept.zonal_ESCK, self.kept.total_ESCL
+        zonal_ESCK, total_ESCL = (self._domain.mesh.total_of_replicas(torch.from_numpy(one)).numpy() for one in spectra)
+        self.kept = replace(self.kept, zonal_ESCK=zonal_ESCK, total_ESCL=total_ESCL)
 
 
 class MapSums:
@@ -102,18 +108,24 @@ class MapSums:
             self._error_SECYX[place, entry] += error_CYX
             self._square_SECYX[place, entry] += error_CYX.square()
 
-    def whole(self, lead: int, entry: int, target: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(nlat, nlon) bias and RMSE of one of the leads (by its place among them), NaN where nothing was known.
-        Collective over the tiles."""
+    def join(self) -> None:
+        """Adds the dates of the other replicas. Collective."""
+        parts = self._error_SECYX, self._square_SECYX, self._count_SCYX
+        self._error_SECYX, self._square_SECYX, self._count_SCYX = map(self._domain.mesh.total_of_replicas, parts)
+
+    def whole(self, lead: int, entry: int, target: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """(nlat, nlon) bias and RMSE of one of the leads (by its place among them), NaN where nothing was known; on the
+        first tile, None on others. Collective over the tiles."""
         count_YX = self._count_SCYX[lead, target]
         bias_YX = self._error_SECYX[lead, entry, target] / count_YX
         rmse_YX = (self._square_SECYX[lead, entry, target] / count_YX).sqrt()
-        bias, rmse = (self._domain.assemble(one).cpu().numpy() for one in (bias_YX, rmse_YX))
-        return bias, rmse
+        both = self._domain.assemble_at(torch.stack([bias_YX, rmse_YX]), 0)
+        return None if both is None else (both[0].cpu().numpy(), both[1].cpu().numpy())
 
     def save(self, path: Path, entries: Sequence[str], targets: Sequence[Target], leads_h: NDArray[np.float64]) -> None:
         """Writes ``NAME_rmse`` and ``NAME_bias`` of each target as NetCDF, one after the other, so that no more than
-        the maps of one are held. Collective over the tiles; the first rank writes."""
+        the maps of one are held. Collective over the tiles of the first replica, when all are joined; the first rank
+        writes."""
         grid, mesh = self._domain.grid, self._domain.mesh
         coordinates = {
             "model": list(entries),
@@ -126,7 +138,9 @@ class MapSums:
             for number, target in enumerate(targets):
                 maps = {name: np.empty(shape, dtype=np.float32) for name in ("bias", "rmse")}
                 for entry, lead in np.ndindex(*shape[:2]):
-                    maps["bias"][entry, lead], maps["rmse"][entry, lead] = self.whole(lead, entry, number)
+                    whole = self.whole(lead, entry, number)
+                    if whole is not None:
+                        maps["bias"][entry, lead], maps["rmse"][entry, lead] = whole
                 if beside is not None:
                     told = {"units": target.units}
                     fields = {f"{target.name}_{name}": (tuple(coordinates), one, told) for name, one in maps.items()}

@@ -6,8 +6,8 @@ import numpy as np
 import xarray as xr
 
 from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, line_style, new_figure, save_figure
-from .bootstrap import LEVEL
-from .evaluate import Evaluation
+from .evaluation import Evaluation
+from .intervals import LEVEL
 from .words import with_units
 
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
@@ -56,7 +56,7 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
     targets = evaluation.targets[:SHOWN]
     what = {"rmse": "RMSE", "acc": "anomaly correlation"}[metric]
     columns = min(len(targets), 3)
-    told = f"bars: {100 * LEVEL:g} % intervals" if evaluation.draws.can_tell else "too few dates for intervals"
+    told = f"bars: {100 * LEVEL:g} % intervals" if evaluation.weighings.can_tell else "too few dates for intervals"
     title = f"{what} of {evaluation.forecasts} forecasts ({told})"
     figure, axes = new_figure(-(-len(targets) // columns), columns, title, height=2.8)
     values, intervals, hours = evaluation.metrics[metric], evaluation.intervals[metric], evaluation.leads_h

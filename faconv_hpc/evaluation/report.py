@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from ..data.periods import evenly
 from . import baselines
 from .baselines import MadeOf
-from .bootstrap import DRAWS, FEWEST_BLOCKS, FEWEST_DATES, LEVEL
 from .compare import Comparison
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
+from .intervals import FEWEST_DATES, LEVEL
 from .words import table, with_units
 
 LEADS, RANGES = 4, 4  # of tables, of dates of climatology, at most
@@ -26,10 +26,11 @@ MEANINGS = f"""\
 - **anomaly correlation**: of departures from climatology over the grid, weighted by area and centred, mean over dates.
 - **activity**: standard deviation of departures from climatology over the grid, weighted by area. Where it is less than
   that of what came, the forecast is too smooth.
-- **intervals** ({PERCENT}): dates drawn anew {DRAWS} times by the stationary bootstrap (Politis and Romano, 1994), the
-  same for all, in blocks of {{block:.1f}} dates on average: twice the automatic choice of Politis and White (2004), its
-  median over variables and leads; wider by Student's t for so many blocks. *Better* and *worse* are where the interval
-  of the ratio of errors does not reach 1. Of many such verdicts one in ten or more is chance."""
+- **intervals** ({PERCENT}): where the score of ever more such dates would lie. They are told by how the score changes
+  when dates count a little more or less along slow waves over the period (equal-weighted cosines: Lazarus and others,
+  2018), the same for all, with Student's t; the longer errors last from date to date, the fewer waves are slow enough,
+  and the wider the interval. *Better* and *worse* are where the interval of the ratio of errors does not reach 1.
+  Of many such verdicts one in ten or more is chance."""
 
 
 def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
@@ -44,7 +45,7 @@ def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
         "## Figures",
         *(f"**{title}.** {_caption(title, evaluation)}\n\n![{title}]({path.name})" for title, path in figures.items()),
         "## What the numbers mean",
-        MEANINGS.format(block=evaluation.draws.block, climatology=_climatology(evaluation.made_of)),
+        MEANINGS.format(climatology=_climatology(evaluation.made_of)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -56,10 +57,9 @@ def headline(evaluation: Evaluation) -> list[str]:
 
 def _answers(evaluation: Evaluation) -> Iterable[str]:
     yield "\n".join(f"- {one}" for one in headline(evaluation))
-    if not evaluation.draws.can_tell:
+    if not evaluation.weighings.can_tell:
         yield (
-            f"**{evaluation.forecasts} dates are too few to tell chance from skill**: it takes {FEWEST_DATES}, and "
-            f"{FEWEST_BLOCKS} blocks of dates that depend on each other (here of {evaluation.draws.block:.1f} dates). "
+            f"**{evaluation.forecasts} dates are too few to tell chance from skill**: it takes {FEWEST_DATES}. "
             f"The numbers below say what happened on these dates, not what to expect on others."
         )
     seen = [one.name for one in evaluation.entries if one.held_out is False]
@@ -77,7 +77,7 @@ def _sentence(one: Comparison, evaluation: Evaluation) -> str:
     if not np.isfinite(one.overall):
         return f"{one.model} and {one.other} cannot be compared: for no variable both have errors."
     left, ratio = _left_out(one, evaluation), f"its RMSE is {one.overall:.3g} times as large"
-    if not evaluation.draws.can_tell:
+    if not evaluation.weighings.can_tell:
         return (
             f"Whether {one.model} is better than {one.other} **cannot be told** from so few dates; on them {ratio}."
             f"{left}"
@@ -87,6 +87,11 @@ def _sentence(one: Comparison, evaluation: Evaluation) -> str:
         f"{ratio} on average over variables and leads ({PERCENT} interval {low:.3g} to "
         f"{high:.3g}); better in {counts['better']} of {sum(counts.values())} of them, worse in {counts['worse']}"
     )
+    if one.seen:
+        return (
+            f"Whether {one.model} is better than {one.other} **cannot be told**: {one.other} is made of some of the "
+            f"very dates that are judged. On them {of}.{left}"
+        )
     if one.one_sided:
         return (
             f"Whether {one.model} is better than {one.other} **cannot be told on the whole**.{left} On the rest {of}."
@@ -179,7 +184,7 @@ def _parts(evaluation: Evaluation) -> list[str]:
 
 
 def _scores(evaluation: Evaluation) -> Iterable[str]:
-    told = f" ± half of the {PERCENT} interval" if evaluation.draws.can_tell else ""
+    told = f" ± half of the {PERCENT} interval" if evaluation.weighings.can_tell else ""
     shown = evenly(len(evaluation.leads_h), LEADS)
     if len(shown) < len(evaluation.leads_h):
         yield f"At {len(shown)} of {len(evaluation.leads_h)} leads; all of them are in `scores.nc` and `scores.json`."

@@ -1,25 +1,27 @@
 """What an evaluation leaves: scores as NetCDF and JSON, maps as NetCDF, a report and figures."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from ..errors import InputError
 from ..files import json_ready, write_durably
 from ..forecasting.layout import attributes_of
-from .bootstrap import LEVEL
 from .compare import Comparison
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .fields import lead_times
 from .figures import draw_figures
+from .intervals import LEVEL
 from .netcdf import save_dataset
 from .report import report_of
 from .sums import METRICS
 
 SCORES, JSON_FILE, MAPS, REPORT = "scores.nc", "scores.json", "maps.nc", "report.md"
+ASKED = "asked"  # in the JSON
 BOUNDS = ["low", "high"]
 LONG = {
     "rmse": "root mean squared error",
@@ -30,10 +32,34 @@ LONG = {
 }
 
 
-def save(evaluation: Evaluation, directory: Path) -> dict[str, Any]:
-    """Writes all of it beside the maps, which are there, and gives what stands in the JSON."""
+def check_is_free(directory: Path, request: Mapping[str, str]) -> None:
+    """Raises InputError where there is an evaluation that another request has made.
+
+    Args:
+        request: by argument or option, see `save`.
+    """
+    if not (directory / JSON_FILE).exists():
+        return
+    try:
+        before = json.loads((directory / JSON_FILE).read_text()).get(ASKED, {})
+    except ValueError:  # it was cut off, or is another's
+        before = {}
+    for option, now in request.items():
+        if before.get(option) != now:
+            raise InputError(
+                f"{directory} has an evaluation with {option} {before.get(option, 'not said')}, this command says "
+                f"{now}. Give another --output, or --overwrite."
+            )
+
+
+def save(evaluation: Evaluation, directory: Path, request: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Writes all of it beside the maps, which are there, and gives what stands in the JSON.
+
+    Args:
+        request: what was asked for, kept so that another does not replace it unasked.
+    """
     save_dataset(dataset_of(evaluation), directory / SCORES)
-    said = as_json(evaluation)
+    said = as_json(evaluation) | {ASKED: dict(request or {})}
     write_durably(directory / JSON_FILE, json.dumps(said, indent=2) + "\n")
     with xr.open_dataset(directory / MAPS, engine="h5netcdf", decode_timedelta=True) as maps:
         figures = draw_figures(evaluation, maps, directory)
@@ -100,14 +126,12 @@ def _attributes(evaluation: Evaluation) -> dict[str, Any]:
         "climatology": evaluation.made_of.kind,
         "climatology_dates": ", ".join(evaluation.made_of.dates),
         "forecasts_that_climatology_has_seen": evaluation.made_of.judged,
-        "interval": f"{100 * LEVEL:g} %, stationary bootstrap over {evaluation.forecasts} dates",
-        "mean_block_dates": evaluation.draws.block,
+        "interval": f"{100 * LEVEL:g} %, equal-weighted cosines over {evaluation.forecasts} dates",
     }
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """For programs: plain values; what is no number is None."""
-    draws = evaluation.draws
     said = {
         "models": [
             {"name": one.name, "kind": one.kind, "held_out": one.held_out, **one.about} for one in evaluation.entries
@@ -117,8 +141,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "first": evaluation.dates[0],
         "last": evaluation.dates[-1],
         "interval": LEVEL,
-        "mean_block_dates": draws.block,
-        "can_tell": draws.can_tell,
+        "can_tell": evaluation.weighings.can_tell,
         "climatology": evaluation.made_of._asdict(),
         "spectra": evaluation.spectra.reason or "yes",
         "comparisons": [

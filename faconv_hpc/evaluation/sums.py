@@ -1,5 +1,5 @@
-"""Scores of forecasts out of sums over the grid, which each tile adds up; one row for each date, so that dates can be
-drawn anew.
+"""Scores of forecasts out of sums over the grid, which each tile adds up; one row for each date, so that dates can
+count more or less.
 
 With weights w (areas, 0 where nothing is known), forecast f, truth o and climatology c of a date, e = f - o:
 
@@ -24,12 +24,14 @@ TERMS = (
     9  # sums of w, w e, w e^2; of w (where c is known), and of w times a, b, a^2, b^2, a b with a = f - c, b = o - c
 )
 METRICS = ("rmse", "bias", "acc", "activity", "truth_activity")
+SIZES = ("rmse", "activity", "truth_activity")  # of which none is below 0
 
 
 class Sums:
-    """Of some dates, leads, forecasts of each, and targets."""
+    """Of some dates, leads, forecasts of each, and targets; of other replicas' dates when they are joined."""
 
-    def __init__(self, dates: int, leads: int, forecasts: int, targets: int) -> None:
+    def __init__(self, domain: Domain, dates: int, leads: int, forecasts: int, targets: int) -> None:
+        self._domain = domain
         self.terms_NLFCK = np.zeros((dates, leads, forecasts, targets, TERMS))
 
     def add(
@@ -40,7 +42,6 @@ class Sums:
         others: Sequence[Tensor],
         came_CYX: Tensor,
         mean_CYX: Tensor,
-        domain: Domain,
     ) -> None:
         """One date and lead. Collective over the tiles.
 
@@ -51,10 +52,14 @@ class Sums:
             came_CYX: NaN where it does not count.
             mean_CYX: climatology, NaN where it is not known.
         """
-        known = ~came_CYX.isnan()
+        known, domain = ~came_CYX.isnan(), self._domain
         rows = [_sums(one, came_CYX, mean_CYX, known, domain) for one in forecasts]
         rows += [_sums(one, came_CYX, mean_CYX, known & ~one.isnan(), domain) for one in others]
         self.terms_NLFCK[date, lead] = domain.total(torch.stack(rows)).permute(0, 2, 1).cpu().numpy()
+
+    def join(self) -> None:
+        """Adds the dates of the other replicas. Collective."""
+        self.terms_NLFCK = self._domain.mesh.total_of_replicas(torch.from_numpy(self.terms_NLFCK)).numpy()
 
 
 def _sums(forecast_CYX: Tensor, came_CYX: Tensor, mean_CYX: Tensor, known: Tensor, domain: Domain) -> Tensor:
@@ -71,7 +76,7 @@ def _sums(forecast_CYX: Tensor, came_CYX: Tensor, mean_CYX: Tensor, known: Tenso
 
 @dataclass(frozen=True)
 class PerDate:
-    """(N, L, F, C) each; what is added up over dates, with weights that say how often each of them is drawn."""
+    """(N, L, F, C) each; what is added up over dates, with weights that say how much each of them counts."""
 
     weight: NDArray[np.float64]
     error: NDArray[np.float64]
@@ -93,15 +98,15 @@ class PerDate:
             acc = covariance / np.sqrt(_varies(variance, aa / share) * _varies(truth_variance, bb / share))
         return cls(weight, error, square, counts, np.where(both > 0, acc, 0.0), variance, truth_variance)
 
-    def metrics(self, drawn_BN: NDArray[np.float64] | None = None) -> Mapping[str, NDArray[np.float64]]:
-        """(B, L, F, C) each of `METRICS`, NaN where they are not known.
+    def metrics(self, weights_KN: NDArray[np.float64] | None = None) -> Mapping[str, NDArray[np.float64]]:
+        """(K, L, F, C) each of `METRICS`, NaN where they are not known.
 
         Args:
-            drawn_BN: how often each date counts in each of B draws. Default: one in which all count once.
+            weights_KN: how much each date counts, in K ways. Default: one, in which all count once.
         """
-        drawn_BN = np.ones((1, len(self.weight))) if drawn_BN is None else drawn_BN
+        weights_KN = np.ones((1, len(self.weight))) if weights_KN is None else weights_KN
         with np.errstate(invalid="ignore", divide="ignore"):
-            sums = {name: np.tensordot(drawn_BN, getattr(self, name), axes=1) for name in self.__dataclass_fields__}
+            sums = {name: np.tensordot(weights_KN, getattr(self, name), axes=1) for name in self.__dataclass_fields__}
             return {
                 "rmse": np.sqrt(sums["square"] / sums["weight"]),
                 "bias": sums["error"] / sums["weight"],

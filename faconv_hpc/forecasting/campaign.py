@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from .forecaster import Forecaster
 from .frames import Frames, store_frames
 from .layout import ForecastLayout
 from .output import FORECASTS, Asked, Request, Sink, Writer, finish_output, opened_output, written_to
+from .turns import Progress, take_turns
 
-Progress = Callable[[int, int], None]
-"""Called with (leads that are written, leads there are), of the first replica."""
 LAST = "last"
 
 
@@ -170,35 +169,21 @@ class _Work:
     output: Path
 
     def do(self, todo: Sequence[int], progress: Progress | None) -> None:
-        """Forecasts from some dates, as many at once as there are replicas; all ranks go from lead to lead together,
-        so that none waits long for another."""
-        steps, replicas = self.campaign.layout.leads_s.size, self.mesh.replicas
-        turns = [todo[first : first + replicas] for first in range(0, len(todo), replicas)]
-        for number, turn in enumerate(turns):
-            mine = turn[self.mesh.replica] if self.mesh.replica < len(turn) else None
+        """Forecasts from some dates, as many at once as there are replicas."""
+        take_turns(todo, self.campaign.layout.leads_s.size, self.mesh, self._forecast, progress)
 
-            def after_each(lead: int, number: int = number) -> None:
-                self.mesh.gathered([0.0])
-                if progress is not None:
-                    progress(number * steps + lead + 1, len(turns) * steps)
-
-            if mine is None:
-                for lead in range(steps):
-                    after_each(lead)
-            else:
-                self._forecast(mine, after_each)
-
-    def _forecast(self, init: int, after_each: Callable[[int], None]) -> None:
+    def _forecast(self, init: int) -> Iterator[None]:
         leads = self.forecaster.leads(self.campaign.frames, self.campaign.starts[init])
         with written_to(self.output), self.writer.writing(init, self.mesh.tile_index == 0) as sink:
             for lead, lead_CYX in enumerate(leads):
                 self._write(sink, lead, lead_CYX, self.forecaster.domain)
-                after_each(lead)
+                yield
 
     def _write(self, sink: Sink | None, lead: int, lead_CYX: Tensor, domain: Domain) -> None:
-        """One field of the whole grid after the other, on every rank; one of them writes it."""
+        """One field of the whole grid after the other, on the rank that writes it."""
         for channel, field_YX in enumerate(lead_CYX):
-            whole_YX = domain.assemble(field_YX.float())
-            if sink is not None and self.writer.writes(channel, self.mesh.tile_index, self.mesh.tiles):
+            whole_YX = domain.assemble_at(field_YX.float(), self.writer.tile_of(channel, self.mesh.tiles))
+            if whole_YX is not None:
+                assert sink is not None, f"tile {self.mesh.tile_index} writes channel {channel} and has opened nothing"
                 with self.mesh.activity.during(SAVING):
                     sink.write(channel, lead, whole_YX.cpu().numpy())

@@ -52,7 +52,7 @@ def forecast_of(
 def embedding_of(forecaster: Forecaster, dataset: xr.Dataset) -> xr.Dataset:
     """See `Forecaster.embed`."""
     frames = dataset_frames(dataset, forecaster.contract)
-    timeline = Timeline(frames, forecaster.contract, forecaster.window, steps=1, what=EMBEDDING_OF)
+    timeline = Timeline(frames, forecaster.contract, forecaster.window, steps=1, what=EMBEDDING_OF, goes_on=True)
     seconds = timeline.all()
     z_TE = np.stack([forecaster.embedding(frames, timeline.start(second)) for second in seconds])
     dates = dates_of(np.array(seconds, dtype=np.int64), forecaster.contract.calendar)

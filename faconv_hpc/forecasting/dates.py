@@ -96,12 +96,20 @@ class Timeline:
         window: inputs that spin the state up.
         steps: leads.
         what: is made of a date, for messages.
+        goes_on: whether a step may lead beyond the last frame, to where the year before has it (see `TimeAxis.after`).
     """
 
     def __init__(
-        self, frames: Frames, contract: Contract, window: int, steps: int, what: str = "forecast from"
+        self,
+        frames: Frames,
+        contract: Contract,
+        window: int,
+        steps: int,
+        what: str = "forecast from",
+        *,
+        goes_on: bool = False,
     ) -> None:
-        self._frames, self._window, self._steps, self._what = frames, window, steps, what
+        self._frames, self._window, self._steps, self._what, self._goes_on = frames, window, steps, what, goes_on
         self.step_s = step_of(contract)
         self._told = f"{contract.step_hours[0]:g} to {contract.step_hours[1]:g} h"
 
@@ -162,6 +170,8 @@ class Timeline:
         if frame < 0:
             return f"{self._frames.name} has no such date"
         (stretch,) = (one for one in stretches_of(axis, [range(len(axis))]) if frame in one)
+        if frame - before >= stretch.start and frame + 1 == stretch.stop and after == 1 and self._goes_on:
+            return np.append(axis.seconds[frame - before : frame + 1], axis.after(frame))
         if frame - before < stretch.start or frame + after >= stretch.stop:
             return (
                 f"its window of {self._window} frames and {self._steps} dates after them must follow each other in "

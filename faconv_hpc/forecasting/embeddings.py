@@ -21,11 +21,12 @@ from ..prepare.hdf5_file import new_netcdf
 from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
-from .campaign import Progress, asked_of, asked_of_data, digest_of_dates, open_sequences
+from .campaign import asked_of, asked_of_data, digest_of_dates, open_sequences
 from .dates import Start, Timeline, seconds_of
 from .forecaster import Forecaster
 from .frames import Frames
 from .output import Asked, Product, Request, finish_output, opened_output, written_to
+from .turns import Progress
 
 PART_TIMES = 64  # what a kill may cost
 EMBEDDING_OF, CONTRACT, WINDOW, NAMES = "embedding of", "contract", "window", "names"
@@ -109,7 +110,7 @@ def plan_embedding(
             f"--times are of one sequence, and {data[0]} holds {len(several)}. Say with --sequence of which, or leave "
             f"--times out."
         )
-    timelines = [Timeline(frames, contract, window, steps=1, what=EMBEDDING_OF) for frames in several]
+    timelines = [Timeline(frames, contract, window, steps=1, what=EMBEDDING_OF, goes_on=True) for frames in several]
     named = seconds_of(times, contract.calendar, "--times") if times else None
     found = [_seconds(timeline, named, len(several) > 1) for timeline in timelines]
     if not any(found):

@@ -33,9 +33,9 @@ class NetcdfWriter:
         """Whether a date's part is there."""
         return self._part(init).exists()
 
-    def writes(self, channel: int, tile: int, tiles: int) -> bool:
-        """Whether the rank of a tile writes a channel: the first writes all."""
-        return tile == 0
+    def tile_of(self, channel: int, tiles: int) -> int:
+        """The tile whose rank writes a channel: the first writes all."""
+        return 0
 
     @contextmanager
     def writing(self, init: int, first: bool) -> Iterator["Part | None"]:

@@ -57,8 +57,8 @@ class PartWriter(Protocol):
 class Writer(PartWriter, Protocol):
     """Of forecasts, in a format."""
 
-    def writes(self, channel: int, tile: int, tiles: int) -> bool:
-        """Whether the rank of a tile writes a channel."""
+    def tile_of(self, channel: int, tiles: int) -> int:
+        """The tile whose rank writes a channel."""
 
     def writing(self, init: int, first: bool) -> AbstractContextManager[Sink | None]:
         """A date is written by the ranks of a replica, of which this is the first or not; all have written when the

@@ -60,9 +60,9 @@ class ZarrWriter:
         """Whether all of a date is there."""
         return self._marker(f"init-{init:06d}").exists()
 
-    def writes(self, channel: int, tile: int, tiles: int) -> bool:
-        """Whether the rank of a tile writes a channel: each has its share."""
-        return channel % tiles == tile
+    def tile_of(self, channel: int, tiles: int) -> int:
+        """The tile whose rank writes a channel: each has its share."""
+        return channel % tiles
 
     @contextmanager
     def writing(self, init: int, first: bool) -> Iterator["Chunks"]:

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..observe import Clock
 from .area_mean import AreaMean, RegionMeans
 from .axis import DIMS, Axis
-from .collectives import gathered_hashes, start_sum
+from .collectives import all_to_all, gathered_hashes, start_sum
 from .coordinates import Coordinates
 from .exchange import HaloExchange
 from .grid import Cuts, LatLonGrid, Tile
@@ -159,6 +159,23 @@ class Domain:
         """The whole field (..., nlat, nlon) on every rank, from the owned cells x (..., Y, X)."""
         self.check_cells(x)
         return self.gather(self.gather(x, "lon"), "lat")
+
+    def assemble_at(self, x: Tensor, tile: int) -> Tensor | None:
+        """The whole field (..., nlat, nlon) on one tile's rank, None on the others: each cell is sent once."""
+        self.check_cells(x)
+        if self.mesh.tile_group is None:
+            return x
+        lead, here = x.shape[:-2], self.mesh.tile_index
+        nothing, tiles = x.new_empty(0), [self.cuts.tile(number) for number in range(self.tiles)]
+        shapes = [torch.Size((*lead, *one.shape)) if here == tile else torch.Size((0,)) for one in tiles]
+        pieces = [x if number in (tile, here) else nothing for number in range(self.tiles)]
+        others = all_to_all(pieces, shapes, here, self.mesh.tile_group, self.clock)
+        if here != tile:
+            return None
+        whole = x.new_empty(*lead, self.grid.nlat, self.grid.nlon)
+        for one, part in zip(tiles, [*others[:here], x, *others[here:]], strict=True):
+            whole[..., *one.slices] = part
+        return whole
 
     def verdict(self, passed: bool) -> bool:
         """Whether all tiles say so: lets every rank agree before anyone raises."""

@@ -186,6 +186,15 @@ class ProcessMesh:
         dist.broadcast(sent, src=self.job_ranks[rank], group=self.group)
         return sent.to(self.device)
 
+    def total_of_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that own the same tile, as each has a part of the dates. Collective over them."""
+        group = self._group(range(self.tile_index, self.ranks, self.tiles))
+        if group is None:
+            return value
+        total = carried(value.to(self.device, copy=True), group)
+        dist.all_reduce(total, group=group)
+        return total.to(value.device)
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """An exception inside ends all ranks with one message; see `FailureWatch`."""

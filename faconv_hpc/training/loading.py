@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +105,18 @@ def about_network(path: Path) -> dict[str, str]:
         return _metadata_in(path)
     found = [one for one in map(_manifest_of, reversed(checkpoints_at(path))) if one is not None]
     return _said_of(found[0]) if found else _said_of(newest_at(path).manifest())
+
+
+def store_of(abouts: Sequence[Mapping[str, str]], models: Sequence[Path]) -> Path:
+    """The store of the first run of several networks, by what is said of them.
+
+    Raises:
+        InputError: there is no run.
+    """
+    store = next((one["store"] for one in abouts if one.get("store")), None)
+    if store is None:
+        raise InputError(f"{models[0]} is no run, and brings no data. Name a store or files with --data.")
+    return Path(store)
 
 
 def _manifest_of(checkpoint: Checkpoint) -> Manifest | None:

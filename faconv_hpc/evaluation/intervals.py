@@ -1,0 +1,94 @@
+"""How sure scores are: what they would be, if dates counted a little more or less along slow waves over the period.
+
+A score s of N dates has an influence of each, I_n. Its projections on cosines are ``z_k = sum_n a_kn I_n``, with
+``a_kn = sqrt(2) cos(pi k (n + 1/2) / N)``. Those on slow waves have the variance of s each, whatever the dates have to
+do with each other, if they forget it within the shortest of these waves. So the mean of z_k^2 over k = 1..B is the
+variance of s, and (s - truth) over its root is Student's t of B degrees of freedom: Lazarus, Lewis, Stock & Watson, J.
+Business & Econ. Statist. 36, 2018. Where dates remember long, few waves are slow enough: then B is small and t large.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+LEVEL = 0.9  # of intervals
+FEWEST_DATES = 12  # for an interval to mean something
+FEWEST_WAVES = 2  # by one alone an interval would be four times as wide
+TILT = 1e-3  # of the weights: small, so that what a score does is a derivative
+MOST_WAVES = 0.4  # of N^(2/3): more would tell little more, and hide what the first lags do not tell
+BIAS = 0.1  # of the variance, that the fastest wave may bring
+LAGS, MEMORY = 3, 0.98  # by which memory is told, and the most
+
+
+@dataclass(frozen=True)
+class Weighings:
+    """Weights of dates, in the order of time.
+
+    Attributes:
+        weights_KN: all ones but for a small wave in each row, slow ones first, N - 1 of them.
+    """
+
+    weights_KN: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, dates: int) -> "Weighings":
+        """Of so many dates."""
+        wave, date = np.arange(1, dates)[:, None], np.arange(dates) + 0.5
+        return cls(1 + TILT * np.sqrt(2) * np.cos(np.pi * wave * date / dates))
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether there are dates enough."""
+        return bool(self.weights_KN.shape[1] >= FEWEST_DATES)
+
+    def interval(self, values_K: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(2, ...) around what was found (...), from its values (K, ...) by each of the weights; NaN where it cannot be
+        told.
+
+        Args:
+            values_K, found: of any smooth function of sums or means over dates.
+        """
+        if not self.can_tell:
+            return np.full((2, *values_K.shape[1:]), np.nan)
+        squares_K = ((values_K - found) / TILT) ** 2
+        half = _half_width(squares_K.reshape(len(squares_K), -1), self.weights_KN.shape[1])
+        half = half.reshape(np.shape(found))
+        return np.stack([found - half, found + half])
+
+
+def _half_width(squares_KS: NDArray[np.float64], dates: int) -> NDArray[np.float64]:
+    """(S,) of intervals of several scores, by the squares of their projections.
+
+    The fast waves tell the memory m of a score from a date to the next, and with it the shape of a spectrum that
+    decays alike: it is taken out of the first waves, and of these those count whose share of it would be off by
+    less than `BIAS`, if it were.
+    """
+    frequency_K = np.pi * np.arange(1, dates) / dates
+    memory_S = memory_of(squares_KS, frequency_K, dates)
+    shape_KS = (1 - memory_S) ** 2 / (1 - 2 * memory_S * np.cos(frequency_K)[:, None] + memory_S**2)
+    most = max(FEWEST_WAVES, round(MOST_WAVES * dates ** (2 / 3)))
+    slow_S = dates / np.pi * (1 - memory_S) * np.sqrt(3 * BIAS / np.maximum(memory_S, 1e-9))
+    waves_S = np.clip(slow_S.astype(int), FEWEST_WAVES, most)
+    variance_KS = np.cumsum(squares_KS / shape_KS, axis=0)
+    variance_S = np.take_along_axis(variance_KS, waves_S[None] - 1, axis=0)[0] / waves_S
+    half: NDArray[np.float64] = stats.t.ppf((1 + LEVEL) / 2, waves_S) * np.sqrt(variance_S)
+    return half
+
+
+def memory_of(squares_KS: NDArray[np.float64], frequency_K: NDArray[np.float64], dates: int) -> NDArray[np.float64]:
+    """(S,) which part is left of a departure from one date to the next: the most that the first lags tell.
+
+    Autocorrelations are those of the spectrum, r(l) = sum of z_k^2 cos(l w_k) over that of z_k^2, and freed of what the
+    mean takes away (Marriott & Pope, Biometrika 41, 1954, for a red series). Lags after the first, which see through
+    noise on it, count where they are more than chance, 2 / sqrt(N).
+    """
+    memory_S = np.zeros(squares_KS.shape[1])
+    for lag in range(1, LAGS + 1):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            correlation_S = np.cos(lag * frequency_K) @ squares_KS / squares_KS.sum(axis=0)
+        left_S = np.clip((correlation_S * dates + 1) / (dates - 4), 0, MEMORY) ** (1 / lag)
+        counts_S = (correlation_S > 2 / np.sqrt(dates)) | (lag == 1)
+        memory_S = np.fmax(memory_S, np.where(counts_S, left_S, 0.0))
+    return np.minimum(memory_S, MEMORY)
