@@ -22,6 +22,7 @@ from faconv_hpc.cli.app import app
 from faconv_hpc.cli.evaluate import place_of
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import figures, results
+from faconv_hpc.evaluation import report as report_module
 from faconv_hpc.evaluation.compare import compared
 from faconv_hpc.evaluation.evaluate import evaluate, names_of
 from faconv_hpc.evaluation.intervals import TILT, Weighings, memory_of
@@ -241,9 +242,13 @@ def test_the_report_and_the_files_say_who_is_better(judged, files, tmp_path, mon
     (tmp_path / "maps.nc").write_bytes((files / "maps.nc").read_bytes())
     monkeypatch.setattr(look, "DPI", 40)
     for name in ("SHOWN", "SHOWN_MAPS"):  # every figure, of one variable and few dots
-        monkeypatch.setattr(figures, name, 1)
+        for module in (figures, report_module):
+            monkeypatch.setattr(module, name, 1)
     said = save(judged, tmp_path)
     report = (tmp_path / "report.md").read_text()
+    assert report.count("The first 1 of 3 variables; the others are in `maps.nc`.") == 2  # maps of two models
+    assert "The first 1 of 3 variables; the others are in `scores.nc`." in report
+    assert report.count("The first 1 of 3 variables.") == 1
     assert "**worse is worse than good**: its RMSE is " in report and "**good is better than persistence**" in report
     for name in ("rmse", "acc", "comparisons", "spectra", "maps_1", "maps_2", "forecast"):
         assert (tmp_path / f"{name}.png").stat().st_size > 2_000 and f"({name}.png)" in report
@@ -537,13 +542,13 @@ SERIES = {
 @pytest.mark.parametrize("dates", [48, 100, 200])
 @pytest.mark.parametrize("series", SERIES.values(), ids=list(SERIES))
 def test_intervals_cover(series, dates):
-    """The mean of a series, 0, lies within 90 % intervals in 87 to 93 of a hundred, however long errors last; in a few
-    more where ten of them overlap on 48 dates. The bounds leave two deviations of chance."""
+    """The mean of a series, 0, lies within 90 % intervals in 87 to 93 of a hundred, however long errors last. The
+    bounds leave two deviations of chance."""
     tries = 1500
     series_NS, weighings = series(np.random.default_rng(0), tries, dates), Weighings.of(dates)
     low, high = weighings.interval(weighings.weights_KN @ series_NS / dates, series_NS.mean(0))
     covered = ((low <= 0) & (high >= 0)).mean()
-    assert 0.87 - 0.016 <= covered <= 0.95 + 0.012
+    assert 0.87 - 0.017 <= covered <= 0.93 + 0.013
 
 
 def test_an_interval_is_that_of_the_mean_of_independent_dates():

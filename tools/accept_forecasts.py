@@ -6,7 +6,7 @@ Trains a small network on synthetic waves, forecasts by `faconv forecast`, and h
 - a command that is killed twice, by SIGKILL at random times, and started again leaves the same data, byte for byte;
 - xarray opens it: dims, coordinates, no number missing.
 
-Minutes. Run: python tools/accept_forecasts.py [--dates 20] [--steps 40] [--seed 0] [--directory DIR]
+Minutes. Run: python tools/accept_forecasts.py [--dates 20] [--steps 40] [--formats .nc] [--ranks 1 2]
 """
 
 import argparse
@@ -43,7 +43,8 @@ def made(directory, dates):
     synthesise(directory / "store", SyntheticOptions(nlat=NLAT, nlon=NLON, channels=3, frames=dates + 10))
     config = CONFIG | {"run_dir": str(directory / "run"), "data": CONFIG["data"] | {"store": str(directory / "store")}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "-m", "faconv_hpc", "train", str(directory / "config.yaml")], check=True)
+    if not (directory / "run").exists():
+        subprocess.run([sys.executable, "-m", "faconv_hpc", "train", str(directory / "config.yaml")], check=True)
     first = np.datetime64("2000-01-01") + np.timedelta64(WINDOW * STEP_H, "h")
     last = first + np.timedelta64((dates - 1) * STEP_H, "h")
     return f"{first}/{last}/{STEP_H}h"
@@ -52,6 +53,7 @@ def made(directory, dates):
 def command(directory, output, start, steps, ranks):
     """``faconv forecast``, as a user types it."""
     given = ["--start", start, "--steps", steps, "--output", output, "--ranks", ranks, "--mesh", LAYOUTS[ranks]]
+    given += ["--data", directory / "store"]
     line = [sys.executable, "-m", "faconv_hpc", "forecast", directory / "run", *given, "--kernels", "eager", "--json"]
     return [str(part) for part in line]
 
@@ -108,13 +110,15 @@ def main():
     parser.add_argument("--dates", type=int, default=20)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="Of the times at which commands are killed.")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--directory", type=Path, help="Is made and kept. Default: a temporary one.")
     options = parser.parse_args()
     directory = options.directory or Path(tempfile.mkdtemp())
     directory.mkdir(parents=True, exist_ok=True)
     start, times, alone = made(directory, options.dates), random.Random(options.seed), None
-    for suffix in FORMATS:
-        for ranks in LAYOUTS:
+    for suffix in options.formats:
+        for ranks in options.ranks:
             whole, other = (directory / f"{name}-{ranks}{suffix}" for name in ("whole", "killed"))
             _, seconds = forecast(command(directory, whole, start, options.steps, ranks))
             line, kills = command(directory, other, start, options.steps, ranks), []

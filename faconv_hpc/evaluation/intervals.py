@@ -19,7 +19,8 @@ FEWEST_WAVES = 2  # by one alone an interval would be four times as wide
 TILT = 1e-3  # of the weights: small, so that what a score does is a derivative
 MOST_WAVES = 0.4  # of N^(2/3): more would tell little more, and hide what the first lags do not tell
 BIAS = 0.1  # of the variance, that the fastest wave may bring
-LAGS, MEMORY = 3, 0.98  # by which memory is told, and the most
+LAGS = 3  # by which memory is told
+MEMORY, FORGOTTEN = 0.98, 4  # its most, and 1 - 4 / N: more cannot be told from a trend, and would be so by chance
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ def memory_of(squares_KS: NDArray[np.float64], frequency_K: NDArray[np.float64],
     mean takes away (Marriott & Pope, Biometrika 41, 1954, for a red series). Lags after the first, which see through
     noise on it, count where they are more than chance, 2 / sqrt(N).
     """
-    memory_S = np.zeros(squares_KS.shape[1])
+    memory_S, most = np.zeros(squares_KS.shape[1]), min(MEMORY, 1 - FORGOTTEN / dates)
     for lag in range(1, LAGS + 1):
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation_S = np.cos(lag * frequency_K) @ squares_KS / squares_KS.sum(axis=0)
-        left_S = np.clip((correlation_S * dates + 1) / (dates - 4), 0, MEMORY) ** (1 / lag)
+        left_S = np.clip((correlation_S * dates + 1) / (dates - 4), 0, most) ** (1 / lag)
         counts_S = (correlation_S > 2 / np.sqrt(dates)) | (lag == 1)
         memory_S = np.fmax(memory_S, np.where(counts_S, left_S, 0.0))
-    return np.minimum(memory_S, MEMORY)
+    return np.minimum(memory_S, most)

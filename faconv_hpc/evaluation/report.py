@@ -12,6 +12,7 @@ from .baselines import MadeOf
 from .compare import Comparison
 from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
+from .figures import SHOWN, SHOWN_MAPS
 from .intervals import FEWEST_DATES, LEVEL
 from .words import table, with_units
 
@@ -240,7 +241,21 @@ def _caption(title: str, evaluation: Evaluation) -> str:
         return (
             f"Mean of {len(evaluation.spectra.dates)} dates (at most {SPECTRA_DATES}). Where the line of a forecast "
             f"falls below that of the truth it is too smooth at that scale: short waves are to the right."
+            f"{_of_all(evaluation, SHOWN_MAPS, 'scores.nc')}"
         )
     if title.startswith("One"):
-        return "The last of the dates; of one step, so that errors can be seen."
-    return "RMSE of each cell over all dates, and the mean error: red where the forecast is too high."
+        return (
+            "The last of the dates; of one step, so that errors can be seen. Fields are shown as they differ from the "
+            f"start, or as the scale says; lines are at half of its ends.{_of_all(evaluation, SHOWN)}"
+        )
+    return (
+        "RMSE of each cell over all dates, and the mean error: red where the forecast is too high; lines are at half "
+        f"of the ends of its scale.{_of_all(evaluation, SHOWN_MAPS, 'maps.nc')}"
+    )
+
+
+def _of_all(evaluation: Evaluation, shown: int, file: str = "") -> str:
+    """How many of the variables a figure has, if not all."""
+    count = len(evaluation.targets)
+    rest = f"; the others are in `{file}`" * bool(file)
+    return f" The first {shown} of {count} variables{rest}." if shown < count else ""
