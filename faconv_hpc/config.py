@@ -1,7 +1,6 @@
 """The config of a run: frozen, strict, and judged before any rank is started."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +18,7 @@ from pydantic import (
 from .data.dates import as_ranges
 from .data.variables import ChosenRole
 from .errors import InputError
-from .model.rules import attention_channels
+from .model.rules import CELL_OPTIONS, MEMORYLESS, ON_THE_SPHERE, Cell
 
 Count = Annotated[int, Field(ge=1)]
 Dates = Annotated[tuple[str, ...], BeforeValidator(as_ranges)]
@@ -124,12 +123,14 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network; see FAConvLSTMNetwork and FAConvLSTM2d for the meaning of each part."""
 
-    cell: Literal["faconvlstm", "convlstm"] = Field("faconvlstm", description="convlstm: the baseline")
+    cell: Cell = Field("faconvlstm", description="what layers are; the others are there to be compared with it")
     hidden_channels: Count = Field(32, description="C_h of every layer")
     layers: Count = Field(2, description="how many are stacked")
+    history: Count = Field(1, description="frames that layers see at each step: its own, and those before it")
     residual: bool = Field(True, description="layers add to what they are given, and the forecast sees the inputs")
     kernel_size: Count = Field(3, description="odd size of the kernels")
     dilations: tuple[Count, ...] = Field((1, 2, 4), description="one depthwise kernel for each")
+    scale_factor: Count = Field(1, description="of sfno and lsno: cells along a side that become one within")
     bottleneck_channels: Count | None = Field(None, description="C_b; default: half of C_h")
     fuse: Literal["sum", "concat"] = Field("sum", description="how the dilations' results are joined")
     se_reduction: Count = Field(4, description="C_b is squeezed to so many times fewer channels")
@@ -151,26 +152,19 @@ class ModelConfig(Section):
         "kernels of our own, whose speed was not measured yet",
     )
 
+    def takes(self, key: str) -> bool:
+        """Whether a key that is a cell's own is this one's."""
+        return key in CELL_OPTIONS[self.cell]
 
-def as_now(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole model section as an older version wrote it, in the words of this one; what is of this one stays.
+    @property
+    def has_memory(self) -> bool:
+        """Whether its layers know of the steps before."""
+        return self.cell not in MEMORYLESS
 
-    Raises:
-        InputError: attention was so wide as it cannot be any more.
-    """
-    now = {"residual": False} | dict(model)  # until there were residuals
-    if "attention_channels" not in now:
-        return now
-    hidden, width = now["hidden_channels"], now.pop("attention_channels")  # until it was a share
-    if now.get("cell") == "convlstm" or not now["attention_every"]:
-        return now
-    now["attention_reduction"] = reduction = hidden // (width or hidden)
-    if attention_channels(hidden, reduction, now["attention_heads"]) != (width or hidden):
-        raise InputError(
-            f"a network was trained with model.attention_channels={width} of {hidden} hidden channels, as an older "
-            f"version allowed; now it is a whole share (model.attention_reduction). Use the version that trained it."
-        )
-    return now
+    @property
+    def attends(self) -> bool:
+        """Whether its layers have attention."""
+        return self.takes("attention_every") and self.attention_every > 0
 
 
 class TrainingConfig(Section):
@@ -361,7 +355,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _attention_is_reached(self) -> "RunConfig":
         every = self.model.attention_every
-        if self.model.cell == "faconvlstm" and every > self.data.window:
+        if self.model.attends and every > self.data.window:
             raise ValueError(
                 f"model.attention_every={every} is more than the {self.data.window} steps of a window (data.window), "
                 f"so attention would never run. Lower it, or write 0 to leave attention out"
@@ -369,9 +363,27 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _transforms_are_exact(self) -> "RunConfig":
+        if self.model.cell in ON_THE_SPHERE and self.training.precision == "bf16":
+            raise ValueError(
+                f"model.cell={self.model.cell} transforms in float32, and training.precision=bf16 would round what it "
+                f"transforms by. Use fp32 or tf32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _history_is_reached(self) -> "RunConfig":
+        if self.model.history > self.data.window:
+            raise ValueError(
+                f"model.history={self.model.history} is more than the {self.data.window} steps of a window "
+                f"(data.window), so no step would have as many frames. Lower it, or use a longer window"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attention_keeps_its_period(self) -> "RunConfig":
         every, window = self.model.attention_every, self.data.window
-        if self.training.stateful_windows and self.model.cell == "faconvlstm" and every and window % every:
+        if self.training.stateful_windows and self.model.attends and window % every:
             raise ValueError(
                 f"training.stateful_windows={self.training.stateful_windows} carries states from window to window, and "
                 f"attention runs every {every} steps (model.attention_every): a window of {window} steps (data.window) "

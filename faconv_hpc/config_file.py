@@ -2,15 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from .config import RunConfig, Section, as_now
+from .config import RunConfig, Section
 from .errors import InputError
+from .model.rules import attention_channels
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -134,3 +135,24 @@ def _nearest(model: Any, location: tuple[int | str, ...]) -> str:
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     return (f"Did you mean {close[0]!r}? " if close else "") + f"Known keys here: {', '.join(known)}."
+
+
+def as_now(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole model section as an older version wrote it, in the words of this one; what is of this one stays.
+
+    Raises:
+        InputError: attention was so wide as it cannot be any more.
+    """
+    now = {"residual": False} | dict(model)  # until there were residuals
+    if "attention_channels" not in now:
+        return now
+    hidden, width = now["hidden_channels"], now.pop("attention_channels")  # until it was a share
+    if now.get("cell") == "convlstm" or not now["attention_every"]:
+        return now
+    now["attention_reduction"] = reduction = hidden // (width or hidden)
+    if attention_channels(hidden, reduction, now["attention_heads"]) != (width or hidden):
+        raise InputError(
+            f"a network was trained with model.attention_channels={width} of {hidden} hidden channels, as an older "
+            f"version allowed; now it is a whole share (model.attention_reduction). Use the version that trained it."
+        )
+    return now

@@ -76,11 +76,11 @@ def draw_model(directory, store, data=None, **sections):
     """A network with drawn weights as an exported file, and what reads its store: no run is trained."""
     config = small_config(directory, store, data=DATA if data is None else data, **sections)
     workspace = Workspace.of(config, Store.open(store), ProcessMesh.alone())
-    network = randomized(build_network(config, workspace.contract.channels)).float()
+    network = randomized(build_network(config, workspace.contract.channels, workspace.contract.grid)).float()
     cycle = {f"{CYCLE}/{name}": torch.from_numpy(values) for name, values in workspace.cycle.coefficients.items()}
     about = {
         "step": "0",
-        "network": json.dumps(network_options(config.model, workspace.contract.channels)),
+        "network": json.dumps(network_options(config.model, workspace.contract.channels, workspace.contract.grid)),
         "contract": workspace.contract.model_dump_json(),
         "run": "drawn",
         "window": str(config.data.window),

@@ -32,6 +32,7 @@ CHOKE_POINTS = {
     "triton": ("model/blocks.py", "model/fused.py"),
     "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
     "sklearn": ("evaluation/",),
+    "torch_harmonics": ("model/sphere.py",),
 }
 ENVIRONMENT_READERS = ("spatial/environment.py", "launch/", "model/native.py")  # the last: which compiler
 LINES = 400

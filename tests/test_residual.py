@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from faconv_hpc import FAConvLSTMNetwork, ProcessMesh, load_network
-from faconv_hpc.config import as_now
-from faconv_hpc.config_file import load_config
+from faconv_hpc.config_file import as_now, load_config
 from faconv_hpc.errors import InputError
 from faconv_hpc.scaling.points import PointFiles
 from faconv_hpc.training.checkpoint import checkpoints_in

@@ -62,7 +62,7 @@ def embed_command(
     about = about_network(model)
     asked = _Asked(model, paths_of(data, [about], [model]), times or (), sequence, output, overwrite)
     where = Where(ranks, mesh, device, kernels)
-    carry_out(asked, about.get("mesh", "1x1"), where, "times", _report, as_json=as_json)
+    carry_out(asked, [about], where, "times", _report, as_json=as_json)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ def evaluate_command(
     paths = paths_of(data, abouts, model)
     asked = _Asked(model, paths, leads, samples, climatology or (), output or place_of(model[0]), overwrite)
     asked.check()
-    trained_on = next((one["mesh"] for one in abouts if "mesh" in one), "1x1")
-    carry_out(asked, trained_on, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
+    carry_out(asked, abouts, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
 
 
 @dataclass(frozen=True)

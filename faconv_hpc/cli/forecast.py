@@ -61,7 +61,7 @@ def forecast_command(
     about = about_network(model)
     asked = _Asked(model, paths_of(data, [about], [model]), start, steps, sequence, output, overwrite)
     where = Where(ranks, mesh, device, kernels)
-    carry_out(asked, about.get("mesh", "1x1"), where, "leads", _report, as_json=as_json)
+    carry_out(asked, [about], where, "leads", _report, as_json=as_json)
 
 
 @dataclass(frozen=True)

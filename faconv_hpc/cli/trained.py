@@ -68,7 +68,7 @@ class Where:
 
 def carry_out(
     asked: Asked,
-    trained_on: str,
+    networks: Sequence[Mapping[str, str]],
     where: Where,
     counted: str,
     report: Callable[[Any], None],
@@ -78,17 +78,21 @@ def carry_out(
     """Starts ranks that do it, or does it as one of them.
 
     Args:
-        trained_on: the mesh of the run.
+        networks: what is said of each, without its weights; of a file of forecasts nothing.
         counted: what the progress counts.
         report: tells the user of the summary.
     """
     from ..spatial.device import check_device
     from ..spatial.mesh import TIMEOUT_S
+    from ..training.loading import check_tiles
 
     starting, device = starts_ranks(where.ranks), where.device or "auto"
     ranks = where.ranks if starting and where.ranks else job_ranks()
+    trained_on = next((about["mesh"] for about in networks if "mesh" in about), "1x1")
     sizes = mesh_of(where.mesh, trained_on, ranks)
     if starting:
+        for about in networks:
+            check_tiles(about, sizes)
         asked.check()  # or says why not, before any rank is started
         check_device(device)
         given = {"--mesh": sizes, "--kernels": where.kernels, "--device": where.device}

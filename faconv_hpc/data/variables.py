@@ -121,6 +121,14 @@ class Channels:
         """How many of the fields, from the first, are inputs: prognostic and forcing."""
         return len(self.prognostic) + len(self.forcing)
 
+    @property
+    def remembered(self) -> int:
+        """How many of the inputs, from the first, a network that sees earlier frames has of them.
+
+        Fields, and where they are known: what is static it has anyway, what is computed follows from time and place.
+        """
+        return self.given + len(self.masked)
+
     @cached_property
     def masks(self) -> tuple[int | None, ...]:
         """For each prognostic variable the input channel that says where it is known."""

@@ -91,7 +91,7 @@ def compiler(subject: Subject) -> list[Finding]:
     if problem is None:
         return [Finding(MACHINE, "compiler", Verdict.OK, _answer([*shlex.split(program), "--version"])[1] or program)]
     model = subject.config.model if subject.config else None
-    if model is not None and model.kernels != "eager" and model.cell == "faconvlstm":
+    if model is not None and model.kernels != "eager" and model.takes("kernels"):
         fix = f"For model.kernels={model.kernels}, {CANNOT_COMPILE}; or --set model.kernels=eager, which is slower."
         return [Finding(MACHINE, "compiler", Verdict.FAILURE, problem, fix)]
     fix = f"For model.kernels=compiled (the default) and DeepSpeed's ops, {CANNOT_COMPILE}."
@@ -101,7 +101,7 @@ def compiler(subject: Subject) -> list[Finding]:
 def kernels(subject: Subject) -> list[Finding]:
     """What computes the passes of the run's layers; on a GPU all but eager ones need the package triton."""
     torch, config = load_torch(), subject.config
-    if isinstance(torch, str) or config is None or config.model.cell != "faconvlstm":
+    if isinstance(torch, str) or config is None or not config.model.takes("kernels"):
         return []
     from ..training.setup import kernels_of
 

@@ -13,17 +13,15 @@ from ..errors import InputError
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from ..spatial.grid import Boundary
-from .convlstm import ConvLSTM2d
+from .cells import layers_of
 from .feedback import Feedback
-from .layer import FAConvLSTM2d
+from .history import History
 from .losses import Loss, area_mean_squared_error, free_run_loss, shared_mean_squared_error
 from .recurrence import State, known_steps
 from .rules import check_coarse, check_steps
 from .segments import Segments
 from .state import NetworkState, Past
 from .subspace import SubspaceHead, coarse_at_leads, coarse_means
-
-CELLS = {"faconvlstm": FAConvLSTM2d, "convlstm": ConvLSTM2d}
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,8 @@ class FAConvLSTMNetwork(nn.Module):
         hidden_channels: C_h of every layer.
         layers: how many are stacked.
         diagnostic_channels: what is forecast besides, and is no input.
+        history: how many frames the layers and the forecast see at each step, its own among them; see `History`.
+        past_channels: how many of the inputs, from the first, they see of the frames before. Default: all.
         residual: every layer but the first adds what it says to what it was given, and the forecast sees the inputs.
             Gates saturate; a forecast that is linear in the fields can hold back what has grown too large.
         embedding_channels, coarse_shape, seasonal_encoding: see `SubspaceHead`.
@@ -111,8 +111,8 @@ class FAConvLSTMNetwork(nn.Module):
         embedding_weight: weight of the coarse fields' error in the loss.
         checkpoint_steps: length of the time segments that are computed again in backward instead of
             being stored, see `Segments`; 0 stores everything.
-        cell: ``"faconvlstm"``, or ``"convlstm"`` for the baseline.
-        layer_options: passed to every layer, see `FAConvLSTM2d` and `ConvLSTM2d`.
+        cell: what its layers are, see `CELLS`.
+        layer_options: passed to every layer, see its class.
 
     Attributes:
         boundaries: of the grid it was trained on, see `LatLonGrid.boundaries`; a call on others is refused. None: any.
@@ -126,6 +126,8 @@ class FAConvLSTMNetwork(nn.Module):
         layers: int = 2,
         *,
         diagnostic_channels: int = 0,
+        history: int = 1,
+        past_channels: int | None = None,
         residual: bool = True,
         embedding_channels: int = 32,
         coarse_shape: tuple[int, int] = (3, 6),
@@ -138,8 +140,6 @@ class FAConvLSTMNetwork(nn.Module):
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        if cell not in CELLS:
-            raise InputError(f"cell={cell!r} is not known. Use one of {', '.join(CELLS)}.")
         if not 1 <= field_channels <= in_channels:
             raise InputError(
                 f"field_channels={field_channels} must be between 1 and in_channels={in_channels}: "
@@ -148,11 +148,12 @@ class FAConvLSTMNetwork(nn.Module):
         self.field_channels, self.checkpoint_steps = field_channels, checkpoint_steps
         self.embedding_weight = embedding_weight
         self.boundaries: tuple[Boundary, Boundary, Boundary] | None = None
-        inputs = [in_channels] + [hidden_channels] * (layers - 1)
-        self.layers = nn.ModuleList(CELLS[cell](channels, hidden_channels, **layer_options) for channels in inputs)
+        self.history = History(history, in_channels if past_channels is None else past_channels)
+        seen = in_channels + self.history.added
+        self.layers = layers_of(cell, seen, hidden_channels, layers, layer_options)
         targets = field_channels + diagnostic_channels
         self.residual = residual
-        self.forecast = ForecastHead(hidden_channels, in_channels if residual else 0, targets)
+        self.forecast = ForecastHead(hidden_channels, seen if residual else 0, targets)
         self.subspace = SubspaceHead(
             hidden_channels,
             embedding_channels,
@@ -196,7 +197,7 @@ class FAConvLSTMNetwork(nn.Module):
         window = x_BTCYX.shape[1] if feedback is None else feedback.window
         check_steps(min(window, x_BTCYX.shape[1]))
         x_BTCYX = known_steps(x_BTCYX, valid_BT)
-        states: Sequence[State | None] = [None] * len(self.layers) if state is None else state.layers
+        states = [None] * (1 + len(self.layers)) if state is None else state.parts(len(self.layers))
         forecasts, means = [], []
         given_BTCYX, ahead_BTCYX = x_BTCYX.split([window, x_BTCYX.shape[1] - window], dim=1)
         cut = Segments(self.checkpoint_steps, domain)
@@ -223,12 +224,10 @@ class FAConvLSTMNetwork(nn.Module):
         return NetworkOutput(forecast, self.field_channels, window, embedding_BTE, coarse, final, at_window, valid_BT)
 
     def _state(
-        self, layers: Sequence[State | None], past: Past | None, tokens_BTE: Tensor, valid_BT: Tensor | None
+        self, states: Sequence[State | None], past: Past | None, tokens_BTE: Tensor, valid_BT: Tensor | None
     ) -> NetworkState:
         """After steps of these tokens."""
-        return NetworkState(
-            tuple(one for one in layers if one is not None), self.subspace.after(past, tokens_BTE, valid_BT)
-        )
+        return NetworkState.after(states[0], states[1:], self.subspace.after(past, tokens_BTE, valid_BT))
 
     def _change(self, forecast_BCYX: Tensor) -> Tensor:
         """Of the fields, in float32 or better, as it is summed up."""
@@ -330,9 +329,13 @@ class FAConvLSTMNetwork(nn.Module):
         first_step: int,
         valid_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[State]]:
-        """Some steps through all layers and the forecast; only what later segments need comes out."""
-        h_BTCYX, after = x_BTCYX, []
-        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+        """Some steps through all layers and the forecast; only what later segments need comes out.
+
+        States are those of the history, and then of the layers.
+        """
+        x_BTCYX, frames = self.history(x_BTCYX, states[0], valid_BT)
+        h_BTCYX, after = x_BTCYX, [frames]
+        for number, (layer, state) in enumerate(zip(self.layers, states[1:], strict=True)):
             out_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
             h_BTCYX = h_BTCYX + out_BTCYX if number and self.residual else out_BTCYX
             after.append(last)

@@ -20,8 +20,8 @@ class _Depthwise(Unrolled):
         self.in_channels, self.hidden_channels, self.reach = in_channels, hidden_channels, kernel_size // 2
 
     def _depthwise(self, x_BCYX: Tensor, weight: Tensor, bias: Tensor, domain: Domain) -> Tensor:
-        padded = domain.pad(x_BCYX.to(weight.dtype), self.reach)
-        return functional.conv2d(padded, weight, bias, groups=x_BCYX.shape[1])
+        padded = domain.pad(x_BCYX, self.reach)
+        return functional.conv2d(padded, weight.to(padded.dtype), bias.to(padded.dtype), groups=x_BCYX.shape[1])
 
 
 class BottleneckLSTM2d(_Depthwise):
@@ -61,7 +61,7 @@ class BottleneckLSTM2d(_Depthwise):
 
     def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
         spread = self._depthwise(x_NCYX, self.input_depthwise, self.input_depthwise_bias, domain)
-        return functional.conv2d(spread, self.input_weight, self.bottleneck_bias)
+        return _pointwise(spread, self.input_weight, self.bottleneck_bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state
@@ -99,7 +99,7 @@ class DepthwiseConvLSTM2d(_Depthwise):
         _reset(self, self.gate_bias)
 
     def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
-        return functional.conv2d(x_NCYX.to(self.gate_bias.dtype), self.input_weight, self.gate_bias)
+        return _pointwise(x_NCYX, self.input_weight, self.gate_bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state
@@ -108,6 +108,11 @@ class DepthwiseConvLSTM2d(_Depthwise):
         i, f, g, o = gates.to(c.dtype).chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return (torch.sigmoid(o) * torch.tanh(c)).to(h.dtype), c
+
+
+def _pointwise(x_NCYX: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of what may be more exact than the weights: it is rounded to their type once, in the end."""
+    return functional.conv2d(x_NCYX, weight.to(x_NCYX.dtype), bias.to(x_NCYX.dtype)).to(weight.dtype)
 
 
 def _reset(layer: nn.Module, gate_bias: Tensor) -> None:

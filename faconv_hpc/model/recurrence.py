@@ -11,8 +11,8 @@ from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from .rules import check_steps
 
-State = tuple[Tensor, Tensor]
-"""(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type."""
+State = tuple[Tensor, ...]
+"""(h, c), each (B, C_h, Y, X). c is float32 or better, whatever the activations' type. Empty: it has no memory."""
 
 
 def as_taken(x_BTCYX: Tensor, in_channels: int, activations: torch.dtype, valid_BT: Tensor | None = None) -> Tensor:
@@ -67,16 +67,17 @@ def unrolled(
     """
     outputs = []
     for number in range(steps):
-        after = step(number, state)
-        state = after if valid_BT is None else _held(after, state, valid_BT[:, number])
+        state = held(step(number, state), state, None if valid_BT is None else valid_BT[:, number])
         outputs.append(state[0])
     return torch.stack(outputs, dim=1), state
 
 
-def _held(after: State, before: State, valid_B: Tensor) -> State:
+def held(after: State, before: State, valid_B: Tensor | None) -> State:
     """The state after a step for samples whose step is valid, the one before it for the others."""
+    if valid_B is None:
+        return after
     valid = valid_B[:, None, None, None]
-    return after[0].where(valid, before[0]), after[1].where(valid, before[1])
+    return tuple(now.where(valid, then) for now, then in zip(after, before, strict=True))
 
 
 class Unrolled(nn.Module):

@@ -1,8 +1,34 @@
 """What a layer can be, in numbers alone: judged by the layers themselves, and before anything is imported."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
 
 from ..errors import InputError
+from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid
+
+Cell = Literal["faconvlstm", "convlstm", "bottleneck", "depthwise_convlstm", "depthwise", "linear", "sfno", "lsno"]
+CELL_OPTIONS: dict[Cell, tuple[str, ...]] = {
+    "faconvlstm": (
+        "kernel_size", "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole", "attention_every",
+        "kernels",
+    ),
+    "convlstm": ("kernel_size",),
+    "bottleneck": ("kernel_size",),
+    "depthwise_convlstm": ("kernel_size",),
+    "depthwise": ("kernel_size", "dilations"),
+    "linear": ("kernel_size",),
+    "sfno": ("scale_factor",),
+    "lsno": ("scale_factor",),
+}  # fmt: skip
+"""What of a model section is a cell's own: the arguments of its layers."""
+MEMORYLESS: tuple[Cell, ...] = ("depthwise", "linear", "sfno", "lsno")
+"""Cells without a state."""
+ON_THE_SPHERE: tuple[Cell, ...] = ("sfno", "lsno")
+"""Cells that need the whole globe on one tile, and the package torch-harmonics."""
+HOW_TO_INSTALL = "pip install --no-deps torch-harmonics==0.9.3"
 
 FUSES = ("sum", "concat")
 EXCHANGES = ("auto", "gather", "swap")
@@ -14,11 +40,16 @@ def check_kernel(kernel_size: int) -> None:
         raise InputError(f"kernel_size={kernel_size} has no centre. Use an odd size, such as 3.")
 
 
+def check_dilations(dilations: Sequence[int]) -> None:
+    """Raises InputError where there is none, or one that is no distance."""
+    if not dilations or min(dilations) < 1:
+        raise InputError(f"dilations={tuple(dilations)} must be one or more positive numbers, such as (1, 2, 4).")
+
+
 def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention_every: int) -> None:
     """Raises InputError for arguments of `FAConvLSTM2d` that no layer can have."""
     check_kernel(kernel_size)
-    if not dilations or min(dilations) < 1:
-        raise InputError(f"dilations={tuple(dilations)} must be one or more positive numbers, such as (1, 2, 4).")
+    check_dilations(dilations)
     if fuse not in FUSES:
         raise InputError(f"fuse={fuse!r} is not known. Use one of {', '.join(FUSES)}.")
     if attention_every < 0:
@@ -55,3 +86,38 @@ def check_coarse(coarse_shape: tuple[int, int], nlat: int, nlon: int) -> None:
             f"a coarse field of {coarse_shape[0]} x {coarse_shape[1]} regions does not fit a grid of "
             f"{nlat} x {nlon} cells. Use at most as many (key model.coarse_shape)."
         )
+
+
+def check_one_tile(cell: str, tiles: int) -> None:
+    """Raises InputError for a cell of `ON_THE_SPHERE` whose grid is cut."""
+    if tiles > 1:
+        raise InputError(
+            f"model.cell={cell} transforms whole latitude circles and meridians, and {tiles} tiles share the grid. Use "
+            f"one tile (mesh.lat=1 and mesh.lon=1, or --mesh 1x1; replicas may be any), or another cell."
+        )
+
+
+def globe_of(cell: str, grid: LatLonGrid) -> tuple[int, int, str]:
+    """Rows, columns and kind of a grid, as torch-harmonics names it, for a cell of `ON_THE_SPHERE`.
+
+    Raises:
+        InputError: it is a region or of another kind, or the package is not there.
+    """
+    if find_spec("torch_harmonics") is None:
+        raise InputError(
+            f"model.cell={cell} is of the package torch-harmonics, which is not installed. Install it "
+            f"(`{HOW_TO_INSTALL}`), or use another cell."
+        )
+    latitude = np.asarray(grid.latitude_deg, dtype=np.float64)
+    kinds = {"equiangular": np.linspace(90, -90, grid.nlat)}
+    if np.abs(latitude - kinds["equiangular"]).max() > SAME_DEG:
+        kinds["legendre-gauss"] = np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(grid.nlat)[0][::-1]))
+    found = [kind for kind, rows in kinds.items() if np.abs(latitude - rows).max() <= SAME_DEG]
+    if not found or grid.lon_boundary != Boundary.PERIODIC:
+        raise InputError(
+            f"model.cell={cell} needs rows at equal distances with both poles among them, or at the zeros of a "
+            f"Legendre polynomial (Gauss), north first, and whole circles; the grid has {grid.nlat} rows from "
+            f"{latitude[0]:g} to {latitude[-1]:g} degrees, {Boundary(grid.lon_boundary).value} along them. Regrid, or "
+            f"use another cell."
+        )
+    return grid.nlat, grid.nlon, found[0]

@@ -1,6 +1,6 @@
 """The state of a network: of its layers, and of its embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from .recurrence import State
 
 PARTS = ("h", "c")
+HISTORY = ("frames", "past/frames_there")
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,37 @@ class NetworkState:
     """What a sequence that is continued goes on from.
 
     Attributes:
-        layers: (h, c) of each, this tile's cells.
+        layers: (h, c) of each, this tile's cells; none of layers without memory.
         past: what its embeddings attend to, the same on every tile.
+        history: frames before and whether there are any, see `History`; empty where layers see none.
     """
 
     layers: tuple[State, ...]
     past: Past
+    history: State = ()
+
+    @classmethod
+    def after(cls, history: State | None, layers: Sequence[State | None], past: Past) -> "NetworkState":
+        """Of the parts, those of which are None that have seen no step."""
+        return cls(tuple(one for one in layers if one), past, history or ())
+
+    def parts(self, layers: int) -> list[State | None]:
+        """The state of the history and of so many layers; None: that of a beginning."""
+        return [self.history or None, *(self.layers or [None] * layers)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name: ``LAYER/h``, ``LAYER/c``, ``past/tokens``, ``past/there``; the first dim of all is the sample."""
+        """By name: ``LAYER/h``, ``LAYER/c``, ``past/tokens``, ``past/there``, and with a history ``frames`` and
+        ``past/frames_there``; the first dim of all is the sample."""
         cells = {
             f"{n}/{part}": one for n, pair in enumerate(self.layers) for part, one in zip(PARTS, pair, strict=True)
         }
-        return cells | {"past/tokens": self.past.tokens_BNE, "past/there": self.past.there_BN}
+        whole = {"past/tokens": self.past.tokens_BNE, "past/there": self.past.there_BN}
+        return cells | whole | dict(zip(HISTORY, self.history, strict=bool(self.history)))
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "NetworkState":
         """From what `tensors` gives."""
         layers = range(sum(name.endswith("/h") for name in tensors))
         pairs = tuple((tensors[f"{layer}/h"], tensors[f"{layer}/c"]) for layer in layers)
-        return cls(pairs, Past(tensors["past/tokens"], tensors["past/there"]))
+        history = tuple(tensors[name] for name in HISTORY if name in tensors)
+        return cls(pairs, Past(tensors["past/tokens"], tensors["past/there"]), history)

@@ -20,7 +20,7 @@ from .shards import UnreadableCheckpointError
 
 PAST = "past/"
 """What all tiles have the same of; the rest are a tile's cells."""
-OWN_TYPE = ("c", "there")
+OWN_TYPE = ("c", "there", "frames")
 """Parts whose type is not that of the activations."""
 
 

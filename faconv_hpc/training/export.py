@@ -87,7 +87,7 @@ def metadata(manifest: Manifest) -> dict[str, str]:
     model = ModelConfig.model_validate(manifest.config["model"])
     return {
         "step": str(manifest.step),
-        "network": json.dumps(network_options(model, manifest.contract.channels)),
+        "network": json.dumps(network_options(model, manifest.contract.channels, manifest.contract.grid)),
         "contract": manifest.contract.model_dump_json(),
         "faconv_hpc": manifest.versions["faconv_hpc"],
         "run": Path(manifest.config["run_dir"]).name,

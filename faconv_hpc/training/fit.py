@@ -18,7 +18,15 @@ from ..data.store import Store
 from ..data.times import ALIKE, SECONDS_PER_HOUR
 from ..data.unknown_names import index_of, unknown_name
 from ..errors import InputError
-from ..model.rules import check_coarse, check_kernel, check_layer
+from ..model.rules import (
+    ON_THE_SPHERE,
+    check_coarse,
+    check_dilations,
+    check_kernel,
+    check_layer,
+    check_one_tile,
+    globe_of,
+)
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.halo import halo_rectangles
 
@@ -41,6 +49,9 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
         check_store(config, store)
         grid = grid_of(config, store)
     cuts = Cuts.even(grid, config.mesh.lat, config.mesh.lon)
+    if config.model.cell in ON_THE_SPHERE:
+        check_one_tile(config.model.cell, cuts.tiles)
+        globe_of(config.model.cell, grid)
     check_coarse(config.model.coarse_shape, grid.nlat, grid.nlon)
     for tile in (0, cuts.tiles - 1):  # those at the poles
         halo_rectangles(grid, cuts, tile, reach_of(config.model))
@@ -239,26 +250,31 @@ def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
 
 def check_network(model: ModelConfig) -> None:
     """Raises InputError for a network that cannot be."""
-    if model.cell == "convlstm":
-        check_kernel(model.kernel_size)
+    if model.cell == "faconvlstm":
+        check_layer(model.kernel_size, model.dilations, model.fuse, model.attention_every)
         return
-    check_layer(model.kernel_size, model.dilations, model.fuse, model.attention_every)
+    if model.takes("kernel_size"):
+        check_kernel(model.kernel_size)
+    if model.takes("dilations"):
+        check_dilations(model.dilations)
 
 
 def reach_of(model: ModelConfig) -> int:
     """Rows that the widest kernel sees on either side."""
-    return model.kernel_size // 2 * (max(model.dilations) if model.cell == "faconvlstm" else 1)
+    wide = max(model.dilations) if model.takes("dilations") else 1
+    return model.kernel_size // 2 * wide if model.takes("kernel_size") else 0
 
 
 def least_bytes(config: RunConfig, cuts: Cuts) -> int:
     """What a rank needs in any case: parameters and gradients, and the states of the largest tile. A lower bound."""
     model = config.model
     hidden, narrow = model.hidden_channels, model.bottleneck_channels or max(model.hidden_channels // 2, 1)
-    weights = 5 * hidden * narrow if model.cell == "faconvlstm" else 4 * hidden * hidden * model.kernel_size**2
+    dense = {"faconvlstm": 5 * hidden * narrow, "convlstm": 4 * hidden * hidden * model.kernel_size**2}
+    weights = dense.get(model.cell, hidden * hidden)
     rows, columns = cuts.tile(0).shape
     training = config.training
     held = 2 * training.accumulation if training.stateful_windows else 1  # those before a step, and those after it
-    states = 2 * hidden * rows * columns * training.micro_batch * held
+    states = 2 * hidden * rows * columns * training.micro_batch * held if model.has_memory else 0
     return FLOAT_BYTES * model.layers * (2 * weights + states)
 
 

@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..config import MeshConfig
 from ..data.annual_cycle import AnnualCycle
 from ..errors import InputError
 from ..model.network import FAConvLSTMNetwork
+from ..model.rules import ON_THE_SPHERE, check_one_tile
 from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
@@ -77,12 +79,19 @@ def load_network(path: Path | str, *, kernels: str | None = "eager") -> TrainedN
     """
     about, contract, weights, cycle = read_weights(Path(path))
     options = json.loads(about["network"]) | {"checkpoint_steps": 0}  # as nothing is trained
-    if options["cell"] == "faconvlstm" and kernels is not None:
+    if "kernels" in options and kernels is not None:
         options["kernels"] = kernels
     network = FAConvLSTMNetwork(**options)
     network.load_state_dict(weights)
     network.boundaries = contract.grid.boundaries
     return TrainedNetwork(network.eval(), contract, int(about["step"]), cycle, about)
+
+
+def check_tiles(about: Mapping[str, str], mesh: MeshConfig) -> None:
+    """Raises InputError for a network that needs the whole globe on one tile, and a mesh that cuts it."""
+    cell = json.loads(about.get("network", "{}")).get("cell", "")
+    if cell in ON_THE_SPHERE:
+        check_one_tile(cell, mesh.lat * mesh.lon)
 
 
 def window_of(about: Mapping[str, str]) -> int:

@@ -157,7 +157,7 @@ def _update(workspace: Workspace) -> Values:
     changes: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
     changes |= {"micro_batch": 1, "accumulation": 1, "precision": "fp32"}
     windows = workspace.training_windows()
-    network = _randomized(build_network(workspace.config, windows.channels), torch.float32)
+    network = _randomized(build_network(workspace.config, windows.channels, workspace.contract.grid), torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
     batch = _window(workspace, windows, workspace.domain.mesh.replica)
@@ -178,7 +178,7 @@ def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Value
     """Loss, outputs and gradients of one window, assembled from all tiles."""
     domain = workspace.domain
     windows = workspace.training_windows()
-    network = _randomized(build_network(workspace.config, windows.channels), dtype).to(domain.mesh.device)
+    network = _randomized(build_network(workspace.config, windows.channels, domain.grid), dtype).to(domain.mesh.device)
     batch = _window(workspace, windows, number)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
     batch = replace(batch, inputs_BTCYX=inputs, target_BTCYX=batch.target_BTCYX.to(dtype))

@@ -21,10 +21,11 @@ from ..files import cannot_write, write_durably
 from ..model.arithmetic import ACTIVATIONS
 from ..model.kernels import kernels_named
 from ..model.network import FAConvLSTMNetwork
+from ..model.rules import CELL_OPTIONS, ON_THE_SPHERE, globe_of
 from ..observe import READING
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
-from ..spatial.grid import Tile
+from ..spatial.grid import LatLonGrid, Tile
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract, make_contract
 from .fit import forecast_starts, training_starts
@@ -126,20 +127,29 @@ WAYS = ("kernels", "checkpoint_steps", "attention_exchange")
 """Keys of a model section that are other ways to the same numbers."""
 
 
-def build_network(config: RunConfig, channels: Channels) -> FAConvLSTMNetwork:
-    """The network of the config, drawn from its seed: the same on every rank and every mesh."""
+def build_network(config: RunConfig, channels: Channels, grid: LatLonGrid | None = None) -> FAConvLSTMNetwork:
+    """The network of the config, drawn from its seed: the same on every rank and every mesh; see `network_options`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        return FAConvLSTMNetwork(**network_options(config.model, channels))
+        return FAConvLSTMNetwork(**network_options(config.model, channels, grid))
 
 
-def network_options(model: ModelConfig, channels: Channels) -> dict[str, Any]:
-    """Arguments of `FAConvLSTMNetwork`; plain values, as JSON can hold."""
-    sizes = {
+def network_options(model: ModelConfig, channels: Channels, grid: LatLonGrid | None = None) -> dict[str, Any]:
+    """Arguments of `FAConvLSTMNetwork`; plain values, as JSON can hold.
+
+    Args:
+        grid: cells of `ON_THE_SPHERE` alone are bound to it.
+    """
+    sizes: dict[str, Any] = {
         "in_channels": len(channels.inputs),
         "field_channels": len(channels.prognostic),
         "diagnostic_channels": len(channels.diagnostic),
     }
+    if model.history > 1:
+        sizes["past_channels"] = channels.remembered
+    if model.cell in ON_THE_SPHERE:
+        assert grid is not None, f"a network of cell={model.cell} is bound to a grid"
+        sizes["globe"] = globe_of(model.cell, grid)
     return sizes | model_options(model)
 
 
@@ -147,14 +157,12 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
     """What of a model section counts for its network; the rest belongs to another cell, or to attention without any."""
     kept = {
         "hidden_channels", "layers", "embedding_channels", "embedding_past", "embedding_leads", "embedding_weight",
-        "seasonal_encoding", "coarse_shape", "checkpoint_steps", "cell", "residual", "kernel_size",
+        "seasonal_encoding", "coarse_shape", "checkpoint_steps", "cell", "residual", *CELL_OPTIONS[model.cell],
     }  # fmt: skip
-    if model.cell == "faconvlstm":
-        kept |= {
-            "dilations", "bottleneck_channels", "fuse", "se_reduction", "peephole", "attention_every", "kernels",
-        }  # fmt: skip
-        if model.attention_every:
-            kept |= {"attention_heads", "attention_reduction", "attention_exchange"}
+    if model.history > 1:
+        kept |= {"history"}
+    if model.attends:
+        kept |= {"attention_heads", "attention_reduction", "attention_exchange"}
     return model.model_dump(include=kept)
 
 

@@ -17,7 +17,9 @@ from .contract import Contract
 from .loading import read_weights
 from .setup import WAYS, model_options
 
-INPUTS, TARGETS, COARSE = "layers.0.input_weight", "forecast.", "subspace.to_coarse."
+TARGETS, COARSE = "forecast.", "subspace.to_coarse."
+OF_INPUTS = {"layers.0.input_weight": 1, "layers.0.input_depthwise": 0, "layers.0.input_depthwise_bias": 0}  # fmt: skip
+"""Weights of the first layer that the inputs come into, and along which dim they stand."""
 INPUTS_TO_TARGETS = "forecast.from_inputs.weight"
 OF_THE_EMBEDDING = (
     "embedding_channels", "embedding_past", "embedding_leads", "embedding_weight", "seasonal_encoding", "coarse_shape",
@@ -25,6 +27,8 @@ OF_THE_EMBEDDING = (
 SHOWN = 6  # names in one message
 Key = tuple[str | float | None, ...]
 """What tells channels apart: a variable's name, and what makes it another one."""
+Seen = tuple[list[Key], list[Key]]
+"""What the layers of a network see: that of the weights, and the one that they come into."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,11 @@ class Beginning:
         """
         before = self.contract.channels
         kept: dict[str, Tensor] = {}
+        seen = _input_keys(before, self.options.get("history", 1)), _input_keys(channels, model.history)
         parameters = dict(network.named_parameters())
         if mesh.rank == 0:
             for name, value in network.state_dict().items():
-                fitted = _fitted(name, self.weights.get(name), value, before, channels)
+                fitted = _fitted(name, self.weights.get(name), value, before, channels, seen)
                 if fitted is not None:
                     kept[name] = fitted
         names, had = mesh.from_first((list(kept), list(self.weights)))
@@ -128,21 +133,24 @@ def _listed(lists: Mapping[str, Sequence[str]]) -> Iterator[str]:
             yield f"{what}: {', '.join(names[:SHOWN])}{more}"
 
 
-def _fitted(name: str, old: Tensor | None, drawn: Tensor, before: Channels, channels: Channels) -> Tensor | None:
+def _fitted(
+    name: str, old: Tensor | None, drawn: Tensor, before: Channels, channels: Channels, seen: Seen
+) -> Tensor | None:
     """The weight as this network has it; None: it fits nowhere."""
     if old is None:
         return None
-    if name == INPUTS:
-        return _gathered(old, drawn, _input_keys(before), _input_keys(channels), dim=1)
+    zero = torch.zeros_like(drawn)
+    if name in OF_INPUTS:  # a kernel of one channel stays as drawn: of two factors that are both 0 none would learn
+        return _gathered(old, zero if OF_INPUTS[name] else drawn, *seen, dim=OF_INPUTS[name])
     if name == INPUTS_TO_TARGETS:
         empty = drawn.new_zeros(len(drawn), *old.shape[1:])
         rows = _gathered(old, empty, _keys(before.targets), _keys(channels.targets), dim=0)
-        return None if rows is None else _gathered(rows, drawn, _input_keys(before), _input_keys(channels), dim=1)
+        return None if rows is None else _gathered(rows, zero, *seen, dim=1)
     if name.startswith(TARGETS):
-        return _gathered(old, drawn, _keys(before.targets), _keys(channels.targets), dim=0)
+        return _gathered(old, zero, _keys(before.targets), _keys(channels.targets), dim=0)
     if name.startswith(COARSE):
         was, now = _keys(before.prognostic), _keys(channels.prognostic)
-        found = _gathered(old.unflatten(0, (len(was), -1)), drawn.unflatten(0, (len(now), -1)), was, now, dim=0)
+        found = _gathered(old.unflatten(0, (len(was), -1)), zero.unflatten(0, (len(now), -1)), was, now, dim=0)
         return None if found is None else found.flatten(0, 1)
     return old if old.shape == drawn.shape else None
 
@@ -152,16 +160,17 @@ def _keys(variables: Sequence[Variable]) -> list[Key]:
     return [(one.name, one.role, *one.kind) for one in variables]
 
 
-def _input_keys(channels: Channels) -> list[Key]:
-    """What an input is: its name, and how it is transformed."""
+def _input_keys(channels: Channels, history: int) -> list[Key]:
+    """What an input is: its name, how it is transformed, and of how many steps before."""
     kinds = {one.name: one.kind for one in channels.fields}
-    return [(name, *kinds.get(name, ())) for name in channels.inputs]
+    now = [(name, *kinds.get(name, ())) for name in channels.inputs]
+    return now + [(*key, f"-{age}") for age in range(1, history) for key in now[: channels.remembered]]
 
 
-def _gathered(old: Tensor, drawn: Tensor, before: Sequence[Key], now: Sequence[Key], dim: int) -> Tensor | None:
-    """Of each channel its own part along a dim, 0 where it is new; None where the parts have another shape."""
+def _gathered(old: Tensor, new: Tensor, before: Sequence[Key], now: Sequence[Key], dim: int) -> Tensor | None:
+    """Of each channel its own part along a dim, that of ``new`` where it had none; None where shapes differ."""
     parts = dict(zip(before, old.unbind(dim), strict=True))
-    zero = torch.zeros_like(drawn.select(dim, 0))
-    if any(part.shape != zero.shape for part in parts.values()):
+    of_new = new.unbind(dim)
+    if any(part.shape != of_new[0].shape for part in parts.values()):
         return None
-    return torch.stack([parts.get(key, zero) for key in now], dim=dim)
+    return torch.stack([parts.get(key, one) for key, one in zip(now, of_new, strict=True)], dim=dim)

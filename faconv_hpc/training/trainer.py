@@ -117,7 +117,7 @@ def _made(config: RunConfig, store: Store, mesh: ProcessMesh) -> tuple[Workspace
     before = Beginning.read(source, mesh) if source and contract is None else None
     cycle = bring_back(config.run_dir, contract, mesh)
     workspace = Workspace.of(config, store, mesh, contract, before.contract if before else None, cycle)
-    network = build_network(config, workspace.contract.channels)
+    network = build_network(config, workspace.contract.channels, workspace.contract.grid)
     if before is not None:
         told = before.fill(network, config.model, workspace.contract.channels, mesh)
         if mesh.rank == 0:

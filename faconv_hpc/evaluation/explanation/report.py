@@ -45,7 +45,8 @@ def _parts(found: Explanation, figures: Sequence[Path]) -> Iterable[str]:
 def _in_short(found: Explanation) -> Iterable[str]:
     looks, answer = found.looks, found.sensitivity
     if looks is None:
-        yield "The network's cells are ConvLSTM, which has neither attention nor dilations."
+        cell = type(found.forecaster.network.layers[0]).__name__.removesuffix("2d")
+        yield f"The network's cells are {cell}, which has neither attention nor dilations that it weighs."
     else:
         yield from _of_attention(found, looks)
         yield from _of_dilations(found, looks)
