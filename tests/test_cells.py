@@ -10,7 +10,8 @@ from torch.nn import functional
 
 import forecasts
 from faconv_hpc import Domain, FAConvLSTMNetwork, Forecaster, LatLonGrid, ProcessMesh
-from faconv_hpc.config import MeshConfig
+from faconv_hpc.config import MeshConfig, ModelConfig
+from faconv_hpc.data.variables import Channels, Variable
 from faconv_hpc.errors import InputError
 from faconv_hpc.model import rules
 from faconv_hpc.model.cells import CELLS
@@ -23,6 +24,7 @@ from faconv_hpc.training.export import export
 from faconv_hpc.training.fit import check_fits, reach_of
 from faconv_hpc.training.loading import check_tiles
 from faconv_hpc.training.parity import verify_parity
+from faconv_hpc.training.setup import network_options
 from faconv_hpc.training.shards import newest_at
 from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
@@ -148,6 +150,19 @@ def test_a_free_run_has_its_own_forecasts_beside_it():
     changes = free.tendency_BTCYX[:, 2:].cumsum(1) * torch.tensor(feedback.step, dtype=torch.float64)[:, None, None]
     frames[:, 3:, :FIELDS] = frames[:, 2:3, :FIELDS] + changes[:, :-1]
     torch.testing.assert_close(network(frames, season).forecast_BTCYX, free.forecast_BTCYX, rtol=1e-11, atol=1e-12)
+
+
+def test_fields_and_where_they_are_known_are_remembered():
+    """Not what has no time, nor what follows from it: they are the last of the inputs."""
+    numbers = {"units": "", "mean": 0.0, "std": 1.0, "tendency_std": 1.0}
+    roles = {"height": "static", "sst": "forcing", "rain": "diagnostic", "t": "prognostic"}
+    variables = [Variable(name=name, role=role, may_miss=role == "forcing", **numbers) for name, role in roles.items()]
+    channels = Channels(variables, ["insolation"])
+    assert channels.inputs[: channels.remembered] == ("t", "sst", "valid_sst")
+    options = network_options(ModelConfig(history=3, cell="linear"), channels)
+    network = FAConvLSTMNetwork(**options)
+    assert network.layers[0].in_channels == 5 + 2 * 3 == network.forecast.from_inputs.in_channels
+    assert not {"history", "past_channels"} & network_options(ModelConfig(), channels).keys()
 
 
 @torch.no_grad()
@@ -293,9 +308,15 @@ def on_globe(directory, globe, cell, **sections):
 
 @pytest.mark.parametrize("cell", ON_THE_SPHERE)
 def test_an_operator_on_the_sphere_goes_through_all_verbs(tmp_path, globe, cell):
-    """On two replicas at ZeRO 2; skipped where its package, which is no extra, is not installed."""
+    """On two replicas with sharded gradients or parameters; skipped where its package, which is no extra, is missing."""
     pytest.importorskip("torch_harmonics", reason="pip install --no-deps torch-harmonics==0.9.3")
-    training = {"steps": 3, "warmup_steps": 1, "zero_stage": 2, "ema": 0.5, "rollout": {1: 2}}
+    training = {
+        "steps": 3,
+        "warmup_steps": 1,
+        "zero_stage": {"sfno": 3, "lsno": 2}[cell],
+        "ema": 0.5,
+        "rollout": {1: 2},
+    }
     config, file = on_globe(tmp_path, globe, cell, mesh={"replicas": 2}, training=training), tmp_path / "w.safetensors"
     assert run_on_ranks(Layout(2, 1, 1), lambda mesh: train(config, mesh)) == [0, 0]
     export(newest_at(config.run_dir), file)

@@ -6,6 +6,8 @@ import torch
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.errors import InputError
 from faconv_hpc.model.feedback import Feedback
+from faconv_hpc.model.memoryless import DepthwiseMixer2d, Linear2d
+from faconv_hpc.model.peers import DepthwiseConvLSTM2d
 from test_domain import random_like
 
 EPS = 2.0**-8
@@ -91,7 +93,9 @@ def test_a_free_run_moves_on_by_changes_that_bf16_would_lose():
     lambda: FAConvLSTM2d(3, 8, attention_every=3),
     lambda: FAConvLSTM2d(3, 8, attention_every=0, fuse="concat"),
     lambda: ConvLSTM2d(3, 8),
-], ids=["attention", "concat", "convlstm"])  # fmt: skip
+    lambda: DepthwiseConvLSTM2d(3, 8),
+    lambda: Linear2d(3, 8),
+], ids=["attention", "concat", "convlstm", "depthwise convlstm", "linear"])  # fmt: skip
 def test_gradients_in_bf16_are_within_its_roundings(make):
     """Against float64 of the same weights. Ten tensors of a step are rounded on the way there and back (u, kernels, m,
     pre-activations, h, and the gradients of each): in the mean by EPS over the root of 12, as good as independently, so
@@ -119,6 +123,6 @@ def test_sums_over_sweeps_are_made_in_float32():
 
 
 def test_an_input_that_a_layer_would_round_is_refused():
-    for layer in (FAConvLSTM2d(1, 4, attention_every=0), ConvLSTM2d(1, 4)):
+    for layer in (FAConvLSTM2d(1, 4, attention_every=0), ConvLSTM2d(1, 4), DepthwiseMixer2d(1, 4, 3)):
         with pytest.raises(InputError, match=r"weights are torch\.float32, the input torch\.bfloat16.*takes torch\.fl"):
             layer(torch.zeros(1, 1, 1, 4, 4, dtype=torch.bfloat16))
