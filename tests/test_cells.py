@@ -308,7 +308,7 @@ def on_globe(directory, globe, cell, **sections):
 
 @pytest.mark.parametrize("cell", ON_THE_SPHERE)
 def test_an_operator_on_the_sphere_goes_through_all_verbs(tmp_path, globe, cell):
-    """On two replicas with sharded gradients or parameters; skipped where its package, which is no extra, is missing."""
+    """On two replicas with sharded gradients or parameters; skipped where its package, which is no extra, is not."""
     pytest.importorskip("torch_harmonics", reason="pip install --no-deps torch-harmonics==0.9.3")
     training = {
         "steps": 3,
