@@ -353,8 +353,11 @@ def test_where_no_operator_on_the_sphere_can_be_it_is_refused(tmp_path, store, g
             ):
                 check_fits(config_of(tmp_path, store, cell))
             there.setattr(rules, "find_spec", lambda name: None)
-            with pytest.raises(InputError, match=r"torch-harmonics, which is not installed. Install it \(`pip install"):
+            missing = r"torch-harmonics, which is not installed. Install it \(`pip install"
+            with pytest.raises(InputError, match=missing):
                 check_fits(on_globe(tmp_path, globe, cell))
+            with pytest.raises(InputError, match=missing):  # as a network that was trained elsewhere is loaded
+                FAConvLSTMNetwork(2, 1, 8, cell=cell, globe=(11, 14, "equiangular"))
         about = {"network": json.dumps({"cell": cell})}
         with pytest.raises(InputError, match=r"and 4 tiles share the grid. Use one tile .*--mesh 1x1"):
             check_tiles(about, MeshConfig.parse("3x2x2"))

@@ -10,10 +10,10 @@ from .convlstm import ConvLSTM2d
 from .layer import FAConvLSTM2d
 from .memoryless import DepthwiseMixer2d, Linear2d
 from .peers import BottleneckLSTM2d, DepthwiseConvLSTM2d
-from .rules import CELL_OPTIONS, ON_THE_SPHERE, Cell
+from .rules import CELL_OPTIONS, ON_THE_SPHERE
 from .sphere import SphericalOperator2d
 
-CELLS: dict[Cell, type[nn.Module]] = {
+CELLS: dict[str, type[nn.Module]] = {
     "faconvlstm": FAConvLSTM2d,
     "convlstm": ConvLSTM2d,
     "bottleneck": BottleneckLSTM2d,
@@ -31,9 +31,9 @@ def layers_of(
     cell: str, in_channels: int, hidden_channels: int, layers: int, options: Mapping[str, Any]
 ) -> nn.ModuleList:
     """So many layers, each on the one before it, or one of so many blocks; raises InputError for an unknown cell."""
-    made = {str(name): layer for name, layer in CELLS.items()}.get(cell)
-    if made is None:
+    if cell not in CELLS:
         raise InputError(f"cell={cell!r} is not known. Use one of {', '.join(CELLS)}.")
+    made = CELLS[cell]
     if cell in ON_THE_SPHERE:  # a model of its own, whose blocks are the layers
         return nn.ModuleList([made(cell, in_channels, hidden_channels, layers, **options)])
     inputs = [in_channels] + [hidden_channels] * (layers - 1)

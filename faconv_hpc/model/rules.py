@@ -97,17 +97,22 @@ def check_one_tile(cell: str, tiles: int) -> None:
         )
 
 
+def check_package(cell: str) -> None:
+    """Raises InputError for a cell of `ON_THE_SPHERE` whose package is not there."""
+    if find_spec("torch_harmonics") is None:
+        raise InputError(
+            f"model.cell={cell} is of the package torch-harmonics, which is not installed. Install it "
+            f"(`{HOW_TO_INSTALL}`), or use another cell."
+        )
+
+
 def globe_of(cell: str, grid: LatLonGrid) -> tuple[int, int, str]:
     """Rows, columns and kind of a grid, as torch-harmonics names it, for a cell of `ON_THE_SPHERE`.
 
     Raises:
         InputError: it is a region or of another kind, or the package is not there.
     """
-    if find_spec("torch_harmonics") is None:
-        raise InputError(
-            f"model.cell={cell} is of the package torch-harmonics, which is not installed. Install it "
-            f"(`{HOW_TO_INSTALL}`), or use another cell."
-        )
+    check_package(cell)
     latitude = np.asarray(grid.latitude_deg, dtype=np.float64)
     kinds = {"equiangular": np.linspace(90, -90, grid.nlat)}
     if np.abs(latitude - kinds["equiangular"]).max() > SAME_DEG:

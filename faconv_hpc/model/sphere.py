@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .memoryless import Memoryless
-from .rules import check_one_tile
+from .rules import check_one_tile, check_package
 
 
 class SphericalOperator2d(Memoryless):
@@ -39,6 +39,7 @@ class SphericalOperator2d(Memoryless):
         globe: tuple[int, int, str],
         scale_factor: int = 1,
     ) -> None:
+        check_package(cell)
         from torch_harmonics.examples import models
 
         super().__init__()
