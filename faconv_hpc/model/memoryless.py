@@ -33,7 +33,7 @@ class Memoryless(nn.Module):
 
         The state is empty; the one that is given and ``first_step`` make no difference.
         """
-        x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype)
+        x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype, valid_BT)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         h_NCYX = self._of_fields(x_BTCYX.flatten(0, 1), domain)
         return h_NCYX.unflatten(0, x_BTCYX.shape[:2]), ()
