@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner
 
-from faconv_hpc.cli.data import data_app
+from faconv_hpc.cli.app import data_app
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.prepare.preparation import prepare
@@ -162,9 +162,18 @@ def test_synth(tmp_path: Path) -> None:
     )
 
 
-def test_sample_takes_a_wheel(tmp_path: Path) -> None:
+def test_an_option_of_another_kind_of_fields_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--runs 3 is of --kind shallow-water; --kind waves takes --nlat, .*--start"):
+        faconv("synth", "--output", tmp_path / "w", "--runs", 3)
+    with pytest.raises(InputError, match=r"--step-hours 1.0 is of --kind waves; --kind shallow-water takes .*--states"):
+        faconv("synth", "--output", tmp_path / "w", "--kind", "shallow-water", "--step-hours", 1)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["era5", "winds"])
+def test_sample_takes_a_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        faconv("sample", "--output", tmp_path, "--wheel", tmp_path / "none.whl")
+        faconv("sample", "--name", name, "--output", tmp_path, "--file", tmp_path / "none.whl")
 
 
 @pytest.mark.parametrize("verb", ["prepare", "inspect", "synth", "sample"])

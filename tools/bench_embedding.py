@@ -1,6 +1,6 @@
 """What embeddings are worth on held-out runs: no clock, not collapsed, the coarse field in them, causal; and the skill.
 
-Run: python tools/bench_embedding.py data/shallow_water runs/embedding   (the store: see tools/shallow_water.py)
+Run: python tools/bench_embedding.py data/shallow_water runs/embedding   (the store: docs/data.md)
 """
 
 import argparse

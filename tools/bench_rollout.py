@@ -1,6 +1,6 @@
 """What training does for free runs: single steps beside noise, rollout late, and states carried on, at equal time.
 
-Run: python tools/bench_rollout.py data/shallow_water runs/rollout   (the store: see tools/shallow_water.py)
+Run: python tools/bench_rollout.py data/shallow_water runs/rollout   (the store: docs/data.md)
 """
 
 import argparse

