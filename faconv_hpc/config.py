@@ -18,7 +18,7 @@ from pydantic import (
 from .data.dates import as_ranges
 from .data.variables import ChosenRole
 from .errors import InputError
-from .model.rules import CELL_OPTIONS, MEMORYLESS, ON_THE_SPHERE, Cell
+from .model.rules import CELL_OPTIONS, Cell
 
 Count = Annotated[int, Field(ge=1)]
 Dates = Annotated[tuple[str, ...], BeforeValidator(as_ranges)]
@@ -155,11 +155,6 @@ class ModelConfig(Section):
     def takes(self, key: str) -> bool:
         """Whether a key that is a cell's own is this one's."""
         return key in CELL_OPTIONS[self.cell]
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether its layers know of the steps before."""
-        return self.cell not in MEMORYLESS
 
     @property
     def attends(self) -> bool:
@@ -359,15 +354,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.attention_every={every} is more than the {self.data.window} steps of a window (data.window), "
                 f"so attention would never run. Lower it, or write 0 to leave attention out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _transforms_are_exact(self) -> "RunConfig":
-        if self.model.cell in ON_THE_SPHERE and self.training.precision == "bf16":
-            raise ValueError(
-                f"model.cell={self.model.cell} transforms in float32, and training.precision=bf16 would round what it "
-                f"transforms by. Use fp32 or tf32"
             )
         return self
 

@@ -19,6 +19,7 @@ from ..data.times import ALIKE, SECONDS_PER_HOUR
 from ..data.unknown_names import index_of, unknown_name
 from ..errors import InputError
 from ..model.rules import (
+    MEMORYLESS,
     ON_THE_SPHERE,
     check_coarse,
     check_dilations,
@@ -50,8 +51,7 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
         grid = grid_of(config, store)
     cuts = Cuts.even(grid, config.mesh.lat, config.mesh.lon)
     if config.model.cell in ON_THE_SPHERE:
-        check_one_tile(config.model.cell, cuts.tiles)
-        globe_of(config.model.cell, grid)
+        _check_sphere(config, cuts, grid)
     check_coarse(config.model.coarse_shape, grid.nlat, grid.nlon)
     for tile in (0, cuts.tiles - 1):  # those at the poles
         halo_rectangles(grid, cuts, tile, reach_of(config.model))
@@ -259,6 +259,18 @@ def check_network(model: ModelConfig) -> None:
         check_dilations(model.dilations)
 
 
+def _check_sphere(config: RunConfig, cuts: Cuts, grid: LatLonGrid) -> None:
+    """Raises InputError for what no cell of `ON_THE_SPHERE` can do."""
+    cell = config.model.cell
+    check_one_tile(cell, cuts.tiles)
+    globe_of(cell, grid)
+    if config.training.precision == "bf16":
+        raise InputError(
+            f"model.cell={cell} transforms in float32, and training.precision=bf16 would round what it transforms by. "
+            f"Use fp32 or tf32."
+        )
+
+
 def reach_of(model: ModelConfig) -> int:
     """Rows that the widest kernel sees on either side."""
     wide = max(model.dilations) if model.takes("dilations") else 1
@@ -274,7 +286,7 @@ def least_bytes(config: RunConfig, cuts: Cuts) -> int:
     rows, columns = cuts.tile(0).shape
     training = config.training
     held = 2 * training.accumulation if training.stateful_windows else 1  # those before a step, and those after it
-    states = 2 * hidden * rows * columns * training.micro_batch * held if model.has_memory else 0
+    states = 2 * hidden * rows * columns * training.micro_batch * held if model.cell not in MEMORYLESS else 0
     return FLOAT_BYTES * model.layers * (2 * weights + states)
 
 
