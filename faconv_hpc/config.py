@@ -213,9 +213,9 @@ class TrainingConfig(Section):
         0, ge=0, description="windows in a row that states are carried through, 1 to so many, as drawn; 0: none are"
     )
     lead_weights: tuple[Weight, ...] = Field(
-        (),
-        description="of leads 2, 3, ... in the loss, the last for all that follow; default: 1, like a step",
+        (), description="of leads 2, 3, ... in the loss, the last for all that follow; default: 1, like a step"
     )
+    through_leads: bool = Field(True, description="gradients go back through leads; false: each learns by itself")
     input_noise: float = Field(
         0.0,
         ge=0,

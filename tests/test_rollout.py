@@ -68,11 +68,11 @@ def batch_of(domain):
     return Batch(*whole, season, (0, 1), CHANNELS)
 
 
-def gradients_of(mesh, checkpoint_steps):
+def gradients_of(mesh, checkpoint_steps, through=True):
     """Loss, and gradients of input and parameters, of a rollout."""
     domain, model = Domain(grid(), mesh), network(checkpoint_steps)
     batch = batch_of(domain)
-    feedback = feedback_for(batch, WINDOW)
+    feedback = feedback_for(batch, WINDOW, through=through)
     output = model(batch.inputs_BTCYX, batch.year_fraction_BT, domain=domain, feedback=feedback)
     losses = losses_of(model, output, batch, domain, LEAD_WEIGHTS)
     share = losses.total.objective / domain.tiles
@@ -82,7 +82,7 @@ def gradients_of(mesh, checkpoint_steps):
     return values | {name: domain.total(one) for name, one in zip(parameters, found[1:], strict=True)}
 
 
-def written_out():
+def written_out(through=True):
     """The same by its definition, on one tile: the network step by step, the loss cell by cell."""
     domain, model = Domain(grid()), network()
     batch = batch_of(domain)
@@ -104,6 +104,7 @@ def written_out():
         embedding = output
         if at < STEPS:
             change = forecasts[:, WINDOW - 1 :, :FIELDS].sum(1)
+            change = change if through else change.detach()
             now = x[:, WINDOW - 1, :FIELDS] + change * torch.tensor([0.3, 0.7], dtype=torch.float64)[:, None, None]
             now = torch.cat([now[:, :1], now[:, 1:] * x[:, WINDOW - 1, 3:4]], 1)
             later = torch.cat([now, x[:, at, 2:3], x[:, WINDOW - 1, 3:4], x[:, at, 4:]], 1)
@@ -112,7 +113,9 @@ def written_out():
     errors, known = [], []
     for lead in range(1, LEADS):
         span = slice(WINDOW - 1, WINDOW + lead)
-        change = (forecasts[:, span, :FIELDS] - target[:, span, :FIELDS]).sum(1)
+        said = forecasts[:, span, :FIELDS]
+        said = said if through else torch.cat([said[:, :-1].detach(), said[:, -1:]], 1)
+        change = (said - target[:, span, :FIELDS]).sum(1)
         there = valid[:, span, :FIELDS].amin(1)
         last = WINDOW - 1 + lead
         errors.append(torch.cat([change, forecasts[:, last, FIELDS:] - target[:, last, FIELDS:]], 1))
@@ -127,11 +130,11 @@ def written_out():
     return values | dict(zip(parameters, found[1:], strict=True))
 
 
-@pytest.mark.parametrize("checkpoint_steps", [0, 1, 2])
-def test_gradients_go_through_all_leads_and_are_those_of_one_tile(checkpoint_steps):
-    want = written_out()
+@pytest.mark.parametrize(("checkpoint_steps", "through"), [(0, True), (1, True), (2, True), (0, False), (2, False)])
+def test_gradients_go_through_all_leads_or_each_alone_and_are_those_of_one_tile(checkpoint_steps, through):
+    want = written_out(through)
     for layout in (ONE, Layout(1, 2, 2), Layout(1, 1, 3)):
-        for got in run_on_ranks(layout, gradients_of, checkpoint_steps):
+        for got in run_on_ranks(layout, gradients_of, checkpoint_steps, through):
             differences = {name: relative_difference(got[name], value) for name, value in want.items()}
             assert max(differences.values()) < 1e-12, differences
 
@@ -251,8 +254,10 @@ def test_no_more_is_read_than_the_length_needs(tmp_path, store, monkeypatch):
     assert lengths[-6:] == [4, 4, 5, 5, 7, 7]  # the window of 3, its target, and a frame for each lead more
 
 
-def test_verify_proves_the_longest(tmp_path, store):
-    config = small_config(tmp_path, store, training={"rollout": {0: 1, 3: 3}, "lead_weights": [2]})
+@pytest.mark.parametrize("through", [True, False])
+def test_verify_proves_the_longest(tmp_path, store, through):
+    training = {"rollout": {0: 1, 3: 3}, "lead_weights": [2], "through_leads": through}
+    config = small_config(tmp_path, store, training=training)
     for rows in run_on_ranks(Layout(1, 1, 2), lambda mesh: verify_parity(config, mesh, torch.float64)):
         assert rows and all(row.passed for row in rows)
 
@@ -293,3 +298,5 @@ def test_another_schedule_is_another_run(tmp_path, store):
     losses_of_run(tmp_path, store, steps=4)
     with pytest.raises(AssertionError, match=r"holds a run with training\.rollout=.*this config says"):
         losses_of_run(tmp_path, store, steps=4, rollout={2: 3})
+    with pytest.raises(AssertionError, match=r"holds a run with training\.through_leads=True, this config says False"):
+        losses_of_run(tmp_path, store, steps=4, through_leads=False)

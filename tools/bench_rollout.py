@@ -62,10 +62,8 @@ class Way:
 def ways_of(given: argparse.Namespace) -> Iterator[Way]:
     """Single steps, and what is held beside them."""
     yield Way()
-    for noise in given.noise:
-        yield Way(noise=noise)
     for noise in given.noise or [0.0]:
-        if given.schedule:
+        if given.schedule or (noise and not given.stateful):
             yield Way(given.schedule, given.weight, noise=noise)
         if given.stateful:
             yield Way(given.schedule, given.weight, given.stateful, noise)

@@ -19,12 +19,14 @@ class Feedback:
         step: by how much each field, as the network sees it, changes with a tendency of 1.
         masks: for each field the input that is 1 where it is known; None: it is everywhere.
         forcings: the inputs from the fields to here are given at all times; then come those masks.
+        through: whether gradients go back through what has been fed back; else each step learns by itself alone.
     """
 
     window: int
     step: tuple[float, ...]
     masks: tuple[int | None, ...]
     forcings: int
+    through: bool = True
 
     @property
     def fields(self) -> int:

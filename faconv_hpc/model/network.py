@@ -233,6 +233,11 @@ class FAConvLSTMNetwork(nn.Module):
         """Of the fields, in float32 or better, as it is summed up."""
         return forecast_BCYX[:, : self.field_channels].to(at_least_float32(forecast_BCYX.dtype))
 
+    def _less(self, forecast_BTCYX: Tensor, zero_BCYX: Tensor) -> Tensor:
+        """What has been forecast, the same, less the gradient of the changes before it."""
+        fields, rest = forecast_BTCYX.split([self.field_channels, forecast_BTCYX.shape[2] - self.field_channels], dim=2)
+        return torch.cat([fields + zero_BCYX[:, None].to(fields), rest], dim=2)
+
     def _check_boundaries(self, domain: Domain) -> None:
         if self.boundaries is not None and domain.grid.boundaries != self.boundaries:
             trained, given = (
@@ -352,12 +357,16 @@ class FAConvLSTMNetwork(nn.Module):
         domain: Domain,
         first_step: int,
     ) -> tuple[Tensor, Tensor, Sequence[State | None], Tensor]:
-        """Some steps, each from what the one before has forecast."""
+        """Some steps, each from what the one before has forecast.
+
+        Where gradients do not go through that, the sum of the changes until a step has the gradient of its last alone.
+        """
         forecasts, means = [], []
         for number in range(given_BTCYX.shape[1]):
-            x_BTCYX = feedback.inputs(last_BCYX, given_BTCYX[:, number], change_BCYX)[:, None]
+            came_BCYX = change_BCYX if feedback.through else change_BCYX.detach()
+            x_BTCYX = feedback.inputs(last_BCYX, given_BTCYX[:, number], came_BCYX)[:, None]
             forecast, mean, states = self._segment(x_BTCYX, states, domain, first_step + number, None)
-            change_BCYX = change_BCYX + self._change(forecast[:, 0])
-            forecasts.append(forecast)
+            zero_BCYX, change_BCYX = came_BCYX - change_BCYX, came_BCYX + self._change(forecast[:, 0])
+            forecasts.append(forecast if feedback.through else self._less(forecast, zero_BCYX))
             means.append(mean)
         return torch.cat(forecasts, dim=1), torch.cat(means, dim=1), states, change_BCYX

@@ -59,16 +59,17 @@ def free_run_from(
         yield change_BCYX, output.diagnostic_BTCYX[:, 0].to(precision)
 
 
-def feedback_for(batch: Batch, window: int) -> Feedback | None:
+def feedback_for(batch: Batch, window: int, *, through: bool = True) -> Feedback | None:
     """How a network goes on through what a batch has beyond a window; None: it has nothing."""
-    return feedback_of(batch.channels, window) if batch.inputs_BTCYX.shape[1] > window else None
+    return feedback_of(batch.channels, window, through=through) if batch.inputs_BTCYX.shape[1] > window else None
 
 
-def feedback_of(channels: Channels, window: int) -> Feedback:
-    """How a network of these channels goes on after a window."""
+def feedback_of(channels: Channels, window: int, *, through: bool = True) -> Feedback:
+    """How a network of these channels goes on after a window; see `Feedback`."""
     return Feedback(
         window=window,
         step=tuple(one.target_scale / one.scale for one in channels.prognostic),
         masks=channels.masks,
         forcings=channels.given,
+        through=through,
     )

@@ -23,8 +23,11 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}
     kept |= {
         f"training.{key}": tree["training"][key]
-        for key in ("optimizer", "seed", "rollout", "stateful_windows", "lead_weights", "input_noise", "frozen")
-    }
+        for key in (
+            "optimizer", "seed", "rollout", "lead_weights", "through_leads", "stateful_windows", "input_noise",
+            "frozen",
+        )
+    }  # fmt: skip
     stretches = stretches_of(axis, workspace.training_spans)
     dates = [axis.label(frame) for frame in (stretches[0].start, stretches[-1].stop - 1)]
     pieces = f"{sum(map(len, stretches))} in {len(stretches)} stretches" if len(stretches) > 1 else len(stretches[0])

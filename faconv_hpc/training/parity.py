@@ -162,7 +162,7 @@ def _update(workspace: Workspace) -> Values:
     engine = Engine(network, workspace.domain.mesh, workspace.config.training.model_copy(update=changes))
     batch = _window(workspace, windows, workspace.domain.mesh.replica)
     config, domain = workspace.config, workspace.domain
-    feedback = feedback_for(batch, config.data.window)
+    feedback = feedback_for(batch, config.data.window, through=config.training.through_leads)
     output = engine.forward(batch.inputs_BTCYX, batch.year_fraction_BT, domain, feedback=feedback)
     engine.backward(losses_of(network, output, batch, domain, config.training.lead_weights).total)
     engine.step(1.0)
@@ -182,9 +182,10 @@ def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Value
     batch = _window(workspace, windows, number)
     inputs = batch.inputs_BTCYX.to(dtype).requires_grad_()
     batch = replace(batch, inputs_BTCYX=inputs, target_BTCYX=batch.target_BTCYX.to(dtype))
-    feedback = feedback_for(batch, workspace.config.data.window)
+    training = workspace.config.training
+    feedback = feedback_for(batch, workspace.config.data.window, through=training.through_leads)
     output = network(inputs, batch.year_fraction_BT, domain=domain, feedback=feedback)
-    loss = losses_of(network, output, batch, domain, workspace.config.training.lead_weights).total
+    loss = losses_of(network, output, batch, domain, training.lead_weights).total
     named = dict(network.named_parameters())
     share = loss.objective / domain.tiles
     gradients = torch.autograd.grad(share, [inputs, *named.values()], materialize_grads=True)

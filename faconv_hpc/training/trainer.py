@@ -329,11 +329,12 @@ class Trainer:
     def _forward(self, batch: Batch, state: NetworkState | None) -> tuple[Loss, MicroBatch]:
         """What the network has said ends here: backward has its memory."""
         network, domain = self._engine.network, self._domain
-        feedback = feedback_for(batch, self._config.data.window)
+        training = self._config.training
+        feedback = feedback_for(batch, self._config.data.window, through=training.through_leads)
         given = batch.inputs_BTCYX, batch.year_fraction_BT, domain
         output = self._engine.forward(*given, state=state, feedback=feedback)
         self._carried.after(output.window_state)
-        losses = losses_of(network, output, batch, domain, self._config.training.lead_weights)
+        losses = losses_of(network, output, batch, domain, training.lead_weights)
         found = torch.stack([losses.total.value, losses.forecast.value, losses.embedding.value])
         return losses.total, MicroBatch.of(found, output, batch)
 
