@@ -6,8 +6,10 @@ import json
 import yaml
 
 from faconv_hpc import load_config
+from faconv_hpc.data.store import Store
 from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
+from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.training.records import VALIDATION_FILE
 from faconv_hpc.training.shards import MANIFEST, SUMS
 
@@ -25,6 +27,15 @@ def make_store(path, **options):
     """Travelling waves on 11 x 14 cells, 16 frames, of which 3 are kept from training."""
     synthesise(path, SyntheticOptions(**({"nlat": 11, "nlon": 14, "channels": 2, "frames": 16} | options)))
     return path
+
+
+def fields_in(store):
+    """(T, C, Y, X) all of it, of which nothing misses, with its times in seconds, latitudes and longitudes."""
+    with Store.open(store) as opened:
+        nlat, nlon = opened.layout.grid_shape
+        whole = Tile((0, nlat), (0, nlon))
+        fields, _ = opened.read(range(opened.frames), whole, range(len(opened.channels)))
+        return fields, opened.layout.time.seconds, opened.latitude_deg, opened.longitude_deg
 
 
 def write_config(directory, store, **sections):

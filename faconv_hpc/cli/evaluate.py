@@ -11,7 +11,7 @@ from rich.console import Console
 from ..errors import InputError
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .tables import table_of
-from .trained import Mesh, Overwrite, Where, as_arguments, carry_out, check_directory, paths_of
+from .trained import Mesh, Overwrite, Where, as_arguments, carry_out, check_directory, paths_in, paths_of
 
 if TYPE_CHECKING:
     from ..evaluation.evaluation import Evaluation
@@ -39,6 +39,14 @@ Climatology = Annotated[
         help="Dates of the data that climatology is made of, FIRST/LAST, may be repeated. Default: those of training.",
     ),
 ]
+Came = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--truth",
+        metavar="PATH",
+        help="What came, where networks forecast from other --data, as with noise. May be repeated. Default: the data.",
+    ),
+]
 Output = Annotated[
     Path | None, typer.Option(help="A directory. Default: evaluation/ in the run, or MODEL.evaluation beside a file.")
 ]
@@ -47,6 +55,7 @@ Output = Annotated[
 def evaluate_command(
     model: Models,
     data: DataPaths = None,
+    truth: Came = None,
     leads: Leads = None,
     samples: Samples = None,
     climatology: Climatology = None,
@@ -71,7 +80,8 @@ def evaluate_command(
     """
     abouts = _abouts(model)
     paths = paths_of(data, abouts, model)
-    asked = _Asked(model, paths, leads, samples, climatology or (), output or place_of(model[0]), overwrite)
+    came = paths_in(truth or (), "--truth")
+    asked = _Asked(model, paths, came, leads, samples, climatology or (), output or place_of(model[0]), overwrite)
     asked.check()
     carry_out(asked, abouts, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
 
@@ -82,6 +92,7 @@ class _Asked:
 
     models: Sequence[Path]
     data: Sequence[Path]
+    against: Sequence[Path]
     leads: int | None
     samples: int | None
     climatology: Sequence[str]
@@ -93,7 +104,7 @@ class _Asked:
     @property
     def arguments(self) -> list[str]:
         """To hand on to ranks."""
-        several = [("--data", self.data), ("--climatology", self.climatology)]
+        several = [("--data", self.data), ("--truth", self.against), ("--climatology", self.climatology)]
         given = {"--leads": self.leads, "--samples": self.samples, "--output": self.output}
         return [*map(str, self.models), *as_arguments(several, given), *["--overwrite"] * self.overwrite]
 
@@ -105,6 +116,7 @@ class _Asked:
         return {
             "MODEL": ", ".join(steps),
             "--data": ", ".join(str(path.absolute()) for path in self.data),
+            "--truth": ", ".join(str(path.absolute()) for path in self.against) or "the data",
             "--leads": str(self.leads or "by default"),
             "--samples": str(self.samples or "all"),
             "--climatology": ", ".join(self.climatology) or "by default",
@@ -118,8 +130,8 @@ class _Asked:
         """With all that can be told without weights; raises InputError."""
         from ..evaluation.results import check_is_free
 
-        check_directory(self.output, [*self.data, *self.models])
-        _check_data(self.data)
+        check_directory(self.output, [*self.data, *self.against, *self.models])
+        _check_data([*self.data, *self.against])
         if not self.overwrite:
             check_is_free(self.output, self.request)
 
@@ -135,6 +147,7 @@ class _Asked:
             self.models,
             mesh,
             data=self.data,
+            against=self.against,
             leads=self.leads,
             samples=self.samples,
             climatology=self.climatology,

@@ -165,13 +165,13 @@ def paths_of(data: Sequence[str] | None, abouts: Sequence[Mapping[str, str]], mo
     return paths_in(data) if data else [store_of(abouts, models)]
 
 
-def paths_in(data: Sequence[str]) -> list[Path]:
-    """What --data names, patterns resolved."""
+def paths_in(data: Sequence[str], option: str = "--data") -> list[Path]:
+    """What an option names, patterns resolved."""
     found: list[Path] = []
     for text in data:
         path = Path(text)
         matching = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if "*" in text else [path]
         if not matching:
-            raise InputError(f"--data {text} matches no file. Give a store, or NetCDF, zarr or GRIB data.")
+            raise InputError(f"{option} {text} matches no file. Give a store, or NetCDF, zarr or GRIB data.")
         found += matching
     return found

@@ -38,6 +38,7 @@ def evaluate(
     mesh: ProcessMesh,
     *,
     data: Sequence[Path] = (),
+    against: Sequence[Path] = (),
     leads: int | None = None,
     samples: int | None = None,
     climatology: Sequence[str] = (),
@@ -55,6 +56,7 @@ def evaluate(
     Args:
         models: run directories, checkpoints, exported files; or files of forecasts.
         data: what came, and what networks forecast from: a store or files. Default: the store of the first run.
+        against: what came, if it is other than what networks forecast from, such as the same without noise.
         leads: how many steps. Default: 1; of files alone all they have.
         samples: how many dates, spread over those there are. Default: all.
         climatology: dates of which climatology and damped persistence are made. Default: those of training.
@@ -71,7 +73,7 @@ def evaluate(
         one.forecaster.window = window or one.forecaster.window
     files = [one for one in entries if isinstance(one, FileEntry)]
     contract = networks[0].contract if networks else None
-    truth = truth_of(data, contract, [name for one in files for name in one.names])
+    truth = truth_of(against or data, contract, [name for one in files for name in one.names])
     for entry in entries:
         entry.check(truth)
     cases = _cases(networks, files, truth, leads)
