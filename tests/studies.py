@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -152,8 +153,10 @@ def drive(study, starts, count=None):
         kill_at(count)
     config = load_yaml(StudyConfig, study)
     with points.locked(config.study_dir):
+        found = points_of(config)
+        record = partial(results.write_results, config, found)
         made = driver.StudyDriver(
-            config, points_of(config), ProcessCluster(starts), "slurm", poll_s=0.02, settle_s=0.1
+            config, found, ProcessCluster(starts), "slurm", record=record, poll_s=0.02, settle_s=0.1
         ).run(NoStop())
     print(json.dumps({state.point.name: state.status for state in made}))
 

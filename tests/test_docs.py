@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -23,6 +24,7 @@ import yaml
 
 import forks
 from faconv_hpc.cli.app import app
+from faconv_hpc.comparison.plan import ComparisonConfig
 from faconv_hpc.config import RunConfig, Section
 from faconv_hpc.config_file import load_config, load_yaml, validated
 from faconv_hpc.scaling.study import StudyConfig, merged
@@ -48,6 +50,10 @@ ONLY_PARSED = {  # commands that begin so, and why they are not run here
     "faconv submit configs/global_era5_025.yaml --wait": "needs a cluster",
     "faconv submit my.yaml --wait": "needs a cluster",
     "faconv study configs/": "needs a cluster: tests/test_slurm_study.py",
+    "faconv compare configs/": "takes half an hour: tests/test_comparison.py",
+    "mpiexec -n 2 faconv data synth --kind shallow-water": "needs torch-harmonics: tests/test_shallow_water.py",
+    "faconv data synth --kind shallow-water": "needs torch-harmonics: tests/test_shallow_water.py",
+    "faconv data prepare data/short data/long": "of what the two before it make: tests/test_shallow_water.py",
     "faconv bench --json": "takes minutes: tests/test_bench.py measures a small case",
     "faconv bench --against": "of the machine that it was made on: tests/test_bench.py",
     "faconv data sample": "fetches 17 MB: tests/test_sample_fetch.py",
@@ -65,6 +71,12 @@ SMALL = {
 STUDY = {
     "study_dir": "runs/study", "config": "my.yaml", "scaling": "strong", "points": [{"mesh": "1x1"}, {"mesh": "1x2"}],
     "warm_up_steps": 1, "repeats": 5, "steps_per_repeat": 1,
+}  # fmt: skip
+COMPARISON = {
+    "study_dir": "runs/comparison", "config": "my.yaml", "learning_rates": [0.01], "seeds": [0], "budget_s": 2,
+    "models": {"FAConvLSTM": {}, "ConvLSTM k=3": {"model.cell": "convlstm"}}, "warm_up_steps": 1, "probe_steps": 3,
+    "leads": 1,
+    "set": {"mesh.lon": 1, "data.periods.validation": "2001-01-03T12/2001-01-04T00"},
 }  # fmt: skip
 
 
@@ -145,7 +157,8 @@ def _parsed(arguments):
 
 def _check_config(given, directory):
     """The config or study that a command names is there, and takes what --set says."""
-    for name, load in (("config", load_config), ("study", lambda *given: load_yaml(StudyConfig, *given))):
+    of = {"study": StudyConfig, "comparison": ComparisonConfig}
+    for name, load in (("config", load_config), *((name, partial(load_yaml, model)) for name, model in of.items())):
         if given.get(name):
             load(directory / given[name], given["set_"] or ())
 
@@ -200,6 +213,7 @@ def site(tmp_path_factory):
             save(xr.Dataset({"sst" if frames > 8 else "t2m": field}, {"time": hours, **named}), directory / path)
     follow("README.md", directory)
     (directory / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (directory / "compare.yaml").write_text(yaml.safe_dump(COMPARISON))
     return directory
 
 
@@ -246,6 +260,17 @@ def _check_options(page, span):
     known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     unknown = {word for word in words if word.startswith("--")} - known - {"--help"}
     assert not unknown, f"{page}: `{span}` has no {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_what_a_config_says_to_type_can_be_typed(path):
+    """In its first lines: commands, and after some spaces what they are for."""
+    head = path.read_text().partition("\n\n")[0]
+    said = [re.split(r" {3,}", line)[0] for line in re.findall(r"^# {3}(\S.*)$", head, re.MULTILINE)]
+    for line in said:
+        if not line.startswith("pip install "):
+            parse(line, ROOT)
+    assert said or path.name in ("quickstart_era5.yaml", "global_era5_025.yaml"), f"{path.name} says no command"
 
 
 def test_only_what_a_page_says_is_excused_from_running():

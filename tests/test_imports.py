@@ -20,6 +20,7 @@ ROOMS = {
     "evaluation": {"spatial", "model", "data", "prepare", "training", "forecasting"},
     "scaling": {"spatial", "model", "data", "training"},
     "launch": {"spatial", "data", "training", "scaling"},
+    "comparison": {"spatial", "model", "bench", "data", "training", "forecasting", "evaluation", "scaling"},
 }
 CHOKE_POINTS = {
     "torch.distributed": ("spatial/", "training/engine.py"),

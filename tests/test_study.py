@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ class Patience:
 
 def drive(study, points, cluster, where="slurm", **options):
     """The points' states by name, after a driver has brought them to their ends."""
-    made = StudyDriver(study, points, cluster, where, **{"poll_s": 0.0, "settle_s": 0.0} | options)
+    record = partial(write_results, study, points)
+    made = StudyDriver(study, points, cluster, where, record=record, **{"poll_s": 0.0, "settle_s": 0.0} | options)
     return {state.point.name: state.status for state in made.run(Patience(SECONDS))}
 
 

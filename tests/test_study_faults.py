@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faconv_hpc.cli.study import Where, _default_cluster
+from faconv_hpc.cli.study import Where, default_cluster
 from faconv_hpc.errors import InputError, SilentClusterError
 from faconv_hpc.launch.cluster import LocalCluster, _born
 from faconv_hpc.scaling.driver import StudyDriver
@@ -141,7 +141,7 @@ def test_commands_without_a_cluster_are_none(tmp_path, monkeypatch, capsys):
         )
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert _default_cluster([]) is Where.LOCAL
+    assert default_cluster([]) is Where.LOCAL
     assert "no cluster: the study runs on this machine" in capsys.readouterr().err
 
 
@@ -153,14 +153,14 @@ def test_where_slurm_does_not_answer_a_study_runs_here_and_says_so(tmp_path, mon
         (commands / name).write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is DOWN'\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    assert _default_cluster([]) is Where.LOCAL
+    assert default_cluster([]) is Where.LOCAL
     (told,) = capsys.readouterr().err.splitlines()
     assert "does not answer" in told and "head is DOWN" in told and "runs on this machine; --cluster slurm" in told
 
     _, points = study_of(tmp_path / "begun")
     PointFiles(points[1]).begin("slurm")
     with pytest.raises(InputError, match=r"head is DOWN\), and this study has points that ran there.*--cluster local"):
-        _default_cluster(points)
+        default_cluster(points)
 
     file = write_study(tmp_path)
     process = faconv("study", file, "--cluster", "slurm")

@@ -13,10 +13,14 @@ from faconv_hpc.bench.case import BenchCase
 from faconv_hpc.bench.result import BenchResult, Fall, Limits, Machine, OnTiles, Row
 from faconv_hpc.cli.bench import _show as show_bench
 from faconv_hpc.cli.checkpoint import list_command
+from faconv_hpc.cli.compare import show as show_comparison
 from faconv_hpc.cli.data import _show
 from faconv_hpc.cli.evaluate import show
 from faconv_hpc.cli.study import _progress_table, _show_report
 from faconv_hpc.cli.verify import _show_parity
+from faconv_hpc.comparison.judging import EMBEDDING, Looked, RunErrors
+from faconv_hpc.comparison.plan import ComparisonConfig
+from faconv_hpc.comparison.result import AtRate, ComparisonResult, model_result
 from faconv_hpc.config import MeshConfig
 from faconv_hpc.data.inspection import describe_reading, describe_store
 from faconv_hpc.data.store import Store
@@ -111,6 +115,29 @@ def test_a_study(printed):
     report = StudyReport("strong", "strong", "16x16x16", (done, waiting), "8 nodes", ())
     told = printed(lambda: _show_report(report, Path("runs/study")))
     assert "efficiency" in told and "139.25" in told
+
+
+def test_a_comparison(printed):
+    """Of models of long names and many parameters."""
+    names = ("FAConvLSTM without attention", "ConvLSTM k=5")
+    values = {"study_dir": "runs/compare", "config": "c.yaml", "budget_s": 36000.0}
+    models = {name: {} for name in names}
+    config = ComparisonConfig(**values, models=models, learning_rates=(0.01,), seeds=(0, 1))
+    random, axes = np.random.default_rng(0), (np.array([6.0, 12.0]), *[np.array([text]) for text in LONG[:2]])
+    dates = np.array([str(date) for date in range(40)])
+    look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 123_456, 0.12345, 36012.3, 139.25)
+    judged, found = {}, []
+    for name in names:
+        squares = [random.uniform(1e-5, 2e-5, (40, 2, 3, 1)) for _ in config.seeds]
+        judged[name] = tuple(
+            RunErrors(one, np.ones_like(one), dates, *axes, 12_345_678, 1_234_567.0, 1) for one in squares
+        )
+        at = AtRate(name, 0.0123, {0: 0.3, 1: 0.3})
+        found.append(model_result(at, judged[name], (look, look), (0.0123, 0.02)))
+    result = ComparisonResult(config, tuple(found), {"a third": "at no rate"}, (), judged, {})
+    told = printed(lambda: show_comparison(result))
+    assert "12,345,678" in told and "cannot be told" in told and "a third is not judged" in told
+    assert "is the least that was tried" in told.replace("\n", " ")
 
 
 def test_a_bench(printed):

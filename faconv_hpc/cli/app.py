@@ -11,6 +11,7 @@ from ..errors import InputError, LostRankError, RunError, describe, exit_code_of
 from ..spatial.environment import RankEnvironment
 from .bench import bench_command
 from .checkpoint import checkpoint_app
+from .compare import compare_command
 from .data import data_app
 from .doctor import doctor_command
 from .embed import embed_command
@@ -50,6 +51,7 @@ app.add_typer(data_app, name="data", help="Make, inspect and fetch stores of fie
 app.command("doctor", cls=Verb)(doctor_command)
 app.command("bench", cls=Verb)(bench_command)
 app.command("study", cls=Verb)(study_command)
+app.command("compare", cls=Verb)(compare_command)
 app.command("submit", cls=Verb)(submit_command)
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,7 +68,7 @@ def study_command(
     if report_only:
         _check_begun(config, points)
     else:
-        _run(config, points, cluster or _default_cluster(points), retry_failed)
+        _run(config, points, cluster or default_cluster(points), retry_failed)
     report = report_of(config, points)
     from ..scaling.page import write_report  # here, so that a study that is going on does not load matplotlib
 
@@ -80,20 +81,23 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
     """Until all points have ended; leaves with exit code 75 if a signal came."""
     from ..scaling.driver import StudyDriver
     from ..scaling.points import locked
+    from ..scaling.results import write_results
     from ..scaling.stores import check_stores
     from ..training.faults.signals import StopRequest
 
     console = Console(stderr=True)
-    cluster = _cluster(where)  # first: one that does not answer is no failure of a point
+    cluster = cluster_of(where)  # first: one that does not answer is no failure of a point
     with locked(config.study_dir):
         make_stores(config, points, lambda text: console.print(text, highlight=False, soft_wrap=True))
         check_stores(points, here=where is Where.LOCAL)
-        display = _Display(console)
+        display = Display(console)
         with StopRequest(dict.fromkeys(SIGNALS, 0.0)) as stop, display.live:
-            driver = StudyDriver(config, points, cluster, where.value, retry_failed=retry_failed, show=display.show)
-            driver.run(stop)
+            record = partial(write_results, config, points)
+            StudyDriver(
+                config, points, cluster, where.value, record=record, retry_failed=retry_failed, show=display.show
+            ).run(stop)
         if stop.number:
-            _say_how_to_go_on(where, stop.number, config.study_dir)
+            say_how_to_go_on(where, stop.number, config.study_dir)
             raise typer.Exit(EXIT_STOPPED)
 
 
@@ -108,13 +112,13 @@ def make_stores(config: "StudyConfig", points: "Sequence[Point]", say: Callable[
         synthesise(store.path, options, mesh=store.mesh, command=f"faconv study, point {store.point}")
 
 
-def _cluster(where: Where) -> "Cluster":
+def cluster_of(where: Where) -> "Cluster":
     from ..launch.cluster import LocalCluster, SlurmCluster
 
     return SlurmCluster() if where is Where.SLURM else LocalCluster()
 
 
-def _default_cluster(points: "Sequence[Point]") -> Where:
+def default_cluster(points: "Sequence[Point]") -> Where:
     """Slurm, where it answers; else this machine, and it is said.
 
     Raises:
@@ -153,7 +157,7 @@ def _check_begun(config: "StudyConfig", points: "Sequence[Point]") -> None:
         )
 
 
-def _say_how_to_go_on(where: Where, number: int, study_dir: Path) -> None:
+def say_how_to_go_on(where: Where, number: int, study_dir: Path) -> None:
     jobs = "its jobs go on in Slurm" if where is Where.SLURM else "the point that ran ends, and is run again"
     print(
         f"faconv: stopped by {signal.Signals(number).name}; {jobs}. What is done is kept in {study_dir}: "
@@ -162,7 +166,7 @@ def _say_how_to_go_on(where: Where, number: int, study_dir: Path) -> None:
     )
 
 
-class _Display:
+class Display:
     """Which points wait, run, and are done: a table on a terminal, a line for every change in a log."""
 
     def __init__(self, console: Console) -> None:

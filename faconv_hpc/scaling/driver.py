@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ..errors import InputError, RunError, SilentClusterError
 from ..files import write_durably
 from .points import DONE, FAILED, Attempt, Outcome, Outcomes, PointFiles
-from .results import LOCAL, write_results
-from .study import Cluster, Point, StudyConfig
+from .results import LOCAL
+from .study import Cluster, Point
 
 WAITING, RUNNING = "waiting", "running"
 STUDY_FILE = "study.yaml"
@@ -18,6 +19,21 @@ SETTLE_S = {LOCAL: 1.0, "slurm": 20.0}
 """How long after a job's end its last records may still be on their way over a shared file system."""
 STALE_S = 60.0  # the lock of a lost node may stay on a network file system
 NAP_S = 0.2  # a signal is noticed that soon
+
+
+class Studied(Protocol):
+    """What a driver asks of a study, whatever its points are for."""
+
+    @property
+    def study_dir(self) -> Path:
+        """Where its points are."""
+
+    @property
+    def at_once(self) -> int | None:
+        """How many jobs may wait or run at a time; None: all the cluster takes."""
+
+    def to_yaml(self) -> str:
+        """What is kept of it in its directory."""
 
 
 class Stop(Protocol):
@@ -63,6 +79,7 @@ class StudyDriver:
         points: of the study.
         cluster: takes the jobs.
         where: ``slurm`` or ``local``. Local jobs end with the process that started them.
+        record: derives results from what is on disk, at the start and whenever a point is done.
         retry_failed: start points again that have failed.
         show: is told where the points stand, after every look.
         poll_s, settle_s: seconds between looks, and until the end of a job without all steps is believed; by default
@@ -72,11 +89,12 @@ class StudyDriver:
 
     def __init__(
         self,
-        study: StudyConfig,
+        study: Studied,
         points: Sequence[Point],
         cluster: Cluster,
         where: str,
         *,
+        record: Callable[[], object] = lambda: None,
         retry_failed: bool = False,
         show: Show = lambda states: None,
         poll_s: float | None = None,
@@ -84,7 +102,7 @@ class StudyDriver:
         stale_s: float = STALE_S,
     ) -> None:
         self._study, self._points, self._cluster, self._where = study, points, cluster, where
-        self._retry_failed, self._show = retry_failed, show
+        self._record, self._retry_failed, self._show = record, retry_failed, show
         self._poll_s = POLL_S[where] if poll_s is None else poll_s
         self._settle_s = SETTLE_S[where] if settle_s is None else settle_s
         self._stale_s = stale_s
@@ -99,7 +117,7 @@ class StudyDriver:
         """
         states = [self._found(point) for point in self._points]
         write_durably(self._study.study_dir / STUDY_FILE, self._study.to_yaml())
-        write_results(self._study, self._points)
+        self._record()
         while not stop.number:
             for state in states:
                 if state.status == RUNNING:
@@ -118,7 +136,7 @@ class StudyDriver:
             state.status = WAITING
         if state.status == WAITING and not self._retries(state):
             self._attach(state)
-        if state.status in (DONE, RUNNING):
+        if state.status in (DONE, RUNNING) or point.goes_on:
             state.files.check_same()
         return state
 
@@ -215,7 +233,7 @@ class StudyDriver:
         """The results first: from an outcome on, nobody looks at the point again."""
         state.status, state.steps, state.why = outcome.status, outcome.steps, outcome.why
         if outcome.status == DONE:
-            write_results(self._study, self._points)
+            self._record()
         self._outcomes.add(outcome)
 
 

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import read_json_lines, write_durably, write_json_lines
 from ..locks import holder_of, is_held, locked_directory
 from ..training.faults.claim import LOCK_FILE
-from ..training.records import CONFIG_FILE, StepRecord, read_records
+from ..training.records import CONFIG_FILE, StepRecord, look_is_missing, read_records
 from .study import Point
 
 JOB_FILE, OUTCOMES_FILE, STUDY_LOCK = "job.json", "points.jsonl", ".lock"
@@ -96,7 +96,9 @@ class PointFiles:
         write_durably(self.point.directory / JOB_FILE, json.dumps(asdict(attempt)) + "\n")
 
     def begin(self, cluster: str) -> Attempt:
-        """A new attempt: noted, what an earlier one left removed, the config written. The job's id is to follow.
+        """A new attempt: noted, what an earlier one left removed unless it goes on from there, the config written.
+
+        The job's id is to follow.
 
         Raises:
             InputError: the run directory is not one that a study made, or it cannot be removed.
@@ -109,6 +111,12 @@ class PointFiles:
             )
         attempt = Attempt(before.number + 1 if before else 1, None, cluster, now())
         self.save(attempt)
+        if not self.point.goes_on:
+            self._remove_run()
+        write_durably(self.config, self.point.run.to_yaml())
+        return attempt
+
+    def _remove_run(self) -> None:
         try:
             shutil.rmtree(self.run_dir)
         except FileNotFoundError:
@@ -118,8 +126,6 @@ class PointFiles:
                 f"{self.run_dir}, of an earlier attempt, cannot be removed: {error.strerror or error}. Remove it, and "
                 f"start the study again."
             ) from None
-        write_durably(self.config, self.point.run.to_yaml())
-        return attempt
 
     def records(self) -> list[StepRecord]:
         """The steps that are done, from the first, without a gap."""
@@ -128,8 +134,9 @@ class PointFiles:
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are on record."""
-        return len(self.records()) >= self.point.run.training.steps
+        """Whether all steps are on record, and the look at the validation period after the last, if there is one."""
+        run, last = self.point.run, self.point.run.training.steps
+        return len(self.records()) >= last and not look_is_missing(run, last)
 
     def is_trained_in(self) -> bool:
         """Whether some process still holds the run directory, such as a job whose id was lost."""
@@ -160,7 +167,7 @@ class PointFiles:
         steps, of = len(self.records()), self.point.run.training.steps
         log = self.log(attempt.number)
         lines = _lines(log)
-        status = DONE if steps >= of else FAILED
+        status = DONE if self.complete else FAILED
         if status == FAILED and not why:
             why = _reason(lines)
         return Outcome(

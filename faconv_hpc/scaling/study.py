@@ -150,11 +150,14 @@ class Point:
     Attributes:
         directory: config, job, logs and run of the point.
         run: what ``faconv train`` is given.
+        goes_on: whether another attempt goes on from what an earlier one has saved; else it begins anew, as what is
+            timed must.
     """
 
     name: str
     directory: Path
     run: RunConfig
+    goes_on: bool = False
 
     @property
     def ranks(self) -> int:

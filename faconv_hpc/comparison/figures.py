@@ -1,0 +1,98 @@
+"""Figures of a comparison: errors over lead, skill against cost, and what the rates did."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluation import baselines
+from ..evaluation.words import with_units
+from ..look import PANEL, dress, line_style, new_figure, save_figure
+from .result import ComparisonResult, ModelResult
+
+SHOWN = 6  # variables, at most
+ROOM = 1.4  # of a panel over persistence's largest error; a model whose errors are larger leaves it
+GREY = "#888888"
+COSTS: dict[str, Callable[[ModelResult], float]] = {
+    "parameters": lambda one: one.parameters,
+    "multiply-adds of a cell and step, forward": lambda one: one.multiply_adds,
+    "ms of a training step": lambda one: 1000 * one.over_seeds("step_s").mean,
+}
+RATIO = "error over persistence's"
+
+
+def draw_figures(result: ComparisonResult, directory: Path) -> dict[str, Path]:
+    """All of them; what each shows, in words, and where it is."""
+    return {
+        "Errors over lead": draw_errors(result, directory / "errors.png"),
+        "Skill against cost": draw_costs(result, directory / "costs.png"),
+        "Learning rates": draw_rates(result, directory / "rates.png"),
+    }
+
+
+def draw_errors(result: ComparisonResult, path: Path) -> Path:
+    """A panel for each variable: a line for each model, mean of the seeds, with their least and most around it."""
+    one = result.any_judged
+    shown = len(one.variables[:SHOWN])
+    columns = min(shown, 3)
+    title = f"RMSE of {len(one.dates)} forecasts: mean of {len(result.comparison.seeds)} seeds, and their range"
+    figure, axes = new_figure(-(-shown // columns), columns, title, height=2.8)
+    free = {name: result.baseline_rmse_LC(name) for name in (baselines.PERSISTENCE, baselines.CLIMATOLOGY)}
+    for number, place in enumerate(axes.flat):
+        if number >= shown:
+            place.set_axis_off()
+            continue
+        for index, model in enumerate(result.models):
+            rmse_SL = model.rmse_SLC[:, :, number]
+            style = line_style(index)
+            place.plot(one.leads_h, rmse_SL.mean(axis=0), label=model.model, **style)
+            place.fill_between(one.leads_h, rmse_SL.min(axis=0), rmse_SL.max(axis=0), color=style["color"], alpha=0.2)
+        for dashes, (name, rmse_LC) in zip(("--", ":"), free.items(), strict=True):
+            if np.isfinite(rmse_LC[:, number]).any():
+                place.plot(one.leads_h, rmse_LC[:, number], dashes, color=GREY, label=name)
+        dress(place, str(one.variables[number]), "lead [h]", with_units("RMSE", str(one.units[number])))
+        most = max(model.rmse_SLC[:, :, number].max() for model in result.models)
+        highest = ROOM * np.nanmax(free[baselines.PERSISTENCE][:, number], initial=0)
+        place.set_ylim(bottom=0, top=highest if most > highest > 0 else None)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_costs(result: ComparisonResult, path: Path) -> Path:
+    """A panel for each cost: a point for each model, with the deviation of its seeds; below and left is better."""
+    title = "Skill against cost, all trained for the same time (below and left is better)"
+    figure, axes = new_figure(1, len(COSTS), title, height=3.0)
+    for place, (name, cost) in zip(axes.flat, COSTS.items(), strict=True):
+        for index, model in enumerate(result.models):
+            style = line_style(index) | {"linestyle": "none", "markersize": 7}
+            bar = model.ratio.deviation
+            place.errorbar(
+                cost(model), model.ratio.mean, yerr=bar if np.isfinite(bar) else None, capsize=3, label=model.model,
+                **style,
+            )  # fmt: skip
+        place.set_xscale("log")
+        dress(place, "", name, RATIO)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_rates(result: ComparisonResult, path: Path) -> Path:
+    """The score in validation over the rate: a line for each model through the means, a dot for each seed."""
+    title = "Validation after the last step: what each learning rate gives"
+    figure, ((axes,),) = new_figure(1, 1, title, width=6.5, height=3.4)
+    for index, model in enumerate(result.comparison.models):
+        own = sorted((at for at in result.rates if at.model == model), key=lambda at: at.rate)
+        style = line_style(index)
+        means = [at.mean if np.isfinite(at.mean) else np.nan for at in own]
+        axes.plot([at.rate for at in own], means, label=model, **style)
+        dots = [(at.rate, score) for at in own for score in at.scores.values() if score is not None]
+        if dots:
+            axes.plot(*zip(*dots, strict=True), ".", color=style["color"], markersize=4)
+    axes.set_xscale("log")
+    axes.set_xticks(result.comparison.learning_rates, [f"{rate:g}" for rate in result.comparison.learning_rates])
+    axes.minorticks_off()
+    dress(axes, "", "learning rate", RATIO)
+    axes.legend(fontsize=PANEL, frameon=False)
+    return save_figure(figure, path)

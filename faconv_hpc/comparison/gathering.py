@@ -1,0 +1,99 @@
+"""From what is on disk of a comparison to its result."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.store import Store
+from ..scaling.driver import standing
+from ..scaling.points import DONE, Outcomes, PointFiles
+from ..training.records import VERSIONS_FILE
+from .judging import Looked, RunErrors, judged, looked
+from .plan import ComparisonConfig, Run
+from .result import AtRate, ComparisonResult, ModelResult, best_of, model_result, on_same_dates, rates_of
+
+LIBRARIES = ("torch", "deepspeed", "faconv_hpc")
+
+
+def best_runs(comparison: ComparisonConfig, runs: Sequence[Run]) -> list[Run]:
+    """Those that are to be judged: of each model at its best rate, from all seeds."""
+    rates, _ = _rates(comparison, runs)
+    best = {at.model: at.rate for model in comparison.models if (at := best_of(rates, model)) is not None}
+    return [run for run in runs if best.get(run.model) == run.rate]
+
+
+def result_of(comparison: ComparisonConfig, runs: Sequence[Run]) -> ComparisonResult:
+    """Of the runs that are done and judged; the others are told."""
+    rates, looks = _rates(comparison, runs)
+    found: dict[str, tuple[RunErrors, ...]] = {}
+    missing = {}
+    for model in comparison.models:
+        at = best_of(rates, model)
+        own = [judged(comparison, run) for run in runs if at and (run.model, run.rate) == (at.model, at.rate)]
+        kept = tuple(one for one in own if one is not None)
+        if at is None:
+            missing[model] = _why(rates, model)
+        elif len(kept) < len(own):
+            missing[model] = f"{len(own) - len(kept)} of {len(own)} runs at its best rate are still to be judged"
+        else:
+            found[model] = kept
+    same = on_same_dates(found)
+    models = [_model(comparison, best_of(rates, name), runs, same[name], looks) for name in same]
+    models.sort(key=lambda one: one.ratio.mean)
+    return ComparisonResult(comparison, tuple(models), missing, tuple(rates), same, _about(runs))
+
+
+def _rates(comparison: ComparisonConfig, runs: Sequence[Run]) -> tuple[list[AtRate], dict[str, Looked]]:
+    outcomes = Outcomes(comparison.study_dir)
+    stand = {run.point.name: standing(run.point, outcomes) for run in runs}
+    looks = {run.point.name: looked(run) for run in runs if stand[run.point.name].status == DONE}
+    return rates_of(runs, looks, {name: (state.status, state.why) for name, state in stand.items()}), looks
+
+
+def _why(rates: Sequence[AtRate], model: str) -> str:
+    """It has no rate at which all seeds have a score."""
+    own = [at for at in rates if at.model == model]
+    failed = next((at for at in own if at.why), None)
+    if failed is not None:
+        return f"at the rate {failed.rate:g} a run failed ({failed.why}), and at no other all seeds have ended well"
+    if any(score is None for at in own for score in at.scores.values()):
+        return "at no rate all seeds have ended yet"
+    return "at every rate the forecast of a seed is no number any more"
+
+
+def _model(
+    comparison: ComparisonConfig,
+    at: AtRate | None,
+    runs: Sequence[Run],
+    kept: Sequence[RunErrors],
+    looks: dict[str, Looked],
+) -> ModelResult:
+    assert at is not None, "it was judged at its best rate"
+    own = [looks[run.point.name] for run in runs if (run.model, run.rate) == (at.model, at.rate)]
+    return model_result(at, kept, own, comparison.learning_rates)
+
+
+def _about(runs: Sequence[Run]) -> dict[str, str]:
+    """Of the data and the machine, for people."""
+    config = runs[0].point.run
+    with Store.open(config.data.store) as store:
+        shape, times = store.layout.grid_shape, store.layout.time.described
+    said = [_versions(run) for run in runs]
+    hosts = sorted({host for one in said for host in one.get("hosts", ()) or [one.get("host", "unknown")]})
+    first = next((one for one in said if one), {})
+    libraries = ", ".join(f"{name} {first[name]}" for name in LIBRARIES if name in first)
+    clusters = sorted({attempt.cluster for run in runs if (attempt := PointFiles(run.point).attempt())})
+    where = f"{' and '.join(clusters) or 'nothing yet'}, {', '.join(hosts)}"
+    devices = sorted({str(one["device"]) for one in said if "device" in one})
+    mesh = f"mesh {config.mesh}, {config.global_batch} sample(s) a step"
+    return {
+        "data": f"the store {config.data.store}, {times}, on {shape[0]} x {shape[1]} cells",
+        "machine": "; ".join(part for part in (where, *devices, libraries, mesh) if part),
+    }
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run.point.run.run_dir / VERSIONS_FILE).read_text()))
+    except (OSError, ValueError):
+        return {}

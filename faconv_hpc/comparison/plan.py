@@ -1,0 +1,224 @@
+"""What a comparison of models is: its config, its runs, and how many steps a time makes of each."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from ..config import Count, RunConfig, Section, SlurmConfig
+from ..config_file import load_config, validated
+from ..errors import InputError
+from ..scaling.points import PointFiles
+from ..scaling.study import POINTS, Point, flattened, merged
+
+FEWEST_STEPS = 2
+DECIDED = {
+    "run_dir": "every run has one of its own",
+    "training.steps": "as many as budget_s holds, by the seconds of a step in the probe",
+    "training.learning_rate": "learning_rates says it",
+    "training.seed": "seeds says it",
+    "training.rollout": "it names steps, and each model has a number of its own",
+    "training.validate_every": "each run looks at its validation period once, after the last step",
+    "training.validate_leads": "leads says it",
+    "training.stop_after": "all runs have the same time",
+    "training.keep_best": "the weights after the last step are judged",
+    "training.save_in_background": "saving beside a step would cost it time",
+}
+"""Keys of a run that the comparison sets, and why."""
+OWN_DATA = ("data.history",)  # what a model may say of the data: how much of what all are given it looks at
+ROOM = {"checkpoint_every": 0, "validate_every": 0, "compare_replicas_every": 0, "give_up_after": 1}
+"""Of a probe: nothing but steps."""
+
+Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ComparisonConfig(Section):
+    """Models beside each other on the same data, each trained for the same time, at several rates, from several seeds.
+
+    Paths are relative to the working directory, as those of a run are.
+    """
+
+    study_dir: Path = Field(description="runs, report and figures go here")
+    config: Path = Field(description="YAML file of the run that all models share")
+    models: dict[str, dict[str, Any]] = Field(
+        min_length=2, description="name: values of the run that make it, as `model.cell: convlstm`"
+    )
+    learning_rates: tuple[Rate, ...] = Field(min_length=1, description="each model is judged at its best one")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="runs of each model and rate")
+    budget_s: float = Field(gt=0, description="seconds of training of each run, as its probe measured them")
+    set: dict[str, Any] = Field({}, description="values of the run for all models")
+    leads: Count = Field(8, description="steps that forecasts run freely, in validation and in the judgement")
+    samples: Count | None = Field(48, description="forecasts of the test period that are judged; null: all there are")
+    warm_up_steps: Count = Field(3, description="steps of the probe before it is timed: compiling, reading ahead")
+    probe_steps: Count = Field(10, description="steps of the probe that are timed; their median counts")
+    at_once: Count | None = Field(None, description="jobs that wait or run at a time; default: all the cluster takes")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="keys given here replace those of the run")
+
+    @field_validator("learning_rates", "seeds")
+    @classmethod
+    def _each_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(f"each once, but {', '.join(f'{value:g}' for value in twice)} stands there more often")
+        return values
+
+    @model_validator(mode="after")
+    def _names_are_told_apart(self) -> "ComparisonConfig":
+        labels = [label_of(name) for name in self.models]
+        twice = [name for name, label in zip(self.models, labels, strict=True) if labels.count(label) > 1 or not label]
+        if twice:
+            raise ValueError(
+                f"models need names that differ in letters or digits, which their directories are called by, got "
+                f"{', '.join(map(repr, twice))}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole comparison, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def name(self) -> str:
+        """What it is called in the report."""
+        return self.study_dir.name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the runs: a model, at a rate, from a seed."""
+
+    model: str
+    rate: float
+    seed: int
+    point: Point
+
+
+def label_of(name: str) -> str:
+    """A model's name as a part of a directory's: ``convlstm k=3`` is ``convlstm-k-3``."""
+    return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-.")
+
+
+def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
+    """A short run of each model, which tells the seconds of a step.
+
+    Raises:
+        InputError: the base config or a model is not valid, or the models cannot be compared.
+    """
+    probes = {}
+    for name in comparison.models:
+        steps = comparison.warm_up_steps + comparison.probe_steps
+        training = ROOM | {"steps": steps, "warmup_steps": 0, "learning_rate": comparison.learning_rates[0]}
+        probes[name] = _point(comparison, name, f"probe_{label_of(name)}", training, goes_on=False)
+    _check_same(probes)
+    return probes
+
+
+def step_seconds(comparison: ComparisonConfig, probe: Point) -> float:
+    """The median of a probe's timed steps; raises InputError where it is not done."""
+    records = PointFiles(probe).records()[comparison.warm_up_steps :]
+    if len(records) < comparison.probe_steps:
+        raise InputError(
+            f"the probe {probe.name} has {len(records)} of {comparison.probe_steps} timed steps, so it is not known "
+            f"how many steps {comparison.budget_s:g} s are. Start the comparison again, without --report-only."
+        )
+    return median(record.seconds for record in records)
+
+
+def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
+    """How many steps the budget holds; raises InputError where that is next to none."""
+    seconds = step_seconds(comparison, probe)
+    steps = round(comparison.budget_s / seconds)
+    if steps < FEWEST_STEPS:
+        raise InputError(
+            f"budget_s={comparison.budget_s:g} s hold {steps} steps of {seconds:.3g} s, as {probe.name} measured them; "
+            f"a run has at least {FEWEST_STEPS}. Give more seconds, or a smaller model or batch."
+        )
+    return steps
+
+
+def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]:
+    """All models at all rates from all seeds: the first seed of all comes first.
+
+    The learning rate's warm-up has the same share of a run's steps as in the base config.
+
+    Args:
+        steps: of each model.
+    """
+    base = load_config(comparison.config).training
+    runs = []
+    for seed in comparison.seeds:
+        for name in comparison.models:
+            for rate in comparison.learning_rates:
+                count = steps[name]
+                training = {
+                    "steps": count,
+                    "warmup_steps": min(round(base.warmup_steps / base.steps * count), count - 1),
+                    "learning_rate": rate,
+                    "seed": seed,
+                    "validate_every": count,
+                    "validate_leads": comparison.leads,
+                }
+                label = f"{label_of(name)}_rate{rate:g}_seed{seed}"
+                runs.append(Run(name, rate, seed, _point(comparison, name, label, training, goes_on=True)))
+    return runs
+
+
+def _point(
+    comparison: ComparisonConfig, model: str, label: str, training: Mapping[str, Any], *, goes_on: bool
+) -> Point:
+    directory = comparison.study_dir.absolute() / POINTS / label
+    changes = comparison.models[model]
+    _refuse_decided("set", comparison.set)
+    _refuse_decided(f"model {model!r}", changes)
+    base = load_config(comparison.config)
+    if base.training.rollout:
+        raise InputError(
+            f"{comparison.config} has training.rollout={dict(base.training.rollout)}, which names steps, and each "
+            f"model of a comparison has a number of its own. Leave it out."
+        )
+    tree = merged(base.model_dump(mode="json"), comparison.set)
+    tree = merged(tree, {"slurm": comparison.slurm.model_dump(mode="json", exclude_unset=True)})
+    tree = merged(tree, changes)
+    decided = {"stop_after": 0, "keep_best": False, "save_in_background": False, **training}
+    tree = merged(tree, {"training": decided, "run_dir": str(directory / "run")})
+    tree["data"]["store"] = str(Path(tree["data"]["store"]).absolute())
+    run = validated(RunConfig, tree, f"model {model!r} of the comparison")
+    for period in ("validation", "test"):
+        if not getattr(run.data.periods, period):
+            what = "rates are chosen by it" if period == "validation" else "models are judged on it"
+            raise InputError(
+                f"data.periods.{period} of {comparison.config} names no dates, and {what}. Give it some, which "
+                f"training does not see."
+            )
+    return Point(label, directory, run, goes_on=goes_on)
+
+
+def _refuse_decided(where: str, changes: Mapping[str, Any]) -> None:
+    for key, _ in flattened(changes):
+        for name, reason in DECIDED.items():
+            if key == name or key.startswith(f"{name}."):
+                raise InputError(f"{where}: the comparison decides {name} ({reason}), got {key}. Leave it out.")
+
+
+def _check_same(probes: Mapping[str, Point]) -> None:
+    """All models see the same samples of the same data, on the same ranks."""
+    (first, one), *others = probes.items()
+    for name, other in others:
+        for key, mine, its in _differences(one.run, other.run):
+            raise InputError(
+                f"the models of a comparison are trained and judged alike, but {key} is {mine!r} of {first!r} and "
+                f"{its!r} of {name!r}. Move it from the model to `set`, or leave it out."
+            )
+
+
+def _differences(one: RunConfig, other: RunConfig) -> Sequence[tuple[str, Any, Any]]:
+    batch = ("training.micro_batch", "training.accumulation")
+    trees = [dict(flattened(run.model_dump(mode="json"))) for run in (one, other)]
+    keys = [key for key in trees[0] if key in batch or (key.startswith(("data.", "mesh.")) and key not in OWN_DATA)]
+    return [(key, trees[0][key], trees[1].get(key)) for key in keys if trees[0][key] != trees[1].get(key)]

@@ -1,0 +1,285 @@
+"""What a comparison found: each model at its best rate, over its seeds, and which differences are more than chance."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from ..evaluation.bootstrap import LEVEL, Draws
+from ..evaluation.compare import Verdict, verdict_of
+from ..files import json_ready
+from ..scaling.points import FAILED
+from .judging import EMBEDDING, FORECASTS, Looked, RunErrors
+from .plan import ComparisonConfig, Run
+
+
+class OverSeeds(NamedTuple):
+    """Over the seeds: mean and standard deviation (of one fewer than there are; NaN of one seed)."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "OverSeeds":
+        """Of one value a seed."""
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return cls(float(np.mean(values)), deviation)
+
+
+@dataclass(frozen=True)
+class AtRate:
+    """A model at one rate.
+
+    Attributes:
+        scores: by seed; None: the run failed, or is not done.
+        why: of the first run that failed.
+    """
+
+    model: str
+    rate: float
+    scores: Mapping[int, float | None]
+    why: str = ""
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; infinite where one has no score."""
+        found = [math.inf if one is None else one for one in self.scores.values()]
+        return float(np.mean(found))
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A model at its best rate.
+
+    Attributes:
+        ratio: error over persistence's, mean of variables and leads; spread over the seeds.
+        rmse_SLC: by seed, lead and variable.
+        looks: of its runs.
+        at_end: which end of the rates the best is, ``least`` or ``largest``; empty: of neither, or there is but one.
+    """
+
+    model: str
+    rate: float
+    ratio: OverSeeds
+    rmse_SLC: NDArray[np.float64]
+    looks: tuple[Looked, ...]
+    parameters: int
+    multiply_adds: float
+    at_end: str
+
+    def over_seeds(self, name: str) -> OverSeeds:
+        """Of what a `Looked` says."""
+        return OverSeeds.of([getattr(look, name) for look in self.looks])
+
+    @property
+    def embedding(self) -> dict[str, OverSeeds]:
+        """Of each of `EMBEDDING`."""
+        return {name: OverSeeds.of([look.embedding[name] for look in self.looks]) for name in EMBEDDING}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models, each seed of one beside the same seed of the other, on the same forecasts.
+
+    Attributes:
+        ratio: geometric mean of the ratio of errors, over variables, leads and seeds; below 1 the first is better.
+        low, high: its interval; NaN where it cannot be told.
+    """
+
+    model: str
+    other: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """On the first."""
+        return verdict_of(self.low, self.high)
+
+
+@dataclass(frozen=True, eq=False)
+class ComparisonResult:
+    """All that is told of a comparison.
+
+    Attributes:
+        models: those that could be judged, best first.
+        missing: the others, and why.
+        rates: all models at all rates.
+        judged: of each model, a run a seed; all have the same dates.
+        about: of data, machine and versions, for people.
+    """
+
+    comparison: ComparisonConfig
+    models: tuple[ModelResult, ...]
+    missing: Mapping[str, str]
+    rates: tuple[AtRate, ...]
+    judged: Mapping[str, tuple[RunErrors, ...]]
+    about: Mapping[str, str]
+
+    @property
+    def any_judged(self) -> RunErrors:
+        """Of dates, variables and baselines all say the same."""
+        return self.judged[self.models[0].model][0]
+
+    def baseline_rmse_LC(self, name: str) -> NDArray[np.float64]:
+        """Of persistence, or climatology; NaN where it is not known."""
+        one, place = self.any_judged, FORECASTS.index(name)
+        return _rmse(one.square_NLFC[:, :, place], one.weight_NLFC[:, :, place])
+
+    @cached_property
+    def draws(self) -> Draws:
+        """Dates drawn anew, the same for all."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            errors = [
+                one.square_NLFC[:, :, 0] / one.weight_NLFC[:, :, 0] for row in self.judged.values() for one in row
+            ]
+        return Draws.of(np.stack(errors, axis=-1).reshape(len(errors[0]), -1))
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Each model with those after it."""
+        logs = {name: np.log([self._drawn_rmse(one) for one in row]) for name, row in self.judged.items()}
+        names = [one.model for one in self.models]
+        return tuple(pair_of(a, b, logs[a], logs[b], self.draws) for a, b in combinations(names, 2))
+
+    def _drawn_rmse(self, one: RunErrors) -> NDArray[np.float64]:
+        """(1 + B, L, C): as it is, and in each draw."""
+        weights_BN = np.concatenate([np.ones((1, len(one.dates))), self.draws.drawn_BN])
+        square, weight = (
+            np.tensordot(weights_BN, part[:, :, 0], axes=1) for part in (one.square_NLFC, one.weight_NLFC)
+        )
+        return _root(square, weight)
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs: plain values; what is no number is None."""
+        one = self.any_judged if self.models else None
+        said = {
+            "comparison": self.comparison.name,
+            "budget_s": self.comparison.budget_s,
+            "interval": LEVEL,
+            "models": [self._row(model) for model in self.models],
+            "missing": dict(self.missing),
+            "pairs": [asdict(pair) | {"verdict": pair.verdict} for pair in self.pairs] if one else [],
+            "rates": [asdict(at) | {"mean": at.mean} for at in self.rates],
+            "forecasts": len(one.dates) if one else 0,
+            "leads_h": one.leads_h.tolist() if one else [],
+            "variables": one.variables.tolist() if one else [],
+            "about": dict(self.about),
+        }
+        if one:
+            said |= {name: self.baseline_rmse_LC(name).tolist() for name in FORECASTS[1:]}
+        ready: dict[str, Any] = json_ready(said)
+        return ready
+
+    def _row(self, model: ModelResult) -> dict[str, Any]:
+        spreads = {name: model.over_seeds(name)._asdict() for name in ("step_s", "trained_s", "peak_gib", "score")}
+        return {
+            "model": model.model,
+            "learning_rate": model.rate,
+            "ratio": model.ratio._asdict(),
+            "rmse": model.rmse_SLC.tolist(),
+            "steps": model.looks[0].steps,
+            "parameters": model.parameters,
+            "multiply_adds": model.multiply_adds,
+            "embedding": {name: spread._asdict() for name, spread in model.embedding.items()},
+            **spreads,
+        }
+
+
+def pair_of(
+    model: str, other: str, log_SBLC: NDArray[np.float64], other_SBLC: NDArray[np.float64], draws: Draws
+) -> Pair:
+    """Of the logarithms of the errors of two models, of all dates (the first of B) and of drawn ones.
+
+    With d_s the difference of seed s, mean of variables and leads, the ratio is ``exp(mean d)``. Its variance is that
+    of the mean over dates drawn anew, ``m / (m - 1)`` times as large as m blocks are so many values, and that over
+    seeds, ``var(d) / S``. The interval is Student's, of the degrees of freedom of Welch and Satterthwaite: a model is
+    better where neither other dates nor other seeds would turn the difference. Of one seed it cannot be told.
+    """
+    difference_SBLC = log_SBLC - other_SBLC
+    known = np.isfinite(difference_SBLC).all(axis=(0, 1))
+    if not known.any():
+        return Pair(model, other, math.nan, math.nan, math.nan)
+    difference_SB = difference_SBLC[:, :, known].mean(axis=-1)
+    overall, seeds, blocks = float(difference_SB[:, 0].mean()), len(difference_SB), draws.blocks
+    if seeds < 2 or not draws.can_tell:
+        return Pair(model, other, math.exp(overall), math.nan, math.nan)
+    of_dates = float(difference_SB[:, 1:].mean(axis=0).var(ddof=1)) * blocks / (blocks - 1)
+    of_seeds = float(difference_SB[:, 0].var(ddof=1)) / seeds
+    variance = of_dates + of_seeds
+    if not variance:  # one and the same
+        return Pair(model, other, math.exp(overall), math.exp(overall), math.exp(overall))
+    freedom = variance**2 / (of_dates**2 / (blocks - 1) + of_seeds**2 / (seeds - 1))
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(variance)
+    return Pair(model, other, *(math.exp(overall + part) for part in (0.0, -half, half)))
+
+
+def rates_of(runs: Sequence[Run], looks: Mapping[str, Looked], states: Mapping[str, tuple[str, str]]) -> list[AtRate]:
+    """All models at all rates.
+
+    Args:
+        looks: of the runs that are done, by their points.
+        states: status of each point, and why it failed.
+    """
+    found = []
+    for model, rate in dict.fromkeys((run.model, run.rate) for run in runs):
+        own = [run for run in runs if (run.model, run.rate) == (model, rate)]
+        scores = {run.seed: looks[run.point.name].score if run.point.name in looks else None for run in own}
+        why = next((states[run.point.name][1] for run in own if states[run.point.name][0] == FAILED), "")
+        found.append(AtRate(model, rate, scores, why))
+    return found
+
+
+def best_of(rates: Sequence[AtRate], model: str) -> AtRate | None:
+    """The rate of the least score, mean of the seeds; None where at no rate all have one."""
+    own = [at for at in rates if at.model == model and math.isfinite(at.mean)]
+    return min(own, key=lambda at: at.mean, default=None)
+
+
+def on_same_dates(judged: Mapping[str, Sequence[RunErrors]]) -> dict[str, tuple[RunErrors, ...]]:
+    """Those dates that all have: a model that looks further back begins later."""
+    every = [one for row in judged.values() for one in row]
+    if not every:
+        return {}
+    shared = [date for date in every[0].dates.tolist() if all(date in one.dates for one in every)]
+    return {name: tuple(_at(one, shared) for one in row) for name, row in judged.items()}
+
+
+def _at(one: RunErrors, dates: Sequence[str]) -> RunErrors:
+    places = [one.dates.tolist().index(date) for date in dates]
+    parts = {name: getattr(one, name)[places] for name in ("square_NLFC", "weight_NLFC", "dates")}
+    return RunErrors(**vars(one) | parts)
+
+
+def model_result(
+    at: AtRate, judged: Sequence[RunErrors], looks: Sequence[Looked], rates: Sequence[float]
+) -> ModelResult:
+    """Of a model at its best rate."""
+    rmse_SLC = np.stack([_rmse(one.square_NLFC[:, :, 0], one.weight_NLFC[:, :, 0]) for one in judged])
+    free_LC = _rmse(judged[0].square_NLFC[:, :, 1], judged[0].weight_NLFC[:, :, 1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio_SLC = rmse_SLC / free_LC
+    known = np.isfinite(free_LC) & (free_LC > 0)
+    ratio = OverSeeds.of(ratio_SLC[:, known].mean(axis=1).tolist())
+    ends = {min(rates): "least", max(rates): "largest"} if len(rates) > 1 else {}
+    one = judged[0]
+    return ModelResult(
+        at.model, at.rate, ratio, rmse_SLC, tuple(looks), one.parameters, one.multiply_adds, ends.get(at.rate, "")
+    )
+
+
+def _rmse(square_NLC: NDArray[np.float64], weight_NLC: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _root(square_NLC.sum(axis=0), weight_NLC.sum(axis=0))
+
+
+def _root(square: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        root: NDArray[np.float64] = np.sqrt(square / weight)
+    return root

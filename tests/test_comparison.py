@@ -1,0 +1,415 @@
+"""Comparisons of models: rules, statistics by hand, and a real one that is killed and goes on."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from statistics import median
+
+import numpy as np
+import pytest
+import xarray as xr
+import yaml
+from scipy import stats
+
+import forks
+from faconv_hpc.comparison.gathering import best_runs, result_of
+from faconv_hpc.comparison.judging import RunErrors, judged
+from faconv_hpc.comparison.plan import ComparisonConfig, label_of, probes_of, runs_of, steps_of
+from faconv_hpc.comparison.result import AtRate, best_of, on_same_dates, pair_of
+from faconv_hpc.config_file import load_yaml
+from faconv_hpc.errors import InputError
+from faconv_hpc.evaluation.bootstrap import Draws
+from faconv_hpc.forecasting.forecaster import Forecaster
+from faconv_hpc.model.network import FAConvLSTMNetwork
+from faconv_hpc.scaling.points import Outcomes, PointFiles
+from faconv_hpc.training.loading import about_network
+from faconv_hpc.training.records import read_records
+from ranks import Layout, run_on_ranks
+from runs import evaluated, fields_in, make_store, write_config
+from studies import record, write_records
+from test_cli import command_after, faconv, messages
+
+SECONDS = 300  # a busy machine is no failure
+PERIODS = {"validation": "2000-01-04/2000-01-04T23", "test": "2000-01-05/"}  # frames 12 to 15, 16 to 27
+MODELS = {"FAConvLSTM": {}, "ConvLSTM k=3": {"model.cell": "convlstm"}}
+RATES, SEEDS = [0.01, 0.03], [0, 4]
+STEP_S = {"FAConvLSTM": 0.1, "ConvLSTM k=3": 0.2}  # of the probes
+
+
+def write_comparison(directory, **values):
+    """Two models at two rates from two seeds: 8 steps of the one, 4 of the other; no store is made."""
+    data, training = {"window": 2, "periods": PERIODS}, {"steps": 40, "warmup_steps": 10, "checkpoint_every": 2}
+    config = write_config(directory / "base", directory / "waves", data=data, training=training)
+    tree = {
+        "study_dir": str(directory / "study"), "config": str(config), "models": MODELS, "learning_rates": RATES,
+        "seeds": SEEDS, "budget_s": 0.8, "leads": 2, "samples": None,
+    }  # fmt: skip
+    path = directory / "comparison.yaml"
+    path.write_text(yaml.safe_dump(tree | values, sort_keys=False))
+    return path
+
+
+def comparison_of(directory, **values):
+    return load_yaml(ComparisonConfig, write_comparison(directory, **values))
+
+
+def probe(comparison):
+    """As if the probes had run, with steps of a known time, on a machine that slows down."""
+    for name, point in probes_of(comparison).items():
+        files = PointFiles(point)
+        attempt = files.begin("local")
+        seconds = [9.0] * comparison.warm_up_steps + [0.3] + [STEP_S[name]] * (comparison.probe_steps - 1)
+        write_records(point.run.run_dir, [record(step, one) for step, one in enumerate(seconds, 1)])
+        Outcomes(comparison.study_dir).add(files.outcome(attempt))
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_runs_have_the_same_time_and_schedules_of_the_same_shape(tmp_path):
+    comparison = comparison_of(tmp_path)
+    probe(comparison)
+    steps = {name: steps_of(comparison, point) for name, point in probes_of(comparison).items()}
+    assert steps == {"FAConvLSTM": 8, "ConvLSTM k=3": 4}
+    runs = runs_of(comparison, steps)
+    told = [(run.model, run.rate, run.seed) for run in runs]
+    assert told == [(model, rate, seed) for seed in SEEDS for model in MODELS for rate in RATES]
+    training = [run.point.run.training for run in runs]
+    assert [one.steps for one in training[:4]] == [8, 8, 4, 4]
+    assert [one.warmup_steps for one in training[:4]] == [2, 2, 1, 1]  # a quarter, as in the base config
+    assert all((one.validate_every, one.validate_leads) == (one.steps, 2) for one in training)
+    assert [(one.learning_rate, one.seed) for one in training] == [(rate, seed) for _, rate, seed in told]
+    assert [run.point.run.model.cell for run in runs[:3]] == ["faconvlstm", "faconvlstm", "convlstm"]
+    assert len({run.point.directory for run in runs}) == 8 and runs[2].point.name == "ConvLSTM-k-3_rate0.01_seed0"
+    assert all(run.point.goes_on for run in runs) and label_of("a (b) k=3 ") == "a-b-k-3"
+
+
+BAD = {
+    "one model": ({"models": {"a": {}}}, r"models: .*at least 2 items"),
+    "the same directory": ({"models": {"a 1": {}, "a-1": {}}}, r"names that differ in letters or digits.*'a 1', 'a-1'"),
+    "a rate twice": ({"learning_rates": [0.01, 0.01]}, r"each once, but 0\.01 stands there more often"),
+    "a rate of none": ({"learning_rates": [0]}, r"learning_rates\.0: Input should be greater than 0"),
+    "no time": ({"budget_s": 0}, r"budget_s: Input should be greater than 0"),
+    "an unknown key": ({"budget": 7}, r"budget: unknown key\. Did you mean 'budget_s'"),
+    "steps": ({"set": {"training.steps": 9}}, r"set: the comparison decides training\.steps \(as many as budget_s"),
+    "a rate of a model": (
+        {"models": {"a": {}, "b": {"training": {"learning_rate": 1}}}},
+        r"model 'b': the comparison decides training\.learning_rate \(learning_rates says it\)",
+    ),
+    "a rollout": ({"set": {"training.rollout": {5: 2}}}, r"decides training\.rollout \(it names steps"),
+    "another window": (
+        {"models": {"a": {}, "b": {"data.window": 3}}},
+        r"trained and judged alike, but data\.window is 2 of 'a' and 3 of 'b'\. Move it",
+    ),
+    "another batch": (
+        {"models": {"a": {}, "b": {"training.micro_batch": 2}}},
+        r"training\.micro_batch is 1 of 'a'",
+    ),
+    "a wrong value": (
+        {"models": {"a": {}, "b": {"model.cell": "x"}}},
+        r"model 'b' of the comparison is.*model\.cell",
+    ),
+    "no validation": (
+        {"set": {"data.periods.validation": []}},
+        r"data\.periods\.validation of .* names no dates, and rates are chosen by it",
+    ),
+    "no test": ({"set": {"data.periods.test": []}}, r"periods\.test of .* names no dates, and models are judged on it"),
+}
+
+
+@pytest.mark.parametrize("values, message", BAD.values(), ids=BAD)
+def test_a_comparison_that_compares_nothing_is_refused(tmp_path, values, message):
+    with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
+        probes_of(comparison_of(tmp_path, **values))
+
+
+def test_a_base_with_free_runs_is_refused_and_a_time_of_no_steps(tmp_path):
+    comparison = comparison_of(tmp_path)
+    probe(comparison)
+    point = probes_of(comparison)["ConvLSTM k=3"]
+    short = comparison.model_copy(update={"budget_s": 0.2})
+    with pytest.raises(InputError, match=r"budget_s=0\.2 s hold 1 steps of 0\.2 s, as probe_ConvLSTM-k-3 measured"):
+        steps_of(short, point)
+    with pytest.raises(InputError, match=r"has 10 of 11 timed steps, so it is not known how many steps 0\.8 s are"):
+        steps_of(comparison.model_copy(update={"probe_steps": 11}), point)
+    tree = yaml.safe_load(comparison.config.read_text())
+    tree["training"]["rollout"] = {20: 2}
+    comparison.config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError, match=r"has training\.rollout=\{20: 2\}, which names steps.*Leave it out"):
+        probes_of(comparison)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def same_dates(values_S, draws):
+    """Logarithms (S, 1 + B, 1, 1) of errors that are the same at all dates."""
+    return np.broadcast_to(np.array(values_S)[:, None, None, None], (len(values_S), 1 + len(draws.drawn_BN), 1, 1))
+
+
+def test_seeds_alone_are_judged_by_the_paired_t_test():
+    draws = Draws.of(np.random.default_rng(0).normal(size=(60, 3)))
+    one, other = np.log([[0.50, 0.55, 0.52, 0.58], [0.60, 0.61, 0.65, 0.66]])
+    pair = pair_of("a", "b", same_dates(one, draws), same_dates(other, draws), draws)
+    said = stats.ttest_rel(one, other).confidence_interval(0.9)
+    assert math.log(pair.ratio) == pytest.approx((one - other).mean())
+    assert [math.log(pair.low), math.log(pair.high)] == pytest.approx([said.low, said.high])
+    assert pair.verdict == "better"
+    assert pair_of("b", "a", same_dates(other, draws), same_dates(one, draws), draws).verdict == "worse"
+    close = one + np.array([0.05, -0.04, 0.03, -0.05])
+    assert pair_of("a", "b", same_dates(one, draws), same_dates(close, draws), draws).verdict == "cannot tell"
+    alone = pair_of("a", "b", same_dates(one[:1], draws), same_dates(other[:1], draws), draws)
+    assert alone.verdict == "cannot tell" and math.isnan(alone.low) and alone.ratio == pytest.approx(0.5 / 0.6)
+
+
+def test_dates_and_seeds_both_widen_the_interval():
+    """Dates that are drawn one by one: the variance over draws is that of a mean, and both parts are added."""
+    random = np.random.default_rng(1)
+    noise_N = random.normal(0, 0.2, 400)
+    draws = Draws(random.multinomial(400, np.full(400, 1 / 400), size=1000).astype(float), block=1.0)
+    of_dates = np.concatenate([[noise_N.mean()], draws.drawn_BN @ noise_N / len(noise_N)])
+    seeds = np.array([-0.01, 0.01, 0.03])
+    log_SBLC = (of_dates[None, :] + seeds[:, None])[:, :, None, None]
+    pair = pair_of("a", "b", log_SBLC, np.zeros_like(log_SBLC), draws)
+    half = (math.log(pair.high) - math.log(pair.low)) / 2
+    variances = noise_N.var(ddof=1) / 400, seeds.var(ddof=1) / 3
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (draws.blocks - 1) + variances[1] ** 2 / 2)
+    assert half == pytest.approx(stats.t.ppf(0.95, freedom) * math.sqrt(sum(variances)), rel=0.05)
+    without = pair_of("a", "b", log_SBLC[:2] * 0 + log_SBLC[:1], np.zeros_like(log_SBLC[:2]), draws)
+    assert math.log(without.high / without.low) / 2 == pytest.approx(1.65 * math.sqrt(variances[0]), rel=0.08)
+
+
+def test_variables_that_have_no_error_somewhere_do_not_count():
+    draws = Draws.of(np.random.default_rng(0).normal(size=(60, 1)))
+    one, other = (same_dates(np.log(values), draws) for values in ([0.5, 0.6], [0.8, 0.9]))
+    lost = np.full_like(one, np.nan)
+    pair = pair_of("a", "b", np.concatenate([one, lost], axis=-1), np.concatenate([other, other], axis=-1), draws)
+    assert pair.ratio == pytest.approx(math.sqrt(0.5 / 0.8 * 0.6 / 0.9))
+    assert math.isnan(pair_of("a", "b", lost, other, draws).ratio)
+
+
+def test_the_best_rate_is_that_of_the_mean_and_has_all_seeds():
+    rates = [
+        AtRate("a", 0.1, {0: 0.2, 1: 0.9}), AtRate("a", 0.2, {0: 0.5, 1: 0.5}), AtRate("a", 0.3, {0: 0.1, 1: None}),
+        AtRate("a", 0.4, {0: 0.1, 1: math.inf}), AtRate("b", 0.1, {0: 0.01, 1: 0.01}),
+    ]  # fmt: skip
+    assert best_of(rates, "a") is rates[1]
+    assert best_of(rates[2:4], "a") is None
+
+
+def test_models_that_look_further_back_are_judged_on_the_dates_that_all_have():
+    def one(dates):
+        sums = np.array([float(date) for date in dates])[:, None, None, None] * np.ones((1, 1, 3, 1))
+        names = np.array(["v"])
+        return RunErrors(sums, sums, np.array(dates), np.array([6.0]), names, names, 1, 1.0, 1)
+
+    same = on_same_dates({"a": [one(["1", "2", "3"]), one(["1", "2", "3"])], "b": [one(["3", "2"]), one(["2", "3"])]})
+    assert {tuple(part.dates) for row in same.values() for part in row} == {("2", "3")}
+    assert same["b"][0].square_NLFC[:, 0, 0, 0].tolist() == [2, 3]
+
+
+# ---- a real one ------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal
+from faconv_hpc.training.records import Recorder
+DRIVER, WRITE = os.getpid(), Recorder.write
+
+def write(self, record):
+    WRITE(self, record)
+    if record.step == 5 and "FAConvLSTM_rate0.03_seed0" in self._file.name:
+        os.kill(DRIVER, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Recorder.write = write
+"""
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison that was killed within its second run, with all that it started, and then went on."""
+    directory = tmp_path_factory.mktemp("compared")
+    make_store(directory / "waves", frames=28)
+    path = write_comparison(directory)
+    comparison = load_yaml(ComparisonConfig, path)
+    probe(comparison)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = command_after(KILLED, "compare", path, "--cluster", "local")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = forks.Popen(command, env=environment, cwd=os.path.dirname(__file__), **pipes)  # noqa: PTH120
+    _, told = killed.communicate(timeout=SECONDS)
+    assert killed.returncode == -signal.SIGKILL, told
+    steps = {name: steps_of(comparison, point) for name, point in probes_of(comparison).items()}
+    runs = runs_of(comparison, steps)
+    files = {run.point.name: PointFiles(run.point) for run in runs}
+    first, second = runs[:2]
+    until = time.monotonic() + SECONDS
+    while files[second.point.name].is_trained_in() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert files[first.point.name].complete and not files[second.point.name].complete
+    assert [one.step for one in read_records(second.point.run.run_dir)] == [1, 2, 3, 4, 5]
+    unfinished = faconv("compare", path, "--report-only")
+    assert unfinished.returncode == 1 and "FAConvLSTM is not judged: at no rate all seeds have ended yet" in re.sub(
+        r"\s+", " ", unfinished.stdout
+    )
+    before = files[first.point.name].attempt()
+    ended = faconv("compare", path, "--cluster", "local", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert files[first.point.name].attempt() == before
+    return path, comparison, runs, json.loads(ended.stdout)
+
+
+def test_killed_within_a_run_it_goes_on_from_the_runs_checkpoint(compared):
+    _, comparison, runs, _ = compared
+    attempts = {run.point.name: PointFiles(run.point).attempt().number for run in runs}
+    assert attempts == {run.point.name: 2 if run == runs[1] else 1 for run in runs}
+    log = PointFiles(runs[1].point).log(2).read_text()
+    assert "steps 5 to 8" in log, log  # the checkpoint of step 4 was there
+    assert [one.step for one in read_records(runs[1].point.run.run_dir)] == list(range(1, 9))
+    assert all(PointFiles(point).attempt().number == 1 for point in probes_of(comparison).values())
+
+
+def test_the_table_says_what_the_runs_did(compared):
+    """By what they left, and by one evaluation of them all at once."""
+    _, comparison, runs, said = compared
+    store = comparison.study_dir.parent / "waves"
+    scores = {}
+    for run in runs:
+        rows = [json.loads(line) for line in (run.point.run.run_dir / "validation.jsonl").read_text().splitlines()]
+        ratios = [row["rmse"] / row["persistence_rmse"] for row in rows if "rmse" in row]
+        assert {row["step"] for row in rows} == {run.point.run.training.steps} and len(ratios) == 4
+        scores[run.model, run.rate, run.seed] = sum(ratios) / 4
+    best = {model: min(RATES, key=lambda rate: sum(scores[model, rate, seed] for seed in SEEDS)) for model in MODELS}
+    chosen = [run for run in runs if run.rate == best[run.model]]
+    assert best_runs(comparison, runs) == chosen
+    (whole,) = run_on_ranks(
+        Layout(1, 1, 1),
+        lambda mesh: evaluated(chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir).metrics["rmse"],
+    )
+    shape = whole.shape[0], whole.shape[2]
+    assert shape == (2, 2) and said["forecasts"] == 11 and said["variables"] == ["wave_0", "wave_1"]
+    for row in said["models"]:
+        own = [run for run in chosen if run.model == row["model"]]
+        assert row["learning_rate"] == best[row["model"]]
+        rmse = [_rmse_by_hand(run, store) for run in own]
+        np.testing.assert_allclose(row["rmse"], rmse, rtol=1e-4)
+        ratios = [np.mean(one / np.array(said["persistence"])) for one in rmse]
+        assert row["ratio"]["mean"] == pytest.approx(np.mean(ratios), rel=1e-4)
+        assert row["ratio"]["deviation"] == pytest.approx(abs(ratios[0] - ratios[1]) / math.sqrt(2), rel=1e-3)
+        seconds = [[one.seconds for one in read_records(run.point.run.run_dir)] for run in own]
+        assert row["steps"] == len(seconds[0])
+        assert row["trained_s"]["mean"] == pytest.approx(np.mean([sum(one) for one in seconds]))
+        assert row["step_s"]["mean"] == pytest.approx(np.mean([median(one[1:]) for one in seconds]))
+    np.testing.assert_allclose(whole[:, 1], said["persistence"], rtol=1e-9)
+    assert [row["ratio"]["mean"] for row in said["models"]] == sorted(row["ratio"]["mean"] for row in said["models"])
+    (pair,) = said["pairs"]
+    first, second = (np.array(row["rmse"]) for row in said["models"])
+    assert pair["ratio"] == pytest.approx(float(np.exp(np.mean(np.log(first / second)))), rel=1e-9)
+    sizes = {row["model"]: (row["parameters"], row["multiply_adds"]) for row in said["models"]}
+    inputs = 2 + 5  # two fields, five forcings
+    dense = 4 * 8 * 9 * (inputs + 8) + 4 * 8 * 9 * (8 + 8) + 2 * (8 + inputs)  # two layers of 8 channels, the forecast
+    assert sizes["ConvLSTM k=3"][1] == dense and 0 < sizes["FAConvLSTM"][1] < dense
+    about = json.loads(about_network(chosen[0].point.run.run_dir)["network"])
+    assert sizes["FAConvLSTM"][0] == sum(one.numel() for one in FAConvLSTMNetwork(**about).parameters())
+
+
+def _rmse_by_hand(run, store):
+    """(L, C) of a run's forecasts of the test period, which `Forecaster` makes from frames in memory."""
+    fields_TCYX, seconds, latitude_deg, longitude_deg = fields_in(store)
+    axes = {"time": seconds.astype("datetime64[s]"), "latitude": latitude_deg, "longitude": longitude_deg}
+    names = ("wave_0", "wave_1")
+    given = {name: (tuple(axes), fields_TCYX[:, place], {"units": "1"}) for place, name in enumerate(names)}
+    starts = range(15, 26)  # those whose two leads are frames 16 to 27
+    forecaster = Forecaster.load(run.point.run.run_dir, device="cpu")
+    found = forecaster.forecast(xr.Dataset(given, axes), 2, [str(axes["time"][start]) for start in starts])
+    forecasts_NLCYX = np.stack([found[name].values for name in names], axis=2)
+    came_NLCYX = np.stack([fields_TCYX[start + 1 : start + 3] for start in starts])
+    weights = np.cos(np.deg2rad(latitude_deg))[:, None]
+    squares = ((forecasts_NLCYX - came_NLCYX).astype(np.float64) ** 2 * weights).sum(axis=(-2, -1))
+    return np.sqrt(squares.mean(axis=0) / (weights.sum() * longitude_deg.size))
+
+
+def test_what_is_done_is_not_done_again_and_more_seeds_are_added(compared, tmp_path):
+    path, comparison, runs, said = compared
+    kept = {file: file.stat().st_mtime_ns for file in comparison.study_dir.glob("points/*/*") if file.is_file()}
+    again = faconv("compare", path, "--cluster", "local", "--json")
+    assert again.returncode == 0 and json.loads(again.stdout) == said
+    assert kept == {file: file.stat().st_mtime_ns for file in comparison.study_dir.glob("points/*/*") if file.is_file()}
+    other = faconv("compare", path, "--cluster", "local", "--set", "budget_s=1.6")
+    assert other.returncode == 2
+    assert re.search(r"was run with training\.steps=8, the study now says 16", messages(other)[0]), other.stderr
+    assert all(judged(comparison, run) is not None for run in best_runs(comparison, runs))
+    fewer = comparison.model_copy(update={"samples": 5})
+    assert all(judged(fewer, run) is None for run in runs)  # of other forecasts
+
+
+def test_the_report_can_be_read_alone(compared):
+    path, comparison, _, said = compared
+    page = (comparison.study_dir / "comparison.md").read_text()
+    best = said["models"][0]
+    for expected in (
+        f"**{best['model']}** has the smallest errors",
+        "11 forecasts, from 2000-01-04 18:00:00 to 2000-01-07 06:00:00, 6 to 12 h ahead (2 leads), of wave_0, wave_1",
+        "| ConvLSTM k=3 | model.cell=convlstm |",
+        f"| {best['model']} | {best['ratio']['mean']:.3g} ± {best['ratio']['deviation']:.2g} | ",
+        "Measured on: local",
+        "What the numbers mean",
+    ):
+        assert expected in page, page
+    for name in ("errors.png", "costs.png", "rates.png"):
+        assert f"({name})" in page and (comparison.study_dir / name).stat().st_size > 10_000
+    shown = faconv("compare", path, "--report-only")
+    assert shown.returncode == 0 and "FAConvLSTM" in shown.stdout and "comparison.md" in shown.stdout
+
+
+def test_a_model_that_is_no_number_at_one_rate_is_judged_at_another(compared, tmp_path):
+    """And one that is at none is told as missing; a seed that failed counts as no number."""
+    _, comparison, runs, said = compared
+    moved = tmp_path / "study"
+    shutil.copytree(comparison.study_dir, moved)
+    other = comparison.model_copy(update={"study_dir": moved})
+    steps = {run.model: run.point.run.training.steps for run in runs}
+    copied = runs_of(other, steps)
+    chosen = next(row for row in said["models"] if row["model"] == "FAConvLSTM")["learning_rate"]
+    for run in copied:
+        if run.rate == chosen and run.model == "FAConvLSTM":
+            _spoil(run)
+    result = result_of(other, copied)
+    assert result.missing == {"FAConvLSTM": "2 of 2 runs at its best rate are still to be judged"}
+    for run in copied:
+        if run.model == "FAConvLSTM":
+            _spoil(run)
+    result = result_of(other, copied)
+    assert result.missing == {"FAConvLSTM": "at every rate the forecast of a seed is no number any more"}
+    assert [one.model for one in result.models] == ["ConvLSTM k=3"] and result.pairs == ()
+
+
+def _spoil(run):
+    path = run.point.run.run_dir / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | ({"rmse": None} if "rmse" in row else {})) + "\n" for row in rows))
+
+
+def test_before_anything_is_done_there_is_nothing_to_report(tmp_path):
+    nothing = faconv("compare", write_comparison(tmp_path), "--report-only")
+    assert nothing.returncode == 2 and "does not exist. Leave --report-only out" in messages(nothing)[0]
+
+
+def test_a_run_is_done_when_it_has_looked(tmp_path):
+    """One that is killed between its last step and the look has no score yet."""
+    comparison = comparison_of(tmp_path)
+    probe(comparison)
+    run = runs_of(comparison, dict.fromkeys(MODELS, 8))[0]
+    files = PointFiles(run.point)
+    attempt = files.begin("local")
+    write_records(run.point.run.run_dir, [record(step) for step in range(1, 9)])
+    assert not files.complete and files.outcome(attempt).status == "failed"
+    (run.point.run.run_dir / "validation.jsonl").write_text('{"step": 8, "rmse": 1.0, "ratio": 0.5}\n')
+    assert files.complete and files.outcome(attempt).status == "done"
+    files.begin("local")
+    assert len(files.records()) == 8  # goes on from what is there
