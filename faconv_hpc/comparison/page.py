@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.periods import evenly
 from ..evaluation import baselines
-from ..evaluation.bootstrap import DRAWS, FEWEST_BLOCKS, FEWEST_DATES, LEVEL
+from ..evaluation.intervals import FEWEST_DATES, LEVEL
 from ..evaluation.words import table, with_units
 from ..files import write_durably
 from .figures import draw_figures
@@ -40,10 +40,9 @@ MEANINGS = f"""\
 - **parameters** of the whole network; **multiply-adds** of its layers and forecast, of a cell and step, forward, by
   formula (-: not counted); **peak GiB** of the rank that needed most, all that the process holds among it.
 - **better** and **worse**: the {PERCENT} interval of the ratio of errors, the geometric mean over variables, leads and
-  seeds, does not reach 1. It is of other dates and other seeds: the variance over dates drawn anew {DRAWS} times by the
-  stationary bootstrap, the same for all, and that over seeds (each beside the same seed of the other model), with
-  Student's t. It takes two seeds, {FEWEST_DATES} forecasts and {FEWEST_BLOCKS} blocks of forecasts that depend on each
-  other. Of many such verdicts one in ten or more is chance.
+  seeds, does not reach 1. It is of other dates and other seeds: the variance over dates, told from slow waves over the
+  period, and that over seeds (each beside the same seed of the other model), with Student's t. It takes two seeds and
+  {FEWEST_DATES} forecasts. Of many such verdicts one in ten or more is chance.
 - **effective rank**, **share of the calendar**, **R2**, **loss** of the embedding: of the validation period, as a run's
   own looks say them."""
 
@@ -95,10 +94,9 @@ def notes_of(result: ComparisonResult) -> list[str]:
             )
     if len(result.comparison.seeds) < 2 and result.models:
         notes.append("Of one seed it cannot be told which differences are more than chance.")
-    elif result.models and not result.draws.can_tell:
+    elif result.models and not result.weighings.can_tell:
         notes.append(
-            f"{len(result.any_judged.dates)} forecasts are too few to tell chance from skill: it takes {FEWEST_DATES}, "
-            f"and {FEWEST_BLOCKS} blocks of those that depend on each other (here of {result.draws.block:.1f})."
+            f"{len(result.any_judged.dates)} forecasts are too few to tell chance from skill: it takes {FEWEST_DATES}."
         )
     if any(one.held_out == 0 for row in result.judged.values() for one in row):
         notes.append("**Training saw some of the dates that models are judged on**: on others errors will be larger.")

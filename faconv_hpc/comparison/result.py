@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ..evaluation.bootstrap import LEVEL, Draws
 from ..evaluation.compare import Verdict, verdict_of
+from ..evaluation.intervals import LEVEL, Weighings
 from ..files import json_ready
 from ..scaling.points import FAILED
 from .judging import EMBEDDING, FORECASTS, Looked, RunErrors
@@ -134,26 +134,22 @@ class ComparisonResult:
         return _rmse(one.square_NLFC[:, :, place], one.weight_NLFC[:, :, place])
 
     @cached_property
-    def draws(self) -> Draws:
-        """Dates drawn anew, the same for all."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            errors = [
-                one.square_NLFC[:, :, 0] / one.weight_NLFC[:, :, 0] for row in self.judged.values() for one in row
-            ]
-        return Draws.of(np.stack(errors, axis=-1).reshape(len(errors[0]), -1))
+    def weighings(self) -> Weighings:
+        """Of the dates, the same for all."""
+        return Weighings.of(len(self.any_judged.dates))
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """Each model with those after it."""
-        logs = {name: np.log([self._drawn_rmse(one) for one in row]) for name, row in self.judged.items()}
+        logs = {name: np.log([self._weighed_rmse(one) for one in row]) for name, row in self.judged.items()}
         names = [one.model for one in self.models]
-        return tuple(pair_of(a, b, logs[a], logs[b], self.draws) for a, b in combinations(names, 2))
+        return tuple(pair_of(a, b, logs[a], logs[b], self.weighings) for a, b in combinations(names, 2))
 
-    def _drawn_rmse(self, one: RunErrors) -> NDArray[np.float64]:
-        """(1 + B, L, C): as it is, and in each draw."""
-        weights_BN = np.concatenate([np.ones((1, len(one.dates))), self.draws.drawn_BN])
+    def _weighed_rmse(self, one: RunErrors) -> NDArray[np.float64]:
+        """(1 + K, L, C): as it is, and by each of the weighings."""
+        weights_KN = np.concatenate([np.ones((1, len(one.dates))), self.weighings.weights_KN])
         square, weight = (
-            np.tensordot(weights_BN, part[:, :, 0], axes=1) for part in (one.square_NLFC, one.weight_NLFC)
+            np.tensordot(weights_KN, part[:, :, 0], axes=1) for part in (one.square_NLFC, one.weight_NLFC)
         )
         return _root(square, weight)
 
@@ -194,29 +190,30 @@ class ComparisonResult:
 
 
 def pair_of(
-    model: str, other: str, log_SBLC: NDArray[np.float64], other_SBLC: NDArray[np.float64], draws: Draws
+    model: str, other: str, log_SKLC: NDArray[np.float64], other_SKLC: NDArray[np.float64], weighings: Weighings
 ) -> Pair:
-    """Of the logarithms of the errors of two models, of all dates (the first of B) and of drawn ones.
+    """Of the logarithms of the errors of two models, as they are (the first of 1 + K) and by each of the weighings.
 
     With d_s the difference of seed s, mean of variables and leads, the ratio is ``exp(mean d)``. Its variance is that
-    of the mean over dates drawn anew, ``m / (m - 1)`` times as large as m blocks are so many values, and that over
-    seeds, ``var(d) / S``. The interval is Student's, of the degrees of freedom of Welch and Satterthwaite: a model is
-    better where neither other dates nor other seeds would turn the difference. Of one seed it cannot be told.
+    over other dates, see `Weighings`, and that over seeds, ``var(d) / S``. The interval is Student's, of the degrees of
+    freedom of Welch and Satterthwaite: a model is better where neither other dates nor other seeds would turn the
+    difference. Of one seed it cannot be told.
     """
-    difference_SBLC = log_SBLC - other_SBLC
-    known = np.isfinite(difference_SBLC).all(axis=(0, 1))
+    difference_SKLC = log_SKLC - other_SKLC
+    known = np.isfinite(difference_SKLC).all(axis=(0, 1))
     if not known.any():
         return Pair(model, other, math.nan, math.nan, math.nan)
-    difference_SB = difference_SBLC[:, :, known].mean(axis=-1)
-    overall, seeds, blocks = float(difference_SB[:, 0].mean()), len(difference_SB), draws.blocks
-    if seeds < 2 or not draws.can_tell:
+    difference_SK = difference_SKLC[:, :, known].mean(axis=-1)
+    difference_K, seeds = difference_SK.mean(axis=0), len(difference_SK)
+    overall = float(difference_K[0])
+    if seeds < 2 or not weighings.can_tell:
         return Pair(model, other, math.exp(overall), math.nan, math.nan)
-    of_dates = float(difference_SB[:, 1:].mean(axis=0).var(ddof=1)) * blocks / (blocks - 1)
-    of_seeds = float(difference_SB[:, 0].var(ddof=1)) / seeds
+    of_dates, waves = (float(part) for part in weighings.variance(difference_K[1:], difference_K[0]))
+    of_seeds = float(difference_SK[:, 0].var(ddof=1)) / seeds
     variance = of_dates + of_seeds
     if not variance:  # one and the same
         return Pair(model, other, math.exp(overall), math.exp(overall), math.exp(overall))
-    freedom = variance**2 / (of_dates**2 / (blocks - 1) + of_seeds**2 / (seeds - 1))
+    freedom = variance**2 / (of_dates**2 / waves + of_seeds**2 / (seeds - 1))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(variance)
     return Pair(model, other, *(math.exp(overall + part) for part in (0.0, -half, half)))
 

@@ -53,14 +53,21 @@ class Weighings:
         """
         if not self.can_tell:
             return np.full((2, *values_K.shape[1:]), np.nan)
-        squares_K = ((values_K - found) / TILT) ** 2
-        half = _half_width(squares_K.reshape(len(squares_K), -1), self.weights_KN.shape[1])
-        half = half.reshape(np.shape(found))
+        variance, freedom = self.variance(values_K, found)
+        half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
         return np.stack([found - half, found + half])
 
+    def variance(
+        self, values_K: NDArray[np.float64], found: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Of what was found, over other dates, and its degrees of freedom, both (...); see `interval`."""
+        squares_K = ((values_K - found) / TILT) ** 2
+        variance_S, freedom_S = _variance(squares_K.reshape(len(squares_K), -1), self.weights_KN.shape[1])
+        return variance_S.reshape(np.shape(found)), freedom_S.reshape(np.shape(found))
 
-def _half_width(squares_KS: NDArray[np.float64], dates: int) -> NDArray[np.float64]:
-    """(S,) of intervals of several scores, by the squares of their projections.
+
+def _variance(squares_KS: NDArray[np.float64], dates: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(S,) variances of several scores, by the squares of their projections, and how many waves each is the mean of.
 
     The fast waves tell the memory m of a score from a date to the next, and with it the shape of a spectrum that
     decays alike: it is taken out of the first waves, and of these those count whose share of it would be off by
@@ -73,9 +80,7 @@ def _half_width(squares_KS: NDArray[np.float64], dates: int) -> NDArray[np.float
     slow_S = dates / np.pi * (1 - memory_S) * np.sqrt(3 * BIAS / np.maximum(memory_S, 1e-9))
     waves_S = np.clip(slow_S.astype(int), FEWEST_WAVES, most)
     variance_KS = np.cumsum(squares_KS / shape_KS, axis=0)
-    variance_S = np.take_along_axis(variance_KS, waves_S[None] - 1, axis=0)[0] / waves_S
-    half: NDArray[np.float64] = stats.t.ppf((1 + LEVEL) / 2, waves_S) * np.sqrt(variance_S)
-    return half
+    return np.take_along_axis(variance_KS, waves_S[None] - 1, axis=0)[0] / waves_S, waves_S
 
 
 def memory_of(squares_KS: NDArray[np.float64], frequency_K: NDArray[np.float64], dates: int) -> NDArray[np.float64]:
