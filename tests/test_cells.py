@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 import forecasts
-from faconv_hpc import Domain, FAConvLSTMNetwork, Forecaster, LatLonGrid, ProcessMesh
+from faconv_hpc import Domain, FAConvLSTMNetwork, Forecaster, LatLonGrid, ProcessMesh, harmonics
 from faconv_hpc.config import MeshConfig, ModelConfig
 from faconv_hpc.data.variables import Channels, Variable
 from faconv_hpc.errors import InputError
@@ -338,7 +338,7 @@ def test_where_no_operator_on_the_sphere_can_be_it_is_refused(tmp_path, store, g
     """Before a rank starts, whether the package is there or not."""
     for cell in ON_THE_SPHERE:
         with monkeypatch.context() as there:
-            there.setattr(rules, "find_spec", lambda name: name)
+            there.setattr(harmonics, "find_spec", lambda name: name)
             check_fits(on_globe(tmp_path, globe, cell, mesh={"replicas": 2}))
             with pytest.raises(
                 InputError, match=rf"{cell} transforms .*precision=bf16 would round .* Use fp32 or tf32."
@@ -352,7 +352,7 @@ def test_where_no_operator_on_the_sphere_can_be_it_is_refused(tmp_path, store, g
                 InputError, match=rf"{cell} needs rows at equal distances .* has 11 rows from 81.8182 to"
             ):
                 check_fits(config_of(tmp_path, store, cell))
-            there.setattr(rules, "find_spec", lambda name: None)
+            there.setattr(harmonics, "find_spec", lambda name: None)
             missing = r"torch-harmonics, which is not installed. Install it \(`pip install"
             with pytest.raises(InputError, match=missing):
                 check_fits(on_globe(tmp_path, globe, cell))
@@ -363,7 +363,7 @@ def test_where_no_operator_on_the_sphere_can_be_it_is_refused(tmp_path, store, g
             check_tiles(about, MeshConfig.parse("3x2x2"))
         check_tiles(about, MeshConfig.parse("3x1x1"))
     gauss = np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(12)[0][::-1]))
-    monkeypatch.setattr(rules, "find_spec", lambda name: name)
+    monkeypatch.setattr(harmonics, "find_spec", lambda name: name)
     assert rules.globe_of("sfno", LatLonGrid(12, 24, latitude_deg=gauss)) == (12, 24, "legendre-gauss")
     with pytest.raises(InputError, match=r"north first.*has 12 rows from -"):
         rules.globe_of("sfno", LatLonGrid(12, 24, latitude_deg=gauss[::-1]))

@@ -29,4 +29,7 @@ echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv
 install torch # first and by itself, so that what builds against it finds the pinned version
 install --editable ".${extras:+[$extras]}"
+if [ "$extras" = test ]; then # not in pyproject.toml, as it asks for one torch; without it its tests are skipped
+    install --no-deps torch-harmonics==0.9.3 || echo "torch-harmonics cannot be had here" >&2
+fi
 echo "$wanted" > ".venv/installed-$extras"

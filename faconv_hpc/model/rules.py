@@ -1,12 +1,12 @@
 """What a layer can be, in numbers alone: judged by the layers themselves, and before anything is imported."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
 
 from ..errors import InputError
+from ..harmonics import HOW_TO_INSTALL, is_installed
 from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid
 
 Cell = Literal["faconvlstm", "convlstm", "bottleneck", "depthwise_convlstm", "depthwise", "linear", "sfno", "lsno"]
@@ -28,7 +28,6 @@ MEMORYLESS: tuple[Cell, ...] = ("depthwise", "linear", "sfno", "lsno")
 """Cells without a state."""
 ON_THE_SPHERE: tuple[Cell, ...] = ("sfno", "lsno")
 """Cells that need the whole globe on one tile, and the package torch-harmonics."""
-HOW_TO_INSTALL = "pip install --no-deps torch-harmonics==0.9.3"
 
 FUSES = ("sum", "concat")
 EXCHANGES = ("auto", "gather", "swap")
@@ -99,7 +98,7 @@ def check_one_tile(cell: str, tiles: int) -> None:
 
 def check_package(cell: str) -> None:
     """Raises InputError for a cell of `ON_THE_SPHERE` whose package is not there."""
-    if find_spec("torch_harmonics") is None:
+    if not is_installed():
         raise InputError(
             f"model.cell={cell} is of the package torch-harmonics, which is not installed. Install it "
             f"(`{HOW_TO_INSTALL}`), or use another cell."

@@ -3,7 +3,6 @@
 The solver is that of torch-harmonics (Bonev et al. 2023, arXiv 2306.03838), which is the only one that this needs.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from ..data.layout import Channel, StoreLayout
 from ..data.statistics import row_weights
 from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times, in_sequence
 from ..errors import InputError
+from ..harmonics import HOW_TO_INSTALL, is_installed
 from ..spatial.grid import Span
 
 if TYPE_CHECKING:
     from torch_harmonics.examples import ShallowWaterSolver
 
-SOLVER = "torch-harmonics==0.9.3"
 STEPS_PER_HOUR = 24  # of the solver: 150 s, which are stable up to BAND
 BAND = 86  # total wavenumbers of 256 rows; of more the steps are shorter
 SPIN_UP_HOURS = 12
@@ -154,11 +153,10 @@ class ShallowWaterFields:
 
 def check_solver() -> None:
     """Raises InputError where it is not installed."""
-    if importlib.util.find_spec("torch_harmonics") is None:
+    if not is_installed():
         raise InputError(
-            f"shallow water is computed by the package torch-harmonics, which is not installed. Run `pip install "
-            f"--no-deps --no-build-isolation {SOLVER}` (where there is no wheel it is compiled, for about a minute) "
-            f"and this command again."
+            f"shallow water is computed by the package torch-harmonics, which is not installed. Run "
+            f"`{HOW_TO_INSTALL}` and this command again."
         )
 
 
