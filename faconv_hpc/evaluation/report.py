@@ -88,14 +88,14 @@ def _sentence(one: Comparison, evaluation: Evaluation) -> str:
         f"{ratio} on average over variables and leads ({PERCENT} interval {low:.3g} to "
         f"{high:.3g}); better in {counts['better']} of {sum(counts.values())} of them, worse in {counts['worse']}"
     )
+    if one.one_sided:
+        return (
+            f"Whether {one.model} is better than {one.other} **cannot be told on the whole**.{left} On the rest {of}."
+        )
     if one.seen:
         return (
             f"Whether {one.model} is better than {one.other} **cannot be told**: {one.other} is made of some of the "
             f"very dates that are judged. On them {of}.{left}"
-        )
-    if one.one_sided:
-        return (
-            f"Whether {one.model} is better than {one.other} **cannot be told on the whole**.{left} On the rest {of}."
         )
     if one.verdict == "cannot tell":
         return f"Whether {one.model} is better than {one.other} **cannot be told**: {of}.{left}"
