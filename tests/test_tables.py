@@ -136,7 +136,7 @@ def test_a_comparison(printed):
         found.append(model_result(at, judged[name], (look, look), (0.0123, 0.02)))
     result = ComparisonResult(config, tuple(found), {"a third": "at no rate"}, (), judged, {})
     told = printed(lambda: show_comparison(result))
-    assert "12,345,678" in told and "cannot be told" in told and "a third is not judged" in told
+    assert "12,345,678" in told and "its RMSE is" in told and "a third is not judged" in told
     assert "is the least that was tried" in told.replace("\n", " ")
 
 

@@ -113,7 +113,7 @@ def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
     probes = {}
     for name in comparison.models:
         steps = comparison.warm_up_steps + comparison.probe_steps
-        training = ROOM | {"steps": steps, "warmup_steps": 0, "learning_rate": comparison.learning_rates[0]}
+        training = ROOM | {"steps": steps, "warmup_steps": 0}
         probes[name] = _point(comparison, name, f"probe_{label_of(name)}", training, goes_on=False)
     _check_same(probes)
     return probes
