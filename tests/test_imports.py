@@ -33,7 +33,7 @@ CHOKE_POINTS = {
     "triton": ("model/blocks.py", "model/fused.py"),
     "mpi4py": ("spatial/environment.py", "prepare/comm.py"),
     "sklearn": ("evaluation/",),
-    "torch_harmonics": ("model/sphere.py",),
+    "torch_harmonics": ("model/sphere.py", "prepare/shallow_water.py"),
 }
 ENVIRONMENT_READERS = ("spatial/environment.py", "launch/", "model/native.py")  # the last: which compiler
 LINES = 400
