@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,6 +294,34 @@ def test_a_run_with_a_history_begins_with_weights_of_one_without(tmp_path, store
         assert said[0].abs().max() > 1e-4
         if cell == "bottleneck":
             assert new.layers[0].input_depthwise.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_what_a_beginning_loses_of_its_history_is_told():
+    options = {"cell": "linear", "history": 3, "hidden_channels": 8}
+    told = list(Beginning(Path("runs/first"), 9, options, None, {})._built_otherwise(ModelConfig(cell="linear")))
+    assert len(told) == 1 and "model.history=3" in told[0] and "model.hidden_channels=8" in told[0]
+    kept = Beginning(Path("runs/first"), 9, {"cell": "linear"}, None, {})
+    assert not list(kept._built_otherwise(ModelConfig(cell="linear", history=3)))
+
+
+def test_an_operator_on_the_sphere_begins_with_the_same_inputs_alone():
+    inputs = [("a",), ("b",)]
+    for cell in (*ON_THE_SPHERE, "linear"):
+        begun = Beginning(Path("runs/first"), 9, {"cell": cell}, None, {})
+        begun._check_operator((inputs, inputs))
+        if cell == "linear":
+            begun._check_operator((inputs, inputs[::-1]))
+        else:
+            with pytest.raises(
+                InputError, match=rf"cell={cell} .*same order only; it has a, b, this config gives b, a"
+            ):
+                begun._check_operator((inputs, inputs[::-1]))
+
+
+@pytest.mark.parametrize("sizes", [{"history": 0}, {"history": 2, "past_channels": 4}])
+def test_a_history_that_cannot_be_is_refused(sizes):
+    with pytest.raises(InputError, match=r"history=[02] frames with past_channels=[34].*in_channels=3"):
+        FAConvLSTMNetwork(3, 2, 8, cell="linear", **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Noise on what a network is given in training: what it is, where it is, and what decides it."""
 
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ import torch
 from faconv_hpc import LatLonGrid
 from faconv_hpc.data.noise import InputNoise
 from faconv_hpc.data.store import Store
+from faconv_hpc.data.variables import Channels
 from faconv_hpc.errors import InputError
 from faconv_hpc.spatial.grid import Cuts, Tile
+from faconv_hpc.spatial.mesh import ProcessMesh
+from faconv_hpc.training.fit import check_fits
+from faconv_hpc.training.identity import check_same_run, identity
 from faconv_hpc.training.reading import reader, requests
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.setup import Workspace, order_of
@@ -124,6 +130,37 @@ def test_it_is_on_known_fields_that_are_forecast_within_the_window_and_asked_bac
     assert not noisy.target_BTCYX[~noisy.valid_BTCYX].any() and torch.equal(noisy.valid_BTCYX, clean.valid_BTCYX)
     assert torch.equal(noisy.target_BTCYX[:, window:], clean.target_BTCYX[:, window:])
     assert torch.equal(noisy.target_BTCYX[:, :, 1:], clean.target_BTCYX[:, :, 1:])
+
+
+def test_what_lies_still_has_none():
+    """Orography that comes with times: its change, by which it would be asked, is none, and noise would be all."""
+    first, *others = CHANNELS.fields
+    still = Channels([first.model_copy(update={"tendency_std": 0.0}), *others], ["insolation"])
+    noise = noise_on(channels=still).of(3, 2)
+    assert not noise[0].any() and noise[1].any() and noise_on().of(3, 2)[0].any()
+
+
+def test_a_state_that_is_carried_on_would_tell_it(tmp_path, store):
+    with pytest.raises(InputError, match=r"input_noise=0\.3 stays through a window.*stateful_windows=2.*Leave one"):
+        check_fits(
+            small_config(tmp_path, store, data={"window": 2}, training={"stateful_windows": 2, "input_noise": 0.3})
+        )
+
+
+def test_a_run_of_before_there_was_noise_has_none(tmp_path, store):
+    def judge(mesh, config, missing):
+        workspace = Workspace.of(config, Store.open(config.data.store), mesh)
+        saved = {key: value for key, value in identity(workspace).items() if key not in missing}
+        check_same_run(workspace, json.loads(json.dumps(saved)))
+
+    keys = ["training.input_noise", "training.through_leads"]
+    for given, told in (
+        ({}, "input_noise=0.0, this config says 0.3"),
+        ({"input_noise": 0.0, "through_leads": False}, "through_leads=True, this config says False"),
+    ):
+        with pytest.raises(InputError, match=re.escape(told)):
+            judge(ProcessMesh.alone(), config_of(tmp_path, store, **given), keys)
+    judge(ProcessMesh.alone(), config_of(tmp_path, store, input_noise=0.0), keys)
 
 
 def read_by(mesh, config):

@@ -31,7 +31,7 @@ class InputNoise:
     run does: what comes and goes would be known by that.
 
     Args:
-        size: deviation of the noise over that of each field.
+        size: deviation of the noise over that of each field; what never changes has none.
         seed: of the run.
         channels: of the network.
         window: inputs that are given; only they have noise.
@@ -43,7 +43,7 @@ class InputNoise:
         self._seed, self._window, fields = seed, window, channels.prognostic
         self._latitude, self._longitude = grid.latitude[slice(*tile.rows)], grid.longitude[slice(*tile.columns)]
         self._most = wavenumber_of_two_rows(grid)
-        self._size = column([size if one.std else 0.0 for one in fields])
+        self._size = column([size if one.std and one.tendency_std else 0.0 for one in fields])
         self._per_tendency = torch.from_numpy(column([one.scale / one.target_scale for one in fields]))
 
     def added(self, batch: Batch, step: int, places: Sequence[int]) -> Batch:

@@ -148,7 +148,13 @@ class FAConvLSTMNetwork(nn.Module):
         self.field_channels, self.checkpoint_steps = field_channels, checkpoint_steps
         self.embedding_weight = embedding_weight
         self.boundaries: tuple[Boundary, Boundary, Boundary] | None = None
-        self.history = History(history, in_channels if past_channels is None else past_channels)
+        past = in_channels if past_channels is None else past_channels
+        if history < 1 or not 0 <= past <= in_channels:
+            raise InputError(
+                f"history={history} frames with past_channels={past}: it sees one frame or more, and of those before "
+                f"0 to in_channels={in_channels} channels. Give history=1 for the frame of the step alone."
+            )
+        self.history = History(history, past)
         seen = in_channels + self.history.added
         self.layers = layers_of(cell, seen, hidden_channels, layers, layer_options)
         targets = field_channels + diagnostic_channels

@@ -231,6 +231,12 @@ def _check_year(data: DataConfig, store: Store, spans: tuple[range, ...]) -> Non
 def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
     """Raises InputError where hardly a window would follow another, and states are to be carried on."""
     wanted, window, batch = config.training.stateful_windows, config.data.window, config.global_batch
+    if config.training.input_noise:
+        raise InputError(
+            f"training.input_noise={config.training.input_noise:g} stays through a window and is drawn anew for the "
+            f"next, which a state that is carried on (training.stateful_windows={wanted}) would tell it by. Leave one "
+            f"of them out; a run that begins from this one (training.start_from) may have the other."
+        )
     sizes = [len(one) for one in stretches_of_windows(starts)]
     if max(sizes) < 2 * window:
         raise InputError(

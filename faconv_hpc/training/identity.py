@@ -12,6 +12,9 @@ from ..errors import InputError
 from .manifest import Manifest
 from .setup import WAYS, Workspace, model_options
 
+BEFORE: dict[str, Any] = {"training.input_noise": 0.0, "training.through_leads": True}
+"""What a run began with until there were these keys."""
+
 
 def identity(workspace: Workspace) -> dict[str, Any]:
     """What a run must keep to go on as it began: network, data, order and number of samples, optimizer."""
@@ -42,9 +45,10 @@ def check_same_run(workspace: Workspace, saved: Mapping[str, Any]) -> None:
     """Raises InputError if the run began with another `identity`, the one that is ``saved``."""
     now = json.loads(json.dumps(identity(workspace)))  # tuples become lists, as in the file
     for key, value in now.items():
-        if key in saved and saved[key] != value:
+        was = saved.get(key, BEFORE.get(key, value))
+        if was != value:
             raise InputError(
-                f"{workspace.config.run_dir} holds a run with {key}={saved[key]!r}, this config says {value!r}. "
+                f"{workspace.config.run_dir} holds a run with {key}={was!r}, this config says {value!r}. "
                 f"A run goes on as it began: change the value back, or give another run_dir."
             )
 

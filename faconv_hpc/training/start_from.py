@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..data.variables import Channels, Variable
 from ..errors import InputError
+from ..model.rules import ON_THE_SPHERE
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
 from .loading import read_weights
@@ -76,11 +77,12 @@ class Beginning:
         before; and a new variable is forecast by persistence. What has another shape stays as it was drawn.
 
         Raises:
-            InputError: no layer has the shape of any of the weights.
+            InputError: no layer has the shape of any of the weights, or a model of torch-harmonics has other inputs.
         """
         before = self.contract.channels
         kept: dict[str, Tensor] = {}
-        seen = _input_keys(before, self.options.get("history", 1)), _input_keys(channels, model.history)
+        seen = _input_keys(before, self._history), _input_keys(channels, model.history)
+        self._check_operator(seen)
         parameters = dict(network.named_parameters())
         if mesh.rank == 0:
             for name, value in network.state_dict().items():
@@ -102,10 +104,26 @@ class Beginning:
         lists = {"new": news, "of another shape, so drawn anew": drawn, "left out, as this network has no such": out}
         return "\n  ".join([*self._told(before, channels), *_listed(lists), *self._built_otherwise(model)])
 
+    @property
+    def _history(self) -> int:
+        """Frames that its network sees at each step."""
+        return int(self.options.get("history", 1))
+
+    def _check_operator(self, seen: Seen) -> None:
+        """Raises InputError where channels would have to be matched within a model of torch-harmonics."""
+        cell, (was, now) = self.options["cell"], seen
+        if cell in ON_THE_SPHERE and was != now:
+            raise InputError(
+                f"training.start_from={self.path}: a network of cell={cell} is taken over with the same inputs in the "
+                f"same order only; it has {_shown(was)}, this config gives {_shown(now)}. Give those, or begin anew."
+            )
+
     def _built_otherwise(self, model: ModelConfig) -> Iterator[str]:
         now = json.loads(json.dumps(model_options(model)))
-        both = [key for key in now if key in self.options and key not in (*WAYS, *OF_THE_EMBEDDING)]
+        both = [key for key in now if key in self.options and key not in (*WAYS, *OF_THE_EMBEDDING, "history")]
         other = [f"model.{key}={json.dumps(self.options[key])}" for key in both if now[key] != self.options[key]]
+        if model.history < self._history:  # more frames change nothing at first, fewer are missed
+            other.append(f"model.history={self._history}")
         if other:
             yield (
                 f"its network was built in another way, so the forecast does not begin as it was: {', '.join(other)} "
@@ -124,6 +142,10 @@ class Beginning:
         if other:
             lines.append(f"seen in another way than before (log1p, anomalies), so as new: {', '.join(other)}")
         return lines
+
+
+def _shown(keys: Sequence[Key]) -> str:
+    return ", ".join("".join(str(part) for part in key if part is not None) for key in keys)
 
 
 def _listed(lists: Mapping[str, Sequence[str]]) -> Iterator[str]:
