@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from faconv_hpc import load_config
+from faconv_hpc.comparison.plan import ComparisonConfig, probes_of
 from faconv_hpc.config import SlurmConfig
 from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
@@ -15,6 +16,7 @@ from faconv_hpc.training.schedule import Leg, learning_rate, legs_of
 from faconv_hpc.training.setup import places_of
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+COMPARISONS = [path for path in CONFIGS if path.name.startswith("compare_")]
 STUDIES = [path for path in CONFIGS if path.name.startswith("study_")]
 MINIMAL = {"run_dir": "r", "data": {"store": "s"}, "training": {"steps": 100}}
 
@@ -29,10 +31,16 @@ def config_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in STUDIES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in STUDIES + COMPARISONS], ids=lambda path: path.name)
 def test_the_configs_of_the_project_are_valid_and_survive_a_round_trip(path, config_file):
     config = load_config(path)
     assert load_config(config_file(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
+def test_the_comparisons_of_the_project_are_valid(path):
+    comparison = load_yaml(ComparisonConfig, path)
+    assert len(comparison.models) > 1 and len(probes_of(comparison)) == len(comparison.models)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)

@@ -150,28 +150,6 @@ def _gate_gradients(
 
 
 @triton.jit
-def _gone_back(
-    weight_RF: tl.tensor, mixed_FN: tl.tensor, bias: tl.pointer_type, row_R: tl.tensor, known_R: tl.tensor,
-    peepholes: tl.tensor, c: tl.pointer_type, grad_h: tl.pointer_type, grad_after: tl.pointer_type, at_CN: tl.tensor,
-    there_CN: tl.tensor, PRECISION: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """What `_gate_gradients` gives for some channels of a block, and the old c.
-
-    Args:
-        peepholes: of those channels, see `_peepholes`.
-        c, grad_h, grad_after: of the sample.
-        at_CN, there_CN: where the numbers of those cells lie in each, and which there are.
-    """
-    i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
-    p_i, p_f, p_o = peepholes
-    before = tl.load(c + at_CN, there_CN, 0.0)
-    d_h = tl.load(grad_h + at_CN, there_CN, 0.0).to(tl.float32)
-    d_c = tl.load(grad_after + at_CN, there_CN, 0.0)
-    i, f, g, o, d_before, after = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
-    return i, f, g, o, d_before, after, before
-
-
-@triton.jit
 def retreat(
     grad_mixed: tl.pointer_type, grad_before: tl.pointer_type, grad_h: tl.pointer_type, grad_after: tl.pointer_type,
     padded: tl.pointer_type, weights: tl.pointer_type, shifts: tl.pointer_type, c: tl.pointer_type,
@@ -182,7 +160,6 @@ def retreat(
 ) -> None:  # fmt: skip
     """The gradients of m and of the old c. A program has a block of a sample, and all of its channels."""
     sample, cells = tl.program_id(1).to(tl.int64), rows * columns
-    of_sample = sample * channels * cells
     row_N, column_N, there_N = _cells(tl.program_id(0), rows, columns, ROWS, COLUMNS)
     cell_N, at_N, f_F = row_N * columns + column_N, row_N * padded_columns + column_N, tl.arange(0, INNER)
     padded += sample * padded_batch
@@ -196,11 +173,13 @@ def retreat(
         at_CN = c_C[:, None] * cells + cell_N[None, :]
         row_R, known_R = _rows_of(first, channels, CHANNELS)
         weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
-        i, f, g, o, d_before, _, _ = _gone_back(
-            weight_RF, mixed_FN, bias, row_R, known_R, _peepholes(peephole, c_C, channels), c + of_sample,
-            grad_h + sample * grad_h_batch, grad_after + of_sample, at_CN, there_CN, PRECISION,
-        )  # fmt: skip
-        tl.store(grad_before + of_sample + at_CN, d_before, there_CN)
+        i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
+        p_i, p_f, p_o = _peepholes(peephole, c_C, channels)
+        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
+        d_h = tl.load(grad_h + sample * grad_h_batch + at_CN, there_CN, 0.0).to(tl.float32)
+        d_c = tl.load(grad_after + sample * channels * cells + at_CN, there_CN, 0.0)
+        i, f, g, o, d_before, _ = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
+        tl.store(grad_before + sample * channels * cells + at_CN, d_before, there_CN)
         d_RN = _together(i, f, g, o).to(weight_RF.dtype)
         total_FN = tl.dot(tl.trans(weight_RF), d_RN, total_FN, input_precision=PRECISION)
     into_FN = (f_F * grad_mixed_channel)[:, None] + (row_N * grad_mixed_row + column_N)[None, :]
@@ -222,7 +201,7 @@ def retreat_weights(
     f_F, c_C = tl.arange(0, INNER), first + tl.arange(0, CHANNELS)
     row_R, known_R = _rows_of(first, channels, CHANNELS)
     weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
-    peepholes = _peepholes(peephole, c_C, channels)
+    p_i, p_f, p_o = _peepholes(peephole, c_C, channels)
     of_RF, sum_R = tl.zeros([4 * CHANNELS, INNER], tl.float32), tl.zeros([4 * CHANNELS], tl.float32)
     sum_i = tl.zeros([CHANNELS], tl.float32)
     sum_f, sum_o = sum_i, sum_i
@@ -234,11 +213,11 @@ def retreat_weights(
         at_CN = c_C[:, None] * cells + (row_N * columns + column_N)[None, :]
         mixed_FN = _mixed(padded + sample * padded_batch, weights + sample * inner * taps, shifts, f_F, at_N, there_N,
                           inner, bottleneck, taps, plane).to(expansion.dtype.element_ty)  # fmt: skip
-        of_sample = sample * channels * cells
-        i, f, g, o, _, after, before = _gone_back(
-            weight_RF, mixed_FN, bias, row_R, known_R, peepholes, c + of_sample, grad_h + sample * grad_h_batch,
-            grad_after + of_sample, at_CN, there_CN, PRECISION,
-        )  # fmt: skip
+        i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
+        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
+        d_h = tl.load(grad_h + sample * grad_h_batch + at_CN, there_CN, 0.0).to(tl.float32)
+        d_c = tl.load(grad_after + sample * channels * cells + at_CN, there_CN, 0.0)
+        i, f, g, o, _, after = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
         sum_i += tl.sum(i * before, 1)
         sum_f += tl.sum(f * before, 1)
         sum_o += tl.sum(o * after, 1)
