@@ -1,4 +1,4 @@
-"""Comparisons of models: rules, statistics by hand, and a real one that is killed and goes on."""
+"""Comparisons of models: rules, and a real one that is killed and goes on."""
 
 import json
 import math
@@ -14,16 +14,13 @@ import numpy as np
 import pytest
 import xarray as xr
 import yaml
-from scipy import stats
 
 import forks
 from faconv_hpc.comparison.gathering import best_runs, result_of
-from faconv_hpc.comparison.judging import RunErrors, judged
+from faconv_hpc.comparison.judging import judged
 from faconv_hpc.comparison.plan import ComparisonConfig, label_of, probes_of, runs_of, steps_of
-from faconv_hpc.comparison.result import AtRate, best_of, on_same_dates, pair_of
 from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
-from faconv_hpc.evaluation.intervals import Weighings
 from faconv_hpc.forecasting.forecaster import Forecaster
 from faconv_hpc.model.network import FAConvLSTMNetwork
 from faconv_hpc.scaling.points import Outcomes, PointFiles
@@ -142,75 +139,6 @@ def test_a_base_with_free_runs_is_refused_and_a_time_of_no_steps(tmp_path):
     comparison.config.write_text(yaml.safe_dump(tree))
     with pytest.raises(InputError, match=r"has training\.rollout=\{20: 2\}, which names steps.*Leave it out"):
         probes_of(comparison)
-
-
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def same_dates(values_S, weighings):
-    """Logarithms (S, 1 + K, 1, 1) of errors that are the same at all dates."""
-    weighed = 1 + len(weighings.weights_KN)
-    return np.broadcast_to(np.array(values_S)[:, None, None, None], (len(values_S), weighed, 1, 1))
-
-
-def test_seeds_alone_are_judged_by_the_paired_t_test():
-    weighings = Weighings.of(60)
-    one, other = np.log([[0.50, 0.55, 0.52, 0.58], [0.60, 0.61, 0.65, 0.66]])
-    pair = pair_of("a", "b", same_dates(one, weighings), same_dates(other, weighings), weighings)
-    said = stats.ttest_rel(one, other).confidence_interval(0.9)
-    assert math.log(pair.ratio) == pytest.approx((one - other).mean())
-    assert [math.log(pair.low), math.log(pair.high)] == pytest.approx([said.low, said.high])
-    assert pair.verdict == "better"
-    assert pair_of("b", "a", same_dates(other, weighings), same_dates(one, weighings), weighings).verdict == "worse"
-    close = one + np.array([0.05, -0.04, 0.03, -0.05])
-    assert (
-        pair_of("a", "b", same_dates(one, weighings), same_dates(close, weighings), weighings).verdict == "cannot tell"
-    )
-    alone = pair_of("a", "b", same_dates(one[:1], weighings), same_dates(other[:1], weighings), weighings)
-    assert alone.verdict == "cannot tell" and math.isnan(alone.low) and alone.ratio == pytest.approx(0.5 / 0.6)
-
-
-def test_intervals_hold_what_other_dates_and_other_seeds_would_give():
-    """By the variance of one of the two alone they would in 71 or 82 of a hundred."""
-    random, weighings, trials = np.random.default_rng(1), Weighings.of(400), 400
-    held = 0
-    for _ in range(trials):
-        noise_N, seeds_S = random.normal(0, 0.2, 400), random.normal(0, 0.03, 6)
-        of_dates_K = np.concatenate([[noise_N.mean()], weighings.weights_KN @ noise_N / 400])
-        log_SKLC = (of_dates_K[None, :] + seeds_S[:, None])[:, :, None, None]
-        pair = pair_of("a", "b", log_SKLC, np.zeros_like(log_SKLC), weighings)
-        assert math.log(pair.ratio) == pytest.approx(noise_N.mean() + seeds_S.mean())
-        held += pair.low < 1 < pair.high
-    assert 0.86 < held / trials < 0.95
-
-
-def test_variables_that_have_no_error_somewhere_do_not_count():
-    weighings = Weighings.of(60)
-    one, other = (same_dates(np.log(values), weighings) for values in ([0.5, 0.6], [0.8, 0.9]))
-    lost = np.full_like(one, np.nan)
-    pair = pair_of("a", "b", np.concatenate([one, lost], axis=-1), np.concatenate([other, other], axis=-1), weighings)
-    assert pair.ratio == pytest.approx(math.sqrt(0.5 / 0.8 * 0.6 / 0.9))
-    assert math.isnan(pair_of("a", "b", lost, other, weighings).ratio)
-
-
-def test_the_best_rate_is_that_of_the_mean_and_has_all_seeds():
-    rates = [
-        AtRate("a", 0.1, {0: 0.2, 1: 0.9}), AtRate("a", 0.2, {0: 0.5, 1: 0.5}), AtRate("a", 0.3, {0: 0.1, 1: None}),
-        AtRate("a", 0.4, {0: 0.1, 1: math.inf}), AtRate("b", 0.1, {0: 0.01, 1: 0.01}),
-    ]  # fmt: skip
-    assert best_of(rates, "a") is rates[1]
-    assert best_of(rates[2:4], "a") is None
-
-
-def test_models_that_look_further_back_are_judged_on_the_dates_that_all_have():
-    def one(dates):
-        sums = np.array([float(date) for date in dates])[:, None, None, None] * np.ones((1, 1, 3, 1))
-        names = np.array(["v"])
-        return RunErrors(sums, sums, np.array(dates), np.array([6.0]), names, names, 1, 1.0, 1)
-
-    same = on_same_dates({"a": [one(["1", "2", "3"]), one(["1", "2", "3"])], "b": [one(["3", "2"]), one(["2", "3"])]})
-    assert {tuple(part.dates) for row in same.values() for part in row} == {("2", "3")}
-    assert same["b"][0].square_NLFC[:, 0, 0, 0].tolist() == [2, 3]
 
 
 # ---- a real one ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def draw_errors(result: ComparisonResult, path: Path) -> Path:
             place.set_axis_off()
             continue
         for index, model in enumerate(result.models):
-            rmse_SL = model.rmse_SLC[:, :, number]
+            rmse_SL = np.where(np.isfinite(model.rmse_SLC[:, :, number]), model.rmse_SLC[:, :, number], np.nan)
             style = line_style(index)
             place.plot(one.leads_h, rmse_SL.mean(axis=0), label=model.model, **style)
             place.fill_between(one.leads_h, rmse_SL.min(axis=0), rmse_SL.max(axis=0), color=style["color"], alpha=0.2)
@@ -51,7 +51,7 @@ def draw_errors(result: ComparisonResult, path: Path) -> Path:
             if np.isfinite(rmse_LC[:, number]).any():
                 place.plot(one.leads_h, rmse_LC[:, number], dashes, color=GREY, label=name)
         dress(place, str(one.variables[number]), "lead [h]", with_units("RMSE", str(one.units[number])))
-        most = max(model.rmse_SLC[:, :, number].max() for model in result.models)
+        most = max(np.nan_to_num(model.rmse_SLC[:, :, number], nan=np.inf).max() for model in result.models)
         highest = ROOM * np.nanmax(free[baselines.PERSISTENCE][:, number], initial=0)
         place.set_ylim(bottom=0, top=highest if most > highest > 0 else None)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -65,6 +65,8 @@ def draw_costs(result: ComparisonResult, path: Path) -> Path:
     figure, axes = new_figure(1, len(COSTS), title, height=3.0)
     for place, (name, cost) in zip(axes.flat, COSTS.items(), strict=True):
         for index, model in enumerate(result.models):
+            if not np.isfinite(model.ratio.mean):
+                continue
             style = line_style(index) | {"linestyle": "none", "markersize": 7}
             bar = model.ratio.deviation
             place.errorbar(

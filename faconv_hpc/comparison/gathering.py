@@ -10,7 +10,7 @@ from ..scaling.points import DONE, Outcomes, PointFiles
 from ..training.records import VERSIONS_FILE
 from .judging import Looked, RunErrors, judged, looked
 from .plan import ComparisonConfig, Run
-from .result import AtRate, ComparisonResult, ModelResult, best_of, model_result, on_same_dates, rates_of
+from .result import AtRate, ComparisonResult, ModelResult, best_first, best_of, model_result, on_same_dates, rates_of
 
 LIBRARIES = ("torch", "deepspeed", "faconv_hpc")
 
@@ -38,9 +38,8 @@ def result_of(comparison: ComparisonConfig, runs: Sequence[Run]) -> ComparisonRe
         else:
             found[model] = kept
     same = on_same_dates(found)
-    models = [_model(comparison, best_of(rates, name), runs, same[name], looks) for name in same]
-    models.sort(key=lambda one: one.ratio.mean)
-    return ComparisonResult(comparison, tuple(models), missing, tuple(rates), same, _about(runs))
+    models = best_first(_model(comparison, best_of(rates, name), runs, same[name], looks) for name in same)
+    return ComparisonResult(comparison, models, missing, tuple(rates), same, _about(runs))
 
 
 def _rates(comparison: ComparisonConfig, runs: Sequence[Run]) -> tuple[list[AtRate], dict[str, Looked]]:

@@ -42,7 +42,8 @@ MEANINGS = f"""\
 - **better** and **worse**: the {PERCENT} interval of the ratio of errors, the geometric mean over variables, leads and
   seeds, does not reach 1. It is of other dates and other seeds: the variance over dates, told from slow waves over the
   period, and that over seeds (each beside the same seed of the other model), with Student's t. It takes two seeds and
-  {FEWEST_DATES} forecasts. Of many such verdicts one in ten or more is chance.
+  {FEWEST_DATES} forecasts. Of many such verdicts one in ten or more is chance. Leads and variables for which
+  persistence's error is 0, or not known, count for no model; one that is no number elsewhere is neither.
 - **effective rank**, **share of the calendar**, **R2**, **loss** of the embedding: of the validation period, as a run's
   own looks say them."""
 
@@ -81,6 +82,12 @@ def notes_of(result: ComparisonResult) -> list[str]:
     """What to know before believing the numbers."""
     notes = [f"**{name} is not judged**: {why}." for name, why in result.missing.items()]
     for model in result.models:
+        if model.lost_leads:
+            notes.append(
+                f"**{model.model} has errors that are no number** at {model.lost_leads} of "
+                f"{len(result.any_judged.leads_h)} leads: its forecasts of the test period grow without bound from some "
+                f"seed. It is not ranked, and is neither better nor worse than another."
+            )
         if model.at_end:
             notes.append(
                 f"The best rate of {model.model}, {model.rate:g}, is the {model.at_end} that was tried: "
@@ -107,17 +114,29 @@ def _answers(result: ComparisonResult) -> Iterable[str]:
     if not result.models:
         yield "No model can be judged yet."
     else:
-        best = result.models[0]
-        yield (
-            f"Of {len(result.models)} models, each trained for as many steps as {result.comparison.budget_s:g} s held "
-            f"in its probe, from {len(result.comparison.seeds)} seed(s), **{best.model}** has the smallest errors: "
-            f"{_spread(best.ratio)} of persistence's, mean of variables and leads."
-        )
+        yield _best(result)
         yield "\n".join(f"- {one}" for one in headline(result))
     yield "\n".join(f"- {note}" for note in notes_of(result))
 
 
+def _best(result: ComparisonResult) -> str:
+    """Who has the smallest errors; a model that is no number somewhere has not."""
+    best, many = result.models[0], len(result.models)
+    trained = (
+        f"each trained for as many steps as {result.comparison.budget_s:g} s held in its probe, from "
+        f"{len(result.comparison.seeds)} seed(s)"
+    )
+    if not math.isfinite(best.ratio.mean):
+        return f"None of {many} models has a number for all its errors, {trained}."
+    return (
+        f"Of {many} models, {trained}, **{best.model}** has the smallest errors: {_spread(best.ratio)} of persistence's, "
+        f"mean of variables and leads."
+    )
+
+
 def _sentence(pair: Pair) -> str:
+    if not math.isfinite(pair.ratio):
+        return f"Whether {pair.model} is better than {pair.other} **cannot be told**: not all their errors are numbers."
     ratio = f"its RMSE is {pair.ratio:.3g} times as large"
     if not math.isfinite(pair.low):
         return f"Whether {pair.model} is better than {pair.other} **cannot be told**: {ratio}."
@@ -164,17 +183,16 @@ def _errors(result: ComparisonResult) -> Iterable[str]:
     shown = evenly(len(one.leads_h), LEADS)
     for number, (name, units) in enumerate(zip(one.variables, one.units, strict=True)):
         for lead in shown:
-            spreads = [
-                OverSeeds.of((m.rmse_SLC[:, lead, number] / persistence_LC[lead, number]).tolist()) for m in models
-            ]
+            free = persistence_LC[lead, number] or math.nan
+            spreads = [OverSeeds.of((m.rmse_SLC[:, lead, number] / free).tolist()) for m in models]
             cells = [_spread(spread) for spread in spreads]
             means = [spread.mean if math.isfinite(spread.mean) else math.inf for spread in spreads]
             if math.isfinite(min(means)):
                 best = means.index(min(means))
                 cells[best] = f"**{cells[best]}**"
-            free = [f"{value:.4g}" if math.isfinite(value) else "-" for value in
-                    (persistence_LC[lead, number], climatology_LC[lead, number])]  # fmt: skip
-            rows.append([with_units(str(name), str(units)), f"{one.leads_h[lead]:.4g}", *cells, *free])
+            plain = [f"{value:.4g}" if math.isfinite(value) else "-" for value in
+                     (persistence_LC[lead, number], climatology_LC[lead, number])]  # fmt: skip
+            rows.append([with_units(str(name), str(units)), f"{one.leads_h[lead]:.4g}", *cells, *plain])
     some = f" at {len(shown)} of {len(one.leads_h)} leads" if len(shown) < len(one.leads_h) else ""
     yield (
         f"RMSE over persistence's{some}: mean of the seeds ± their deviation, the least in bold; the last two columns "
@@ -191,7 +209,8 @@ def _differences(result: ComparisonResult) -> Iterable[str]:
     rows = []
     for pair in result.pairs:
         interval = f"{pair.low:.3g} to {pair.high:.3g}" if math.isfinite(pair.low) else "-"
-        rows.append([pair.model, pair.other, f"{pair.ratio:.3g}", interval, pair.verdict])
+        ratio = f"{pair.ratio:.3g}" if math.isfinite(pair.ratio) else "-"
+        rows.append([pair.model, pair.other, ratio, interval, pair.verdict])
     yield table(["model", "beside", "ratio of errors", f"{PERCENT} interval", "the first is"], rows)
 
 

@@ -1,7 +1,7 @@
 """What a comparison found: each model at its best rate, over its seeds, and which differences are more than chance."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -28,7 +28,8 @@ class OverSeeds(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> "OverSeeds":
         """Of one value a seed."""
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        with np.errstate(invalid="ignore"):  # a model may be no number
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)), deviation)
 
 
@@ -62,6 +63,7 @@ class ModelResult:
         rmse_SLC: by seed, lead and variable.
         looks: of its runs.
         at_end: which end of the rates the best is, ``least`` or ``largest``; empty: of neither, or there is but one.
+        lost_leads: at how many of them an error of some seed is no number, although persistence has one.
     """
 
     model: str
@@ -72,6 +74,7 @@ class ModelResult:
     parameters: int
     multiply_adds: float
     at_end: str
+    lost_leads: int
 
     def over_seeds(self, name: str) -> OverSeeds:
         """Of what a `Looked` says."""
@@ -88,7 +91,8 @@ class Pair:
     """Two models, each seed of one beside the same seed of the other, on the same forecasts.
 
     Attributes:
-        ratio: geometric mean of the ratio of errors, over variables, leads and seeds; below 1 the first is better.
+        ratio: geometric mean of the ratio of errors, over variables, leads and seeds; below 1 the first is better. NaN
+            where an error of one of them is no number.
         low, high: its interval; NaN where it cannot be told.
     """
 
@@ -141,17 +145,22 @@ class ComparisonResult:
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """Each model with those after it."""
-        logs = {name: np.log([self._weighed_rmse(one) for one in row]) for name, row in self.judged.items()}
+        logs = {name: np.stack([self._log_rmse(one) for one in row]) for name, row in self.judged.items()}
         names = [one.model for one in self.models]
         return tuple(pair_of(a, b, logs[a], logs[b], self.weighings) for a, b in combinations(names, 2))
 
-    def _weighed_rmse(self, one: RunErrors) -> NDArray[np.float64]:
-        """(1 + K, L, C): as it is, and by each of the weighings."""
+    def _log_rmse(self, one: RunErrors) -> NDArray[np.float64]:
+        """(1 + K, L, C) of the error as it is, and by each of the weighings: NaN where no model is judged, infinite
+        where this one's forecast is no number."""
         weights_KN = np.concatenate([np.ones((1, len(one.dates))), self.weighings.weights_KN])
         square, weight = (
             np.tensordot(weights_KN, part[:, :, 0], axes=1) for part in (one.square_NLFC, one.weight_NLFC)
         )
-        return _root(square, weight)
+        with np.errstate(divide="ignore"):
+            log_KLC = np.log(_root(square, weight))
+        log_KLC[np.isnan(log_KLC)] = math.inf
+        judged_LC = _is_judged(self.baseline_rmse_LC(FORECASTS[1]))
+        return np.where(judged_LC, log_KLC, math.nan)
 
     def as_json(self) -> dict[str, Any]:
         """For programs: plain values; what is no number is None."""
@@ -198,12 +207,15 @@ def pair_of(
     over other dates, see `Weighings`, and that over seeds, ``var(d) / S``. The interval is Student's, of the degrees of
     freedom of Welch and Satterthwaite: a model is better where neither other dates nor other seeds would turn the
     difference. Of one seed it cannot be told.
+
+    A lead of a variable is left out where both are NaN throughout, which is where nothing is known. A model that is no
+    number elsewhere is neither better nor worse by the rest.
     """
-    difference_SKLC = log_SKLC - other_SKLC
-    known = np.isfinite(difference_SKLC).all(axis=(0, 1))
-    if not known.any():
+    known = (np.isfinite(log_SKLC) & np.isfinite(other_SKLC)).all(axis=(0, 1))
+    left_out = (np.isnan(log_SKLC) & np.isnan(other_SKLC)).all(axis=(0, 1))
+    if not known.any() or not (known | left_out).all():
         return Pair(model, other, math.nan, math.nan, math.nan)
-    difference_SK = difference_SKLC[:, :, known].mean(axis=-1)
+    difference_SK = (log_SKLC[:, :, known] - other_SKLC[:, :, known]).mean(axis=-1)
     difference_K, seeds = difference_SK.mean(axis=0), len(difference_SK)
     overall = float(difference_K[0])
     if seeds < 2 or not weighings.can_tell:
@@ -263,13 +275,25 @@ def model_result(
     free_LC = _rmse(judged[0].square_NLFC[:, :, 1], judged[0].weight_NLFC[:, :, 1])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_SLC = rmse_SLC / free_LC
-    known = np.isfinite(free_LC) & (free_LC > 0)
+    known = _is_judged(free_LC)
     ratio = OverSeeds.of(ratio_SLC[:, known].mean(axis=1).tolist())
+    lost_LC = known & ~np.isfinite(rmse_SLC).all(axis=0)
     ends = {min(rates): "least", max(rates): "largest"} if len(rates) > 1 else {}
     one = judged[0]
     return ModelResult(
-        at.model, at.rate, ratio, rmse_SLC, tuple(looks), one.parameters, one.multiply_adds, ends.get(at.rate, "")
-    )
+        at.model, at.rate, ratio, rmse_SLC, tuple(looks), one.parameters, one.multiply_adds, ends.get(at.rate, ""),
+        int(lost_LC.any(axis=1).sum()),
+    )  # fmt: skip
+
+
+def best_first(models: Iterable[ModelResult]) -> tuple[ModelResult, ...]:
+    """By their errors; those that are no number somewhere come last."""
+    return tuple(sorted(models, key=lambda one: one.ratio.mean if math.isfinite(one.ratio.mean) else math.inf))
+
+
+def _is_judged(persistence_LC: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where a model's error over persistence's means something: it is known, and there is one."""
+    return np.isfinite(persistence_LC) & (persistence_LC > 0)
 
 
 def _rmse(square_NLC: NDArray[np.float64], weight_NLC: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,151 @@
+"""Statistics of comparisons, by hand: which rate is best, which model, and what is more than chance."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from faconv_hpc.comparison.figures import draw_figures
+from faconv_hpc.comparison.judging import EMBEDDING, Looked, RunErrors
+from faconv_hpc.comparison.page import notes_of, report_of
+from faconv_hpc.comparison.plan import ComparisonConfig
+from faconv_hpc.comparison.result import (
+    AtRate,
+    ComparisonResult,
+    best_first,
+    best_of,
+    model_result,
+    on_same_dates,
+    pair_of,
+)
+from faconv_hpc.evaluation.intervals import Weighings
+
+NAMES = ("one", "other")
+ABOUT = {"data": "made", "machine": "none"}
+DATES = np.array([f"2000-01-{day:02}" for day in range(1, 31)])
+
+
+def result_with(rmse_SLC, persistence_LC, rates=()):
+    """Of models by name whose errors are the same at all dates: (S, L, C) of each."""
+    config = ComparisonConfig(
+        study_dir="runs/compare", config="c.yaml", budget_s=9.0, models={name: {} for name in rmse_SLC},
+        learning_rates=(0.01, 0.02), seeds=(0, 1),
+    )  # fmt: skip
+    look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 9, 1.0, 9.0, 1.0)
+    judged, models = {}, []
+    for name, errors_SLC in rmse_SLC.items():
+        judged[name] = tuple(_run_errors(np.stack([rmse_LC, persistence_LC, persistence_LC], axis=1))
+                             for rmse_LC in errors_SLC)  # fmt: skip
+        models.append(model_result(AtRate(name, 0.01, {0: 0.3, 1: 0.3}), judged[name], (look, look), (0.01,)))
+    return ComparisonResult(config, best_first(models), {}, tuple(rates), judged, ABOUT)
+
+
+def _run_errors(rmse_LFC):
+    square_NLFC = np.broadcast_to(rmse_LFC**2, (len(DATES), *rmse_LFC.shape))
+    leads, _, variables = rmse_LFC.shape
+    names = np.array([f"v{number}" for number in range(variables)])
+    return RunErrors(square_NLFC, np.ones_like(square_NLFC), DATES, 6.0 * np.arange(1, leads + 1), names, names, 7, 1.0, 1)
+
+
+def same_dates(values_S, weighings):
+    """Logarithms (S, 1 + K, 1, 1) of errors that are the same at all dates."""
+    weighed = 1 + len(weighings.weights_KN)
+    return np.broadcast_to(np.array(values_S)[:, None, None, None], (len(values_S), weighed, 1, 1))
+
+
+def test_seeds_alone_are_judged_by_the_paired_t_test():
+    weighings = Weighings.of(60)
+    one, other = np.log([[0.50, 0.55, 0.52, 0.58], [0.60, 0.61, 0.65, 0.66]])
+    pair = pair_of("a", "b", same_dates(one, weighings), same_dates(other, weighings), weighings)
+    said = stats.ttest_rel(one, other).confidence_interval(0.9)
+    assert math.log(pair.ratio) == pytest.approx((one - other).mean())
+    assert [math.log(pair.low), math.log(pair.high)] == pytest.approx([said.low, said.high])
+    assert pair.verdict == "better"
+    assert pair_of("b", "a", same_dates(other, weighings), same_dates(one, weighings), weighings).verdict == "worse"
+    close = one + np.array([0.05, -0.04, 0.03, -0.05])
+    assert (
+        pair_of("a", "b", same_dates(one, weighings), same_dates(close, weighings), weighings).verdict == "cannot tell"
+    )
+    alone = pair_of("a", "b", same_dates(one[:1], weighings), same_dates(other[:1], weighings), weighings)
+    assert alone.verdict == "cannot tell" and math.isnan(alone.low) and alone.ratio == pytest.approx(0.5 / 0.6)
+
+
+def test_intervals_hold_what_other_dates_and_other_seeds_would_give():
+    """By the variance of one of the two alone they would in 71 or 82 of a hundred."""
+    random, weighings, trials = np.random.default_rng(1), Weighings.of(400), 400
+    held = 0
+    for _ in range(trials):
+        noise_N, seeds_S = random.normal(0, 0.2, 400), random.normal(0, 0.03, 6)
+        of_dates_K = np.concatenate([[noise_N.mean()], weighings.weights_KN @ noise_N / 400])
+        log_SKLC = (of_dates_K[None, :] + seeds_S[:, None])[:, :, None, None]
+        pair = pair_of("a", "b", log_SKLC, np.zeros_like(log_SKLC), weighings)
+        assert math.log(pair.ratio) == pytest.approx(noise_N.mean() + seeds_S.mean())
+        held += pair.low < 1 < pair.high
+    assert 0.86 < held / trials < 0.95
+
+
+def test_variables_of_which_nothing_is_known_do_not_count():
+    weighings = Weighings.of(60)
+    one, other = (same_dates(np.log(values), weighings) for values in ([0.5, 0.6], [0.8, 0.9]))
+    lost = np.full_like(one, np.nan)
+    both = (np.concatenate([part, lost], axis=-1) for part in (one, other))
+    assert pair_of("a", "b", *both, weighings).ratio == pytest.approx(math.sqrt(0.5 / 0.8 * 0.6 / 0.9))
+    assert math.isnan(pair_of("a", "b", lost, lost, weighings).ratio)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_of_a_model_without_a_number_it_cannot_be_told(value):
+    """Else what it lost were left out, and it could be better by what is left. Of both lost it can be told no more."""
+    weighings = Weighings.of(60)
+    one, other = (same_dates(np.log(values), weighings) for values in ([0.5, 0.51], [0.8, 0.81]))
+    whole, lost = np.concatenate([other, other], axis=-1), np.concatenate([one, np.full_like(one, value)], axis=-1)
+    told = np.concatenate([one, one], axis=-1)
+    assert pair_of("a", "b", told, whole, weighings).verdict == "better"
+    pairs = [pair_of("a", "b", lost, whole, weighings), pair_of("b", "a", whole, lost, weighings)]
+    if value == np.inf:
+        pairs.append(pair_of("a", "b", lost, lost, weighings))
+    for pair in pairs:
+        assert pair.verdict == "cannot tell" and math.isnan(pair.ratio) and math.isnan(pair.low)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("lost", NAMES)
+def test_a_model_whose_forecasts_end_is_never_named_best(tmp_path, lost, value):
+    """Its other errors are the smaller ones; where nothing is known, or persistence has no error, all lack it."""
+    rmse = {name: np.full((2, 4, 3), 0.2 if name == lost else 0.5) for name in NAMES}
+    persistence_LC = np.array([[1.0, 2.0, 0.0]] * 4)
+    rmse[lost][1, 2:, 1] = value
+    result = result_with(rmse, persistence_LC)
+    kept = next(name for name in NAMES if name != lost)
+    assert [one.model for one in result.models] == [kept, lost]
+    (pair,) = result.pairs
+    assert pair.verdict == "cannot tell" and math.isnan(pair.ratio)
+    notes = " ".join(notes_of(result))
+    assert f"**{lost} has errors that are no number** at 2 of 4 leads" in notes and f"**{kept} has errors" not in notes
+    page = report_of(result, draw_figures(result, tmp_path))
+    assert f"**{kept}** has the smallest errors" in page and f"**{lost}** has the smallest" not in page
+    assert "nan" not in page and "inf" not in page.replace("information", "")
+    rmse[kept][0, 3, 0] = value
+    page = report_of(result_with(rmse, persistence_LC), {})
+    assert "has the smallest errors" not in page and "None of 2 models has a number for all its errors" in page
+
+
+def test_the_best_rate_is_that_of_the_mean_and_has_all_seeds():
+    rates = [
+        AtRate("a", 0.1, {0: 0.2, 1: 0.9}), AtRate("a", 0.2, {0: 0.5, 1: 0.5}), AtRate("a", 0.3, {0: 0.1, 1: None}),
+        AtRate("a", 0.4, {0: 0.1, 1: math.inf}), AtRate("b", 0.1, {0: 0.01, 1: 0.01}),
+    ]  # fmt: skip
+    assert best_of(rates, "a") is rates[1]
+    assert best_of(rates[2:4], "a") is None
+
+
+def test_models_that_look_further_back_are_judged_on_the_dates_that_all_have():
+    def one(dates):
+        sums = np.array([float(date) for date in dates])[:, None, None, None] * np.ones((1, 1, 3, 1))
+        names = np.array(["v"])
+        return RunErrors(sums, sums, np.array(dates), np.array([6.0]), names, names, 1, 1.0, 1)
+
+    same = on_same_dates({"a": [one(["1", "2", "3"]), one(["1", "2", "3"])], "b": [one(["3", "2"]), one(["2", "3"])]})
+    assert {tuple(part.dates) for row in same.values() for part in row} == {("2", "3")}
+    assert same["b"][0].square_NLFC[:, 0, 0, 0].tolist() == [2, 3]
