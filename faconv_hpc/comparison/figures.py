@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,11 @@ def draw_figures(result: ComparisonResult, directory: Path) -> dict[str, Path]:
     }
 
 
+def _style(result: ComparisonResult, model: str) -> dict[str, Any]:
+    """One for each model in all figures, whichever is the best."""
+    return line_style(list(result.comparison.models).index(model))
+
+
 def draw_errors(result: ComparisonResult, path: Path) -> Path:
     """A panel for each variable: a line for each model, mean of the seeds, with their least and most around it."""
     one = result.any_judged
@@ -42,9 +48,9 @@ def draw_errors(result: ComparisonResult, path: Path) -> Path:
         if number >= shown:
             place.set_axis_off()
             continue
-        for index, model in enumerate(result.models):
+        for model in result.models:
             rmse_SL = np.where(np.isfinite(model.rmse_SLC[:, :, number]), model.rmse_SLC[:, :, number], np.nan)
-            style = line_style(index)
+            style = _style(result, model.model)
             place.plot(one.leads_h, rmse_SL.mean(axis=0), label=model.model, **style)
             place.fill_between(one.leads_h, rmse_SL.min(axis=0), rmse_SL.max(axis=0), color=style["color"], alpha=0.2)
         for dashes, (name, rmse_LC) in zip(("--", ":"), free.items(), strict=True):
@@ -64,10 +70,10 @@ def draw_costs(result: ComparisonResult, path: Path) -> Path:
     title = "Skill against cost, all trained for the same time (below and left is better)"
     figure, axes = new_figure(1, len(COSTS), title, height=3.0)
     for place, (name, cost) in zip(axes.flat, COSTS.items(), strict=True):
-        for index, model in enumerate(result.models):
+        for model in result.models:
             if not np.isfinite(model.ratio.mean):
                 continue
-            style = line_style(index) | {"linestyle": "none", "markersize": 7}
+            style = _style(result, model.model) | {"linestyle": "none", "markersize": 7}
             bar = model.ratio.deviation
             place.errorbar(
                 cost(model), model.ratio.mean, yerr=bar if np.isfinite(bar) else None, capsize=3, label=model.model,
@@ -84,9 +90,9 @@ def draw_rates(result: ComparisonResult, path: Path) -> Path:
     """The score in validation over the rate: a line for each model through the means, a dot for each seed."""
     title = "Validation after the last step: what each learning rate gives"
     figure, ((axes,),) = new_figure(1, 1, title, width=6.5, height=3.4)
-    for index, model in enumerate(result.comparison.models):
+    for model in result.comparison.models:
         own = sorted((at for at in result.rates if at.model == model), key=lambda at: at.rate)
-        style = line_style(index)
+        style = _style(result, model)
         means = [at.mean if np.isfinite(at.mean) else np.nan for at in own]
         axes.plot([at.rate for at in own], means, label=model, **style)
         dots = [(at.rate, score) for at in own for score in at.scores.values() if score is not None]
