@@ -98,6 +98,11 @@ BAD = {
         {"models": {"a": {}, "b": {"training": {"learning_rate": 1}}}},
         r"model 'b': the comparison decides training\.learning_rate \(learning_rates says it\)",
     ),
+    "a warm-up": (
+        {"set": {"training": {"warmup_steps": 5}}},
+        r"decides training\.warmup_steps \(the same share of a run's steps as in the base config\)",
+    ),
+    "a warm-up of a model": ({"models": {"a": {}, "b": {"training.warmup_steps": 5}}}, r"'b': the comparison decides"),
     "a rollout": ({"set": {"training.rollout": {5: 2}}}, r"decides training\.rollout \(it names steps"),
     "another window": (
         {"models": {"a": {}, "b": {"data.window": 3}}},
@@ -226,8 +231,8 @@ def test_the_table_says_what_the_runs_did(compared):
         assert row["learning_rate"] == best[row["model"]]
         rmse = [_rmse_by_hand(run, store) for run in own]
         np.testing.assert_allclose(row["rmse"], rmse, rtol=1e-4)
-        ratios = [np.mean(one / np.array(said["persistence"])) for one in rmse]
-        assert row["ratio"]["mean"] == pytest.approx(np.mean(ratios), rel=1e-4)
+        ratios = [np.exp(np.mean(np.log(one / np.array(said["persistence"])))) for one in rmse]
+        assert row["ratio"]["mean"] == pytest.approx(math.sqrt(ratios[0] * ratios[1]), rel=1e-4)
         assert row["ratio"]["deviation"] == pytest.approx(abs(ratios[0] - ratios[1]) / math.sqrt(2), rel=1e-3)
         seconds = [[one.seconds for one in read_records(run.point.run.run_dir)] for run in own]
         assert row["steps"] == len(seconds[0])
@@ -238,6 +243,7 @@ def test_the_table_says_what_the_runs_did(compared):
     (pair,) = said["pairs"]
     first, second = (np.array(row["rmse"]) for row in said["models"])
     assert pair["ratio"] == pytest.approx(float(np.exp(np.mean(np.log(first / second)))), rel=1e-9)
+    assert pair["ratio"] == pytest.approx(said["models"][0]["ratio"]["mean"] / said["models"][1]["ratio"]["mean"])
     sizes = {row["model"]: (row["parameters"], row["multiply_adds"]) for row in said["models"]}
     inputs = 2 + 5  # two fields, five forcings
     dense = 4 * 8 * 9 * (inputs + 8) + 4 * 8 * 9 * (8 + 8) + 2 * (8 + inputs)  # two layers of 8 channels, the forecast

@@ -20,6 +20,7 @@ FEWEST_STEPS = 2
 DECIDED = {
     "run_dir": "every run has one of its own",
     "training.steps": "as many as budget_s holds, by the seconds of a step in the probe",
+    "training.warmup_steps": "the same share of a run's steps as in the base config",
     "training.learning_rate": "learning_rates says it",
     "training.seed": "seeds says it",
     "training.rollout": "it names steps, and each model has a number of its own",
@@ -30,7 +31,6 @@ DECIDED = {
     "training.save_in_background": "saving beside a step would cost it time",
 }
 """Keys of a run that the comparison sets, and why."""
-OWN_DATA = ("data.history",)  # what a model may say of the data: how much of what all are given it looks at
 ROOM = {"checkpoint_every": 0, "validate_every": 0, "compare_replicas_every": 0, "give_up_after": 1}
 """Of a probe: nothing but steps."""
 
@@ -220,5 +220,5 @@ def _check_same(probes: Mapping[str, Point]) -> None:
 def _differences(one: RunConfig, other: RunConfig) -> Sequence[tuple[str, Any, Any]]:
     batch = ("training.micro_batch", "training.accumulation")
     trees = [dict(flattened(run.model_dump(mode="json"))) for run in (one, other)]
-    keys = [key for key in trees[0] if key in batch or (key.startswith(("data.", "mesh.")) and key not in OWN_DATA)]
+    keys = [key for key in trees[0] if key in batch or key.startswith(("data.", "mesh."))]
     return [(key, trees[0][key], trees[1].get(key)) for key in keys if trees[0][key] != trees[1].get(key)]
