@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from faconv_hpc.comparison.figures import draw_figures
+from faconv_hpc.comparison import figures, gathering
 from faconv_hpc.comparison.judging import EMBEDDING, Looked, RunErrors
 from faconv_hpc.comparison.page import notes_of, report_of
 from faconv_hpc.comparison.plan import ComparisonConfig
@@ -15,11 +15,13 @@ from faconv_hpc.comparison.result import (
     ComparisonResult,
     best_first,
     best_of,
+    check_same_dates,
     model_result,
-    on_same_dates,
     pair_of,
 )
+from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.intervals import Weighings
+from faconv_hpc.look import line_style
 
 NAMES = ("one", "other")
 ABOUT = {"data": "made", "machine": "none"}
@@ -45,7 +47,9 @@ def _run_errors(rmse_LFC):
     square_NLFC = np.broadcast_to(rmse_LFC**2, (len(DATES), *rmse_LFC.shape))
     leads, _, variables = rmse_LFC.shape
     names = np.array([f"v{number}" for number in range(variables)])
-    return RunErrors(square_NLFC, np.ones_like(square_NLFC), DATES, 6.0 * np.arange(1, leads + 1), names, names, 7, 1.0, 1)
+    return RunErrors(
+        square_NLFC, np.ones_like(square_NLFC), DATES, 6.0 * np.arange(1, leads + 1), names, names, 7, 1.0, 1
+    )
 
 
 def same_dates(values_S, weighings):
@@ -123,7 +127,7 @@ def test_a_model_whose_forecasts_end_is_never_named_best(tmp_path, lost, value):
     assert pair.verdict == "cannot tell" and math.isnan(pair.ratio)
     notes = " ".join(notes_of(result))
     assert f"**{lost} has errors that are no number** at 2 of 4 leads" in notes and f"**{kept} has errors" not in notes
-    page = report_of(result, draw_figures(result, tmp_path))
+    page = report_of(result, figures.draw_figures(result, tmp_path))
     assert f"**{kept}** has the smallest errors" in page and f"**{lost}** has the smallest" not in page
     assert "nan" not in page and "inf" not in page.replace("information", "")
     rmse[kept][0, 3, 0] = value
@@ -140,12 +144,57 @@ def test_the_best_rate_is_that_of_the_mean_and_has_all_seeds():
     assert best_of(rates[2:4], "a") is None
 
 
-def test_models_that_look_further_back_are_judged_on_the_dates_that_all_have():
-    def one(dates):
-        sums = np.array([float(date) for date in dates])[:, None, None, None] * np.ones((1, 1, 3, 1))
-        names = np.array(["v"])
+def test_runs_that_were_judged_on_other_dates_are_refused():
+    def on(dates):
+        sums, names = np.ones((len(dates), 1, 3, 1)), np.array(["v"])
         return RunErrors(sums, sums, np.array(dates), np.array([6.0]), names, names, 1, 1.0, 1)
 
-    same = on_same_dates({"a": [one(["1", "2", "3"]), one(["1", "2", "3"])], "b": [one(["3", "2"]), one(["2", "3"])]})
-    assert {tuple(part.dates) for row in same.values() for part in row} == {("2", "3")}
-    assert same["b"][0].square_NLFC[:, 0, 0, 0].tolist() == [2, 3]
+    check_same_dates({"a": [on(["1", "2"]), on(["1", "2"])], "b": [on(["1", "2"])]})
+    with pytest.raises(
+        InputError, match=r"a run of 'a' was on 2 dates from 1 to 2 and one of 'b' on 1 dates from 2 to"
+    ):
+        check_same_dates({"a": [on(["1", "2"])], "b": [on(["2"])]})
+
+
+def test_models_are_in_the_order_of_what_is_told_of_their_difference():
+    """By the plain mean of variables, or of seeds, the other would be first."""
+    rmse = {"one": np.array([[[0.10, 1.2]], [[0.10, 1.3]]]), "other": np.array([[[0.5, 0.5]], [[0.5, 0.52]]])}
+    result = result_with(rmse, np.ones((1, 2)))
+    assert rmse["one"].mean() > rmse["other"].mean() and [one.model for one in result.models] == ["one", "other"]
+    first, second = (one.ratio.mean for one in result.models)
+    assert result.pairs[0].ratio == pytest.approx(first / second) and result.pairs[0].verdict == "better"
+    assert first == pytest.approx((0.1 * 0.1 * 1.2 * 1.3) ** 0.25)
+
+
+def test_it_is_told_which_rates_a_model_was_judged_without():
+    rates = [
+        AtRate("one", 0.01, {0: 0.3, 1: 0.3}), AtRate("one", 0.02, {0: None, 1: 0.1}, "out of memory"),
+        AtRate("other", 0.01, {0: 0.3, 1: 0.3}), AtRate("other", 0.02, {0: None, 1: None}),
+    ]  # fmt: skip
+    result = result_with({name: np.full((2, 1, 1), 0.5) for name in NAMES}, np.ones((1, 1)), rates)
+    notes = notes_of(result)
+    assert "**one was judged without the rate 0.02**: 1 of 2 runs failed, or have not ended (out of memory)." in notes
+    assert "**other was judged without the rate 0.02**: 2 of 2 runs have not ended." in notes
+    assert not any("0.01" in note for note in notes)
+
+
+def test_the_end_of_the_rates_is_that_of_those_that_count(monkeypatch):
+    rates = [AtRate("a", 0.1, {0: 0.3}), AtRate("a", 0.2, {0: 0.2}), AtRate("a", 0.3, {0: None})]
+    monkeypatch.setattr(gathering, "model_result", lambda at, kept, own, counted: (at.rate, counted))
+    assert gathering._model(rates, "a", [], [], {}) == (0.2, [0.1, 0.2])
+
+
+def test_a_model_looks_the_same_in_all_figures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    rates = [AtRate(name, rate, {0: 0.3, 1: 0.3}) for name in NAMES for rate in (0.01, 0.02)]
+    result = result_with({"one": np.full((2, 2, 1), 0.5), "other": np.full((2, 2, 1), 0.4)}, np.ones((2, 1)), rates)
+    assert result.models[0].model == "other"
+    figures.draw_figures(result, tmp_path)
+    for figure in drawn:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        lines = dict(zip(labels, (getattr(handle, "lines", [handle])[0] for handle in handles), strict=True))
+        for index, name in enumerate(NAMES):
+            style = line_style(index)
+            assert (lines[name].get_color(), lines[name].get_marker()) == (style["color"], style["marker"])
+    assert len(drawn) == 3

@@ -1,6 +1,7 @@
 """From what is on disk of a comparison to its result."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..scaling.points import DONE, Outcomes, PointFiles
 from ..training.records import VERSIONS_FILE
 from .judging import Looked, RunErrors, judged, looked
 from .plan import ComparisonConfig, Run
-from .result import AtRate, ComparisonResult, ModelResult, best_first, best_of, model_result, on_same_dates, rates_of
+from .result import AtRate, ComparisonResult, ModelResult, best_first, best_of, check_same_dates, model_result, rates_of
 
 LIBRARIES = ("torch", "deepspeed", "faconv_hpc")
 
@@ -37,9 +38,9 @@ def result_of(comparison: ComparisonConfig, runs: Sequence[Run]) -> ComparisonRe
             missing[model] = f"{len(own) - len(kept)} of {len(own)} runs at its best rate are still to be judged"
         else:
             found[model] = kept
-    same = on_same_dates(found)
-    models = best_first(_model(comparison, best_of(rates, name), runs, same[name], looks) for name in same)
-    return ComparisonResult(comparison, models, missing, tuple(rates), same, _about(runs))
+    check_same_dates(found)
+    models = best_first(_model(rates, name, runs, found[name], looks) for name in found)
+    return ComparisonResult(comparison, models, missing, tuple(rates), found, _about(runs))
 
 
 def _rates(comparison: ComparisonConfig, runs: Sequence[Run]) -> tuple[list[AtRate], dict[str, Looked]]:
@@ -61,15 +62,13 @@ def _why(rates: Sequence[AtRate], model: str) -> str:
 
 
 def _model(
-    comparison: ComparisonConfig,
-    at: AtRate | None,
-    runs: Sequence[Run],
-    kept: Sequence[RunErrors],
-    looks: dict[str, Looked],
+    rates: Sequence[AtRate], model: str, runs: Sequence[Run], kept: Sequence[RunErrors], looks: dict[str, Looked]
 ) -> ModelResult:
+    at = best_of(rates, model)
     assert at is not None, "it was judged at its best rate"
     own = [looks[run.point.name] for run in runs if (run.model, run.rate) == (at.model, at.rate)]
-    return model_result(at, kept, own, comparison.learning_rates)
+    counted = [one.rate for one in rates if one.model == model and math.isfinite(one.mean)]
+    return model_result(at, kept, own, counted)
 
 
 def _about(runs: Sequence[Run]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from ..evaluation.words import table, with_units
 from ..files import write_durably
 from .figures import draw_figures
 from .judging import EMBEDDING
-from .result import ComparisonResult, ModelResult, OverSeeds, Pair
+from .result import AtRate, ComparisonResult, ModelResult, OverSeeds, Pair
 
 REPORT_JSON, REPORT_MD = "comparison.json", "comparison.md"
 LEADS = 4  # of the table of errors, at most
@@ -29,10 +29,11 @@ CAPTIONS = {
     "bettered beyond it.",
 }
 MEANINGS = f"""\
-- **error over persistence's**: RMSE over that of no change, mean of variables and leads, of free runs on the test
-  period; mean of the seeds ± their standard deviation. Cells count by their area, all forecasts alike.
+- **error over persistence's**: RMSE over that of no change, geometric mean of variables, leads and seeds, of free runs
+  on the test period ± the standard deviation of the seeds. Cells count by their area, all forecasts alike. Models stand
+  in its order; of two, the ratio is what the differences are about.
 - **rate**: the learning rate whose error over persistence's on the validation period, after the last step, is least in
-  the mean of the seeds. All else stands in the table for that rate alone.
+  the plain mean of variables, leads and seeds. All else stands in the table for that rate alone.
 - **steps**: as many as the time of a run holds, by the median step of a probe of that model; the learning rate falls
   over all of them. Looks, saves and the first compilation are not in it.
 - **s trained**, **ms per step**: what the steps then took, their sum and their median, mean of the seeds. Where the
@@ -85,12 +86,13 @@ def notes_of(result: ComparisonResult) -> list[str]:
         if model.lost_leads:
             notes.append(
                 f"**{model.model} has errors that are no number** at {model.lost_leads} of "
-                f"{len(result.any_judged.leads_h)} leads: its forecasts of the test period grow without bound from some "
-                f"seed. It is not ranked, and is neither better nor worse than another."
+                f"{len(result.any_judged.leads_h)} leads of the test period, from one seed or more. It is not ranked, "
+                f"and is neither better nor worse than another."
             )
+        notes += [_without(at) for at in result.rates if at.model == model.model and at.lacking]
         if model.at_end:
             notes.append(
-                f"The best rate of {model.model}, {model.rate:g}, is the {model.at_end} that was tried: "
+                f"The best rate of {model.model}, {model.rate:g}, is the {model.at_end} of those that count: "
                 f"{'larger' if model.at_end == 'largest' else 'smaller'} ones may be better."
             )
         trained = model.over_seeds("trained_s").mean
@@ -108,6 +110,12 @@ def notes_of(result: ComparisonResult) -> list[str]:
     if any(one.held_out == 0 for row in result.judged.values() for one in row):
         notes.append("**Training saw some of the dates that models are judged on**: on others errors will be larger.")
     return notes
+
+
+def _without(at: AtRate) -> str:
+    """Of a rate that does not count."""
+    why = f"failed, or have not ended ({at.why})" if at.why else "have not ended"
+    return f"**{at.model} was judged without the rate {at.rate:g}**: {at.lacking} of {len(at.scores)} runs {why}."
 
 
 def _answers(result: ComparisonResult) -> Iterable[str]:
@@ -129,8 +137,8 @@ def _best(result: ComparisonResult) -> str:
     if not math.isfinite(best.ratio.mean):
         return f"None of {many} models has a number for all its errors, {trained}."
     return (
-        f"Of {many} models, {trained}, **{best.model}** has the smallest errors: {_spread(best.ratio)} of persistence's, "
-        f"mean of variables and leads."
+        f"Of {many} models, {trained}, **{best.model}** has the smallest errors: {_spread(best.ratio)} of "
+        f"persistence's, geometric mean of variables, leads and seeds."
     )
 
 

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ..errors import InputError
 from ..evaluation.compare import Verdict, verdict_of
 from ..evaluation.intervals import LEVEL, Weighings
 from ..files import json_ready
 from ..scaling.points import FAILED
-from .judging import EMBEDDING, FORECASTS, Looked, RunErrors
+from .judging import EMBEDDING, FORECASTS, JUDGED_FILE, Looked, RunErrors
 from .plan import ComparisonConfig, Run
 
 
@@ -31,6 +32,11 @@ class OverSeeds(NamedTuple):
         with np.errstate(invalid="ignore"):  # a model may be no number
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)), deviation)
+
+    @classmethod
+    def of_ratios(cls, ratios_S: NDArray[np.float64]) -> "OverSeeds":
+        """With their geometric mean; their deviation is the plain one."""
+        return cls.of(ratios_S.tolist())._replace(mean=_geometric_mean(ratios_S))
 
 
 @dataclass(frozen=True)
@@ -53,16 +59,23 @@ class AtRate:
         found = [math.inf if one is None else one for one in self.scores.values()]
         return float(np.mean(found))
 
+    @property
+    def lacking(self) -> int:
+        """How many seeds have no score, as their runs failed or have not ended."""
+        return sum(one is None for one in self.scores.values())
+
 
 @dataclass(frozen=True)
 class ModelResult:
     """A model at its best rate.
 
     Attributes:
-        ratio: error over persistence's, mean of variables and leads; spread over the seeds.
+        ratio: error over persistence's, geometric mean of variables, leads and seeds, as that of a `Pair`; the
+            deviation is that of the seeds.
         rmse_SLC: by seed, lead and variable.
         looks: of its runs.
-        at_end: which end of the rates the best is, ``least`` or ``largest``; empty: of neither, or there is but one.
+        at_end: which end of the rates that count the best is, ``least`` or ``largest``; empty: of neither, or there is
+            but one.
         lost_leads: at how many of them an error of some seed is no number, although persistence has one.
     """
 
@@ -252,31 +265,37 @@ def best_of(rates: Sequence[AtRate], model: str) -> AtRate | None:
     return min(own, key=lambda at: at.mean, default=None)
 
 
-def on_same_dates(judged: Mapping[str, Sequence[RunErrors]]) -> dict[str, tuple[RunErrors, ...]]:
-    """Those dates that all have: a model that looks further back begins later."""
-    every = [one for row in judged.values() for one in row]
-    if not every:
-        return {}
-    shared = [date for date in every[0].dates.tolist() if all(date in one.dates for one in every)]
-    return {name: tuple(_at(one, shared) for one in row) for name, row in judged.items()}
+def check_same_dates(judged: Mapping[str, Sequence[RunErrors]]) -> None:
+    """Raises InputError where two runs were judged on other dates: the data have changed since the first was."""
+    every = [(name, one.dates.tolist()) for name, row in judged.items() for one in row]
+    for name, dates in every[1:]:
+        first, wanted = every[0]
+        if dates != wanted:
+            raise InputError(
+                f"models are judged on the same dates, but a run of {first!r} was on {_span(wanted)} and one of "
+                f"{name!r} on {_span(dates)}: the store has changed in between. Remove {JUDGED_FILE} from the "
+                f"directories of the runs, and start the comparison again."
+            )
 
 
-def _at(one: RunErrors, dates: Sequence[str]) -> RunErrors:
-    places = [one.dates.tolist().index(date) for date in dates]
-    parts = {name: getattr(one, name)[places] for name in ("square_NLFC", "weight_NLFC", "dates")}
-    return RunErrors(**vars(one) | parts)
+def _span(dates: Sequence[str]) -> str:
+    return f"{len(dates)} dates from {dates[0]} to {dates[-1]}" if dates else "no dates"
 
 
 def model_result(
     at: AtRate, judged: Sequence[RunErrors], looks: Sequence[Looked], rates: Sequence[float]
 ) -> ModelResult:
-    """Of a model at its best rate."""
+    """Of a model at its best rate.
+
+    Args:
+        rates: at which all its seeds have a score that is a number.
+    """
     rmse_SLC = np.stack([_rmse(one.square_NLFC[:, :, 0], one.weight_NLFC[:, :, 0]) for one in judged])
     free_LC = _rmse(judged[0].square_NLFC[:, :, 1], judged[0].weight_NLFC[:, :, 1])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_SLC = rmse_SLC / free_LC
     known = _is_judged(free_LC)
-    ratio = OverSeeds.of(ratio_SLC[:, known].mean(axis=1).tolist())
+    ratio = OverSeeds.of_ratios(_geometric_mean(ratio_SLC[:, known], axis=1))
     lost_LC = known & ~np.isfinite(rmse_SLC).all(axis=0)
     ends = {min(rates): "least", max(rates): "largest"} if len(rates) > 1 else {}
     one = judged[0]
@@ -294,6 +313,11 @@ def best_first(models: Iterable[ModelResult]) -> tuple[ModelResult, ...]:
 def _is_judged(persistence_LC: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Where a model's error over persistence's means something: it is known, and there is one."""
     return np.isfinite(persistence_LC) & (persistence_LC > 0)
+
+
+def _geometric_mean(values: NDArray[np.float64], axis: int | None = None) -> Any:
+    with np.errstate(divide="ignore"):
+        return np.exp(np.log(values).mean(axis=axis))
 
 
 def _rmse(square_NLC: NDArray[np.float64], weight_NLC: NDArray[np.float64]) -> NDArray[np.float64]:
