@@ -18,17 +18,18 @@ import yaml
 import forks
 from faconv_hpc.comparison.gathering import best_runs, result_of
 from faconv_hpc.comparison.judging import judged
-from faconv_hpc.comparison.plan import ComparisonConfig, label_of, probes_of, runs_of, steps_of
+from faconv_hpc.comparison.plan import ComparisonConfig, known_steps, label_of, probes_of, runs_of, steps_of
 from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
 from faconv_hpc.forecasting.forecaster import Forecaster
 from faconv_hpc.model.network import FAConvLSTMNetwork
+from faconv_hpc.scaling.driver import StudyDriver
 from faconv_hpc.scaling.points import Outcomes, PointFiles
 from faconv_hpc.training.loading import about_network
 from faconv_hpc.training.records import read_records
 from ranks import Layout, run_on_ranks
 from runs import evaluated, fields_in, make_store, write_config
-from studies import record, write_records
+from studies import FakeCluster, NoStop, record, write_records
 from test_cli import command_after, faconv, messages
 
 SECONDS = 300  # a busy machine is no failure
@@ -327,6 +328,33 @@ def _spoil(run):
     path = run.point.run.run_dir / "validation.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row | ({"rmse": None} if "rmse" in row else {})) + "\n" for row in rows))
+
+
+def test_a_probe_that_is_done_is_not_begun_anew_when_more_steps_are_asked_for(tmp_path):
+    comparison = comparison_of(tmp_path)
+    probe(comparison)
+    more = comparison.model_copy(update={"probe_steps": 20})
+    points = list(probes_of(more).values())
+    cluster = FakeCluster()
+    with pytest.raises(InputError, match=r"point probe_FAConvLSTM in .* was run with training\.steps=13.* now says 23"):
+        StudyDriver(more, points, cluster, "local").run(NoStop())
+    assert cluster.submitted == [] and all(len(PointFiles(point).records()) == 13 for point in points)
+
+
+def test_a_model_without_a_probe_is_told_as_missing(tmp_path):
+    """When another is added to the file, and the report alone is asked for."""
+    comparison = comparison_of(tmp_path)
+    probe(comparison)
+    make_store(tmp_path / "waves", frames=28)
+    more = comparison.model_copy(update={"models": MODELS | {"third": {"model.cell": "convlstm"}}})
+    steps = known_steps(more, probes_of(more))
+    assert steps == {"FAConvLSTM": 8, "ConvLSTM k=3": 4}
+    missing = result_of(more, runs_of(more, steps)).missing
+    assert missing["third"] == "its probe has not ended, so it is not known how many steps its time holds"
+    assert missing["FAConvLSTM"] == "at no rate all seeds have ended yet"
+    none = more.model_copy(update={"study_dir": tmp_path / "nothing"})
+    with pytest.raises(InputError, match=r"has 0 of 10 timed steps"):
+        known_steps(none, probes_of(none))
 
 
 def test_before_anything_is_done_there_is_nothing_to_report(tmp_path):

@@ -53,7 +53,7 @@ def compare_command(
     Example: `faconv compare configs/compare_shallow_water.yaml --cluster local`
     """
     from ..comparison.gathering import result_of
-    from ..comparison.plan import ComparisonConfig, probes_of, runs_of, steps_of
+    from ..comparison.plan import ComparisonConfig, known_steps, probes_of, runs_of
 
     config = load_yaml(ComparisonConfig, comparison, set_ or ())
     probes = probes_of(config)
@@ -64,7 +64,7 @@ def compare_command(
             f"there is nothing to report: study_dir {config.study_dir} does not exist. Leave --report-only out, and "
             f"the comparison is run."
         )
-    runs = runs_of(config, {name: steps_of(config, probe) for name, probe in probes.items()})
+    runs = runs_of(config, known_steps(config, probes))
     _check_same(runs)
     result = result_of(config, runs)
     from ..comparison.page import write_report  # here, as it loads matplotlib

@@ -53,6 +53,8 @@ def _rates(comparison: ComparisonConfig, runs: Sequence[Run]) -> tuple[list[AtRa
 def _why(rates: Sequence[AtRate], model: str) -> str:
     """It has no rate at which all seeds have a score."""
     own = [at for at in rates if at.model == model]
+    if not own:
+        return "its probe has not ended, so it is not known how many steps its time holds"
     failed = next((at for at in own if at.why), None)
     if failed is not None:
         return f"at the rate {failed.rate:g} a run failed ({failed.why}), and at no other all seeds have ended well"

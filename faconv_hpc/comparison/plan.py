@@ -142,18 +142,28 @@ def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
     return steps
 
 
+def known_steps(comparison: ComparisonConfig, probes: Mapping[str, Point]) -> dict[str, int]:
+    """How many steps the budget holds of each model whose probe is done; raises InputError where none is."""
+    done = {
+        name: probe
+        for name, probe in probes.items()
+        if len(PointFiles(probe).records()) >= comparison.warm_up_steps + comparison.probe_steps
+    }
+    return {name: steps_of(comparison, probe) for name, probe in (done or probes).items()}
+
+
 def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]:
     """All models at all rates from all seeds: the first seed of all comes first.
 
     The learning rate's warm-up has the same share of a run's steps as in the base config.
 
     Args:
-        steps: of each model.
+        steps: of each model; those that are not in it have no runs.
     """
     base = load_config(comparison.config).training
     runs = []
     for seed in comparison.seeds:
-        for name in comparison.models:
+        for name in (name for name in comparison.models if name in steps):
             for rate in comparison.learning_rates:
                 count = steps[name]
                 training = {

@@ -136,12 +136,17 @@ class StudyDriver:
             state.status = WAITING
         if state.status == WAITING and not self._retries(state):
             self._attach(state)
-        if state.status in (DONE, RUNNING) or point.goes_on:
+        if state.status in (DONE, RUNNING) or point.goes_on or self._was_done(state):
             state.files.check_same()
         return state
 
     def _retries(self, state: PointState) -> bool:
         return self._outcomes.of(state.point.name, state.attempt) is not None
+
+    def _was_done(self, state: PointState) -> bool:
+        """One of fewer steps may have been: it is not begun anew because more are asked for."""
+        outcome = self._outcomes.of(state.point.name, state.attempt)
+        return outcome is not None and outcome.status == DONE
 
     def _attach(self, state: PointState) -> None:
         """A job of an earlier process that still lives, or has done all steps unseen."""
