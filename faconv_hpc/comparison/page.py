@@ -24,7 +24,7 @@ COLUMNS = (
 CAPTIONS = {
     "Errors over lead": "Lower is better. A model that leaves its panel has errors beyond its upper end.",
     "Skill against cost": "Each model at its best rate; bars are the deviation over seeds. Models whose multiply-adds "
-    "are not counted are not in that panel.",
+    "are not counted are not in that panel, and those whose errors are no number in none.",
     "Learning rates": "Lines go through the means over seeds, dots are seeds. A best rate at an end of the line may be "
     "bettered beyond it.",
 }

@@ -203,6 +203,7 @@ class ComparisonResult:
             "learning_rate": model.rate,
             "ratio": model.ratio._asdict(),
             "rmse": model.rmse_SLC.tolist(),
+            "lost_leads": model.lost_leads,
             "steps": model.looks[0].steps,
             "parameters": model.parameters,
             "multiply_adds": model.multiply_adds,
