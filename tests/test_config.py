@@ -31,7 +31,9 @@ def config_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in STUDIES + COMPARISONS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path not in STUDIES + COMPARISONS], ids=lambda path: path.name
+)
 def test_the_configs_of_the_project_are_valid_and_survive_a_round_trip(path, config_file):
     config = load_config(path)
     assert load_config(config_file(config.to_yaml())) == config
