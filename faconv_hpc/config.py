@@ -34,6 +34,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def to_yaml(self) -> str:
+        """All of it, defaults included, as a file that can be loaded again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
 
 class MeshConfig(Section):
     """How the ranks are arranged: replicas see other samples, lat x lon tiles share one globe."""
@@ -391,7 +395,3 @@ class RunConfig(Section):
     def global_batch(self) -> int:
         """Samples per optimizer step, over all replicas and micro-batches."""
         return self.mesh.replicas * self.training.micro_batch * self.training.accumulation
-
-    def to_yaml(self) -> str:
-        """The whole config, defaults included, as a file that `load_config` takes."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -148,6 +148,12 @@ def line_style(number: int, *, markers: bool = True) -> dict[str, Any]:
     return style | ({"marker": LINE_MARKERS[place], "markersize": 4.5} if markers else {})
 
 
+def legend_below(figure: Figure, panel: Axes) -> None:
+    """Of all panels, whose lines are those of one of them."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+
+
 def dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     """Gives a panel of lines its title, labels and faint grid."""
     axes.set_title(title, fontsize=PANEL)

@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +58,7 @@ def compare_command(
     config = load_yaml(ComparisonConfig, comparison, set_ or ())
     probes = probes_of(config)
     if not report_only:
-        _run(config, cluster or default_cluster(list(probes.values())), retry_failed)
+        _run(config, probes, cluster or default_cluster(list(probes.values())), retry_failed)
     elif not config.study_dir.is_dir():
         raise InputError(
             f"there is nothing to report: study_dir {config.study_dir} does not exist. Leave --report-only out, and "
@@ -74,15 +74,14 @@ def compare_command(
     raise typer.Exit(EXIT_OK if not result.missing else EXIT_FAILED)
 
 
-def _run(config: "ComparisonConfig", where: Where, retry_failed: bool) -> None:
+def _run(config: "ComparisonConfig", probes: "Mapping[str, Point]", where: Where, retry_failed: bool) -> None:
     """Probes, runs, and judges what is best; leaves with exit code 75 if a signal came."""
     from ..comparison.gathering import best_runs
-    from ..comparison.plan import probes_of, runs_of, steps_of
+    from ..comparison.plan import runs_of, steps_of
     from ..scaling.points import FAILED, locked
     from ..training.faults.signals import StopRequest
 
     cluster = cluster_of(where)
-    probes = probes_of(config)
     with locked(config.study_dir), StopRequest(dict.fromkeys(SIGNALS, 0.0)) as stop:
         states = _drive(config, list(probes.values()), cluster, where, retry_failed, stop)
         failed = next((state for state in states if state.status == FAILED), None)

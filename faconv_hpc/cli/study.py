@@ -97,7 +97,7 @@ def _run(config: "StudyConfig", points: "Sequence[Point]", where: Where, retry_f
                 config, points, cluster, where.value, record=record, retry_failed=retry_failed, show=display.show
             ).run(stop)
         if stop.number:
-            say_how_to_go_on(where, stop.number, config.study_dir)
+            _say_how_to_go_on(where, stop.number, config.study_dir)
             raise typer.Exit(EXIT_STOPPED)
 
 
@@ -157,7 +157,7 @@ def _check_begun(config: "StudyConfig", points: "Sequence[Point]") -> None:
         )
 
 
-def say_how_to_go_on(where: Where, number: int, study_dir: Path) -> None:
+def _say_how_to_go_on(where: Where, number: int, study_dir: Path) -> None:
     jobs = "its jobs go on in Slurm" if where is Where.SLURM else "the point that ran ends, and is run again"
     print(
         f"faconv: stopped by {signal.Signals(number).name}; {jobs}. What is done is kept in {study_dir}: "

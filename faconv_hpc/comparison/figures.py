@@ -8,7 +8,7 @@ import numpy as np
 
 from ..evaluation import baselines
 from ..evaluation.words import with_units
-from ..look import PANEL, dress, line_style, new_figure, save_figure
+from ..look import PANEL, dress, legend_below, line_style, new_figure, save_figure
 from .result import ComparisonResult, ModelResult
 
 SHOWN = 6  # variables, at most
@@ -60,8 +60,7 @@ def draw_errors(result: ComparisonResult, path: Path) -> Path:
         most = max(np.nan_to_num(model.rmse_SLC[:, :, number], nan=np.inf).max() for model in result.models)
         highest = ROOM * np.nanmax(free[baselines.PERSISTENCE][:, number], initial=0)
         place.set_ylim(bottom=0, top=highest if most > highest > 0 else None)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+    legend_below(figure, axes[0, 0])
     return save_figure(figure, path)
 
 
@@ -81,8 +80,7 @@ def draw_costs(result: ComparisonResult, path: Path) -> Path:
             )  # fmt: skip
         place.set_xscale("log")
         dress(place, "", name, RATIO)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+    legend_below(figure, axes[0, 0])
     return save_figure(figure, path)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ..config import Count, RunConfig, Section, SlurmConfig
@@ -15,6 +14,7 @@ from ..config_file import load_config, validated
 from ..errors import InputError
 from ..scaling.points import PointFiles
 from ..scaling.study import POINTS, Point, flattened, merged
+from ..training.records import StepRecord
 
 FEWEST_STEPS = 2
 DECIDED = {
@@ -79,10 +79,6 @@ class ComparisonConfig(Section):
             )
         return self
 
-    def to_yaml(self) -> str:
-        """The whole comparison, defaults included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
     @property
     def name(self) -> str:
         """What it is called in the report."""
@@ -121,13 +117,17 @@ def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
 
 def step_seconds(comparison: ComparisonConfig, probe: Point) -> float:
     """The median of a probe's timed steps; raises InputError where it is not done."""
-    records = PointFiles(probe).records()[comparison.warm_up_steps :]
+    records = _timed(comparison, probe)
     if len(records) < comparison.probe_steps:
         raise InputError(
             f"the probe {probe.name} has {len(records)} of {comparison.probe_steps} timed steps, so it is not known "
             f"how many steps {comparison.budget_s:g} s are. Start the comparison again, without --report-only."
         )
     return median(record.seconds for record in records)
+
+
+def _timed(comparison: ComparisonConfig, probe: Point) -> list[StepRecord]:
+    return PointFiles(probe).records()[comparison.warm_up_steps :]
 
 
 def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
@@ -144,11 +144,7 @@ def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
 
 def known_steps(comparison: ComparisonConfig, probes: Mapping[str, Point]) -> dict[str, int]:
     """How many steps the budget holds of each model whose probe is done; raises InputError where none is."""
-    done = {
-        name: probe
-        for name, probe in probes.items()
-        if len(PointFiles(probe).records()) >= comparison.warm_up_steps + comparison.probe_steps
-    }
+    done = {name: probe for name, probe in probes.items() if len(_timed(comparison, probe)) >= comparison.probe_steps}
     return {name: steps_of(comparison, probe) for name, probe in (done or probes).items()}
 
 

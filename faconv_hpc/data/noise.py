@@ -41,7 +41,8 @@ class InputNoise:
 
     def __init__(self, size: float, seed: int, channels: Channels, window: int, tile: Tile, grid: LatLonGrid) -> None:
         self._seed, self._window, fields = seed, window, channels.prognostic
-        self._latitude, self._longitude = grid.latitude[slice(*tile.rows)], grid.longitude[slice(*tile.columns)]
+        latitude, self._longitude = grid.latitude[slice(*tile.rows)], grid.longitude[slice(*tile.columns)]
+        self._sine_Y, self._cosine_Y = np.sin(latitude), np.cos(latitude).astype(np.float32)
         self._most = wavenumber_of_two_rows(grid)
         self._size = column([size if one.std and one.tendency_std else 0.0 for one in fields])
         self._per_tendency = torch.from_numpy(column([one.scale / one.target_scale for one in fields]))
@@ -77,13 +78,14 @@ class InputNoise:
         """(Y, X) their sum, of deviation 1 over all that may be drawn."""
         parts = max(math.ceil(math.log2(self._most)), 1)
         drawn_N4 = uniform(mixed(np.arange(4 * parts, dtype=np.uint64) + start)).reshape(parts, 4)
-        sum_YX = np.zeros((len(self._latitude), len(self._longitude)), dtype=np.float32)
+        sum_YX = np.zeros((len(self._sine_Y), len(self._longitude)), dtype=np.float32)
         for part, (share, height, turn, phase) in enumerate(drawn_N4.tolist()):
             wavenumber, up = self._most ** ((part + share) / parts), 2 * height - 1
             across_X = wavenumber * math.sqrt(1 - up**2) * np.cos(self._longitude - 2 * math.pi * turn)
-            along_Y = wavenumber * up * np.sin(self._latitude) + 2 * math.pi * phase
-            cosine_Y = np.cos(self._latitude).astype(np.float32)
-            sum_YX += np.cos(cosine_Y[:, None] * across_X.astype(np.float32) + along_Y.astype(np.float32)[:, None])
+            along_Y = wavenumber * up * self._sine_Y + 2 * math.pi * phase
+            sum_YX += np.cos(
+                self._cosine_Y[:, None] * across_X.astype(np.float32) + along_Y.astype(np.float32)[:, None]
+            )
         return sum_YX * np.float32(math.sqrt(2 / parts))
 
 

@@ -329,7 +329,7 @@ def cases_of_files(files: Sequence[FileEntry], truth: Truth, leads: int | None) 
     first, seconds = files[0], truth.axis.seconds
     ahead_s = sorted(lead for lead in first.leads_s.tolist() if lead > 0)[:leads]
     found = []
-    for init_s in sorted(first.init_s.tolist()):  # intervals are of blocks of dates that follow each other
+    for init_s in sorted(first.init_s.tolist()):  # intervals go by the order of dates
         frames = [_place(seconds, init_s + ahead) for ahead in (0, *ahead_s)]
         if all(frame is not None for frame in frames):
             start, *rest = (frame for frame in frames if frame is not None)

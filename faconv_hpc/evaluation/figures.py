@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, line_style, new_figure, save_figure
+from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, legend_below, line_style, new_figure, save_figure
 from .evaluation import Evaluation
 from .intervals import LEVEL
 from .words import with_units
@@ -76,8 +76,7 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
         dress(place, targets[number].name, "lead [h]", label)
         if metric == "rmse":
             place.set_ylim(bottom=0)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=PANEL, frameon=False)
+    legend_below(figure, axes[0, 0])
     return save_figure(figure, path)
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..spatial.domain import Domain
-from .recurrence import State, Unrolled
+from .recurrence import State, Unrolled, of_exact_inputs
 from .rules import check_kernel
 
 RECURRENT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,8 +73,7 @@ class ConvLSTM2d(Unrolled):
                 f"padding='valid' makes the output smaller than the grid, which {domain.tiles} tiles cannot "
                 f"share. Use padding='same', or a single tile."
             )
-        gates = functional.conv2d(x_NCYX, self.input_weight.to(x_NCYX.dtype), self.bias.to(x_NCYX.dtype))
-        return gates.to(self.bias.dtype)
+        return of_exact_inputs(x_NCYX, self.input_weight, self.bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state

@@ -10,37 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..spatial.domain import Domain
-from .recurrence import State, as_taken
+from .recurrence import PlainLayer, State, of_exact_inputs
 from .rules import check_dilations, check_kernel
 
 
-class Memoryless(nn.Module):
-    """To such a layer steps are as samples: all are computed at once."""
+class Memoryless(PlainLayer):
+    """To such a layer steps are as samples. Its state is empty, and a state that is given makes no difference; what it
+    says at a step that is not valid is of that step."""
 
-    in_channels: int
-    hidden_channels: int
-
-    def forward(
-        self,
-        x_BTCYX: Tensor,
-        state: State | None = None,
-        *,
-        domain: Domain | None = None,
-        first_step: int = 0,
-        valid_BT: Tensor | None = None,
+    def _over_steps(
+        self, parts_BTCYX: Tensor, state: State | None, domain: Domain, valid_BT: Tensor | None
     ) -> tuple[Tensor, State]:
-        """As `FAConvLSTM2d.forward`, but that what it says at a step that is not valid is of that step.
-
-        The state is empty; the one that is given and ``first_step`` make no difference.
-        """
-        x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype, valid_BT)
-        domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
-        h_NCYX = self._of_fields(x_BTCYX.flatten(0, 1), domain)
-        return h_NCYX.unflatten(0, x_BTCYX.shape[:2]), ()
-
-    def _of_fields(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
-        """(N, C_h, Y, X) in the weights' type; x may be more exact."""
-        raise NotImplementedError
+        return parts_BTCYX, ()
 
 
 class Linear2d(Memoryless):
@@ -59,10 +40,8 @@ class Linear2d(Memoryless):
         self.bias = nn.Parameter(torch.zeros(hidden_channels))
         nn.init.xavier_uniform_(self.input_weight)
 
-    def _of_fields(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
-        padded = domain.pad(x_NCYX, self.reach)
-        h_NCYX = functional.conv2d(padded, self.input_weight.to(padded.dtype), self.bias.to(padded.dtype))
-        return h_NCYX.to(self.bias.dtype)
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+        return of_exact_inputs(domain.pad(x_NCYX, self.reach), self.input_weight, self.bias)
 
 
 class DepthwiseMixer2d(Memoryless):
@@ -93,9 +72,8 @@ class DepthwiseMixer2d(Memoryless):
         self.blocks = nn.ModuleList(_Block(hidden_channels, kernel_size, dilation) for dilation in dilations)
         nn.init.normal_(self.input_weight, std=in_channels**-0.5)
 
-    def _of_fields(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
-        y_NCYX = functional.conv2d(x_NCYX, self.input_weight.to(x_NCYX.dtype), self.input_bias.to(x_NCYX.dtype))
-        y_NCYX = y_NCYX.to(self.input_bias.dtype)
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+        y_NCYX = of_exact_inputs(x_NCYX, self.input_weight, self.input_bias)
         for block in self.blocks:
             y_NCYX = block(y_NCYX, domain)
         return y_NCYX

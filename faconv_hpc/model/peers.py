@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..spatial.domain import Domain
-from .recurrence import State, Unrolled
+from .recurrence import State, Unrolled, of_exact_inputs
 from .rules import check_kernel
 
 
@@ -61,7 +61,7 @@ class BottleneckLSTM2d(_Depthwise):
 
     def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
         spread = self._depthwise(x_NCYX, self.input_depthwise, self.input_depthwise_bias, domain)
-        return _pointwise(spread, self.input_weight, self.bottleneck_bias)
+        return of_exact_inputs(spread, self.input_weight, self.bottleneck_bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state
@@ -99,7 +99,7 @@ class DepthwiseConvLSTM2d(_Depthwise):
         _reset(self, self.gate_bias)
 
     def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
-        return _pointwise(x_NCYX, self.input_weight, self.gate_bias)
+        return of_exact_inputs(x_NCYX, self.input_weight, self.gate_bias)
 
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         h, c = state
@@ -108,11 +108,6 @@ class DepthwiseConvLSTM2d(_Depthwise):
         i, f, g, o = gates.to(c.dtype).chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return (torch.sigmoid(o) * torch.tanh(c)).to(h.dtype), c
-
-
-def _pointwise(x_NCYX: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Of what may be more exact than the weights: it is rounded to their type once, in the end."""
-    return functional.conv2d(x_NCYX, weight.to(x_NCYX.dtype), bias.to(x_NCYX.dtype)).to(weight.dtype)
 
 
 def _reset(layer: nn.Module, gate_bias: Tensor) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..autograd import autocasts
 from ..errors import InputError
@@ -80,8 +81,8 @@ def held(after: State, before: State, valid_B: Tensor | None) -> State:
     return tuple(now.where(valid, then) for now, then in zip(after, before, strict=True))
 
 
-class Unrolled(nn.Module):
-    """A layer of plain arithmetic: what its input alone decides is computed of all steps at once, the rest in turn."""
+class PlainLayer(nn.Module):
+    """A layer of torch's operations: what its input alone decides is computed of all steps at once."""
 
     in_channels: int
     hidden_channels: int
@@ -99,19 +100,39 @@ class Unrolled(nn.Module):
         x_BTCYX = as_taken(x_BTCYX, self.in_channels, next(self.parameters()).dtype, valid_BT)
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         parts_BTCYX = self._of_inputs(x_BTCYX.flatten(0, 1), domain).unflatten(0, x_BTCYX.shape[:2])
-        of_steps = parts_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them
         cells = parts_BTCYX.shape[-2:]
         inner = domain if cells == x_BTCYX.shape[-2:] else Domain.plane(*cells)
-        start = state if state is not None else zero_state(parts_BTCYX, self.hidden_channels)
-
-        def step(number: int, before: State) -> State:
-            return self._step(of_steps[number], before, inner)
-
-        return unrolled(step, x_BTCYX.shape[1], start, valid_BT)
+        return self._over_steps(parts_BTCYX, state, inner, valid_BT)
 
     def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
         """What steps take of their inputs, in the weights' type; on fewer cells than there are only without tiles."""
         raise NotImplementedError
 
+    def _over_steps(
+        self, parts_BTCYX: Tensor, state: State | None, domain: Domain, valid_BT: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """h of every step and the state after the last, of what `_of_inputs` gave."""
+        raise NotImplementedError
+
+
+class Unrolled(PlainLayer):
+    """One whose steps follow each other."""
+
+    def _over_steps(
+        self, parts_BTCYX: Tensor, state: State | None, domain: Domain, valid_BT: Tensor | None
+    ) -> tuple[Tensor, State]:
+        of_steps = parts_BTCYX.unbind(1)  # an index would fill a gradient of all steps for each of them
+        start = state if state is not None else zero_state(parts_BTCYX, self.hidden_channels)
+
+        def step(number: int, before: State) -> State:
+            return self._step(of_steps[number], before, domain)
+
+        return unrolled(step, len(of_steps), start, valid_BT)
+
     def _step(self, of_input_BCYX: Tensor, state: State, domain: Domain) -> State:
         raise NotImplementedError
+
+
+def of_exact_inputs(x_NCYX: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Their convolution, of what may be more exact than the weights: it is rounded to their type once, in the end."""
+    return functional.conv2d(x_NCYX, weight.to(x_NCYX.dtype), bias.to(x_NCYX.dtype)).to(weight.dtype)

@@ -54,7 +54,7 @@ class SphericalOperator2d(Memoryless):
                 if weight.is_complex():
                     parametrize.register_parametrization(module, name, _Complex(), unsafe=True)
 
-    def _of_fields(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
+    def _of_inputs(self, x_NCYX: Tensor, domain: Domain) -> Tensor:
         check_one_tile(self.cell, domain.tiles)
         if x_NCYX.shape[-2:] != self.shape:
             raise InputError(

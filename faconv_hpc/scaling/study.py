@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ..config import Count, MeshConfig, RunConfig, Section, SlurmConfig
@@ -132,10 +131,6 @@ class StudyConfig(Section):
     def steps(self) -> int:
         """Optimizer steps of a point."""
         return self.warm_up_steps + self.repeats * self.steps_per_repeat
-
-    def to_yaml(self) -> str:
-        """The whole study, defaults included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from .loading import read_weights
 from .setup import WAYS, model_options
 
 TARGETS, COARSE = "forecast.", "subspace.to_coarse."
-OF_INPUTS = {"layers.0.input_weight": 1, "layers.0.input_depthwise": 0, "layers.0.input_depthwise_bias": 0}  # fmt: skip
+OF_INPUTS = {"layers.0.input_weight": 1, "layers.0.input_depthwise": 0, "layers.0.input_depthwise_bias": 0}
 """Weights of the first layer that the inputs come into, and along which dim they stand."""
 INPUTS_TO_TARGETS = "forecast.from_inputs.weight"
 OF_THE_EMBEDDING = (
