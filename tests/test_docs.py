@@ -265,7 +265,7 @@ def _check_options(page, span):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_what_a_config_says_to_type_can_be_typed(path):
     """In its first lines: commands, and after some spaces what they are for."""
-    head = path.read_text().partition("\n\n")[0]
+    head = re.sub(r"\\\n# +", "", path.read_text().partition("\n\n")[0])  # a command may go on below
     said = [re.split(r" {3,}", line)[0] for line in re.findall(r"^# {3}(\S.*)$", head, re.MULTILINE)]
     for line in said:
         if not line.startswith("pip install "):

@@ -343,6 +343,9 @@ def test_parity_of_replicas_and_a_boundary_for_each_side(tmp_path, store):
     rows, *_ = run_on_ranks(Layout(1, 1, 4), lambda mesh: verify_parity(config, mesh, layouts=layouts))
     assert [row.layout for row in rows if row.quantity == "update (ZeRO 3)"] == ["2x2x1", "4x1x1", "4x1"]
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+    # The slope of SiLU is near 0 there: one tile's own float32 gradient is 1.04e-5 away from the float64 one.
+    by_rounding = {row.quantity: row.tolerance for row in rows if row.tolerance > 1e-5}
+    assert by_rounding.keys() <= {"gradient of layers.1.squeeze"} and all(one < 1e-4 for one in by_rounding.values())
 
 
 def test_parity_finds_an_error_in_the_exchange(tmp_path, store):
