@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,40 @@ def replacing(final: Path) -> Iterator[Path]:
     finally:
         beside.unlink(missing_ok=True)
     flush_entries(final.parent)
+
+
+@contextmanager
+def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A directory within ``directory``, whose files get their places there when the block ends; it is made if missing.
+
+    Killed at any instant, none of now stands beside one of before, and the last of the names is there only if all that
+    belongs to it is: those of before go first, it before the others, and it comes last. If the block raises, all stays
+    as it was.
+
+    Args:
+        names: of all files that may be made, in the order in which they come.
+
+    Raises:
+        OSError: they could not be flushed, or not all of them be renamed.
+    """
+    make_durably(directory)
+    beside = directory / f".{secrets.token_hex(4)}.part"
+    beside.mkdir()
+    try:
+        yield beside
+        made = {path.name for path in beside.iterdir()}
+        assert names[-1] in made <= set(names), f"{sorted(made)} are not of {', '.join(names)}, or lack the last"
+        flush_tree(beside)
+        for name in reversed(names):
+            (directory / name).unlink(missing_ok=True)
+        flush_entries(directory)
+        for name in (name for name in names if name in made):
+            if name == names[-1]:
+                flush_entries(directory)
+            (beside / name).replace(directory / name)
+        flush_entries(directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import forecasts
 from faconv_hpc import Domain, LatLonGrid, look
 from faconv_hpc.cli.app import app
-from faconv_hpc.cli.evaluate import place_of
+from faconv_hpc.cli.evaluate import _Asked, place_of
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import figures, results
 from faconv_hpc.evaluation import report as report_module
@@ -638,6 +638,22 @@ def test_an_earlier_evaluation_is_not_replaced_unasked(files, tmp_path, monkeypa
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["asked"]["--leads"] == "2"
     (tmp_path / "out" / "scores.json").write_text("{")
     assert "with MODEL not said, this command" in str(ended("--leads", 2).exception)
+
+
+def test_an_overwrite_that_is_stopped_leaves_what_was_there(files, tmp_path, monkeypatch):
+    """The maps are the first that are made, the figures the last."""
+
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "draw_figures", stopped)
+    before = {name: f"before {name}" for name in ("maps.nc", "scores.nc", "maps_2.png", "scores.json", "report.md")}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    asked = _Asked([files / "good.nc"], [files / "truth.nc"], [], 1, 2, (), tmp_path, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        asked.make(ALONE, None, lambda done, of: None)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("at", [3, None], ids=["a cell of a date", "not at all"])

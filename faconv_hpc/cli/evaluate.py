@@ -1,6 +1,7 @@
 """``faconv evaluate``: how good forecasts are, of networks and of files."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -138,24 +139,24 @@ class _Asked:
     def make(self, mesh: "ProcessMesh", kernels: str | None, progress: "Progress") -> "_Judged":
         """On all ranks."""
         from ..evaluation.evaluate import evaluate
-        from ..evaluation.results import MAPS, save
-        from ..files import make_durably
+        from ..evaluation.results import FILES, MAPS, save
+        from ..files import replacing_together
 
-        if mesh.rank == 0:
-            make_durably(self.output)
-        found = evaluate(
-            self.models,
-            mesh,
-            data=self.data,
-            against=self.against,
-            leads=self.leads,
-            samples=self.samples,
-            climatology=self.climatology,
-            maps=self.output / MAPS,
-            kernels=kernels,
-            progress=progress,
-        )
-        return _Judged(found, save(found, self.output, self.request) if mesh.rank == 0 else {}, self.output)
+        with replacing_together(self.output, FILES) if mesh.rank == 0 else nullcontext(self.output) as beside:
+            found = evaluate(
+                self.models,
+                mesh,
+                data=self.data,
+                against=self.against,
+                leads=self.leads,
+                samples=self.samples,
+                climatology=self.climatology,
+                maps=beside / MAPS,
+                kernels=kernels,
+                progress=progress,
+            )
+            said = save(found, beside, self.request) if mesh.rank == 0 else {}
+        return _Judged(found, said, self.output)
 
 
 class _Judged(NamedTuple):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from ..files import cannot_write
+from ..files import cannot_write, replacing_together
 from .options import DataPaths, Device
 from .ranks import job_ranks
 from .trained import Model, OfSequence, check_directory, paths_of, shown_stages
@@ -70,12 +70,12 @@ def explain_command(
 def _write(found: "Explanation", output: Path) -> None:
     from ..evaluation.explanation.explain import write_netcdf
     from ..evaluation.explanation.figures import draw_all
-    from ..evaluation.explanation.report import NETCDF, REPORT, write_report
+    from ..evaluation.explanation.report import CAPTIONS, NETCDF, REPORT, write_report
 
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        figures = draw_all(found, output)
-        write_netcdf(found, output / NETCDF)
-        write_report(found, figures, output / REPORT)  # last: where it is, all is
+        with replacing_together(output, (NETCDF, *CAPTIONS, REPORT)) as beside:
+            figures = draw_all(found, beside)
+            write_netcdf(found, beside / NETCDF)
+            write_report(found, figures, beside / REPORT)
     except OSError as error:
         raise cannot_write("--output", output, error) from None

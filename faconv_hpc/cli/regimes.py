@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from ..files import cannot_write
+from ..files import cannot_write, replacing_together
 from .options import AsJson
 from .trained import OfSequence, check_directory, paths_in, shown_stages
 
@@ -90,14 +90,14 @@ def _numbers(text: str | None, times: int) -> range:
 def _write(found: "Regimes", output: Path, seeds: int) -> None:
     from ..evaluation.regimes.figures import draw_all
     from ..evaluation.regimes.files import JSON, NETCDF, write_json, write_netcdf
-    from ..evaluation.regimes.report import REPORT, write_report
+    from ..evaluation.regimes.report import CAPTIONS, REPORT, write_report
 
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        figures = draw_all(found, output)
-        write_netcdf(found, output / NETCDF)
-        write_json(found, output / JSON)
-        write_report(found, figures, output / REPORT, seeds)  # last: where it is, all is
+        with replacing_together(output, (NETCDF, JSON, *CAPTIONS, REPORT)) as beside:
+            figures = draw_all(found, beside)
+            write_netcdf(found, beside / NETCDF)
+            write_json(found, beside / JSON)
+            write_report(found, figures, beside / REPORT, seeds)
     except OSError as error:
         raise cannot_write("--output", output, error) from None
 

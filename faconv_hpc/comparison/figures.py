@@ -11,6 +11,7 @@ from ..evaluation.words import with_units
 from ..look import PANEL, dress, legend_below, line_style, new_figure, save_figure
 from .result import ComparisonResult, ModelResult
 
+FIGURES = ("errors.png", "costs.png", "rates.png")
 SHOWN = 6  # variables, at most
 ROOM = 1.4  # of a panel over persistence's largest error; a model whose errors are larger leaves it
 GREY = "#888888"
@@ -24,10 +25,11 @@ RATIO = "error over persistence's"
 
 def draw_figures(result: ComparisonResult, directory: Path) -> dict[str, Path]:
     """All of them; what each shows, in words, and where it is."""
+    errors, costs, rates = (directory / name for name in FIGURES)
     return {
-        "Errors over lead": draw_errors(result, directory / "errors.png"),
-        "Skill against cost": draw_costs(result, directory / "costs.png"),
-        "Learning rates": draw_rates(result, directory / "rates.png"),
+        "Errors over lead": draw_errors(result, errors),
+        "Skill against cost": draw_costs(result, costs),
+        "Learning rates": draw_rates(result, rates),
     }
 
 

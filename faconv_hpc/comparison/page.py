@@ -9,8 +9,8 @@ from ..data.periods import evenly
 from ..evaluation import baselines
 from ..evaluation.intervals import FEWEST_DATES, LEVEL
 from ..evaluation.words import table, with_units
-from ..files import write_durably
-from .figures import draw_figures
+from ..files import replacing_together, write_durably
+from .figures import FIGURES, draw_figures
 from .judging import EMBEDDING
 from .result import AtRate, ComparisonResult, ModelResult, OverSeeds, Pair
 
@@ -51,9 +51,10 @@ MEANINGS = f"""\
 
 def write_report(result: ComparisonResult, directory: Path) -> None:
     """The page, its figures, and all numbers as JSON."""
-    write_durably(directory / REPORT_JSON, json.dumps(result.as_json(), indent=2) + "\n")
-    figures = draw_figures(result, directory) if result.models else {}
-    write_durably(directory / REPORT_MD, report_of(result, figures))
+    with replacing_together(directory, (REPORT_JSON, *FIGURES, REPORT_MD)) as beside:
+        write_durably(beside / REPORT_JSON, json.dumps(result.as_json(), indent=2) + "\n")
+        figures = draw_figures(result, beside) if result.models else {}
+        write_durably(beside / REPORT_MD, report_of(result, figures))
 
 
 def headline(result: ComparisonResult) -> list[str]:

@@ -11,20 +11,23 @@ from .intervals import LEVEL
 from .words import with_units
 
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
-FORECAST = "forecast.png"
+RMSE, ACC, COMPARISONS, SPECTRA, FORECAST = "rmse.png", "acc.png", "comparisons.png", "spectra.png", "forecast.png"
+MAPS = tuple(f"maps_{place}.png" for place in range(1, SHOWN_ENTRIES + 1))
+FIGURES = (RMSE, ACC, COMPARISONS, SPECTRA, *MAPS, FORECAST)
+"""Names of all that there may be."""
 
 
 def draw_figures(evaluation: Evaluation, maps: xr.Dataset, directory: Path) -> dict[str, Path]:
     """All of them; what each shows, in words, and where it is."""
     figures = {
-        "Errors over lead": draw_scores(evaluation, directory / "rmse.png", "rmse"),
-        "Anomaly correlation over lead": draw_scores(evaluation, directory / "acc.png", "acc"),
-        "Who beats whom": draw_comparisons(evaluation, directory / "comparisons.png"),
+        "Errors over lead": draw_scores(evaluation, directory / RMSE, "rmse"),
+        "Anomaly correlation over lead": draw_scores(evaluation, directory / ACC, "acc"),
+        "Who beats whom": draw_comparisons(evaluation, directory / COMPARISONS),
     }
     if not evaluation.spectra.reason:
-        figures["Spectra"] = draw_spectra(evaluation, directory / "spectra.png")
-    for place, entry in enumerate(evaluation.entries[:SHOWN_ENTRIES]):
-        figures[f"Errors of {entry.name} on the map"] = draw_maps(maps, entry.name, directory / f"maps_{place + 1}.png")
+        figures["Spectra"] = draw_spectra(evaluation, directory / SPECTRA)
+    for entry, name in zip(evaluation.entries, MAPS, strict=False):
+        figures[f"Errors of {entry.name} on the map"] = draw_maps(maps, entry.name, directory / name)
     figures["One forecast"] = draw_forecast(evaluation, directory / FORECAST)
     return figures
 

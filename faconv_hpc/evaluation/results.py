@@ -14,13 +14,15 @@ from ..forecasting.layout import attributes_of
 from .compare import Comparison
 from .evaluation import Evaluation
 from .fields import lead_times
-from .figures import draw_figures
+from .figures import FIGURES, draw_figures
 from .intervals import LEVEL
 from .netcdf import save_dataset
 from .report import report_of
 from .sums import METRICS
 
 SCORES, JSON_FILE, MAPS, REPORT = "scores.nc", "scores.json", "maps.nc", "report.md"
+FILES = (SCORES, MAPS, *FIGURES, REPORT, JSON_FILE)
+"""All that there may be, the one that says that it is whole at the end."""
 ASKED = "asked"  # in the JSON
 BOUNDS = ["low", "high"]
 LONG = {

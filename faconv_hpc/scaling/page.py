@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..files import write_durably
+from ..files import replacing_together, write_durably
 from .figure import draw_scaling
 from .points import FAILED
 from .report import PointResult, StudyReport
@@ -41,9 +41,10 @@ def _cells(point: PointResult) -> list[str]:
 
 def write_report(report: StudyReport, study_dir: Path) -> None:
     """report.json, report.md, and the figure if any point is done."""
-    write_durably(study_dir / REPORT_JSON, report.to_json() + "\n")
-    drawn = draw_scaling(report, study_dir / FIGURE) if report.base is not None else None
-    write_durably(study_dir / REPORT_MD, markdown(report, drawn.name if drawn else None))
+    with replacing_together(study_dir, (REPORT_JSON, FIGURE, REPORT_MD)) as beside:
+        write_durably(beside / REPORT_JSON, report.to_json() + "\n")
+        drawn = draw_scaling(report, beside / FIGURE) if report.base is not None else None
+        write_durably(beside / REPORT_MD, markdown(report, drawn.name if drawn else None))
 
 
 def markdown(report: StudyReport, figure: str | None) -> str:
