@@ -28,8 +28,8 @@ ABOUT = {"data": "made", "machine": "none"}
 DATES = np.array([f"2000-01-{day:02}" for day in range(1, 31)])
 
 
-def result_with(rmse_SLC, persistence_LC, rates=()):
-    """Of models by name whose errors are the same at all dates: (S, L, C) of each."""
+def result_with(rmse_SLC, persistence_LC, rates=(), known_NC=None):
+    """Of models by name whose errors are the same at all dates where they are known: (S, L, C) of each."""
     config = ComparisonConfig(
         study_dir="runs/compare", config="c.yaml", budget_s=9.0, models={name: {} for name in rmse_SLC},
         learning_rates=(0.01, 0.02), seeds=(0, 1),
@@ -37,19 +37,20 @@ def result_with(rmse_SLC, persistence_LC, rates=()):
     look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 9, 1.0, 9.0, 1.0)
     judged, models = {}, []
     for name, errors_SLC in rmse_SLC.items():
-        judged[name] = tuple(_run_errors(np.stack([rmse_LC, persistence_LC, persistence_LC], axis=1))
+        judged[name] = tuple(_run_errors(np.stack([rmse_LC, persistence_LC, persistence_LC], axis=1), known_NC)
                              for rmse_LC in errors_SLC)  # fmt: skip
         models.append(model_result(AtRate(name, 0.01, {0: 0.3, 1: 0.3}), judged[name], (look, look), (0.01,)))
     return ComparisonResult(config, best_first(models), {}, tuple(rates), judged, ABOUT)
 
 
-def _run_errors(rmse_LFC):
-    square_NLFC = np.broadcast_to(rmse_LFC**2, (len(DATES), *rmse_LFC.shape))
+def _run_errors(rmse_LFC, known_NC):
+    weight_NLFC = np.ones((len(DATES), *rmse_LFC.shape))
+    if known_NC is not None:
+        weight_NLFC *= known_NC[:, None, None]
+    square_NLFC = np.where(weight_NLFC, rmse_LFC**2, 0.0)
     leads, _, variables = rmse_LFC.shape
     names = np.array([f"v{number}" for number in range(variables)])
-    return RunErrors(
-        square_NLFC, np.ones_like(square_NLFC), DATES, 6.0 * np.arange(1, leads + 1), names, names, 7, 1.0, 1
-    )
+    return RunErrors(square_NLFC, weight_NLFC, DATES, 6.0 * np.arange(1, leads + 1), names, names, 7, 1.0, 1)
 
 
 def same_dates(values_S, weighings):
@@ -133,6 +134,38 @@ def test_a_model_whose_forecasts_end_is_never_named_best(tmp_path, lost, value):
     rmse[kept][0, 3, 0] = value
     page = report_of(result_with(rmse, persistence_LC), {})
     assert "has the smallest errors" not in page and "None of 2 models has a number for all its errors" in page
+
+
+@pytest.mark.parametrize("dates", [11, 12])
+def test_what_is_known_on_few_dates_does_not_count(dates):
+    """As in an evaluation: its dates would be taken for all. A model that has no number there is not better by the
+    rest."""
+    rmse = {"one": np.full((2, 3, 2), 0.5), "other": np.full((2, 3, 2), 0.6)}
+    rmse["one"][1] += 0.01
+    rmse["one"][:, :, 1] = 5.0
+    known_NC = np.ones((len(DATES), 2))
+    known_NC[dates:, 1] = 0
+    result = result_with(rmse, np.ones((3, 2)), known_NC=known_NC)
+    (pair,), few = result.pairs, dates < 12
+    names = [pair.model, pair.other]
+    assert [one.model for one in result.models] == names == (["one", "other"] if few else ["other", "one"])
+    by_hand = {name: np.exp(np.log(rmse[name][:, :, : 1 if few else 2]).mean()) for name in NAMES}
+    assert pair.verdict == "better" and pair.ratio == pytest.approx(by_hand[names[0]] / by_hand[names[1]])
+    assert result.models[0].ratio.mean == pytest.approx(by_hand[names[0]])
+    note = "**v1 is known on fewer than 12 dates** at 3 of 3 leads, where it counts for no model."
+    assert (note in notes_of(result)) == few and not any("v0 is known" in one for one in notes_of(result))
+    rmse["one"][1, 2, 1] = np.nan
+    lost = result_with(rmse, np.ones((3, 2)), known_NC=known_NC)
+    assert [one.model for one in lost.models] == ["other", "one"] and math.isnan(lost.pairs[0].ratio)
+
+
+def test_where_all_is_known_on_few_dates_no_model_is_better():
+    known_NC = np.zeros((len(DATES), 1))
+    known_NC[:11] = 1
+    rmse = {"one": np.full((2, 1, 1), 0.5), "other": np.full((2, 1, 1), 0.6)}
+    result = result_with(rmse, np.ones((1, 1)), known_NC=known_NC)
+    assert result.pairs[0].verdict == "cannot tell" and math.isnan(result.models[0].ratio.mean)
+    assert "None of 2 models has a number for all its errors" in report_of(result, {})
 
 
 def test_the_best_rate_is_that_of_the_mean_and_has_all_seeds():

@@ -44,7 +44,8 @@ MEANINGS = f"""\
   seeds, does not reach 1. It is of other dates and other seeds: the variance over dates, told from slow waves over the
   period, and that over seeds (each beside the same seed of the other model), with Student's t. It takes two seeds and
   {FEWEST_DATES} forecasts. Of many such verdicts one in ten or more is chance. Leads and variables for which
-  persistence's error is 0, or not known, count for no model; one that is no number elsewhere is neither.
+  persistence's error is 0 or not known, or that are known on fewer dates than {FEWEST_DATES}, count for no model; one
+  whose errors are no numbers elsewhere is neither.
 - **effective rank**, **share of the calendar**, **R2**, **loss** of the embedding: of the validation period, as a run's
   own looks say them."""
 
@@ -102,6 +103,7 @@ def notes_of(result: ComparisonResult) -> list[str]:
                 f"**{model.model} was trained for {trained:.3g} s**, and not for {result.comparison.budget_s:g}: the "
                 f"machine was busier, or less busy, than when its steps were timed."
             )
+    notes += _sparse(result) if result.models else []
     if len(result.comparison.seeds) < 2 and result.models:
         notes.append("Of one seed it cannot be told which differences are more than chance.")
     elif result.models and not result.weighings.can_tell:
@@ -111,6 +113,17 @@ def notes_of(result: ComparisonResult) -> list[str]:
     if any(one.held_out == 0 for row in result.judged.values() for one in row):
         notes.append("**Training saw some of the dates that models are judged on**: on others errors will be larger.")
     return notes
+
+
+def _sparse(result: ComparisonResult) -> Iterable[str]:
+    """Of variables that are known on few dates."""
+    sparse_LC, fewest = result.sparse_LC, min(FEWEST_DATES, len(result.any_judged.dates))
+    for name, sparse_L in zip(result.any_judged.variables, sparse_LC.T, strict=True):
+        if sparse_L.any():
+            yield (
+                f"**{name} is known on fewer than {fewest} dates** at {sparse_L.sum()} of {len(sparse_L)} leads, where "
+                f"it counts for no model."
+            )
 
 
 def _without(at: AtRate) -> str:

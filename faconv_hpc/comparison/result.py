@@ -13,7 +13,7 @@ from scipy import stats
 
 from ..errors import InputError
 from ..evaluation.compare import Verdict, verdict_of
-from ..evaluation.intervals import LEVEL, Weighings
+from ..evaluation.intervals import LEVEL, Weighings, known_on_few
 from ..files import json_ready
 from ..scaling.points import FAILED
 from .judging import EMBEDDING, FORECASTS, JUDGED_FILE, Looked, RunErrors
@@ -150,6 +150,11 @@ class ComparisonResult:
         one, place = self.any_judged, FORECASTS.index(name)
         return _rmse(one.square_NLFC[:, :, place], one.weight_NLFC[:, :, place])
 
+    @property
+    def sparse_LC(self) -> NDArray[np.bool_]:
+        """What is known on too few dates to count."""
+        return _is_judged(self.any_judged) & ~_counts(self.any_judged)
+
     @cached_property
     def weighings(self) -> Weighings:
         """Of the dates, the same for all."""
@@ -164,7 +169,7 @@ class ComparisonResult:
 
     def _log_rmse(self, one: RunErrors) -> NDArray[np.float64]:
         """(1 + K, L, C) of the error as it is, and by each of the weighings: NaN where no model is judged, infinite
-        where this one's forecast is no number."""
+        where this one's forecast is no number, on however few dates."""
         weights_KN = np.concatenate([np.ones((1, len(one.dates))), self.weighings.weights_KN])
         square, weight = (
             np.tensordot(weights_KN, part[:, :, 0], axes=1) for part in (one.square_NLFC, one.weight_NLFC)
@@ -172,8 +177,8 @@ class ComparisonResult:
         with np.errstate(divide="ignore"):
             log_KLC = np.log(_root(square, weight))
         log_KLC[np.isnan(log_KLC)] = math.inf
-        judged_LC = _is_judged(self.baseline_rmse_LC(FORECASTS[1]))
-        return np.where(judged_LC, log_KLC, math.nan)
+        lost_LC = np.isposinf(log_KLC).any(axis=0) & _is_judged(one)
+        return np.where(_counts(one) | lost_LC, log_KLC, math.nan)
 
     def as_json(self) -> dict[str, Any]:
         """For programs: plain values; what is no number is None."""
@@ -295,14 +300,14 @@ def model_result(
     free_LC = _rmse(judged[0].square_NLFC[:, :, 1], judged[0].weight_NLFC[:, :, 1])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_SLC = rmse_SLC / free_LC
-    known = _is_judged(free_LC)
-    ratio = OverSeeds.of_ratios(_geometric_mean(ratio_SLC[:, known], axis=1))
-    lost_LC = known & ~np.isfinite(rmse_SLC).all(axis=0)
+    lost_LC = _is_judged(judged[0]) & ~np.isfinite(rmse_SLC).all(axis=0)
+    counts_LC = _counts(judged[0]) | lost_LC
+    ratio_S = _geometric_mean(ratio_SLC[:, counts_LC], axis=1) if counts_LC.any() else np.full(len(judged), math.nan)
     ends = {min(rates): "least", max(rates): "largest"} if len(rates) > 1 else {}
     one = judged[0]
     return ModelResult(
-        at.model, at.rate, ratio, rmse_SLC, tuple(looks), one.parameters, one.multiply_adds, ends.get(at.rate, ""),
-        int(lost_LC.any(axis=1).sum()),
+        at.model, at.rate, OverSeeds.of_ratios(ratio_S), rmse_SLC, tuple(looks), one.parameters, one.multiply_adds,
+        ends.get(at.rate, ""), int(lost_LC.any(axis=1).sum()),
     )  # fmt: skip
 
 
@@ -311,9 +316,15 @@ def best_first(models: Iterable[ModelResult]) -> tuple[ModelResult, ...]:
     return tuple(sorted(models, key=lambda one: one.ratio.mean if math.isfinite(one.ratio.mean) else math.inf))
 
 
-def _is_judged(persistence_LC: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where a model's error over persistence's means something: it is known, and there is one."""
+def _is_judged(one: RunErrors) -> NDArray[np.bool_]:
+    """(L, C) where a model's error over persistence's means something: that is known, and there is one."""
+    persistence_LC = _rmse(one.square_NLFC[:, :, 1], one.weight_NLFC[:, :, 1])
     return np.isfinite(persistence_LC) & (persistence_LC > 0)
+
+
+def _counts(one: RunErrors) -> NDArray[np.bool_]:
+    """(L, C) where it also is known on dates enough to tell who is better, as in an evaluation."""
+    return _is_judged(one) & ~known_on_few(one.weight_NLFC[:, :, 0])
 
 
 def _geometric_mean(values: NDArray[np.float64], axis: int | None = None) -> Any:

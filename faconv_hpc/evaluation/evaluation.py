@@ -14,7 +14,7 @@ from . import baselines
 from .baselines import MadeOf
 from .compare import Comparison, compared
 from .fields import Example, KeptSpectra
-from .intervals import FEWEST_DATES, Weighings
+from .intervals import Weighings, known_on_few
 from .sums import SIZES, PerDate
 from .truth import Target
 
@@ -88,8 +88,8 @@ class Evaluation:
 
     @cached_property
     def weighed(self) -> dict[str, NDArray[np.float64]]:
-        """(K, L, F, C) each of `METRICS`; NaN of what is known on too few dates: the others would count as alike."""
-        few_LFC = (self.per_date.weight > 0).sum(axis=0) < min(FEWEST_DATES, self.forecasts)
+        """(K, L, F, C) each of `METRICS`; NaN of what is known on too few dates."""
+        few_LFC = known_on_few(self.per_date.weight)
         weighed = self.per_date.metrics(self.weighings.weights_KN)
         return {name: np.where(few_LFC, np.nan, values_KLFC) for name, values_KLFC in weighed.items()}
 

@@ -66,6 +66,12 @@ class Weighings:
         return variance_S.reshape(np.shape(found)), freedom_S.reshape(np.shape(found))
 
 
+def known_on_few(weight_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(...) what is known on too few of N dates to be told, by the weight that it has on each (N, ...): an interval
+    would take the others for dates that tell the same. Of few dates in all it is what is not known on each of them."""
+    return np.asarray((weight_N > 0).sum(axis=0) < min(FEWEST_DATES, len(weight_N)))
+
+
 def _variance(squares_KS: NDArray[np.float64], dates: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(S,) variances of several scores, by the squares of their projections, and how many waves each is the mean of.
 
