@@ -91,6 +91,11 @@ BAD = {
     "one model": ({"models": {"a": {}}}, r"models: .*at least 2 items"),
     "the same directory": ({"models": {"a 1": {}, "a-1": {}}}, r"names that differ in letters or digits.*'a 1', 'a-1'"),
     "a rate twice": ({"learning_rates": [0.01, 0.01]}, r"each once, but 0\.01 stands there more often"),
+    "two rates in one directory": (
+        {"learning_rates": [0.01, 0.02, 0.010000001]},
+        r"each once, but 0\.01 stands there more often: 0\.01, 0\.010000001 \(rates are told apart by six digits",
+    ),
+    "a seed twice": ({"seeds": [1234567, 4, 1234567]}, r"each once, but 1234567 stands there more often"),
     "a rate of none": ({"learning_rates": [0]}, r"learning_rates\.0: Input should be greater than 0"),
     "no time": ({"budget_s": 0}, r"budget_s: Input should be greater than 0"),
     "an unknown key": ({"budget": 7}, r"budget: unknown key\. Did you mean 'budget_s'"),

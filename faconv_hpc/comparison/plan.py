@@ -63,9 +63,14 @@ class ComparisonConfig(Section):
     @field_validator("learning_rates", "seeds")
     @classmethod
     def _each_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        twice = sorted({value for value in values if values.count(value) > 1})
+        texts = [str(value) if isinstance(value, int) else rate_in_words(value) for value in values]
+        twice = [value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1]
         if twice:
-            raise ValueError(f"each once, but {', '.join(f'{value:g}' for value in twice)} stands there more often")
+            told = next(text for text in texts if texts.count(text) > 1)
+            raise ValueError(
+                f"each once, but {told} stands there more often: {', '.join(map(repr, twice))} (rates are told apart "
+                f"by six digits, which directories and tables have of them)"
+            )
         return values
 
     @model_validator(mode="after")
@@ -98,6 +103,11 @@ class Run:
 def label_of(name: str) -> str:
     """A model's name as a part of a directory's: ``convlstm k=3`` is ``convlstm-k-3``."""
     return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-.")
+
+
+def rate_in_words(rate: float) -> str:
+    """Its six digits."""
+    return f"{rate:g}"
 
 
 def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
@@ -170,7 +180,7 @@ def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]
                     "validate_every": count,
                     "validate_leads": comparison.leads,
                 }
-                label = f"{label_of(name)}_rate{rate:g}_seed{seed}"
+                label = f"{label_of(name)}_rate{rate_in_words(rate)}_seed{seed}"
                 runs.append(Run(name, rate, seed, _point(comparison, name, label, training, goes_on=True)))
     return runs
 
