@@ -118,6 +118,25 @@ BAD = {
         {"models": {"a": {}, "b": {"training.micro_batch": 2}}},
         r"training\.micro_batch is 1 of 'a'",
     ),
+    "a weight more": (
+        {"set": {"data.loss_weights.wave_0": 2}, "models": {"a": {}, "b": {"data.loss_weights.wave_1": 2}}},
+        r"data\.loss_weights\.wave_1 is None of 'a' and 2\.0 of 'b'",
+    ),
+    **{
+        f"another {key}": (
+            {"models": {"a": {}, "b": {key: value}}},
+            rf"judged alike, but {re.escape(key)} is .* Move it from the model to `set`, or leave it out: a model's "
+            r"own are the keys of `model`, and of `training` optimizer, .*, frozen\.",
+        )
+        for key, value in {
+            "device": "cpu",
+            "slurm.cpus_per_task": 2,
+            "training.start_from": "runs/other",
+            "training.stateful_windows": 2,
+            "training.validate_samples": 1,
+            "training.on_not_finite": "skip",
+        }.items()
+    },
     "a wrong value": (
         {"models": {"a": {}, "b": {"model.cell": "x"}}},
         r"model 'b' of the comparison is.*model\.cell",
@@ -134,6 +153,16 @@ BAD = {
 def test_a_comparison_that_compares_nothing_is_refused(tmp_path, values, message):
     with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
         probes_of(comparison_of(tmp_path, **values))
+
+
+def test_a_model_may_have_a_recipe_of_its_own(tmp_path):
+    recipe = {
+        "optimizer": "sgd", "final_learning_rate_share": 0.5, "weight_decay": 0.1, "clip_norm": 0, "ema": 0.5,
+        "precision": "bf16", "zero_stage": 3, "input_noise": 0.1, "frozen": ["layers.0.*"],
+    }  # fmt: skip
+    models = {"a": {}, "b": {"model.layers": 1} | {f"training.{key}": value for key, value in recipe.items()}}
+    one, other = (point.run.training for point in probes_of(comparison_of(tmp_path, models=models)).values())
+    assert all(getattr(one, key) != getattr(other, key) for key in recipe)
 
 
 def test_a_base_with_free_runs_is_refused_and_a_time_of_no_steps(tmp_path):

@@ -31,6 +31,13 @@ DECIDED = {
     "training.save_in_background": "saving beside a step would cost it time",
 }
 """Keys of a run that the comparison sets, and why."""
+RECIPE = (
+    "optimizer", "final_learning_rate_share", "weight_decay", "clip_norm", "ema", "precision", "zero_stage",
+    "input_noise", "frozen",
+)  # fmt: skip
+"""What of `training` may be a model's own, beside all of `model`: how its weights are fitted and kept. All else decides
+what a model is given (data, samples, weights to begin with), how it is looked at, or what its time is worth (mesh,
+device, cores)."""
 ROOM = {"checkpoint_every": 0, "validate_every": 0, "compare_replicas_every": 0, "give_up_after": 1}
 """Of a probe: nothing but steps."""
 
@@ -223,18 +230,19 @@ def _refuse_decided(where: str, changes: Mapping[str, Any]) -> None:
 
 
 def _check_same(probes: Mapping[str, Point]) -> None:
-    """All models see the same samples of the same data, on the same ranks."""
+    """All models see the same samples of the same data, on the same ranks and machines, and are looked at alike."""
     (first, one), *others = probes.items()
     for name, other in others:
         for key, mine, its in _differences(one.run, other.run):
             raise InputError(
                 f"the models of a comparison are trained and judged alike, but {key} is {mine!r} of {first!r} and "
-                f"{its!r} of {name!r}. Move it from the model to `set`, or leave it out."
+                f"{its!r} of {name!r}. Move it from the model to `set`, or leave it out: a model's own are the keys of "
+                f"`model`, and of `training` {', '.join(RECIPE)}."
             )
 
 
 def _differences(one: RunConfig, other: RunConfig) -> Sequence[tuple[str, Any, Any]]:
-    batch = ("training.micro_batch", "training.accumulation")
-    trees = [dict(flattened(run.model_dump(mode="json"))) for run in (one, other)]
-    keys = [key for key in trees[0] if key in batch or key.startswith(("data.", "mesh."))]
-    return [(key, trees[0][key], trees[1].get(key)) for key in keys if trees[0][key] != trees[1].get(key)]
+    """Keys that are not a model's own, and what they are in two runs; None: what is not there."""
+    own: dict[str, Any] = {"run_dir": True, "model": True, "training": set(RECIPE)}
+    mine, its = (dict(flattened(run.model_dump(mode="json", exclude=own))) for run in (one, other))
+    return [(key, mine.get(key), its.get(key)) for key in mine | its if mine.get(key) != its.get(key)]
