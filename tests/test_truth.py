@@ -43,11 +43,13 @@ def test_what_a_network_forecasts_from_and_what_came_are_two(stores):
 
 
 def test_the_command_takes_both(stores, tmp_path):
-    config, _, clean = stores
+    config, noisy, clean = stores
     output = tmp_path / "judged"
     done = faconv("evaluate", config.run_dir, "--truth", clean, "--output", output, "--json")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"clean", json.loads(done.stdout)["truth"])
+    said, page = json.loads(done.stdout), (output / "report.md").read_text()
+    assert (said["truth"], said["networks_forecast_from"]) == (f"the store {clean}", f"the store {noisy}")
+    assert f"**Networks forecast from the store {noisy}; what came is from the store {clean}**, and so is" in page
     missing = faconv("evaluate", config.run_dir, "--truth", tmp_path / "no*", "--output", output)
     assert missing.returncode == 2 and "--truth" in messages(missing)[0] and "matches no file" in messages(missing)[0]
 

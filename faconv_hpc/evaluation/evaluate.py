@@ -29,7 +29,7 @@ from .entries import FILES, Entry, FileEntry, NetworkEntry, cases_of_files, is_f
 from .evaluation import Evaluation, Judged
 from .fields import Example, MapSums, SpectraSums
 from .sums import PerDate, Sums
-from .truth import Case, Truth, truth_of
+from .truth import Case, Truth, data_in_words, truth_of
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def evaluate(
     work = _Work(entries, truth, domain, base, some)
     with arithmetic("fp32", mesh.device):
         take_turns(range(len(some)), len(some[0].leads), mesh, work.add, progress)
-    found = work.evaluation(MadeOf.of(truth, spans, bool(climatology), some))
+    found = work.evaluation(MadeOf.of(truth, spans, bool(climatology), some), data_in_words(data) if networks else "")
     if maps is not None and mesh.replica == 0:
         work.maps.save(maps, [one.name for one in entries], truth.targets, work.leads_h)
     return found
@@ -197,8 +197,8 @@ class _Work:
         ahead_s = [seconds[list(case.leads)] - seconds[case.start] for case in self._cases]
         return np.asarray(np.mean(ahead_s, axis=0) / SECONDS_PER_HOUR)
 
-    def evaluation(self, made_of: MadeOf) -> Evaluation:
-        """When all cases are added. Collective."""
+    def evaluation(self, made_of: MadeOf, given: str) -> Evaluation:
+        """When all cases are added; ``given`` is what networks forecast from. Collective."""
         truth = self._truth
         for sums in (self._sums, self._spectra, self.maps):
             sums.join()
@@ -209,6 +209,7 @@ class _Work:
                 Judged(one.name, kind, one.about, _held_out(one, truth, self._cases)) for one, kind in entries
             ),
             truth=truth.name,
+            given=given,
             targets=truth.targets,
             grid=truth.grid,
             known=self._base.known,

@@ -41,6 +41,7 @@ class Evaluation:
     Attributes:
         entries: what was judged, without the baselines.
         truth: what came, for people.
+        given: what networks forecast from; empty where there is none.
         targets: what was forecast.
         known: (C,) of which targets there is a climatology.
         dates: of the starts.
@@ -51,6 +52,7 @@ class Evaluation:
 
     entries: tuple[Judged, ...]
     truth: str
+    given: str
     targets: tuple[Target, ...]
     grid: LatLonGrid
     known: NDArray[np.bool_]

@@ -138,8 +138,8 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
     parts = _parts(evaluation)
     yield (
         f"{evaluation.forecasts} forecasts, from {evaluation.dates[0]} to {evaluation.dates[-1]}, {ahead}, of "
-        f"{', '.join(one.name for one in evaluation.targets)} on {grid.nlat} x {grid.nlon} cells. What came is from "
-        f"{evaluation.truth}. All are held against it on the same dates and cells{', with exceptions' * bool(parts)}."
+        f"{', '.join(one.name for one in evaluation.targets)} on {grid.nlat} x {grid.nlon} cells. {_data(evaluation)} "
+        f"All are held against what came on the same dates and cells{', with exceptions' * bool(parts)}."
     )
     if parts:
         yield (
@@ -160,6 +160,17 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
         )
     if evaluation.spectra.reason:
         yield f"There are no spectra: {evaluation.spectra.reason}."
+
+
+def _data(evaluation: Evaluation) -> str:
+    """What networks were given, and what came."""
+    if not evaluation.given:
+        return f"What came is from {evaluation.truth}."
+    if evaluation.given == evaluation.truth:
+        return f"What came, and what networks forecast from, is {evaluation.truth}."
+    return (
+        f"**Networks forecast from {evaluation.given}; what came is from {evaluation.truth}**, and so is persistence."
+    )
 
 
 def _climatology(made_of: MadeOf) -> str:

@@ -125,6 +125,7 @@ def _attributes(evaluation: Evaluation) -> dict[str, Any]:
     return {
         **attributes_of(f"Scores of {', '.join(one.name for one in evaluation.entries)}"),
         "truth": evaluation.truth,
+        "networks_forecast_from": evaluation.given,
         "climatology": evaluation.made_of.kind,
         "climatology_dates": ", ".join(evaluation.made_of.dates),
         "forecasts_that_climatology_has_seen": evaluation.made_of.judged,
@@ -139,6 +140,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             {"name": one.name, "kind": one.kind, "held_out": one.held_out, **one.about} for one in evaluation.entries
         ],
         "truth": evaluation.truth,
+        "networks_forecast_from": evaluation.given or None,
         "forecasts": evaluation.forecasts,
         "first": evaluation.dates[0],
         "last": evaluation.dates[-1],

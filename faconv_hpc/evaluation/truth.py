@@ -17,7 +17,7 @@ from ..data.times import TimeAxis
 from ..data.variables import Variable
 from ..errors import InputError
 from ..forecasting.names import level_of
-from ..forecasting.sources import SourceFields, fields_in, files_opened, told_by_prepare
+from ..forecasting.sources import SourceFields, fields_in, files_opened, told_as, told_by_prepare
 from ..prepare.catalogue import catalogue_of
 from ..prepare.roles import SourceOptions
 from ..spatial.grid import Boundary, LatLonGrid, Tile
@@ -110,13 +110,22 @@ def truth_of(data: Sequence[Path], contract: Contract | None, names: Sequence[st
     Raises:
         InputError: the data cannot be read, or have not what is judged.
     """
-    if len(data) == 1 and (data[0] / STORE_FILE).is_file():
+    if _is_store(data):
         return _of_store(Store.open(data[0]), contract, names)
     return _of_files(data, contract, names)
 
 
+def data_in_words(data: Sequence[Path]) -> str:
+    """As `Truth.name` has it, of data that are not opened."""
+    return f"the store {data[0]}" if _is_store(data) else told_as(data)
+
+
+def _is_store(data: Sequence[Path]) -> bool:
+    return len(data) == 1 and (data[0] / STORE_FILE).is_file()
+
+
 def _of_store(store: Store, contract: Contract | None, names: Sequence[str]) -> Truth:
-    where, axis = f"the store {store.path}", store.layout.time
+    where, axis = data_in_words([store.path]), store.layout.time
     if contract is not None:
         contract.check(store)
         targets, grid = _targets(contract.channels.targets), contract.grid

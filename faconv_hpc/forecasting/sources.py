@@ -77,8 +77,12 @@ def file_frames(paths: Sequence[Path], contract: Contract) -> Frames:
 def files_opened(paths: Sequence[Path]) -> tuple[Opened, str]:
     """What files hold, unread, and what to call them in messages; raises InputError as `open_sources`."""
     check_data_is_there(paths)
-    opened = [(dataset, path) for path in paths for dataset in open_sources(path)]
-    return opened, ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+    return [(dataset, path) for path in paths for dataset in open_sources(path)], told_as(paths)
+
+
+def told_as(paths: Sequence[Path]) -> str:
+    """What to call files, of which there may be many."""
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def dataset_frames(dataset: xr.Dataset, contract: Contract) -> Frames:
