@@ -293,6 +293,10 @@ def test_of_few_dates_it_says_that_it_cannot_tell(files):
 NOT_FITTING = {
     "names": (lambda one: one.rename(init_time="time"), r"has no dim and coordinate init_time.*Rename them"),
     "units": (lambda one: one.assign(u=one.u.assign_attrs(units="km")), r"'u' is in km in .*, and in m s\*\*-1"),
+    "a blank": (
+        lambda one: one.assign(u=one.u.assign_attrs(units="ms-1")),
+        r"'u' is in ms-1 in .*, and in m s\*\*-1 in what came. Convert it. A blank alone tells them apart: if",
+    ),
     "grid": (lambda one: one.assign_coords(latitude=LATITUDE + 1), r"has 6 latitudes from 76 to -74, what came 6"),
     "dates": (lambda one: one.assign_coords(init_time=one.init_time + np.timedelta64(40, "D")), r"has no date of"),
     "leads": (lambda one: one.assign_coords(lead_time=("lead_time", [6, 12])), r"lead_time of .* has no units"),

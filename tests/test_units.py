@@ -2,7 +2,7 @@
 
 import pytest
 
-from faconv_hpc.data.units import same_units
+from faconv_hpc.data.units import hint, same_units
 
 SAME = [
     ("m/s", "m s-1", "m s**-1", "m s^-1", "m*s**-1", "m.s-1", "m·s⁻¹", "s-1 m"),
@@ -15,6 +15,7 @@ SAME = [
     ("(0 - 1)", "(0-1)"),
     ("",),
     ("ms-2",),
+    ("ms-1", "1/ms", "ms**-1", "ms^-1"),
 ]
 
 
@@ -29,3 +30,9 @@ def test_units_are_the_same_however_they_are_written(number):
 
 def test_powers_count():
     assert not same_units("m s-1", "m s-2") and not same_units("m/s", "m s") and not same_units("kg/m2 s", "kg/m2/s")
+
+
+def test_a_blank_that_makes_other_units_is_told_of():
+    assert "A blank alone tells them apart: if both mean the same, correct" in hint("ms-1", "m s-1")
+    assert hint("ms-1", "m s**-1") == hint("m s-1", "ms^-1") != ""
+    assert hint("m s-1", "m s**-1") == hint("ms-1", "1/ms") == hint("m s-1", "km s-1") == ""

@@ -13,14 +13,25 @@ RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹·", "-0123456789.")
 
 
 def same_units(one: str, other: str) -> bool:
-    """Whether two texts mean the same units: ``m/s``, ``m s-1``, ``m s**-1`` and ``m s^-1`` do."""
-    powers = powers_of(one)
-    return _plain(one) == _plain(other) or (powers is not None and powers == powers_of(other))
+    """Whether two texts mean the same units: ``m/s``, ``m s-1``, ``m s**-1`` and ``m s^-1`` do.
+
+    ``ms-1`` means others, per millisecond, as UDUNITS and the CF conventions read it. Who writes it for ``m s-1`` is
+    told so, see `hint`: what is taken for the same unasked cannot be told apart any more.
+    """
+    powers = powers_of(one), powers_of(other)
+    return powers[0] == powers[1] and (powers[0] is not None or _plain(one) == _plain(other))
+
+
+def hint(one: str, other: str) -> str:
+    """For a message that refuses two texts: how they may mean the same after all; empty where they cannot."""
+    if _plain(one) != _plain(other) or same_units(one, other):
+        return ""
+    return " A blank alone tells them apart: if both mean the same, correct the attribute `units`."
 
 
 def powers_of(units: str) -> dict[str, int] | None:
     """Powers of the units that a text is a product of, as UDUNITS reads it: a stroke turns the factor after it alone.
-    None: it is no such product, and compared as it stands; so is a text of nothing."""
+    None: it is no such product, and compared as it stands, blanks left out; so is a text of nothing."""
     text, powers, place = units.translate(RAISED).strip(), Counter[str](), 0
     while place < len(text):
         factor = FACTOR.match(text, place)

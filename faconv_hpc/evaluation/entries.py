@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.times import EPOCH_UNITS, IRREGULAR_S, SECONDS_PER_HOUR, normal_calendar
-from ..data.units import same_units
+from ..data.units import hint, same_units
 from ..errors import InputError
 from ..forecasting.campaign import open_frames
 from ..forecasting.dates import Timeline
@@ -246,6 +246,7 @@ class FileEntry:
         if not same_units(units, target.units):
             raise InputError(
                 f"{target.name!r} is in {units} in {self._path}, and in {target.units} in what came. Convert it."
+                f"{hint(units, target.units)}"
             )
         others = [dim for dim in found.dims if dim not in DIMS]
         many = [str(dim) for dim in others if found.sizes[dim] != 1]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..data.layout import Channel
 from ..data.times import TimeAxis, in_sequence
-from ..data.units import same_units
+from ..data.units import hint, same_units
 from ..data.unknown_names import unknown_name
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span
@@ -235,7 +235,7 @@ def _join_times(segments: Sequence[Segment]) -> TimeAxis:
                 f"{first.channel.name!r} is {first.what} in {first.channel.units or 'no units'} in {first.path}, but "
                 f"{segment.what} in {segment.channel.units or 'no units'} in {segment.path}: they are not one field. "
                 f"Convert one of them, or prepare it alone under another name with --rename "
-                f"{first.array.name}=NAME{accept}."
+                f"{first.array.name}=NAME{accept}.{hint(segment.channel.units, first.channel.units)}"
             )
     calendars = {segment.time.calendar for segment in segments}
     if len(calendars) > 1:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..data.layout import FileEntry, StoreLayout, digest_of
 from ..data.store import Store
 from ..data.times import TimeAxis, in_sequence, is_regular
-from ..data.units import same_units
+from ..data.units import hint, same_units
 from ..errors import InputError
 from ..spatial.grid import SAME_DEG, Span, Tile
 from .catalogue import Catalogue, build_catalogue, same_calendar
@@ -224,7 +224,7 @@ def _as_in_store(store: Store, catalogue: Catalogue, notes: list[str]) -> Catalo
             raise InputError(
                 f"{channel.name!r} is in {units or 'no units'} in {store.path}, but in "
                 f"{first.channel.units or 'no units'} in {first.path}. Convert it, or take it as it is: --accept "
-                f"{channel.name}."
+                f"{channel.name}.{hint(units, first.channel.units)}"
             )
         if channel.long_name != first.channel.long_name:
             notes.append(

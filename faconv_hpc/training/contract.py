@@ -15,7 +15,7 @@ from ..data.periods import frames_within, is_there, ranges_of, stretches_of
 from ..data.statistics import Seen, Statistics, Stretches, merged, moments_of, pieces_of
 from ..data.store import Store
 from ..data.times import IRREGULAR_S, SECONDS_PER_HOUR
-from ..data.units import same_units
+from ..data.units import hint, same_units
 from ..data.unknown_names import index_of
 from ..data.variables import Channels, Role, Variable
 from ..errors import InputError
@@ -146,7 +146,7 @@ class Contract(BaseModel):
                 where,
                 f"{variable.name!r} in {variable.units or 'no units'}",
                 f"it in {units or 'no units'}",
-                "Convert it in the source, and prepare the store again.",
+                f"Convert it in the source, and prepare the store again.{hint(variable.units, units)}",
             )
 
     def check_static(self, variable: Variable, mean: float, std: float, where: str) -> None:
@@ -268,6 +268,7 @@ def _as_before(variable: Variable, before: Contract | None) -> Variable:
         raise InputError(
             f"the network of training.start_from was trained on {found.name!r} in {found.units or 'no units'}, this "
             f"store has it in {variable.units or 'no units'}. Convert it in the source, or prepare it under a new name."
+            f"{hint(found.units, variable.units)}"
         )
     if variable.harmonics is not None:
         return variable
