@@ -71,8 +71,10 @@ class InputNoise:
 
     def of(self, step: int, place: int) -> NDArray[np.float32]:
         """(C, Y, X) of one sample: the prognostic fields, this tile's cells."""
-        starts = [start_of(self._seed, step, place, field) for field in range(len(self._size))]
-        return np.stack([self._waves(start) for start in starts]) * self._size
+        noise_CYX = np.zeros((len(self._size), len(self._sine_Y), len(self._longitude)), dtype=np.float32)
+        for field in np.flatnonzero(self._size):
+            noise_CYX[field] = self._waves(start_of(self._seed, step, place, int(field))) * self._size[field]
+        return noise_CYX
 
     def _waves(self, start: NDArray[np.uint64]) -> NDArray[np.float32]:
         """(Y, X) their sum, of deviation 1 over all that may be drawn."""
