@@ -1,19 +1,15 @@
 """From what is on disk of a comparison to its result."""
 
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ..data.store import Store
 from ..scaling.driver import standing
+from ..scaling.machine import machine_in_words, versions_in
 from ..scaling.points import DONE, Outcomes, PointFiles
-from ..training.records import VERSIONS_FILE
 from .judging import Looked, RunErrors, judged, looked
 from .plan import ComparisonConfig, Run
 from .result import AtRate, ComparisonResult, ModelResult, best_first, best_of, check_same_dates, model_result, rates_of
-
-LIBRARIES = ("torch", "deepspeed", "faconv_hpc")
 
 
 def best_runs(comparison: ComparisonConfig, runs: Sequence[Run]) -> list[Run]:
@@ -78,22 +74,9 @@ def _about(runs: Sequence[Run]) -> dict[str, str]:
     config = runs[0].point.run
     with Store.open(config.data.store) as store:
         shape, times = store.layout.grid_shape, store.layout.time.described
-    said = [_versions(run) for run in runs]
-    hosts = sorted({host for one in said for host in one.get("hosts", ()) or [one.get("host", "unknown")]})
-    first = next((one for one in said if one), {})
-    libraries = ", ".join(f"{name} {first[name]}" for name in LIBRARIES if name in first)
-    clusters = sorted({attempt.cluster for run in runs if (attempt := PointFiles(run.point).attempt())})
-    where = f"{' and '.join(clusters) or 'nothing yet'}, {', '.join(hosts)}"
-    devices = sorted({str(one["device"]) for one in said if "device" in one})
-    mesh = f"mesh {config.mesh}, {config.global_batch} sample(s) a step"
+    clusters = [attempt.cluster for run in runs if (attempt := PointFiles(run.point).attempt())]
+    machine = machine_in_words(clusters, [versions_in(run.point.run.run_dir) for run in runs])
     return {
         "data": f"the store {config.data.store}, {times}, on {shape[0]} x {shape[1]} cells",
-        "machine": "; ".join(part for part in (where, *devices, libraries, mesh) if part),
+        "machine": f"{machine}; mesh {config.mesh}, {config.global_batch} sample(s) a step",
     }
-
-
-def _versions(run: Run) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run.point.run.run_dir / VERSIONS_FILE).read_text()))
-    except (OSError, ValueError):
-        return {}

@@ -1,15 +1,14 @@
 """What a study found: statistics over repeats, speed-up and efficiency."""
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..spread import Spread
-from ..versions import processor
 from .driver import PointState, standing
+from .machine import machine_in_words
 from .points import DONE, FAILED, Outcomes
 from .results import LOCAL, Repeat, write_results
 from .study import Point, StudyConfig
@@ -142,22 +141,12 @@ def _median(repeats: Sequence[Repeat], name: str) -> float:
 
 
 def _machine(repeats: Sequence[Repeat]) -> str:
-    """What the runs say of the machine; where they ran on this one, what it is."""
+    """What the runs say of the machine, and when they ran."""
     if not repeats:
         return "nothing was measured"
-    hosts = sorted({host for one in repeats for host in (one.hosts or (one.host,)) if host})
-    kinds = sorted({one.cluster for one in repeats})
-    versions = repeats[0].versions
-    libraries = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "deepspeed", "faconv_hpc") if name in versions
-    )
-    text = f"{' and '.join(kinds)}, {'hosts' if len(hosts) > 1 else 'host'} {', '.join(hosts) or 'unknown'}"
-    if hosts == [platform.node()]:
-        text += f" ({processor()}, {os.cpu_count()} cores)"
-    devices = sorted({str(one.versions["device"]) for one in repeats if "device" in one.versions})
-    return "; ".join(
-        [text, *devices, libraries, f"{min(one.date for one in repeats)} to {max(one.date for one in repeats)}"]
-    )
+    said = [one.versions | {"host": one.host, "hosts": one.hosts} for one in repeats]
+    dates = [one.date for one in repeats]
+    return f"{machine_in_words([one.cluster for one in repeats], said)}; {min(dates)} to {max(dates)}"
 
 
 def _notes(repeats: Sequence[Repeat]) -> tuple[str, ...]:

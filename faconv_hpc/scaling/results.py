@@ -1,6 +1,5 @@
 """The timed repeats of a study's points, derived from what the runs recorded."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json_lines
-from ..training.records import STEPS_FILE, VERSIONS_FILE, StepRecord
+from ..training.records import STEPS_FILE, StepRecord
+from .machine import versions_in
 from .points import PointFiles
 from .study import Point, StudyConfig
 
@@ -64,7 +64,7 @@ def repeats_of(study: StudyConfig, point: Point) -> list[Repeat]:
     attempt = files.attempt()
     if len(records) < study.steps or attempt is None:
         return []
-    versions = _versions(files.run_dir)
+    versions = versions_in(files.run_dir)
     about: dict[str, Any] = {
         "study": study.name,
         "scaling": study.scaling,
@@ -115,11 +115,3 @@ def _measured(block: Sequence[StepRecord]) -> dict[str, Any]:
 
 def _last_written(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-
-
-def _versions(run_dir: Path) -> dict[str, Any]:
-    """What the run says it was; of one that does not say, nothing."""
-    try:
-        return dict(json.loads((run_dir / VERSIONS_FILE).read_text()))
-    except (OSError, ValueError):
-        return {}
