@@ -400,6 +400,49 @@ def test_where_no_operator_on_the_sphere_can_be_it_is_refused(tmp_path, store, g
         rules.globe_of("lsno", LatLonGrid(11, 5, latitude_deg=np.linspace(90, -90, 11), lon_boundary="zero"))
 
 
+@pytest.mark.parametrize("cell", ON_THE_SPHERE)
+def test_a_scale_that_leaves_an_operator_no_grid_is_refused_before_a_rank_starts(tmp_path, globe, cell, monkeypatch):
+    monkeypatch.setattr(harmonics, "find_spec", lambda name: name)
+
+    def scaled(scale):
+        return small_config(tmp_path, globe, data=forecasts.DATA, model={"cell": cell, "scale_factor": scale})
+
+    check_fits(scaled(7))
+    with pytest.raises(
+        InputError,
+        match=rf"model.scale_factor=8 leaves model.cell={cell} 2 rows and 1 columns of a grid of 11 x 14 cells, and it "
+        rf"needs two rows and two columns at least.*Use 7 or less",
+    ):
+        check_fits(scaled(8))
+    if cell == "lsno":
+        with pytest.raises(InputError, match=r"4 columns .* whose number divides theirs. Use 2 or less that does\."):
+            check_fits(scaled(3))
+    else:
+        check_fits(scaled(3))
+    with pytest.raises(
+        InputError, match=r"leaves model.cell=.* 1 rows and 4 columns of a grid of 1 x 4 .* another cell"
+    ):
+        rules.check_scale(cell, 1, 1, 4)
+
+
+@pytest.mark.parametrize("cell", ON_THE_SPHERE)
+def test_an_operator_runs_at_every_scale_that_is_not_refused(cell):
+    pytest.importorskip("torch_harmonics", reason="pip install --no-deps torch-harmonics==0.9.3")
+    taken = []
+    for scale in range(1, 16):
+        try:
+            rules.check_scale(cell, scale, 7, 14)
+        except InputError:
+            continue
+        operator = CELLS[cell](cell, 2, 4, 2, globe=(7, 14, "equiangular"), scale_factor=scale)
+        h_BTCYX, _ = operator(random_like((1, 2, 2, 7, 14), 0).float())
+        h_BTCYX.square().mean().backward()
+        assert h_BTCYX.shape == (1, 2, 4, 7, 14) and h_BTCYX.std() > 1e-6
+        assert all(one.grad.isfinite().all() for one in operator.parameters())
+        taken.append(scale)
+    assert taken == {"sfno": [1, 2, 3, 4, 5, 6], "lsno": [1, 2, 5, 6]}[cell]
+
+
 def test_what_no_cell_can_be_is_refused(tmp_path, store):
     with pytest.raises(InputError, match=r"cell='lstm' is not known. Use one of faconvlstm, convlstm, bottleneck"):
         FAConvLSTMNetwork(2, 1, 8, cell="lstm")

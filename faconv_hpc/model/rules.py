@@ -96,6 +96,33 @@ def check_one_tile(cell: str, tiles: int) -> None:
         )
 
 
+def check_scale(cell: str, scale_factor: int, nlat: int, nlon: int) -> None:
+    """Raises InputError for a scale_factor of a cell of `ON_THE_SPHERE` that leaves it no grid to compute on.
+
+    Between its first and its last block it has every n-th row, from one pole to the other, and so many times fewer
+    columns. Waves need two rows and two columns there; lsno's kernels, columns that divide those of the grid.
+    """
+
+    def fits(scale: int) -> bool:
+        rows, columns = _within(scale, nlat, nlon)
+        return min(rows, columns) >= 2 and (cell != "lsno" or nlon % columns == 0)
+
+    if not fits(scale_factor):
+        rows, columns = _within(scale_factor, nlat, nlon)
+        best = max((scale for scale in range(1, min(scale_factor, nlon)) if fits(scale)), default=None)
+        divides = " whose number divides theirs" * (cell == "lsno")
+        raise InputError(
+            f"model.scale_factor={scale_factor} leaves model.cell={cell} {rows} rows and {columns} columns of a grid "
+            f"of {nlat} x {nlon} cells, and it needs two rows and two columns at least{divides}. "
+            f"{f'Use {best} or less' if best else 'Use another cell'}{' that does' * (cell == 'lsno')}."
+        )
+
+
+def _within(scale_factor: int, nlat: int, nlon: int) -> tuple[int, int]:
+    """Rows and columns between the first and the last block of a cell of `ON_THE_SPHERE`."""
+    return (nlat - 1) // scale_factor + 1, nlon // scale_factor
+
+
 def check_package(cell: str) -> None:
     """Raises InputError for a cell of `ON_THE_SPHERE` whose package is not there."""
     if not is_installed():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from ..errors import InputError
 from ..spatial.domain import Domain
 from .memoryless import Memoryless
-from .rules import check_one_tile, check_package
+from .rules import check_one_tile, check_package, check_scale
 
 
 class SphericalOperator2d(Memoryless):
@@ -46,6 +46,7 @@ class SphericalOperator2d(Memoryless):
         self.cell, self.in_channels, self.hidden_channels = cell, in_channels, hidden_channels
         made = {"sfno": models.SphericalFourierNeuralOperator, "lsno": models.LocalSphericalNeuralOperator}[cell]
         rows, columns, kind = globe
+        check_scale(cell, scale_factor, rows, columns)
         self.shape = (rows, columns)
         sizes: dict[str, Any] = {"in_chans": in_channels, "out_chans": hidden_channels, "embed_dim": hidden_channels}
         self.operator = made(img_size=(rows, columns), grid=kind, num_layers=blocks, scale_factor=scale_factor, **sizes)

@@ -26,6 +26,7 @@ from ..model.rules import (
     check_kernel,
     check_layer,
     check_one_tile,
+    check_scale,
     globe_of,
 )
 from ..spatial.grid import Cuts, LatLonGrid
@@ -270,6 +271,7 @@ def _check_sphere(config: RunConfig, cuts: Cuts, grid: LatLonGrid) -> None:
     cell = config.model.cell
     check_one_tile(cell, cuts.tiles)
     globe_of(cell, grid)
+    check_scale(cell, config.model.scale_factor, grid.nlat, grid.nlon)
     if config.training.precision == "bf16":
         raise InputError(
             f"model.cell={cell} transforms in float32, and training.precision=bf16 would round what it transforms by. "
