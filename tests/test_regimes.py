@@ -21,7 +21,7 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.regimes import figures, find, partitions
 from faconv_hpc.evaluation.regimes.embedding_file import read_embeddings
 from faconv_hpc.evaluation.regimes.facts import _runs
-from faconv_hpc.evaluation.regimes.figures import draw_numbers
+from faconv_hpc.evaluation.regimes.figures import draw_all, draw_numbers
 from faconv_hpc.evaluation.regimes.files import as_dict, write_netcdf
 from faconv_hpc.evaluation.regimes.find import find_regimes
 from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, silhouettes_of_chance
@@ -181,6 +181,17 @@ def test_composites_are_the_means_of_regimes(site, found):
             np.testing.assert_allclose(composites.beyond_season_KCYX[label, channel], beyond, atol=1e-5)
     assert np.isnan(composites.anomaly_KCYX[:, 1, 3:5, 2:6]).all()
     assert np.isfinite(composites.anomaly_KCYX[:, 0]).all()
+
+
+def test_regimes_of_whole_months_have_no_maps_beyond_their_season(found, tmp_path):
+    """Where a month is of one regime alone there is nothing but rounding to draw."""
+    assert not found.composites.are_seasons_alone
+    rounding = 1e-6 * found.composites.anomaly_KCYX
+    alone = replace(found, composites=replace(found.composites, beyond_season_KCYX=rounding))
+    figures = draw_all(alone, tmp_path)
+    assert [one.name for one in figures] == ["silhouettes.png", "plane.png", "calendar.png", "composites.png"]
+    write_report(alone, figures, tmp_path / "report.md", 2)
+    assert "nothing is left of any regime" in (tmp_path / "report.md").read_text()
 
 
 # The spaces

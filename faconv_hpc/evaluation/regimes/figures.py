@@ -41,7 +41,7 @@ def draw_all(regimes: Regimes, directory: Path) -> list[Path]:
     ]
     if regimes.composites is not None:
         paths.append(draw_composites(regimes, directory / "composites.png", beyond_season=False))
-        if regimes.has_seasons:
+        if regimes.has_seasons and not regimes.composites.are_seasons_alone:
             paths.append(draw_composites(regimes, directory / "composites_beyond_season.png", beyond_season=True))
     return paths
 

@@ -23,6 +23,7 @@ from .spaces import Space, coordinates_of
 
 GIB, SHOWN = 2**30, 4
 POINT_BYTES, SUM_BYTES, COUNT_BYTES = 4, 8, 4
+NOTHING = 1e-5  # of what departs from what is usual: the rounding of means
 BLOCK_CELLS = 8192  # whose inner products are formed at once, in float64
 
 Progress = Callable[[int, int], None]
@@ -220,6 +221,12 @@ class Composites:
     longitude_deg: NDArray[np.float64]
     areas_Y: NDArray[np.float64]
     stride: int
+
+    @property
+    def are_seasons_alone(self) -> bool:
+        """Whether no regime departs from its months, as where all times of a month are of one regime."""
+        beyond, all_of_it = (np.nanmax(np.abs(one)) for one in (self.beyond_season_KCYX, self.anomaly_KCYX))
+        return bool(beyond <= NOTHING * all_of_it)
 
 
 def composites_of(

@@ -61,6 +61,8 @@ def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[st
     )
     for figure in figures:
         yield f"![{CAPTIONS[figure.name]}]({figure.name})\n\n{CAPTIONS[figure.name]}."
+    if regimes.has_seasons and regimes.composites is not None and regimes.composites.are_seasons_alone:
+        yield "Less the means of their calendar months nothing is left of any regime: each has all times of its months."
     yield "## How many there are"
     yield regimes.suggestion.reason
     yield table(_number_heads(regimes), (_number_row(regimes, one) for one in regimes.of("embedding", CHOSEN)))
@@ -107,7 +109,8 @@ def _of_seasons(regimes: Regimes, judged: Judged) -> Iterable[str]:
         yield (
             f"**The embedding is little more than a calendar**: {share:.1%} of its variance lies between calendar "
             f"months{_of_fields(regimes)}. What is found here are times of the year. Call the command with --harmonics "
-            f"(6 where data are monthly) to see what there is beyond them."
+            f"(6 where data are monthly) to see what there is beyond them, or train with model.seasonal_encoding: "
+            f"false, so that the embedding is not told the day of the year."
         )
     else:
         before = "Before its annual cycle was taken away, " if regimes.harmonics else ""
