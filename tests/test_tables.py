@@ -73,7 +73,7 @@ def test_an_evaluation(printed):
     per_date = PerDate(ones, ones, squares, ones, ones, ones, ones)
     grid, known = LatLonGrid(721, 1440), np.ones(2, dtype=bool)
     found = Evaluation(
-        entries, "the store data/era5", targets, grid, known, labels, hours, per_date, None, None, MadeOf()
+        entries, "the store data/era5", "", targets, grid, known, labels, hours, per_date, None, None, MadeOf()
     )
     told = printed(lambda: show(found, Path("runs/a/evaluation")))
     assert "persistence" in told and "climatology" in told and "40 forecasts of 2 steps, held out" in told
