@@ -11,9 +11,9 @@ from torch import Tensor
 from ..spatial.grid import Tile
 from .fields import Fields
 from .periods import evenly, mask_of
-from .times import TimeAxis
+from .times import SECONDS_PER_DAY, TimeAxis
 
-PARTS_OF_YEAR, PARTS_OF_DAY = 12, 8
+MONTHS_OF_YEAR, PARTS_OF_DAY = 12, 8
 FRAMES = 40  # read for one time of year and day, at most
 AT_ONCE = 8
 
@@ -22,9 +22,11 @@ AT_ONCE = 8
 class Climatology:
     """Mean of each cell over the frames of training at the same time of year and of day.
 
-    The year of the calendar is cut into twelve equal parts; the day into the hours that there are, or eight parts,
-    if there are more. Of each of them at most `FRAMES` frames count, evenly spread over those that there are. At a time
-    of the year of which training has no frame it is the mean of the others at that time of day.
+    The year is cut into the months of the calendar; the day into the hours that there are, or eight parts, if there are
+    more. Where a step is a day or longer the hours do not count: those of the middle of a month differ from year to
+    year, and each would have a mean of its own. Of each of these times at most `FRAMES` frames count, evenly spread
+    over those that there are. At a time of the year of which training has no frame it is the mean of the others at that
+    time of day.
 
     Attributes:
         kind_F: which time of year and day each frame is.
@@ -48,7 +50,7 @@ class Climatology:
             frames = np.flatnonzero(counted & (kind_F == kind))
             if len(frames):
                 mean_KCYX[kind] = _mean_of(fields, frames[evenly(len(frames), FRAMES)].tolist(), tile)
-        _fill(mean_KCYX.reshape(PARTS_OF_YEAR, -1, *mean_KCYX.shape[1:]))
+        _fill(mean_KCYX.reshape(MONTHS_OF_YEAR, -1, *mean_KCYX.shape[1:]))
         return cls(kind_F, mean_KCYX)
 
     def at(self, frames: range) -> Tensor:
@@ -58,12 +60,14 @@ class Climatology:
 
 def kinds_of(axis: TimeAxis) -> tuple[NDArray[np.int64], int]:
     """(frames,) the time of year and day of each, by number; and how many there are."""
+    months = axis.months - 1
+    if axis.step_s >= SECONDS_PER_DAY:
+        return months, MONTHS_OF_YEAR
     hours, part_of_day = np.unique(axis.utc_hour.round(3), return_inverse=True)
     if len(hours) > PARTS_OF_DAY:
         part_of_day = (axis.utc_hour * PARTS_OF_DAY / 24).astype(np.int64)
     parts = min(len(hours), PARTS_OF_DAY)
-    part_of_year = (axis.year_fraction * PARTS_OF_YEAR).astype(np.int64)
-    return part_of_year * parts + part_of_day, PARTS_OF_YEAR * parts
+    return months * parts + part_of_day, MONTHS_OF_YEAR * parts
 
 
 def _fill(mean_YDCYX: NDArray[np.float32]) -> None:

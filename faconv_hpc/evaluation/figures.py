@@ -104,7 +104,7 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
             )
             row[2].semilogx(kept.total_wavenumbers[1:], share, **style)
         units = f"({target.units})" if " " in target.units else target.units
-        squared = with_units("variance", units and f"{units}²")
+        squared = with_units("variance", units and (f"{units}²" if units.isalpha() else f"({units})²"))
         dress(row[0], f"{target.name}: along latitude circles", "zonal wavenumber", squared)
         dress(row[1], f"{target.name}: on the sphere", "total wavenumber", squared)
         dress(row[2], f"{target.name}: below 1 it is blurred", "total wavenumber", "forecast over truth")

@@ -177,7 +177,10 @@ def _climatology(made_of: MadeOf) -> str:
     if made_of.kind == "none":
         return "the annual cycle that a network brings, where it has one, as the data do not have the dates of training"
     what = {"training": "the training period", "named": "the dates that `--climatology` names"}[made_of.kind]
-    return f"the mean of each cell over {what} ({_dates(made_of)}) at that time of the year and of the day"
+    return (
+        f"the mean of each cell over {what} ({_dates(made_of)}) in the same month, and at the same time of the day "
+        f"where steps are shorter than a day"
+    )
 
 
 def _dates(made_of: MadeOf) -> str:

@@ -115,9 +115,9 @@ def _of_seasons(regimes: Regimes, judged: Judged) -> Iterable[str]:
     else:
         before = "Before its annual cycle was taken away, " if regimes.harmonics else ""
         yield f"{before}{share:.1%} of the embedding's variance lies between calendar months{_of_fields(regimes)}."
-    told = judged.told_by_month
+    told, what = judged.told_by_month, "regimes" if regimes.suggestion.steady else "clusters"
     yield (
-        f"The regimes are {'seasons' if told.gain >= MOSTLY else 'more than seasons'}: the calendar month tells the "
+        f"The {what} are {'seasons' if told.gain >= MOSTLY else 'more than seasons'}: the calendar month tells the "
         f"regime of {told.share:.0%} of all times, and {told.largest:.0%} are of the largest regime anyway. Of what "
         f"that leaves to tell, months tell {told.gain:.0%}."
     )
