@@ -11,6 +11,7 @@ from .intervals import LEVEL
 from .words import with_units
 
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
+SHOWN_VARIANCE = 1e-12  # of the most of a spectrum: what is less is not drawn
 RMSE, ACC, COMPARISONS, SPECTRA, FORECAST = "rmse.png", "acc.png", "comparisons.png", "spectra.png", "forecast.png"
 MAPS = tuple(f"maps_{place}.png" for place in range(1, SHOWN_ENTRIES + 1))
 FIGURES = (RMSE, ACC, COMPARISONS, SPECTRA, *MAPS, FORECAST)
@@ -71,10 +72,10 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
             line, ends = values[:, model, number], intervals[:, :, model, number]
             if np.isfinite(line).any():
                 bars = np.abs(ends - line) if np.isfinite(ends).all() else None
+                baseline = model - len(evaluation.entries)  # from the end: the same beside any number of models
+                style = line_style(model if baseline < 0 else -1 - baseline)
                 aside = (model - (len(evaluation.names) - 1) / 2) * 0.012 * np.ptp(hours)  # bars beside each other
-                place.errorbar(
-                    hours + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **line_style(model)
-                )
+                place.errorbar(hours + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **style)
         label = with_units(what, targets[number].units) if metric == "rmse" else what
         dress(place, targets[number].name, "lead [h]", label)
         if metric == "rmse":
@@ -103,12 +104,15 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
                 total[0, -1, number, 1:] > 0, total[0, -1, number, 1:], np.nan
             )
             row[2].semilogx(kept.total_wavenumbers[1:], share, **style)
-        units = f"({target.units})" if " " in target.units else target.units
-        squared = with_units("variance", units and (f"{units}²" if units.isalpha() else f"({units})²"))
+        units = target.units if target.units.isalpha() or not target.units else f"({target.units})"
+        squared = with_units("variance", units and f"{units}²")
         dress(row[0], f"{target.name}: along latitude circles", "zonal wavenumber", squared)
         dress(row[1], f"{target.name}: on the sphere", "total wavenumber", squared)
-        dress(row[2], f"{target.name}: below 1 it is blurred", "total wavenumber", "forecast over truth")
+        dress(row[2], f"{target.name}: blurred below 1, noise above", "total wavenumber", "forecast over truth")
         row[2].set_ylim(0, 2)
+        for place in row[:2]:  # where the truth has nothing its rounding would take most of the panel
+            low, high = place.get_ylim()
+            place.set_ylim(bottom=max(low, SHOWN_VARIANCE * high))
     axes[0, 0].legend(fontsize=SMALL, frameon=False)
     return save_figure(figure, path)
 
