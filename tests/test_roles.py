@@ -261,9 +261,8 @@ def test_verify_holds_for_all_roles(made, tmp_path):
 
 
 def climatology(field, at):
-    """Of the nine frames of training, at one time: by hours. The year's third twelfth begins on 2 March at 20:00."""
-    late = {0: [8], 1: [], 2: [], 3: []}[at % 4]
-    return np.mean([field[one] for one in late or range(at % 4, 8, 4)], axis=0)
+    """Of the nine frames of training, all of one month, those at the same hour."""
+    return np.mean([field[one] for one in range(at % 4, 9, 4)], axis=0)
 
 
 def test_skill_is_in_physical_units_beside_persistence_and_climatology(made, run, tmp_path):
