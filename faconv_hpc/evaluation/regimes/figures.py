@@ -118,7 +118,9 @@ def _scatter(axes: Axes, xy: NDArray[np.float64], groups: dict[str, NDArray[np.b
             xy[own, 0], xy[own, 1], s=size, marker=FILLED[place], label=name, alpha=0.8, linewidths=0.6,
             edgecolors=colour, facecolors=colour if number < len(LINE_COLOURS) else "none",
         )  # fmt: skip
-    axes.legend(title=what, fontsize=SMALL, title_fontsize=SMALL, ncols=1 + len(groups) // 7)
+    axes.legend(  # beside the points, not on them
+        title=what, fontsize=SMALL, title_fontsize=SMALL, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
+    )
 
 
 def draw_calendar(regimes: Regimes, path: Path) -> Path:
