@@ -11,9 +11,9 @@ from torch import Tensor
 from ..spatial.grid import Tile
 from .fields import Fields
 from .periods import evenly, mask_of
-from .times import SECONDS_PER_DAY, TimeAxis
+from .times import MONTHS, SECONDS_PER_DAY, TimeAxis
 
-MONTHS_OF_YEAR, PARTS_OF_DAY = 12, 8
+PARTS_OF_DAY = 8
 FRAMES = 40  # read for one time of year and day, at most
 AT_ONCE = 8
 
@@ -50,7 +50,7 @@ class Climatology:
             frames = np.flatnonzero(counted & (kind_F == kind))
             if len(frames):
                 mean_KCYX[kind] = _mean_of(fields, frames[evenly(len(frames), FRAMES)].tolist(), tile)
-        _fill(mean_KCYX.reshape(MONTHS_OF_YEAR, -1, *mean_KCYX.shape[1:]))
+        _fill(mean_KCYX.reshape(MONTHS, -1, *mean_KCYX.shape[1:]))
         return cls(kind_F, mean_KCYX)
 
     def at(self, frames: range) -> Tensor:
@@ -62,12 +62,12 @@ def kinds_of(axis: TimeAxis) -> tuple[NDArray[np.int64], int]:
     """(frames,) the time of year and day of each, by number; and how many there are."""
     months = axis.months - 1
     if axis.step_s >= SECONDS_PER_DAY:
-        return months, MONTHS_OF_YEAR
+        return months, MONTHS
     hours, part_of_day = np.unique(axis.utc_hour.round(3), return_inverse=True)
     if len(hours) > PARTS_OF_DAY:
         part_of_day = (axis.utc_hour * PARTS_OF_DAY / 24).astype(np.int64)
     parts = min(len(hours), PARTS_OF_DAY)
-    return months * parts + part_of_day, MONTHS_OF_YEAR * parts
+    return months * parts + part_of_day, MONTHS * parts
 
 
 def _fill(mean_YDCYX: NDArray[np.float32]) -> None:

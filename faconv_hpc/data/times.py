@@ -14,6 +14,7 @@ from ..errors import InputError
 EPOCH_UNITS = "seconds since 1970-01-01 00:00:00"
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 86400
+MONTHS = 12  # of a year, in every calendar
 YEAR_S = round(365.25 * SECONDS_PER_DAY)
 IRREGULAR_S = 1.5  # times are kept to the second, so steps meant to be equal differ by one at most
 ALIKE = 0.25  # of the usual step, by which others may differ: months and seasons are alike, a missing time is not

@@ -13,8 +13,8 @@ from .words import with_units
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
 SHOWN_VARIANCE = 1e-12  # of the most of a spectrum: what is less is not drawn
 RMSE, ACC, COMPARISONS, SPECTRA, FORECAST = "rmse.png", "acc.png", "comparisons.png", "spectra.png", "forecast.png"
-MAPS = tuple(f"maps_{place}.png" for place in range(1, SHOWN_ENTRIES + 1))
-FIGURES = (RMSE, ACC, COMPARISONS, SPECTRA, *MAPS, FORECAST)
+MAP_FIGURES = tuple(f"maps_{place}.png" for place in range(1, SHOWN_ENTRIES + 1))
+FIGURES = (RMSE, ACC, COMPARISONS, SPECTRA, *MAP_FIGURES, FORECAST)
 """Names of all that there may be."""
 
 
@@ -27,7 +27,7 @@ def draw_figures(evaluation: Evaluation, maps: xr.Dataset, directory: Path) -> d
     }
     if not evaluation.spectra.reason:
         figures["Spectra"] = draw_spectra(evaluation, directory / SPECTRA)
-    for entry, name in zip(evaluation.entries, MAPS, strict=False):
+    for entry, name in zip(evaluation.entries, MAP_FIGURES, strict=False):
         figures[f"Errors of {entry.name} on the map"] = draw_maps(maps, entry.name, directory / name)
     figures["One forecast"] = draw_forecast(evaluation, directory / FORECAST)
     return figures

@@ -6,10 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.annual_cycle import PER_COEFFICIENT, basis
-from ..data.times import TimeAxis
+from ..data.times import MONTHS, TimeAxis
 from ..errors import InputError
 
-MONTHS = 12
 SEASONS = {"Dec to Feb": (12, 1, 2), "Mar to May": (3, 4, 5), "Jun to Aug": (6, 7, 8), "Sep to Nov": (9, 10, 11)}
 COLLINEAR = 1e-6  # waves that times so regular cannot tell apart count once
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..data.times import SECONDS_PER_DAY, SECONDS_PER_HOUR
-from .seasons import MONTHS
+from ..data.times import MONTHS, SECONDS_PER_DAY, SECONDS_PER_HOUR
 
 MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 

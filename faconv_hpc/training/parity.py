@@ -130,7 +130,7 @@ def verify_parity(
                 got |= _update(workspace)
             if mesh.rank == 0:
                 want = reference.values(dtype, layout.replicas)
-                rows += _compared(workspace, got, want, TOLERANCES[dtype], reference)
+                rows += _compared(workspace, got, want, dtype, reference)
     return mesh.from_first(rows)
 
 
@@ -212,7 +212,7 @@ def _results(workspace: Workspace, dtype: torch.dtype, number: int = 0) -> Value
 
 
 def _compared(
-    workspace: Workspace, got: Values, want: Values, tolerance: float, reference: _Reference
+    workspace: Workspace, got: Values, want: Values, dtype: torch.dtype, reference: _Reference
 ) -> Iterator[ParityRow]:
     """One row per quantity; parameters by the module they belong to, updates all together."""
     groups: dict[str, list[str]] = {}
@@ -224,9 +224,9 @@ def _compared(
     for group, names in groups.items():
         scale = max(max(float(want[name].abs().max()) for name in names), 1e-30)
         difference = torch.stack([(got[name] - want[name]).abs().max() for name in names]).max()
-        row = ParityRow(str(layout), group, float(difference) / scale, tolerance)
-        if row.difference > tolerance == TOLERANCES[torch.float32]:
-            row = replace(row, tolerance=max(tolerance, ROUNDINGS * reference.rounding(names) / scale))
+        row = ParityRow(str(layout), group, float(difference) / scale, TOLERANCES[dtype])
+        if not row.passed and dtype == torch.float32:
+            row = replace(row, tolerance=max(row.tolerance, ROUNDINGS * reference.rounding(names) / scale))
         is_field = not row.passed and got[names[0]].dim() == FIELD_DIMS
         place = _place(workspace, group, got[names[0]], want[names[0]], row.tolerance) if is_field else ""
         yield replace(row, first=place)

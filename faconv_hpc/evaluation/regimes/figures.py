@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from ...data.times import SECONDS_PER_DAY
+from ...data.times import MONTHS, SECONDS_PER_DAY
 from ...look import (
     LINE_COLOURS,
     SMALL,
@@ -21,7 +21,7 @@ from ...look import (
     new_figure,
     save_figure,
 )
-from ..seasons import MONTHS, SEASONS
+from ..seasons import SEASONS
 from ..words import MONTH_NAMES, with_units
 from .find import CHOSEN, Regimes, Source
 from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE

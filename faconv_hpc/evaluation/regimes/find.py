@@ -7,8 +7,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.times import TimeAxis
-from ..seasons import MONTHS, Season, Told, counts_of, seasonal_share_of, told_by_month
+from ...data.times import MONTHS, TimeAxis
+from ..seasons import Season, Told, counts_of, seasonal_share_of, told_by_month
 from .embedding_file import EmbeddingFile
 from .partitions import (
     METHODS,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...data.statistics import row_weights
-from ...data.times import TimeAxis
+from ...data.times import MONTHS, TimeAxis
 from ...data.variables import Variable
 from ...errors import InputError
 from ...forecasting.campaign import asked_of_data, open_sequences
@@ -18,7 +18,7 @@ from ...forecasting.output import Asked
 from ...spatial.domain import Domain
 from ...spatial.grid import Tile
 from ...training.contract import Contract
-from ..seasons import MONTHS, Season, seasonal_share_of
+from ..seasons import Season, seasonal_share_of
 from .spaces import Space, coordinates_of
 
 GIB, SHOWN = 2**30, 4
