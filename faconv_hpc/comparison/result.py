@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from ..errors import InputError
 from ..evaluation.compare import Verdict, verdict_of
@@ -245,7 +245,7 @@ def pair_of(
     if not variance:  # one and the same
         return Pair(model, other, math.exp(overall), math.exp(overall), math.exp(overall))
     freedom = variance**2 / (of_dates**2 / waves + of_seeds**2 / (seeds - 1))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(variance)
+    half = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * math.sqrt(variance)
     return Pair(model, other, *(math.exp(overall + part) for part in (0.0, -half, half)))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.9  # of intervals
 FEWEST_DATES = 12  # for an interval to mean something
@@ -54,7 +54,7 @@ class Weighings:
         if not self.can_tell:
             return np.full((2, *values_K.shape[1:]), np.nan)
         variance, freedom = self.variance(values_K, found)
-        half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
+        half = stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt(variance)
         return np.stack([found - half, found + half])
 
     def variance(

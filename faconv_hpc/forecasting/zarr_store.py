@@ -1,17 +1,22 @@
-"""Forecasts as zarr v3: every rank writes chunks of its own, none of which two share."""
+"""Forecasts as zarr v3: every rank writes chunks of its own, none of which two share.
+
+zarr is imported by what writes or reads one: it takes half a second, on every rank of an evaluation too.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from ..files import flush_tree, write_durably
 from .layout import ForecastLayout
+
+if TYPE_CHECKING:
+    import zarr
 
 CONTENT = "forecast.zarr"
 CHUNKS = "c"
@@ -33,6 +38,8 @@ class ZarrWriter:
         """Makes the arrays, if they are not there."""
         if self._marker("made").exists():
             return
+        import zarr
+
         group = zarr.create_group(self._content, zarr_format=3, attributes=dict(self._attributes), overwrite=True)
         for one in self._layout.coordinates():
             array = group.create_array(
@@ -67,6 +74,8 @@ class ZarrWriter:
     @contextmanager
     def writing(self, init: int, first: bool) -> Iterator["Chunks"]:
         """The chunks of a date; when the block ends all ranks of its replica have written theirs."""
+        import zarr
+
         yield Chunks(zarr.open_group(self._content, mode="r+"), self._layout, init)
         if first:
             chunks = [self._content / field.name / CHUNKS / str(init) for field in self._layout.fields]
@@ -92,7 +101,7 @@ class ZarrWriter:
 class Chunks:
     """One date's forecast that is being written."""
 
-    def __init__(self, group: zarr.Group, layout: ForecastLayout, init: int) -> None:
+    def __init__(self, group: "zarr.Group", layout: ForecastLayout, init: int) -> None:
         self._group, self._layout, self._init = group, layout, init
 
     def write(self, channel: int, lead: int, field_YX: NDArray[np.float32]) -> None:
@@ -103,6 +112,8 @@ class Chunks:
 
 def attributes_in(path: Path) -> dict[str, Any]:
     """Of a store; none where it cannot be read as zarr."""
+    import zarr
+
     try:
         return dict(zarr.open_group(path, mode="r").attrs)
     except (OSError, ValueError, KeyError):
