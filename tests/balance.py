@@ -1,9 +1,10 @@
-"""Which worker of pytest-xdist runs which tests: the longest first, those of a file together for half a minute.
+"""Which worker of pytest-xdist runs which tests: files that take longest first, a file by one worker as far as it goes.
 
-A file's tests share what is expensive (a run of four ranks, a reference, pools of ranks), so they stay together; but
-no worker may be left with a long file while the others have ended. ``durations.json`` has the seconds of those tests
-that take more than one, as ``pytest --store-durations`` has measured them; what is not in it is taken for a short one.
-Every test is in exactly one unit. Without xdist, tests run in the order of their files.
+A file's tests share what is expensive (a run of four ranks, a reference, pools of ranks), so they stay together. They
+are dealt out in units of half a minute: no worker may be left with a long file while the others have ended; who has
+none left helps with the one that has most. ``durations.json`` has the seconds of those tests that take more than one,
+as ``pytest --store-durations`` has measured them; what is not in it is taken for a short one. Every test is in exactly
+one unit. Without xdist, tests run in the order of their files.
 """
 
 import json
@@ -34,20 +35,33 @@ def units_of(names, seconds):
     return units
 
 
-class LongestFirst(OrderedDict):
+class Queue(OrderedDict):
     """Units that are still to be dealt out, each a dict whose keys are tests."""
 
     def __init__(self, seconds):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.at, self.asks = seconds, {}, None
 
     def update(self, units):
         """All that a worker which crashed was ever given comes back: what is done would leave the next one idle."""
         super().update({unit: tests for unit, tests in units.items() if not all(tests.values())})
 
     def popitem(self, last=True):
-        longest = max(self, key=lambda unit: sum(self.seconds.get(name, 0.0) for name in self[unit]))
+        """The longest unit of the file that the worker who asks is at; where nothing of it is left, of the one with
+        most left, if there is one that no other worker is at."""
+        took = {unit: sum(self.seconds.get(name, SHORT_S / 4) for name in self[unit]) for unit in self}
+        left = defaultdict(float)
+        for unit in self:
+            left[_file_of(unit)] += took[unit]
+        file, others = self.at.get(self.asks), {self.at[one] for one in self.at if one != self.asks}
+        if file not in left:
+            file = self.at[self.asks] = max(left, key=lambda one: (one not in others, left[one]))
+        longest = max((unit for unit in self if _file_of(unit) == file), key=took.get)
         return longest, self.pop(longest)
+
+
+def _file_of(unit):
+    return unit.rpartition(" ")[0]
 
 
 def scheduler(config, log):
@@ -58,11 +72,15 @@ def scheduler(config, log):
         def __init__(self):
             super().__init__(config, log)
             self.seconds, self.units = known_seconds(), {}
-            self.workqueue = LongestFirst(self.seconds)
+            self.workqueue = Queue(self.seconds)
 
         def _split_scope(self, nodeid):
             self.units = self.units or units_of(self.collection, self.seconds)
             return self.units[nodeid]
+
+        def _assign_work_unit(self, node):
+            self.workqueue.asks = node
+            super()._assign_work_unit(node)
 
     return ByTime()
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from balance import TOGETHER_S, LongestFirst, pytest_collection_modifyitems, units_of
+from balance import TOGETHER_S, Queue, pytest_collection_modifyitems, units_of
 
 NAMES = [f"tests/test_{file}.py::test_{number}[a::b]" for file in "abc" for number in range(8)]
 
@@ -18,15 +18,32 @@ def test_units_are_of_one_file_and_about_half_a_minute():
         assert sum(seconds.get(name, 0.0) for name in names) <= TOGETHER_S or NAMES[9] in names
 
 
+def dealt(units, workers):
+    """What those who ask for one unit after the other are given."""
+    given = []
+    for units.asks in workers:
+        given.append(units.popitem(last=False)[0])
+    return given
+
+
 def test_the_longest_unit_is_dealt_out_first():
-    units = LongestFirst({"b": 30.0, "c": 5.0, "d": 26.0})
-    units.update({"first": {"a": False}, "second": {"b": False}, "third": {"c": False, "d": False}})
-    assert [units.popitem(last=False)[0] for _ in range(3)] == ["third", "second", "first"] and not units
+    units = Queue({"b": 30.0, "c": 5.0, "d": 26.0})
+    units.update({"x 0": {"a": False}, "x 1": {"b": False}, "x 2": {"c": False, "d": False}})
+    assert dealt(units, [1, 1, 1]) == ["x 2", "x 1", "x 0"] and not units
+
+
+def test_a_worker_stays_with_its_file_and_then_helps_where_most_is_left():
+    units = Queue({"a": 30.0, "b": 20.0, "c": 10.0, "d": 40.0, "e": 35.0, "f": 1.5})
+    units.update({f"x {number}": {name: False} for number, name in enumerate("abc")})
+    units.update({"y 0": {"d": False}, "z 0": {"e": False}, "z 1": {"f": False}})
+    assert dealt(units, [1, 2, 1]) == ["x 0", "y 0", "x 1"]  # 60 s are left of x at first, 40 of y, 36.5 of z
+    assert dealt(units, [2]) == ["z 0"]  # y has no more, and nobody is at z
+    assert dealt(units, [3, 2]) == ["x 2", "z 1"]  # somebody is at both: 10 s are left of x
 
 
 def test_what_a_crashed_worker_has_done_is_not_dealt_out_again():
     """A unit without a test to run would be the last that its worker hears of: pytest would wait for ever."""
-    units = LongestFirst({"a": 30.0})
+    units = Queue({"a": 30.0})
     units.update({"done": {"a": True}, "begun": {"b": True, "c": False}})
     assert units == {"begun": {"b": True, "c": False}}
 
