@@ -238,7 +238,7 @@ import sys, torch
 from faconv_hpc import FAConvLSTMNetwork
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.training.optimizers import optimizer_of
-training = TrainingConfig(steps=9, warmup_steps=0, optimizer=sys.argv[1], weight_decay=0.1)
+training = TrainingConfig(steps=9, warmup_steps=0, optimizer=sys.argv[1], weight_decay=0.1, beta2=0.7)
 ours, theirs = (FAConvLSTMNetwork(3, 2, 8, 2, embedding_channels=16, coarse_shape=(2, 2)) for _ in range(2))
 theirs.load_state_dict(ours.state_dict())
 
@@ -254,8 +254,8 @@ def trained(network, optimizer):
 
 weights, state = trained(ours, optimizer_of(ours, training))
 print("torch._dynamo" in sys.modules)
-kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[sys.argv[1]]
-expected, their_state = trained(theirs, kind(theirs.parameters(), lr=0.0, weight_decay=0.1))
+kind, own = {"sgd": (torch.optim.SGD, {}), "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.7)})}[sys.argv[1]]
+expected, their_state = trained(theirs, kind(theirs.parameters(), lr=0.0, weight_decay=0.1, **own))
 print(all(map(torch.equal, weights, expected)), state.keys() == their_state.keys())
 """
 

@@ -153,10 +153,11 @@ def test_a_run_of_before_there_was_noise_has_none(tmp_path, store):
         saved = {key: value for key, value in identity(workspace).items() if key not in missing}
         check_same_run(workspace, json.loads(json.dumps(saved)))
 
-    keys = ["training.input_noise", "training.through_leads"]
+    keys = ["training.input_noise", "training.through_leads", "training.beta2"]
     for given, told in (
         ({}, "input_noise=0.0, this config says 0.3"),
         ({"input_noise": 0.0, "through_leads": False}, "through_leads=True, this config says False"),
+        ({"input_noise": 0.0, "beta2": 0.95}, "beta2=0.999, this config says 0.95"),
     ):
         with pytest.raises(InputError, match=re.escape(told)):
             judge(ProcessMesh.alone(), config_of(tmp_path, store, **given), keys)

@@ -133,7 +133,7 @@ def judge(comparison: ComparisonConfig, run: Run, mesh: ProcessMesh, progress: P
 def multiply_adds_of(trained: TrainedNetwork) -> float:
     """Of a cell and step, forward: its layers by formula (see `multiply_adds`) and its forecast; NaN where a layer is
     of a kind whose formula is not known."""
-    network, grid = trained.network, trained.contract.grid
+    network, grid = trained.network, trained.domain().coarsened(trained.network.scale_factor).grid
     if not all(isinstance(layer, COUNTED) for layer in network.layers):
         return math.nan
     case = BenchCase(
@@ -141,7 +141,8 @@ def multiply_adds_of(trained: TrainedNetwork) -> float:
         mesh=MeshConfig(),
     )  # fmt: skip
     of_layers = sum(multiply_adds(layer, case) for layer in network.layers) / (grid.nlat * grid.nlon * trained.window)
-    return of_layers + sum(weight.numel() for weight in network.forecast.parameters() if weight.dim() == 4)
+    of_forecast = sum(weight.numel() for weight in network.forecast.parameters() if weight.dim() == 4)
+    return (of_layers + of_forecast) / network.scale_factor**2
 
 
 def _asked(comparison: ComparisonConfig, run: Run) -> list[int]:

@@ -1,5 +1,6 @@
 """How good forecasts are, of networks and of files, beside each other and beside what costs nothing."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ def evaluate(
         entry.check(truth)
     cases = _cases(networks, files, truth, leads)
     some = [cases[place] for place in evenly(len(cases), samples or len(cases))]
-    domain = Domain(truth.grid, mesh)
+    domain = Domain(truth.grid, mesh, cuts=networks[0].forecaster.domain.cuts if networks else None)
     cycle = networks[0].forecaster.cycle if networks else None
     spans = _spans(truth, climatology, contract)
     base = Baselines.of(truth, domain, spans, len(some[0].leads), cycle)
@@ -98,6 +99,8 @@ def opened(
     names = names_of(models)
     load = partial(Forecaster.load, mesh=mesh, kernels=kernels)
     loaded = [None if is_file_of_forecasts(path) else load(path) for path in models]
+    block = math.lcm(*(one.network.scale_factor for one in loaded if one is not None))
+    loaded = [one and Forecaster(one.trained, mesh, block=block) for one in loaded]  # all on the same tiles
     data = data or [store_of([one.trained.about for one in loaded if one is not None], models)]
     entries = list[Entry]()
     for path, name, forecaster in zip(models, names, loaded, strict=True):

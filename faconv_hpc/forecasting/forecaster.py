@@ -54,6 +54,7 @@ class Forecaster:
         trained: see `load_network`.
         mesh: its ranks share the grid; default: this process has all of it.
         device: default: the mesh's; without a mesh a GPU, if there is one.
+        block: see `TrainedNetwork.domain`; for networks side by side on the same tiles.
 
     Attributes:
         network: in float32, on the device.
@@ -66,12 +67,16 @@ class Forecaster:
     """
 
     def __init__(
-        self, trained: TrainedNetwork, mesh: ProcessMesh | None = None, device: torch.device | str | None = None
+        self,
+        trained: TrainedNetwork,
+        mesh: ProcessMesh | None = None,
+        device: torch.device | str | None = None,
+        block: int = 1,
     ) -> None:
         if device is None:
             device = mesh.device if mesh is not None else device_for("auto")
         self.trained, self.contract, self.window = trained, trained.contract, trained.window
-        self.domain: Domain = trained.domain(mesh)
+        self.domain: Domain = trained.domain(mesh, block)
         self.device = torch.device(device)
         self.network = trained.network.to(self.device)
         self.cycle = trained.cycle.part(self.domain.tile)
@@ -97,6 +102,11 @@ class Forecaster:
         if mesh is not None and Path(path).is_dir():
             path = mesh.from_first(newest_at(Path(path)).path if mesh.rank == 0 else path)
         return cls(load_network(path, kernels=kernels), mesh, device)
+
+    @property
+    def within(self) -> Domain:
+        """The domain that its layers compute on."""
+        return self.domain.coarsened(self.network.scale_factor)
 
     def to(self, device: torch.device | str) -> "Forecaster":
         """The same forecaster, moved to a device."""

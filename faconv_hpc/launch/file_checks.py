@@ -10,7 +10,6 @@ from ..config import RunConfig
 from ..data.probe import locking_problem
 from ..data.store import Store
 from ..errors import InputError
-from ..spatial.grid import Cuts
 from .findings import FILES, Finding, Subject, Verdict
 from .local import inside_a_job
 
@@ -104,15 +103,15 @@ def _speed(inside: Path) -> Finding:
 
 def _fit(config: RunConfig) -> Finding:
     """Whether config, store and machine go together."""
-    from ..training.fit import check_fits, grid_of, names_of, parts_of, training_starts
+    from ..training.fit import check_fits, cuts_of, grid_of, names_of, parts_of, training_starts
 
-    data, mesh = config.data, config.mesh
+    data = config.data
     try:
         check_fits(config, here=inside_a_job())
     except InputError as error:
         return Finding.of_error(FILES, "config", error)
     with Store.open(data.store) as opened:
-        tile = Cuts.even(grid_of(config, opened), mesh.lat, mesh.lon).tile(0)
+        tile = cuts_of(config, grid_of(config, opened)).tile(0)
         starts = training_starts(opened, parts_of(data, opened).train, data.window, config.training.most_leads)
         names, (rows, columns) = names_of(data, opened), tile.shape
         value = f"{len(starts)} windows of {len(names)} variables, tiles of {rows} x {columns}"

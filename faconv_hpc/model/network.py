@@ -18,8 +18,9 @@ from .feedback import Feedback
 from .history import History
 from .losses import Loss, area_mean_squared_error, free_run_loss, shared_mean_squared_error
 from .recurrence import State, known_steps
-from .rules import check_coarse, check_steps
+from .rules import ON_THE_SPHERE, check_coarse, check_steps, squares_of
 from .segments import Segments
+from .squares import in_squares, out_of_squares
 from .state import NetworkState, Past
 from .subspace import SubspaceHead, coarse_at_leads, coarse_means
 
@@ -104,6 +105,9 @@ class FAConvLSTMNetwork(nn.Module):
         diagnostic_channels: what is forecast besides, and is no input.
         history: how many frames the layers and the forecast see at each step, its own among them; see `History`.
         past_channels: how many of the inputs, from the first, they see of the frames before. Default: all.
+        scale_factor: f; layers and forecast compute on squares of f x f cells, see squares.py, all of which they see
+            and forecast. Their domain is `Domain.coarsened`, so that tiles must be of whole squares. The operators of
+            `ON_THE_SPHERE` have squares of their own.
         residual: every layer but the first adds what it says to what it was given, and the forecast sees the inputs.
             Gates saturate; a forecast that is linear in the fields can hold back what has grown too large.
         embedding_channels, coarse_shape, seasonal_encoding: see `SubspaceHead`.
@@ -128,6 +132,7 @@ class FAConvLSTMNetwork(nn.Module):
         diagnostic_channels: int = 0,
         history: int = 1,
         past_channels: int | None = None,
+        scale_factor: int = 1,
         residual: bool = True,
         embedding_channels: int = 32,
         coarse_shape: tuple[int, int] = (3, 6),
@@ -154,10 +159,14 @@ class FAConvLSTMNetwork(nn.Module):
                 f"history={history} frames with past_channels={past}: it sees one frame or more, and of those before "
                 f"0 to in_channels={in_channels} channels. Give history=1 for the frame of the step alone."
             )
-        self.history = History(history, past)
-        seen = in_channels + self.history.added
+        if cell in ON_THE_SPHERE:
+            layer_options |= {"scale_factor": scale_factor}
+        self.scale_factor = squares_of(cell, scale_factor)
+        in_square = self.scale_factor**2
+        self.history = History(history, past * in_square)
+        seen = in_channels * in_square + self.history.added
         self.layers = layers_of(cell, seen, hidden_channels, layers, layer_options)
-        targets = field_channels + diagnostic_channels
+        targets = (field_channels + diagnostic_channels) * in_square
         self.residual = residual
         self.forecast = ForecastHead(hidden_channels, seen if residual else 0, targets)
         self.subspace = SubspaceHead(
@@ -195,7 +204,9 @@ class FAConvLSTMNetwork(nn.Module):
         """
         domain = domain or Domain.plane(*x_BTCYX.shape[-2:])
         self._check_boundaries(domain)
-        check_coarse(self.subspace.coarse_shape, domain.grid.nlat, domain.grid.nlon)
+        domain.check_cells(x_BTCYX)
+        within = domain.coarsened(self.scale_factor)
+        check_coarse(self.subspace.coarse_shape, within.grid.nlat, within.grid.nlon)
         if feedback is not None and valid_BT is not None:
             raise InputError(
                 "samples of different length (valid_BT) do not run freely (feedback). Give one of the two."
@@ -206,10 +217,10 @@ class FAConvLSTMNetwork(nn.Module):
         states = [None] * (1 + len(self.layers)) if state is None else state.parts(len(self.layers))
         forecasts, means = [], []
         given_BTCYX, ahead_BTCYX = x_BTCYX.split([window, x_BTCYX.shape[1] - window], dim=1)
-        cut = Segments(self.checkpoint_steps, domain)
+        cut = Segments(self.checkpoint_steps, within)
         for start, x in cut.of(given_BTCYX):
             valid = None if valid_BT is None else valid_BT[:, start : start + x.shape[1]]
-            segment = partial(self._segment, domain=domain, first_step=first_step + start, valid_BT=valid)
+            segment = partial(self._segment, within=within, first_step=first_step + start, valid_BT=valid)
             forecast, mean, states = cut.computed(segment, x, states)
             forecasts.append(forecast)
             means.append(mean)
@@ -217,7 +228,7 @@ class FAConvLSTMNetwork(nn.Module):
         if feedback is not None:
             last, change = given_BTCYX[:, -1], self._change(forecasts[-1][:, -1])
             for start, x in cut.of(ahead_BTCYX):
-                free = partial(self._free_segment, feedback, domain=domain, first_step=first_step + window + start)
+                free = partial(self._free_segment, feedback, within=within, first_step=first_step + window + start)
                 forecast, mean, states, change = cut.computed(free, last, x, change, states)
                 forecasts.append(forecast)
                 means.append(mean)
@@ -336,22 +347,24 @@ class FAConvLSTMNetwork(nn.Module):
         self,
         x_BTCYX: Tensor,
         states: Sequence[State | None],
-        domain: Domain,
+        within: Domain,
         first_step: int,
         valid_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[State]]:
         """Some steps through all layers and the forecast; only what later segments need comes out.
 
-        States are those of the history, and then of the layers.
+        States are those of the history, and then of the layers; ``within`` is the domain of the squares.
         """
-        x_BTCYX, frames = self.history(x_BTCYX, states[0], valid_BT)
+        cells = x_BTCYX.shape[-2], x_BTCYX.shape[-1]
+        x_BTCYX, frames = self.history(in_squares(x_BTCYX, self.scale_factor), states[0], valid_BT)
         h_BTCYX, after = x_BTCYX, [frames]
         for number, (layer, state) in enumerate(zip(self.layers, states[1:], strict=True)):
-            out_BTCYX, last = layer(h_BTCYX, state, domain=domain, first_step=first_step, valid_BT=valid_BT)
+            out_BTCYX, last = layer(h_BTCYX, state, domain=within, first_step=first_step, valid_BT=valid_BT)
             h_BTCYX = h_BTCYX + out_BTCYX if number and self.residual else out_BTCYX
             after.append(last)
-        forecast = self.forecast(h_BTCYX.flatten(0, 1), x_BTCYX.flatten(0, 1))
-        return forecast.unflatten(0, h_BTCYX.shape[:2]), domain.mean(h_BTCYX, self.subspace.coarse_shape), after
+        in_parts = self.forecast(h_BTCYX.flatten(0, 1), x_BTCYX.flatten(0, 1))
+        forecast_BTCYX = out_of_squares(in_parts, self.scale_factor, cells).unflatten(0, h_BTCYX.shape[:2])
+        return forecast_BTCYX, within.mean(h_BTCYX, self.subspace.coarse_shape), after
 
     def _free_segment(
         self,
@@ -360,7 +373,7 @@ class FAConvLSTMNetwork(nn.Module):
         given_BTCYX: Tensor,
         change_BCYX: Tensor,
         states: Sequence[State | None],
-        domain: Domain,
+        within: Domain,
         first_step: int,
     ) -> tuple[Tensor, Tensor, Sequence[State | None], Tensor]:
         """Some steps, each from what the one before has forecast.
@@ -371,7 +384,7 @@ class FAConvLSTMNetwork(nn.Module):
         for number in range(given_BTCYX.shape[1]):
             came_BCYX = change_BCYX if feedback.through else change_BCYX.detach()
             x_BTCYX = feedback.inputs(last_BCYX, given_BTCYX[:, number], came_BCYX)[:, None]
-            forecast, mean, states = self._segment(x_BTCYX, states, domain, first_step + number, None)
+            forecast, mean, states = self._segment(x_BTCYX, states, within, first_step + number, None)
             zero_BCYX, change_BCYX = came_BCYX - change_BCYX, came_BCYX + self._change(forecast[:, 0])
             forecasts.append(forecast if feedback.through else self._less(forecast, zero_BCYX))
             means.append(mean)

@@ -55,6 +55,11 @@ def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention
         raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
 
 
+def squares_of(cell: str, scale_factor: int) -> int:
+    """Cells along a side of the squares that layers compute on; those of `ON_THE_SPHERE` make squares of their own."""
+    return 1 if cell in ON_THE_SPHERE else scale_factor
+
+
 def check_steps(steps: int) -> None:
     """Raises InputError for a sequence of none."""
     if steps < 1:

@@ -18,6 +18,7 @@ from .exchange import HaloExchange
 from .grid import Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
 from .operations import Gather, Mean, Pad, Swap, SwapBack, Total
+from .squares import cuts_of_squares, grid_of_squares
 from .surroundings import Surroundings
 from .tape import Again, Started, Tape
 
@@ -35,6 +36,8 @@ class Domain:
         grid: the whole grid.
         mesh: the ranks; default: this process owns everything.
         cuts: where the grid is cut; default: as evenly as possible over the mesh.
+        block: where it is cut evenly no square of ``block`` x ``block`` cells is parted, see `coarsened`.
+        clock: default: one of its own.
 
     Attributes:
         tile: the owned cells.
@@ -42,10 +45,18 @@ class Domain:
         clock: what the verbs have cost.
     """
 
-    def __init__(self, grid: LatLonGrid, mesh: ProcessMesh | None = None, *, cuts: Cuts | None = None) -> None:
+    def __init__(
+        self,
+        grid: LatLonGrid,
+        mesh: ProcessMesh | None = None,
+        *,
+        cuts: Cuts | None = None,
+        block: int = 1,
+        clock: Clock | None = None,
+    ) -> None:
         self.grid = grid
         self.mesh = mesh or ProcessMesh.alone()
-        self.cuts = cuts or Cuts.even(grid, self.mesh.lat, self.mesh.lon)
+        self.cuts = cuts or Cuts.even(grid, self.mesh.lat, self.mesh.lon, block)
         if (self.cuts.lat, self.cuts.lon) != (self.mesh.lat, self.mesh.lon):
             raise InputError(
                 f"the cuts make {self.cuts.lat} x {self.cuts.lon} tiles, the mesh has {self.mesh.lat} x "
@@ -53,12 +64,13 @@ class Domain:
             )
         self.cuts.check_covers(grid)
         self.tile: Tile = self.cuts.tile(self.mesh.tile_index)
-        self.clock = Clock(self.mesh.activity)
+        self.clock = clock or Clock(self.mesh.activity)
         self._tape: Tape | None = None
         self._halo_exchanges: dict[int, HaloExchange] = {}
         self.coordinates = Coordinates(grid, self.tile)
         self._area_mean = AreaMean(self.coordinates.row_weights, self.mesh.tile_group, self.clock)
         self._region_means: dict[tuple[int, int], RegionMeans] = {}
+        self._coarsened: dict[int, Domain] = {}
 
     @staticmethod
     @lru_cache(maxsize=16)
@@ -70,6 +82,19 @@ class Domain:
     def tiles(self) -> int:
         """Number of tiles of the grid."""
         return self.cuts.tiles
+
+    def coarsened(self, factor: int) -> "Domain":
+        """The domain of squares of ``factor`` x ``factor`` cells; made once, and its verbs tell this one's clock.
+
+        Raises:
+            InputError: the cuts part some of them, or they do not fit the grid.
+        """
+        if factor == 1:
+            return self
+        if factor not in self._coarsened:
+            grid, cuts = grid_of_squares(self.grid, factor), cuts_of_squares(self.cuts, factor)
+            self._coarsened[factor] = Domain(grid, self.mesh, cuts=cuts, clock=self.clock)
+        return self._coarsened[factor]
 
     # The five verbs
 

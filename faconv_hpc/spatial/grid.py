@@ -285,9 +285,13 @@ class Cuts:
     column_edges: tuple[int, ...]
 
     @classmethod
-    def even(cls, grid: LatLonGrid, lat: int = 1, lon: int = 1) -> "Cuts":
-        """``lat`` x ``lon`` tiles of sizes as equal as `split_evenly` makes them."""
-        return cls(split_evenly(grid.nlat, lat, "lat"), split_evenly(grid.nlon, lon, "lon"))
+    def even(cls, grid: LatLonGrid, lat: int = 1, lon: int = 1, block: int = 1) -> "Cuts":
+        """``lat`` x ``lon`` tiles of sizes as equal as `split_evenly` makes them.
+
+        Args:
+            block: no square of ``block`` x ``block`` cells, counted from the first row and column, is parted.
+        """
+        return cls(_split_in_blocks(grid.nlat, lat, "lat", block), _split_in_blocks(grid.nlon, lon, "lon", block))
 
     def check_covers(self, grid: LatLonGrid) -> None:
         """Raises InputError unless every row and column of the grid belongs to one tile."""
@@ -325,6 +329,18 @@ class Cuts:
         """Rows per tile along ``"lat"``, columns per tile along ``"lon"``."""
         edges = self.row_edges if axis == "lat" else self.column_edges
         return [stop - start for start, stop in pairwise(edges)]
+
+
+def _split_in_blocks(size: int, parts: int, axis: str, block: int) -> tuple[int, ...]:
+    if block > 1 and parts > -(-size // block):
+        kind = "rows" if axis == "lat" else "columns"
+        raise InputError(
+            f"{size} {kind} in squares of {block} (model.scale_factor) cannot be cut over {parts} ranks along {axis}: "
+            f"every tile needs one at least. Use between 1 and {-(-size // block)} ranks along {axis} "
+            f"(key mesh.{axis})."
+        )
+    edges = split_evenly(-(-size // block), parts, axis)
+    return (*(edge * block for edge in edges[:-1]), size)
 
 
 def split_evenly(size: int, parts: int, axis: str = "lat") -> tuple[int, ...]:

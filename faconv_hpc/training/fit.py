@@ -28,9 +28,11 @@ from ..model.rules import (
     check_one_tile,
     check_scale,
     globe_of,
+    squares_of,
 )
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.halo import halo_rectangles
+from ..spatial.squares import cuts_of_squares, grid_of_squares
 
 FLOAT_BYTES = 4
 
@@ -50,9 +52,11 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
     with Store.open(config.data.store) as store:
         check_store(config, store)
         grid = grid_of(config, store)
-    cuts = Cuts.even(grid, config.mesh.lat, config.mesh.lon)
+    cuts, block = cuts_of(config, grid), squares_of(config.model.cell, config.model.scale_factor)
     if config.model.cell in ON_THE_SPHERE:
         _check_sphere(config, cuts, grid)
+    if block > 1:
+        grid, cuts = grid_of_squares(grid, block), cuts_of_squares(cuts, block)
     check_coarse(config.model.coarse_shape, grid.nlat, grid.nlon)
     for tile in (0, cuts.tiles - 1):  # those at the poles
         halo_rectangles(grid, cuts, tile, reach_of(config.model))
@@ -67,6 +71,12 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
 def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
     """The store's grid with the config's boundaries."""
     return store.grid(lat_boundary=config.data.lat_boundary, lon_boundary=config.data.lon_boundary)
+
+
+def cuts_of(config: RunConfig, grid: LatLonGrid) -> Cuts:
+    """Where the config's mesh cuts a grid."""
+    block = squares_of(config.model.cell, config.model.scale_factor)
+    return Cuts.even(grid, config.mesh.lat, config.mesh.lon, block)
 
 
 @dataclass(frozen=True)

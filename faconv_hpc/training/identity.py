@@ -12,7 +12,9 @@ from ..errors import InputError
 from .manifest import Manifest
 from .setup import WAYS, Workspace, model_options
 
-BEFORE: dict[str, Any] = {"training.input_noise": 0.0, "training.through_leads": True}
+BEFORE: dict[str, Any] = {
+    "training.input_noise": 0.0, "training.through_leads": True, "training.beta2": 0.999, "model.scale_factor": 1,
+}  # fmt: skip
 """What a run began with until there were these keys."""
 
 
@@ -27,7 +29,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     kept |= {
         f"training.{key}": tree["training"][key]
         for key in (
-            "optimizer", "seed", "rollout", "lead_weights", "through_leads", "stateful_windows", "input_noise",
+            "optimizer", "beta2", "seed", "rollout", "lead_weights", "through_leads", "stateful_windows", "input_noise",
             "frozen",
         )
     }  # fmt: skip

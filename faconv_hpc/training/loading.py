@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,9 +63,13 @@ class TrainedNetwork:
             said["network"].pop(free, None)
         return hashlib.sha256(save(weights) + json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-    def domain(self, mesh: ProcessMesh | None = None) -> Domain:
-        """The grid that it was trained on, cut over the ranks of a mesh; default: all of it here."""
-        return Domain(self.contract.grid, mesh)
+    def domain(self, mesh: ProcessMesh | None = None, block: int = 1) -> Domain:
+        """The grid that it was trained on, cut over the ranks of a mesh; default: all of it here.
+
+        Args:
+            block: cells along a side of the squares that are not parted, besides its own.
+        """
+        return Domain(self.contract.grid, mesh, block=math.lcm(block, self.network.scale_factor))
 
 
 def load_network(path: Path | str, *, kernels: str | None = "eager") -> TrainedNetwork:

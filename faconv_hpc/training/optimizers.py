@@ -9,13 +9,16 @@ from ..config import TrainingConfig
 from ..model.network import FAConvLSTMNetwork
 from .frozen import freeze
 
+BETA1 = 0.9
 WRAPPED = ("add_param_group", "zero_grad", "load_state_dict", "state_dict")
 
 
 def optimizer_of(network: FAConvLSTMNetwork, training: TrainingConfig) -> torch.optim.Optimizer:
     """Without a learning rate, which every step brings: DeepSpeed may make a step of its own when it starts."""
-    kind = _uncompiled(torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW)
-    return kind(freeze(network, training.frozen), lr=0.0, weight_decay=training.weight_decay)
+    groups, decay = freeze(network, training.frozen), training.weight_decay
+    if training.optimizer == "sgd":
+        return _uncompiled(torch.optim.SGD)(groups, lr=0.0, weight_decay=decay)
+    return _uncompiled(torch.optim.AdamW)(groups, lr=0.0, weight_decay=decay, betas=(BETA1, training.beta2))
 
 
 def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

@@ -14,7 +14,7 @@ from ..data.store import Store
 from ..errors import InputError
 from ..model.arithmetic import arithmetic
 from ..model.network import FAConvLSTMNetwork
-from ..spatial.domain import Domain
+from ..model.rules import squares_of
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from .contract import make_contract
@@ -23,7 +23,7 @@ from .fit import grid_of
 from .free_run import feedback_for
 from .objective import losses_of
 from .seen import annual_cycle_of
-from .setup import Workspace, build_network
+from .setup import Workspace, build_network, domain_of
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 ROUNDINGS = 4  # a float32 result may also differ by so many times what one tile itself is away from float64
@@ -59,14 +59,15 @@ Values = dict[str, Tensor]
 """What is compared: values of the whole grid, and gradients summed over tiles."""
 
 
-def layouts_of(ranks: int, grid: LatLonGrid) -> list[MeshConfig]:
-    """All arrangements of so many tiles that fit a grid, one tile along lat first.
+def layouts_of(ranks: int, grid: LatLonGrid, block: int = 1) -> list[MeshConfig]:
+    """All arrangements of so many tiles, of squares of so many cells along a side, that fit a grid, one tile along lat
+    first.
 
     Raises:
         InputError: there is none.
     """
     every = [MeshConfig(lat=lat, lon=ranks // lat) for lat in range(1, ranks + 1) if ranks % lat == 0]
-    fitting = [one for one in every if one.lat <= grid.nlat and one.lon <= grid.nlon]
+    fitting = [one for one in every if one.lat <= -(-grid.nlat // block) and one.lon <= -(-grid.nlon // block)]
     if not fitting:
         raise InputError(
             f"no arrangement of {ranks} ranks fits a grid of {grid.nlat} x {grid.nlon} cells. Use fewer ranks."
@@ -74,7 +75,7 @@ def layouts_of(ranks: int, grid: LatLonGrid) -> list[MeshConfig]:
     return fitting
 
 
-def check_layout(layout: MeshConfig, ranks: int, grid: LatLonGrid) -> None:
+def check_layout(layout: MeshConfig, ranks: int, grid: LatLonGrid, block: int = 1) -> None:
     """Raises InputError unless there is something to compare and the layout fits ranks and grid."""
     if layout.ranks == 1:
         raise InputError(
@@ -86,7 +87,7 @@ def check_layout(layout: MeshConfig, ranks: int, grid: LatLonGrid) -> None:
             f"the layout {layout} needs {layout.ranks} ranks, there are {ranks}. Leave --ranks out, and "
             f"`faconv verify` starts as many as each layout needs; or name layouts of {ranks} ranks."
         )
-    Cuts.even(grid, layout.lat, layout.lon)  # or says which side has too few cells
+    Cuts.even(grid, layout.lat, layout.lon, block)  # or says which side has too few cells
 
 
 def verify_parity(
@@ -116,14 +117,15 @@ def verify_parity(
     cycle = annual_cycle_of(config, store, mesh)
     contract = make_contract(config, store, mesh, cycle=cycle)
     alone = ProcessMesh.alone(mesh.device)
-    reference = _Reference(Workspace(config, store, contract, Domain(contract.grid, alone), cycle))
+    reference = _Reference(Workspace(config, store, contract, domain_of(config.model, contract.grid, alone), cycle))
     rows: list[ParityRow] = []
-    for layout in layouts_of(mesh.ranks, grid) if layouts is None else layouts:
-        check_layout(layout, mesh.ranks, grid)
+    block = squares_of(config.model.cell, config.model.scale_factor)
+    for layout in layouts_of(mesh.ranks, grid, block) if layouts is None else layouts:
+        check_layout(layout, mesh.ranks, grid, block)
         sizes = (layout.replicas, layout.lat, layout.lon)
         arranged = ProcessMesh.arrange(mesh.job_ranks, *sizes, device=mesh.device, watch=mesh.watch)
         assert arranged is not None, f"rank {mesh.rank} is not part of {layout}"
-        workspace = Workspace(config, store, contract, Domain(contract.grid, arranged), cycle)
+        workspace = Workspace(config, store, contract, domain_of(config.model, contract.grid, arranged), cycle)
         with arithmetic("fp32", mesh.device):
             got = _results(workspace, dtype)
             if dtype == torch.float32:

@@ -21,7 +21,7 @@ from ..files import cannot_write, write_durably
 from ..model.arithmetic import ACTIVATIONS
 from ..model.kernels import kernels_named
 from ..model.network import FAConvLSTMNetwork
-from ..model.rules import CELL_OPTIONS, ON_THE_SPHERE, globe_of
+from ..model.rules import CELL_OPTIONS, ON_THE_SPHERE, globe_of, squares_of
 from ..observe import READING
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
@@ -66,7 +66,7 @@ class Workspace:
         if contract is None:
             whole = annual_cycle_of(config, store, mesh)
             contract = make_contract(config, store, mesh, before, whole)
-            domain = Domain(contract.grid, mesh)
+            domain = domain_of(config.model, contract.grid, mesh)
             if whole.coefficients and kept is not None and mesh.rank == 0:
                 try:
                     write_durably(kept, whole.content())
@@ -74,11 +74,16 @@ class Workspace:
                     raise cannot_write("run_dir", kept.parent, error) from None
             return cls(config, store, contract, domain, whole.part(domain.tile))
         contract.check(store)
-        domain = Domain(contract.grid, mesh)
+        domain = domain_of(config.model, contract.grid, mesh)
         names = list(contract.harmonics)
         assert kept is not None or not names, "a network that sees anomalies has a file of what they depart from"
         cycle = AnnualCycle.read(kept, names, domain.tile) if kept is not None and names else AnnualCycle()
         return cls(config, store, contract, domain, cycle)
+
+    @property
+    def within(self) -> Domain:
+        """The domain that layers compute on."""
+        return self.domain.coarsened(squares_of(self.config.model.cell, self.config.model.scale_factor))
 
     @property
     def training_spans(self) -> tuple[range, ...]:
@@ -123,6 +128,11 @@ class Workspace:
         )
 
 
+def domain_of(model: ModelConfig, grid: LatLonGrid, mesh: ProcessMesh) -> Domain:
+    """The grid, cut over a mesh as the network needs it."""
+    return Domain(grid, mesh, block=squares_of(model.cell, model.scale_factor))
+
+
 WAYS = ("kernels", "checkpoint_steps", "attention_exchange")
 """Keys of a model section that are other ways to the same numbers."""
 
@@ -161,6 +171,8 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
     if model.history > 1:
         kept |= {"history"}
+    if model.scale_factor > 1:
+        kept |= {"scale_factor"}
     if model.attends:
         kept |= {"attention_heads", "attention_reduction", "attention_exchange"}
     return model.model_dump(include=kept)

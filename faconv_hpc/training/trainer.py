@@ -95,7 +95,7 @@ def train(
                 _say_that_all_is_done(config, done, progress)
             return EXIT_OK
         order = order_of(config, windows)
-        carried = CarriedStates.resumed(config, workspace.domain, order, resumed, engine.activation_type)
+        carried = CarriedStates.resumed(config, workspace.within, order, resumed, engine.activation_type)
         kept = workspace, engine, resumed, legs, carried
         writer = CheckpointWriter(*kept, before_commit=claim.check, on_commit=progress)
         stack.enter_context(closing(writer))

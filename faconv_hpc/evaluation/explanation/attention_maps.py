@@ -72,9 +72,9 @@ class _Sums:
     MAPS = ("rows", "columns", "offsets", "latitudes")
 
     def __init__(self, forecaster: Forecaster, layer: FAConvLSTM2d) -> None:
-        self._layer, self._domain = layer, forecaster.domain
-        nlat, nlon = forecaster.domain.tile.shape
-        areas_Y = torch.from_numpy(np.asarray(forecaster.domain.grid.cell_area_sr, dtype=np.float64))
+        self._layer, self._domain, self._cells = layer, forecaster.within, forecaster.domain.tile.shape
+        nlat, nlon = self._domain.tile.shape
+        areas_Y = torch.from_numpy(np.asarray(self._domain.grid.cell_area_sr, dtype=np.float64))
         self._even_Y = areas_Y / areas_Y.sum()  # weights of a column that has no preference
         shapes = (nlat, nlon), (nlat, nlon), (nlat, nlon), (nlat, nlat)
         self._maps = {
@@ -131,8 +131,12 @@ class _Sums:
             self._maps["latitudes"][season] += mean_NN / nlon
 
     def mean(self, name: str) -> NDArray[np.float64]:
-        """Of one of the `MAPS`, by season; NaN where there was none."""
-        return np.asarray(self._maps[name] / self._events[:, None, None])
+        """Of one of the `MAPS`, by season; NaN where there was none. Cells of a square have what it has."""
+        found = np.asarray(self._maps[name] / self._events[:, None, None])
+        nlat, nlon = self._cells
+        for axis, size in ((1, nlat), (2, nlat if name == "latitudes" else nlon)):
+            found = found.repeat(-(-size // found.shape[axis]), axis=axis).take(range(size), axis=axis)
+        return found
 
     @property
     def added(self) -> float:

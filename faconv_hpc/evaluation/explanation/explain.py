@@ -84,7 +84,7 @@ def explain(
 
 def check_memory(forecaster: Forecaster, steps: int) -> None:
     """Raises InputError where the gradients of a forecast clearly do not fit."""
-    (nlat, nlon), width = forecaster.domain.tile.shape, 0
+    (nlat, nlon), width = forecaster.within.tile.shape, 0
     for layer in forecaster.network.layers:
         width += getattr(layer, "hidden_channels", 0)
     needed = nlat * nlon * width * 4 * KEPT_PER_STEP * (forecaster.window + steps)
