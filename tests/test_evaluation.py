@@ -780,3 +780,21 @@ def test_the_report_says_what_climatology_is_made_of_and_whether_it_is_judged_on
         stored = dataset_of(found).attrs
         assert stored["climatology"] == found.made_of.kind
         assert stored["climatology_dates"] == ", ".join(found.made_of.dates)
+
+
+@pytest.mark.parametrize(
+    ("errors", "high"),
+    [((1, 3), 3), ((1, 3, 0, np.nan), 3), ((0.5, 1e6), 2.5), ((1, 2, 3, 4, 9), 4), ((0, np.nan), 1)],
+    ids=["the larger", "no errors, no numbers", "one runs away", "not drawn", "nothing"],
+)
+def test_maps_of_several_models_have_one_scale(monkeypatch, tmp_path, errors, high):
+    drawn = []
+    monkeypatch.setattr(figures, "draw_map", lambda axes, a, b, field, colours, title: drawn.append(colours) or axes)
+    monkeypatch.setattr(figures, "colour_bar", lambda *_: None)
+    sizes = np.array(errors)[:, None, None, None] * np.ones((2, 6, 8))
+    coordinates = {"model": list(map(str, errors)), "lead_time": np.array([6, 12]).astype("timedelta64[h]")}
+    fields = {f"u_{name}": (("model", "lead_time", *DIMS), sizes, {"units": "K"}) for name in ("rmse", "bias")}
+    maps = xr.Dataset(fields, coordinates | {"latitude": LATITUDE, "longitude": LONGITUDE})
+    for model in coordinates["model"][:2]:
+        figures.draw_maps(maps, model, tmp_path / "maps.png")
+    assert [(one.low, one.high) for one in drawn] == [(0, high), (0, high), (-high, high)] * 2

@@ -1,9 +1,12 @@
 """Figures of an evaluation."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, legend_below, line_style, new_figure, save_figure
 from .evaluation import Evaluation
@@ -12,6 +15,7 @@ from .words import with_units
 
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
 SHOWN_VARIANCE = 1e-12  # of the most of a spectrum: what is less is not drawn
+MOST_APART = 5.0  # scale over the errors of the best model: those of one that runs away would leave nothing to see
 RMSE, ACC, COMPARISONS, SPECTRA, FORECAST = "rmse.png", "acc.png", "comparisons.png", "spectra.png", "forecast.png"
 MAP_FIGURES = tuple(f"maps_{place}.png" for place in range(1, SHOWN_ENTRIES + 1))
 FIGURES = (RMSE, ACC, COMPARISONS, SPECTRA, *MAP_FIGURES, FORECAST)
@@ -118,24 +122,34 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
 
 
 def draw_maps(maps: xr.Dataset, model: str, path: Path) -> Path:
-    """A row for each variable: RMSE at the first and the last lead with one scale, and the bias at the last."""
+    """A row for each variable: RMSE at the first and the last lead with one scale, and the bias at the last; scales are
+    those of the figures of the other models."""
     own, names = maps.sel(model=model), [str(one).removesuffix("_rmse") for one in maps if str(one).endswith("_rmse")]
+    of_all = maps.isel(model=slice(SHOWN_ENTRIES))
     hours = own.lead_time.values / np.timedelta64(1, "h")
     figure, axes = new_figure(len(names[:SHOWN_MAPS]), 3, f"Errors of {model}", maps=True, width=4.2)
     coordinates = own.latitude.values, own.longitude.values
     for row, name in zip(axes, names[:SHOWN_MAPS], strict=True):
         rmse, bias = own[f"{name}_rmse"], own[f"{name}_bias"]
         ends = rmse.isel(lead_time=0).values, rmse.isel(lead_time=-1).values
-        colours = Colours.of_magnitudes(*ends)
+        colours = _shared(Colours.of_magnitudes, of_all[f"{name}_rmse"].isel(lead_time=[0, -1]).values)
         for place, field, ahead in zip(row, ends, (hours[0], hours[-1]), strict=False):
             image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead:.4g} h ahead")
         colour_bar(image, list(row[:2]), with_units("RMSE", rmse.units))
+        colours = _shared(Colours.of_changes, of_all[f"{name}_bias"].isel(lead_time=-1).values)
         field = bias.isel(lead_time=-1).values
-        image = draw_map(
-            row[2], *coordinates, field, Colours.of_changes(field), f"{name}: bias {hours[-1]:.4g} h ahead"
-        )
+        image = draw_map(row[2], *coordinates, field, colours, f"{name}: bias {hours[-1]:.4g} h ahead")
         colour_bar(image, row[2], with_units("bias", rmse.units))
     return save_figure(figure, path)
+
+
+def _shared(scale: Callable[[NDArray[np.floating]], Colours], fields_M: NDArray[np.floating]) -> Colours:
+    """One scale of several models (M, ...): that of the largest errors, as far as the smallest still are seen on it."""
+    own = [scale(field) for field in fields_M if np.where(np.isfinite(field), field, 0).any()]  # the others have none
+    if not own:
+        return scale(fields_M)
+    high = min(max(one.high for one in own), MOST_APART * min(one.high for one in own))
+    return replace(own[0], low=-high if own[0].signed else own[0].low, high=high)
 
 
 def draw_comparisons(evaluation: Evaluation, path: Path) -> Path:

@@ -12,7 +12,7 @@ from .baselines import MadeOf
 from .compare import Comparison
 from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
-from .figures import SHOWN, SHOWN_MAPS
+from .figures import MOST_APART, SHOWN, SHOWN_MAPS
 from .intervals import FEWEST_DATES, LEVEL
 from .words import table, with_units
 
@@ -264,8 +264,15 @@ def _caption(title: str, evaluation: Evaluation) -> str:
         )
     return (
         "RMSE of each cell over all dates, and the mean error: red where the forecast is too high; lines are at half "
-        f"of the ends of its scale.{_of_all(evaluation, SHOWN_MAPS, 'maps.nc')}"
+        f"of the ends of its scale.{_scales(evaluation)}{_of_all(evaluation, SHOWN_MAPS, 'maps.nc')}"
     )
+
+
+def _scales(evaluation: Evaluation) -> str:
+    """Of the maps of several models."""
+    several = " All models have the same scales"
+    beyond = f", which end at {MOST_APART:g} times the errors of the best one at most."
+    return (several + beyond) * (len(evaluation.entries) > 1)
 
 
 def _of_all(evaluation: Evaluation, shown: int, file: str = "") -> str:
