@@ -25,6 +25,7 @@ from .files import make_durably, replacing
 from .spatial.grid import within_half_a_turn
 
 DPI = 130
+BAR_ASPECT = 20  # of colours, length over width, for each row of panels
 TITLE, PANEL, SMALL = 11, 9, 7  # sizes of text, in points
 SATURATED_PERCENT = 1.0  # cells beyond the ends of a scale, so that a few of them do not fade all others
 REGION_DEG = 120.0  # wide at most: its coasts are finer
@@ -134,8 +135,15 @@ def draw_map(
 
 def colour_bar(image: ScalarMappable, axes: Axes | list[Axes], label: str) -> Colorbar:
     """Beside one panel, or several that share its colours; ``label`` says the quantity and its units."""
-    first = axes if isinstance(axes, Axes) else axes[0]
-    bar = first.get_figure(root=True).colorbar(image, ax=axes, pad=0.01, extend=_extended(image))  # type: ignore[union-attr]
+    panels = [axes] if isinstance(axes, Axes) else axes
+    rows = {one.get_subplotspec().rowspan.start for one in panels}  # type: ignore[union-attr]
+    bar = (
+        panels[0]
+        .get_figure(root=True)
+        .colorbar(  # type: ignore[union-attr]
+            image, ax=panels, pad=0.01, extend=_extended(image), aspect=BAR_ASPECT * len(rows)
+        )
+    )
     bar.set_label(label, fontsize=PANEL)
     bar.ax.tick_params(labelsize=SMALL)
     return bar

@@ -21,7 +21,7 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.regimes import figures, find, partitions
 from faconv_hpc.evaluation.regimes.embedding_file import read_embeddings
 from faconv_hpc.evaluation.regimes.facts import _runs
-from faconv_hpc.evaluation.regimes.figures import draw_all, draw_numbers
+from faconv_hpc.evaluation.regimes.figures import draw_all, draw_numbers, draw_plane
 from faconv_hpc.evaluation.regimes.files import as_dict, write_netcdf
 from faconv_hpc.evaluation.regimes.find import find_regimes
 from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, silhouettes_of_chance
@@ -181,6 +181,50 @@ def test_composites_are_the_means_of_regimes(site, found):
             np.testing.assert_allclose(composites.beyond_season_KCYX[label, channel], beyond, atol=1e-5)
     assert np.isnan(composites.anomaly_KCYX[:, 1, 3:5, 2:6]).all()
     assert np.isfinite(composites.anomaly_KCYX[:, 0]).all()
+
+
+def test_times_are_shown_by_their_dates(found, monkeypatch, tmp_path):
+    """As years, and where they are of less than one, or of several sequences, as such."""
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    panels = draw_plane(found, tmp_path / "plane.png").axes
+    assert [one.get_title() for one in panels[2:6:3]] == ["Embedding, by year", "EOFs of the fields, by year"]
+    days = np.arange(FRAMES) * DAYS
+    for panel in panels[2:6:3]:
+        np.testing.assert_allclose(panel.collections[0].get_array(), 2003 + days / 365.25, atol=0.01)
+    seconds = found.embeddings.axis.seconds
+    values, unit = figures._when(TimeAxis(seconds[:30], "standard"))
+    assert (values[7], unit) == (70, "days since 2003-01-01 00:00:00")
+    values, unit = figures._when(TimeAxis(np.tile(seconds[:40], 2), "standard", (0, 40), ("a", "b")))
+    assert (values[[0, 39, 40]].tolist(), unit) == ([0, 0, 1], "sequence")
+
+
+@pytest.mark.parametrize(
+    ("clusters", "variables", "across"), [(7, 2, 2), (3, 2, 1), (10, 1, 3), (2, 4, 1), (10, 4, 1), (4, 1, 2)]
+)
+def test_composites_fill_a_page(clusters, variables, across):
+    """So that they are not shown small; and none is forgotten or left alone in a column."""
+    assert figures._across(clusters, variables) == across
+
+
+def test_every_regime_has_its_map(found, monkeypatch, tmp_path):
+    """Three in two columns: the place that is left is empty, and above it longitudes are told."""
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    monkeypatch.setattr(figures, "_across", lambda clusters, variables: 2)
+    drawn = figures.draw_composites(found, tmp_path / "composites.png", beyond_season=False).axes[:8]
+    titles = [re.sub(r" \(.*\)", "", one.get_title()) for one in drawn if one.axison]
+    assert titles == [
+        "regime 1: heat",
+        "regime 2: heat",
+        "regime 1: ice",
+        "regime 2: ice",
+        "regime 3: heat",
+        "regime 3: ice",
+    ]
+    told = [one.xaxis.get_tick_params()["labelbottom"] for one in drawn if one.axison]
+    assert told == [False, True, False, True, True, True]
+    for panel, channel, label in ((drawn[4], 0, 2), (drawn[3], 1, 1)):
+        field = found.composites.anomaly_KCYX[label, channel]
+        np.testing.assert_array_equal(np.sort(panel.collections[0].get_array()[:, :-1]), np.sort(field))
 
 
 def test_regimes_of_whole_months_have_no_maps_beyond_their_season(found, tmp_path):

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from ...data.times import MONTHS, SECONDS_PER_DAY
+from ...data.times import MONTHS, SECONDS_PER_DAY, TimeAxis
 from ...look import (
     LINE_COLOURS,
     SMALL,
@@ -28,6 +28,7 @@ from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE
 
 FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
 SHOWN = 4  # variables of composites at most
+PANEL_INCHES, PAGE = 3.2, 1.5  # of a map of composites; width over height of their figure
 DAYS_A_YEAR, MOST_BINS = 365.25, 366
 NUMBERED = 400  # cells of the calendar in which the regime's number still can be read
 
@@ -86,10 +87,12 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
 
 
 def draw_plane(regimes: Regimes, path: Path) -> Path:
-    """Two principal components of the embedding, and of the fields where they are there, by season and by regime."""
+    """Two principal components of the embedding, and of the fields where they are there, by season, by regime, and by
+    when: what made the fields may have changed within the record."""
     sources = [source for source in regimes.sources if source.key in ("embedding", "eof")]
-    title = _title(regimes, "Two dimensions of all times, by season and by regime")
-    figure, rows = new_figure(len(sources), 2, title, width=4.6, height=3.6)
+    title = _title(regimes, "Two dimensions of all times, by season, by regime and by date")
+    figure, rows = new_figure(len(sources), 3, title, width=4.6, height=3.6)
+    when_T, unit = _when(regimes.embeddings.axis)
     for row, source in zip(rows, sources, strict=True):
         points_TE, every = source.points_TE, regimes.every // source.every
         pca = PCA(2, random_state=0) if min(points_TE.shape) >= 2 else None
@@ -99,7 +102,9 @@ def draw_plane(regimes: Regimes, path: Path) -> Path:
         groups = {name: np.isin(months, own) for name, own in SEASONS.items() if np.isin(months, own).any()}
         _scatter(row[0], xy, groups, "season")
         _scatter(row[1], xy, {str(label + 1): labels == label for label in np.unique(labels)}, "regime")
-        for axes, what in zip(row, ("season", "regime"), strict=True):
+        image = row[2].scatter(xy[:, 0], xy[:, 1], s=_size(xy), c=when_T[::every], cmap="viridis", alpha=0.8)
+        colour_bar(image, row[2], unit)
+        for axes, what in zip(row, ("season", "regime", unit), strict=True):
             first, second = (f"component {place + 1} ({share:.0%} of variance)" for place, share in enumerate(shares))
             dress(axes, f"{_points_of(source)}, by {what}{' of the network' * (what == 'regime')}", first, second)
     return save_figure(figure, path)
@@ -109,13 +114,26 @@ def _points_of(source: Source) -> str:
     return "Embedding" if source.key == "embedding" else "EOFs of the fields"
 
 
+def _when(axis: TimeAxis) -> tuple[NDArray[np.float64], str]:
+    """(T,) where in the record times lie, and what that is counted in."""
+    if axis.names:
+        return axis.numbers.astype(np.float64), "sequence"
+    if axis.seconds[-1] - axis.seconds[0] < DAYS_A_YEAR * SECONDS_PER_DAY:
+        return (axis.seconds - axis.seconds[0]) / SECONDS_PER_DAY, f"days since {axis.date(0)}"
+    return axis.years + axis.year_fraction, "year"
+
+
+def _size(xy: NDArray[np.float64]) -> float:
+    """Of a point."""
+    return float(np.clip(4000 / len(xy), 4, 24))
+
+
 def _scatter(axes: Axes, xy: NDArray[np.float64], groups: dict[str, NDArray[np.bool_]], what: str) -> None:
-    size = float(np.clip(4000 / len(xy), 4, 24))
     for number, (name, own) in enumerate(groups.items()):
         place = number % len(LINE_COLOURS)
         colour = LINE_COLOURS[place]
         axes.scatter(
-            xy[own, 0], xy[own, 1], s=size, marker=FILLED[place], label=name, alpha=0.8, linewidths=0.6,
+            xy[own, 0], xy[own, 1], s=_size(xy), marker=FILLED[place], label=name, alpha=0.8, linewidths=0.6,
             edgecolors=colour, facecolors=colour if number < len(LINE_COLOURS) else "none",
         )  # fmt: skip
     axes.legend(  # beside the points, not on them
@@ -215,19 +233,35 @@ def draw_composites(regimes: Regimes, path: Path, *, beyond_season: bool) -> Pat
     assert found is not None and record is not None, "regimes without fields have no composites"
     fields_KCYX = found.beyond_season_KCYX if beyond_season else found.anomaly_KCYX
     variables, clusters = record.variables[:SHOWN], len(fields_KCYX)
+    across = _across(clusters, len(variables))
     what = "less those of its calendar months" if beyond_season else "less those of all times"
     title = _title(regimes, f"Mean fields of each regime {what}")
-    figure, rows = new_figure(clusters, len(variables), title, width=4.6, height=2.3, maps=True)
+    size = {"width": PANEL_INCHES, "height": PANEL_INCHES / 2 + 0.25}
+    figure, rows = new_figure(-(-clusters // across), across * len(variables), title, **size, maps=True)
     for channel, variable in enumerate(variables):
+        own = rows[:, channel * across : (channel + 1) * across].ravel().tolist()
         colours = Colours.of_changes(*fields_KCYX[:, channel])
-        for label in range(clusters):
+        for label, axes in enumerate(own[:clusters]):
             times = int((regimes.labels_T == label).sum())
             told = f"regime {label + 1} ({times} times): {variable.name}"
-            axes = rows[label][channel]
             image = draw_map(axes, found.latitude_deg, found.longitude_deg, fields_KCYX[label, channel], colours, told)
+            axes.tick_params(labelbottom=label + across >= clusters)
+        for axes in own[clusters:]:
+            axes.set_axis_off()
         departure = with_units(f"departure of {variable.name}", variable.units)
-        colour_bar(image, [row[channel] for row in rows], departure)
+        colour_bar(image, own, departure)
     return save_figure(figure, path)
+
+
+def _across(clusters: int, variables: int) -> int:
+    """How many regimes stand beside each other, so that the figure is as wide over its height as a page that lies: a
+    long column would be shown small, and its text with it."""
+
+    def off(across: int) -> float:
+        wide, high = across * variables * PANEL_INCHES, -(-clusters // across) * PANEL_INCHES / 2
+        return abs(float(np.log(wide / high / PAGE)))
+
+    return min(range(1, clusters + 1), key=off)
 
 
 def _title(regimes: Regimes, what: str) -> str:

@@ -20,7 +20,8 @@ MONTH_TELLS = "month tells (the largest alone)"
 A_CALENDAR, MOSTLY = 0.9, 0.7  # seasonal share of an embedding; gain by months of pure seasons, cut within months
 CAPTIONS = {
     "silhouettes.png": "How many regimes: how far apart clusters are, and whether seeds and halves find them again",
-    "plane.png": "All times in two dimensions",
+    "plane.png": "All times in two dimensions. Clouds that lie apart by date alone are stretches of the record: look "
+    "for what changed there in how the fields were made, such as another analysis or other stations",
     "calendar.png": "When regimes come",
     "composites.png": "Mean fields of each regime less those of all times; lines go around what is beyond half of "
     "the scale",
