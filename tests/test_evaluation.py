@@ -798,3 +798,19 @@ def test_maps_of_several_models_have_one_scale(monkeypatch, tmp_path, errors, hi
     for model in coordinates["model"][:2]:
         figures.draw_maps(maps, model, tmp_path / "maps.png")
     assert [(one.low, one.high) for one in drawn] == [(0, high), (0, high), (-high, high)] * 2
+
+
+def test_ratios_of_spectra_are_seen_however_large(judged, monkeypatch, tmp_path):
+    """By powers of two, from half to twice at least, and what leaves the panel is said."""
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    kept = judged.spectra
+    for share, want in ((1.2, (1 / 2, 2)), (5.0, (1 / 2, 5)), (1000.0, (1 / 2, 64)), (0.001, (1 / 64, 2))):
+        total_ESCL = kept.total_ESCL.copy()
+        total_ESCL[1:] = share * total_ESCL[:1]
+        found = replace(judged, spectra=replace(kept, total_ESCL=total_ESCL))
+        panels = figures.draw_spectra(found, tmp_path / "spectra.png").axes
+        for place in panels[2::3]:
+            assert place.get_yscale() == "log" and place.get_ylim() == pytest.approx(want, rel=0.1)
+            assert place.lines[1].get_ydata() == pytest.approx(share)
+    report = report_of(judged, {"Spectra": tmp_path / "spectra.png"})
+    assert "A line that leaves a panel there is above 64, or below 1/64." in report

@@ -29,7 +29,7 @@ from faconv_hpc.evaluation.regimes.records import Record, data_space_of
 from faconv_hpc.evaluation.regimes.report import _compared, write_report
 from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
-from faconv_hpc.evaluation.words import duration_in_words, latitude_in_words, longitude_in_words, months_in_words
+from faconv_hpc.evaluation.words import Leads, duration_in_words, latitude_in_words, longitude_in_words, months_in_words
 from faconv_hpc.forecasting.embeddings import EmbeddingLayout, EmbeddingWriter
 
 FRAMES, DAYS, NLAT, NLON, COMPONENTS = 108, 10, 11, 14, 8
@@ -357,6 +357,16 @@ def test_what_is_said_of_regimes():
     told = told_by_month(np.array([0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2]))
     assert (told.share, told.largest, told.gain) == pytest.approx((0.8, 0.6, 0.5))
     assert [duration_in_words(hours) for hours in (5, 100, 2000)] == ["5.0 hours", "4.2 days", "2.7 months"]
+    assert Leads(np.array([1.0, 3, 6])).axis[1] == "h" and Leads(np.array([24.0, 72])).axis[1] == "days"
+    ahead = Leads(np.array([6.0, 12, 71.5, 72, 240]))
+    assert ahead.axis[0].tolist() == [0.25, 0.5, 71.5 / 24, 3, 10] and ahead.span == "6 h to 10 days"
+    assert ahead.some(np.array([1, 1, 0, 1, 1], bool)) == "6 to 12 h, 3 to 10 days"
+    assert ahead.some(np.array([1, 0, 1, 1, 0], bool)) == "6 h, 71.5 h to 3 days" and not ahead.some(np.zeros(5, bool))
+    monthly = Leads(np.array([744.0, 1416, 2160]))  # January to March, of mean months 1.02, 1.94, 2.96
+    assert monthly.axis[0].tolist() == [1, 2, 3] and monthly.axis[1] == "months"
+    assert (monthly.one(0), monthly.one(2), monthly.span) == ("1 month", "3 months", "1 to 3 months")
+    assert Leads(np.array([720.0, 1080])).span == "30 to 45 days", "a month and a half"
+    assert Leads(np.arange(1, 5) * 504.0).span == "21 to 84 days", "steps are shorter than a month"
     assert [latitude_in_words(30), latitude_in_words(-2.5), latitude_in_words(0)] == ["30°N", "2.5°S", "0°"]
     assert [longitude_in_words(value) for value in (350, 20, -20, 360)] == ["10°W", "20°E", "20°W", "0°"]
     axis = TimeAxis(np.array([0, 1, 2, 3, 6, 7], dtype=np.int64) * 86400, "standard")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import baselines
-from ..evaluation.words import with_units
+from ..evaluation.words import Leads, with_units
 from ..look import PANEL, dress, legend_below, line_style, new_figure, save_figure
 from .result import ComparisonResult, ModelResult
 
@@ -41,7 +41,7 @@ def _style(result: ComparisonResult, model: str) -> dict[str, Any]:
 def draw_errors(result: ComparisonResult, path: Path) -> Path:
     """A panel for each variable: a line for each model, mean of the seeds, with their least and most around it."""
     one = result.any_judged
-    shown = len(one.variables[:SHOWN])
+    shown, (leads, unit) = len(one.variables[:SHOWN]), Leads(one.leads_h).axis
     columns = min(shown, 3)
     title = f"RMSE of {len(one.dates)} forecasts: mean of {len(result.comparison.seeds)} seeds, and their range"
     figure, axes = new_figure(-(-shown // columns), columns, title, height=2.8)
@@ -53,12 +53,12 @@ def draw_errors(result: ComparisonResult, path: Path) -> Path:
         for model in result.models:
             rmse_SL = np.where(np.isfinite(model.rmse_SLC[:, :, number]), model.rmse_SLC[:, :, number], np.nan)
             style = _style(result, model.model)
-            place.plot(one.leads_h, rmse_SL.mean(axis=0), label=model.model, **style)
-            place.fill_between(one.leads_h, rmse_SL.min(axis=0), rmse_SL.max(axis=0), color=style["color"], alpha=0.2)
+            place.plot(leads, rmse_SL.mean(axis=0), label=model.model, **style)
+            place.fill_between(leads, rmse_SL.min(axis=0), rmse_SL.max(axis=0), color=style["color"], alpha=0.2)
         for dashes, (name, rmse_LC) in zip(("--", ":"), free.items(), strict=True):
             if np.isfinite(rmse_LC[:, number]).any():
-                place.plot(one.leads_h, rmse_LC[:, number], dashes, color=GREY, label=name)
-        dress(place, str(one.variables[number]), "lead [h]", with_units("RMSE", str(one.units[number])))
+                place.plot(leads, rmse_LC[:, number], dashes, color=GREY, label=name)
+        dress(place, str(one.variables[number]), f"lead [{unit}]", with_units("RMSE", str(one.units[number])))
         most = max(np.nan_to_num(model.rmse_SLC[:, :, number], nan=np.inf).max() for model in result.models)
         highest = ROOM * np.nanmax(free[baselines.PERSISTENCE][:, number], initial=0)
         place.set_ylim(bottom=0, top=highest if most > highest > 0 else None)

@@ -8,9 +8,9 @@ from pathlib import Path
 from ..data.periods import evenly
 from ..evaluation import baselines
 from ..evaluation.intervals import FEWEST_DATES, LEVEL
-from ..evaluation.words import table, with_units
+from ..evaluation.words import Leads, table, with_units
 from ..files import replacing_together, write_durably
-from .figures import FIGURES, draw_figures
+from .figures import FIGURES, ROOM, draw_figures
 from .judging import EMBEDDING
 from .result import AtRate, ComparisonResult, ModelResult, OverSeeds, Pair
 
@@ -22,7 +22,8 @@ COLUMNS = (
     "peak GiB",
 )  # fmt: skip
 CAPTIONS = {
-    "Errors over lead": "Lower is better. A model that leaves its panel has errors beyond its upper end.",
+    "Errors over lead": "Lower is better. A model that leaves its panel has errors larger than its upper end, which is "
+    f"{ROOM:g} times the largest of persistence.",
     "Skill against cost": "Each model at its best rate; bars are the deviation over seeds. Models whose multiply-adds "
     "are not counted are not in that panel, and those whose errors are no number in none.",
     "Learning rates": "Lines go through the means over seeds, dots are seeds. A best rate at an end of the line may be "
@@ -171,8 +172,8 @@ def _sentence(pair: Pair) -> str:
 def _compared(result: ComparisonResult) -> Iterable[str]:
     one, about = result.any_judged, result.about
     yield (
-        f"{len(one.dates)} forecasts, from {one.dates[0]} to {one.dates[-1]}, {one.leads_h[0]:.4g} to "
-        f"{one.leads_h[-1]:.4g} h ahead ({len(one.leads_h)} leads), of {', '.join(one.variables)}. Data: "
+        f"{len(one.dates)} forecasts, from {one.dates[0]} to {one.dates[-1]}, "
+        f"{Leads(one.leads_h).span} ahead ({len(one.leads_h)} leads), of {', '.join(one.variables)}. Data: "
         f"{about['data']}. Each model was tried at {len(result.comparison.learning_rates)} learning rate(s) from seeds "
         f"{', '.join(map(str, result.comparison.seeds))}."
     )
@@ -214,13 +215,13 @@ def _errors(result: ComparisonResult) -> Iterable[str]:
                 cells[best] = f"**{cells[best]}**"
             plain = [f"{value:.4g}" if math.isfinite(value) else "-" for value in
                      (persistence_LC[lead, number], climatology_LC[lead, number])]  # fmt: skip
-            rows.append([with_units(str(name), str(units)), f"{one.leads_h[lead]:.4g}", *cells, *plain])
+            rows.append([with_units(str(name), str(units)), Leads(one.leads_h).one(lead), *cells, *plain])
     some = f" at {len(shown)} of {len(one.leads_h)} leads" if len(shown) < len(one.leads_h) else ""
     yield (
         f"RMSE over persistence's{some}: mean of the seeds ± their deviation, the least in bold; the last two columns "
         f"are RMSE in the variable's units. All leads are in `{REPORT_JSON}`."
     )
-    head = ["variable", "lead [h]", *(model.model for model in models), baselines.PERSISTENCE, baselines.CLIMATOLOGY]
+    head = ["variable", "lead", *(model.model for model in models), baselines.PERSISTENCE, baselines.CLIMATOLOGY]
     yield table(head, rows)
 
 

@@ -17,6 +17,7 @@ from .fields import Example, KeptSpectra
 from .intervals import Weighings, known_on_few
 from .sums import SIZES, PerDate
 from .truth import Target
+from .words import Leads
 
 
 class Judged(NamedTuple):
@@ -72,6 +73,11 @@ class Evaluation:
     def forecasts(self) -> int:
         """How many, each over all leads."""
         return len(self.dates)
+
+    @property
+    def leads(self) -> Leads:
+        """In words."""
+        return Leads(self.leads_h)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..look import PANEL, SMALL, Colours, colour_bar, draw_map, dress, legend_below, line_style, new_figure, save_figure
 from .evaluation import Evaluation
 from .intervals import LEVEL
-from .words import with_units
+from .words import Leads, with_units
 
 SHOWN, SHOWN_MAPS, SHOWN_ENTRIES = 6, 4, 4  # variables of lines, variables of maps, entries with maps, at most
 SHOWN_VARIANCE = 1e-12  # of the most of a spectrum: what is less is not drawn
 MOST_APART = 5.0  # scale over the errors of the best model: those of one that runs away would leave nothing to see
+MOST_RATIO = 64  # of variances that is shown; at least 2 is
 RMSE, ACC, COMPARISONS, SPECTRA, FORECAST = "rmse.png", "acc.png", "comparisons.png", "spectra.png", "forecast.png"
 MAP_FIGURES = tuple(f"maps_{place}.png" for place in range(1, SHOWN_ENTRIES + 1))
 FIGURES = (RMSE, ACC, COMPARISONS, SPECTRA, *MAP_FIGURES, FORECAST)
@@ -67,7 +70,7 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
     told = f"bars: {100 * LEVEL:g} % intervals" if evaluation.weighings.can_tell else "too few dates for intervals"
     title = f"{what} of {evaluation.forecasts} forecasts ({told})"
     figure, axes = new_figure(-(-len(targets) // columns), columns, title, height=2.8)
-    values, intervals, hours = evaluation.metrics[metric], evaluation.intervals[metric], evaluation.leads_h
+    values, intervals, (ahead, unit) = evaluation.metrics[metric], evaluation.intervals[metric], evaluation.leads.axis
     for number, place in enumerate(axes.flat):
         if number >= len(targets):
             place.set_axis_off()
@@ -78,10 +81,11 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
                 bars = np.abs(ends - line) if np.isfinite(ends).all() else None
                 baseline = model - len(evaluation.entries)  # from the end: the same beside any number of models
                 style = line_style(model if baseline < 0 else -1 - baseline)
-                aside = (model - (len(evaluation.names) - 1) / 2) * 0.012 * np.ptp(hours)  # bars beside each other
-                place.errorbar(hours + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **style)
+                aside = (model - (len(evaluation.names) - 1) / 2) * 0.012 * np.ptp(ahead)  # bars beside each other
+                place.errorbar(ahead + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **style)
         label = with_units(what, targets[number].units) if metric == "rmse" else what
-        dress(place, targets[number].name, "lead [h]", label)
+        dress(place, targets[number].name, f"lead [{unit}]", label)
+        place.xaxis.set_major_locator(MaxNLocator(integer=bool((ahead == ahead.round()).all())))
         if metric == "rmse":
             place.set_ylim(bottom=0)
     legend_below(figure, axes[0, 0])
@@ -93,7 +97,7 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
     truth's, at the last lead."""
     kept, names = evaluation.spectra, [one.name for one in evaluation.entries]
     known = [place for place in range(len(evaluation.targets)) if np.isfinite(kept.total_ESCL[0, -1, place]).all()]
-    title = f"Spectra {evaluation.leads_h[kept.leads[-1]]:.4g} h ahead, mean of {len(kept.dates)} dates"
+    title = f"Spectra {evaluation.leads.one(kept.leads[-1])} ahead, mean of {len(kept.dates)} dates"
     figure, axes = new_figure(max(len(known[:SHOWN_MAPS]), 1), 3, title, height=2.6)
     for row, number in zip(axes, known, strict=False):
         target, (zonal, total) = evaluation.targets[number], (kept.zonal_ESCK, kept.total_ESCL)
@@ -107,13 +111,13 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
             share = total[entry, -1, number, 1:] / np.where(
                 total[0, -1, number, 1:] > 0, total[0, -1, number, 1:], np.nan
             )
-            row[2].semilogx(kept.total_wavenumbers[1:], share, **style)
+            row[2].loglog(kept.total_wavenumbers[1:], share, **style)
         units = target.units if target.units.isalpha() or not target.units else f"({target.units})"
         squared = with_units("variance", units and f"{units}²")
         dress(row[0], f"{target.name}: along latitude circles", "zonal wavenumber", squared)
         dress(row[1], f"{target.name}: on the sphere", "total wavenumber", squared)
         dress(row[2], f"{target.name}: blurred below 1, noise above", "total wavenumber", "forecast over truth")
-        row[2].set_ylim(0, 2)
+        _scale_ratios(row[2])
         for place in row[:2]:  # where the truth has nothing its rounding would take most of the panel
             low, high = place.get_ylim()
             place.set_ylim(bottom=max(low, SHOWN_VARIANCE * high))
@@ -121,24 +125,32 @@ def draw_spectra(evaluation: Evaluation, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def _scale_ratios(place: Axes) -> None:
+    """By powers of two, as far as there is something, and `MOST_RATIO` at most."""
+    low, high = place.get_ylim()
+    place.set_yscale("log", base=2)
+    place.set_ylim(max(min(low, 1 / 2), 1 / MOST_RATIO), min(max(high, 2), MOST_RATIO))
+    place.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}")
+
+
 def draw_maps(maps: xr.Dataset, model: str, path: Path) -> Path:
     """A row for each variable: RMSE at the first and the last lead with one scale, and the bias at the last; scales are
     those of the figures of the other models."""
     own, names = maps.sel(model=model), [str(one).removesuffix("_rmse") for one in maps if str(one).endswith("_rmse")]
     of_all = maps.isel(model=slice(SHOWN_ENTRIES))
-    hours = own.lead_time.values / np.timedelta64(1, "h")
+    leads = Leads(own.lead_time.values / np.timedelta64(1, "h"))
     figure, axes = new_figure(len(names[:SHOWN_MAPS]), 3, f"Errors of {model}", maps=True, width=4.2)
     coordinates = own.latitude.values, own.longitude.values
     for row, name in zip(axes, names[:SHOWN_MAPS], strict=True):
         rmse, bias = own[f"{name}_rmse"], own[f"{name}_bias"]
         ends = rmse.isel(lead_time=0).values, rmse.isel(lead_time=-1).values
         colours = _shared(Colours.of_magnitudes, of_all[f"{name}_rmse"].isel(lead_time=[0, -1]).values)
-        for place, field, ahead in zip(row, ends, (hours[0], hours[-1]), strict=False):
-            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead:.4g} h ahead")
+        for place, field, ahead in zip(row, ends, (leads.one(0), leads.one(-1)), strict=False):
+            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead} ahead")
         colour_bar(image, list(row[:2]), with_units("RMSE", rmse.units))
         colours = _shared(Colours.of_changes, of_all[f"{name}_bias"].isel(lead_time=-1).values)
         field = bias.isel(lead_time=-1).values
-        image = draw_map(row[2], *coordinates, field, colours, f"{name}: bias {hours[-1]:.4g} h ahead")
+        image = draw_map(row[2], *coordinates, field, colours, f"{name}: bias {leads.one(-1)} ahead")
         colour_bar(image, row[2], with_units("bias", rmse.units))
     return save_figure(figure, path)
 

@@ -12,7 +12,7 @@ from .baselines import MadeOf
 from .compare import Comparison
 from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
-from .figures import MOST_APART, SHOWN, SHOWN_MAPS
+from .figures import MOST_APART, MOST_RATIO, SHOWN, SHOWN_MAPS
 from .intervals import FEWEST_DATES, LEVEL
 from .words import table, with_units
 
@@ -129,12 +129,8 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
     held = {True: "yes", False: "no", None: "not known"}
     rows = [[one.name, one.kind, one.about.get("step") or "-", held[one.held_out]] for one in evaluation.entries]
     yield table(["model", "what", "step", "held out"], rows)
-    grid, leads = evaluation.grid, evaluation.leads_h
-    ahead = (
-        f"{leads[0]:.4g} to {leads[-1]:.4g} h ahead ({len(leads)} leads)"
-        if len(leads) > 1
-        else f"{leads[0]:.4g} h ahead"
-    )
+    grid, count = evaluation.grid, len(evaluation.leads_h)
+    ahead = f"{evaluation.leads.span} ahead{f' ({count} leads)' * (count > 1)}"
     parts = _parts(evaluation)
     yield (
         f"{evaluation.forecasts} forecasts, from {evaluation.dates[0]} to {evaluation.dates[-1]}, {ahead}, of "
@@ -234,8 +230,8 @@ def _metric_rows(
                 cells[best(line)] = f"**{cells[best(line)]}**"
             named = with_units(target.name, target.units if metric != "acc" else "")
             came = [_number(evaluation.metrics["truth_activity"][lead, 0, number])] if truth else []
-            rows.append([named, f"{evaluation.leads_h[lead]:.4g}", *cells, *came])
-    return ["variable", "lead [h]", *evaluation.names, *truth], rows
+            rows.append([named, evaluation.leads.one(lead), *cells, *came])
+    return ["variable", "lead", *evaluation.names, *truth], rows
 
 
 def _number(value: float, half: float = 0.0) -> str:
@@ -254,7 +250,9 @@ def _caption(title: str, evaluation: Evaluation) -> str:
     if title == "Spectra":
         return (
             f"Mean of {len(evaluation.spectra.dates)} dates (at most {SPECTRA_DATES}). Where the line of a forecast "
-            f"falls below that of the truth it is too smooth at that scale: short waves are to the right."
+            f"falls below that of the truth it is too smooth at that scale: short waves are to the right. "
+            f"On the right is the forecast's variance over the truth's. A line that leaves a panel there is above "
+            f"{MOST_RATIO}, or below 1/{MOST_RATIO}."
             f"{_of_all(evaluation, SHOWN_MAPS, 'scores.nc')}"
         )
     if title.startswith("One"):

@@ -1,9 +1,16 @@
-"""Places, months, durations and units in words, and tables, for reports and figures."""
+"""Places, months, durations, leads and units in words, and tables, for reports and figures."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.periods import spans_of
 from ..data.times import MONTHS, SECONDS_PER_DAY, SECONDS_PER_HOUR
 
+HOURS = {"h": 1.0, "days": 24.0, "months": 730.5}
+IN_HOURS, SHORTEST_MONTH, WHOLE = 72.0, 28 * 24.0, 0.1  # hours below; hours; months by which whole ones may be off
 MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -54,3 +61,54 @@ def duration_in_words(hours: float) -> str:
         if days >= 2 * size:
             return f"{days / size:.1f} {unit}"
     return f"{hours:.1f} hours"
+
+
+@dataclass(frozen=True, eq=False)
+class Leads:
+    """Leads as a reader thinks of them: in hours below three days, else in days; in months where all are whole ones.
+
+    Args:
+        hours_L: how far ahead, increasing; on average over dates, as months have several lengths.
+    """
+
+    hours_L: NDArray[np.floating]
+
+    @property
+    def axis(self) -> tuple[NDArray[np.float64], str]:
+        """(L,) all of them in the unit of the last, and that unit."""
+        unit = self._unit(-1)
+        return np.array([self._in(unit, place) for place in range(len(self.hours_L))]), unit
+
+    def one(self, place: int) -> str:
+        """Such as ``6 h``, ``10 days``, ``1 month``."""
+        unit = self._unit(place)
+        value = self._in(unit, place)
+        return f"{value:.4g} {unit if unit == 'h' or value != 1 else unit[:-1]}"
+
+    @property
+    def span(self) -> str:
+        """Of all, such as ``6 h to 10 days``."""
+        return self._range(range(len(self.hours_L)))
+
+    def some(self, chosen_L: NDArray[np.bool_]) -> str:
+        """Such as ``1 to 3 h, 5 h``: those in a row as a range."""
+        return ", ".join(self._range(span) for span in spans_of(chosen_L))
+
+    def _range(self, places: range) -> str:
+        first, last = places[0], places[-1]
+        if first == last:
+            return self.one(first)
+        begin = (
+            f"{self._in(self._unit(first), first):.4g}" if self._unit(first) == self._unit(last) else self.one(first)
+        )
+        return f"{begin} to {self.one(last)}"
+
+    def _unit(self, place: int) -> str:
+        months_L = self.hours_L / HOURS["months"]
+        if self.hours_L[0] >= SHORTEST_MONTH and (np.abs(months_L - months_L.round()) <= WHOLE).all():
+            return "months"
+        return "h" if self.hours_L[place] < IN_HOURS else "days"
+
+    def _in(self, unit: str, place: int) -> float:
+        value = float(self.hours_L[place] / HOURS[unit])
+        return round(value) if unit == "months" else value
