@@ -704,6 +704,41 @@ def test_a_comparison_names_what_does_not_count():
         }
 
 
+def test_a_comparison_can_be_turned():
+    """Into what the other with the one gives."""
+    random = np.random.default_rng(5)
+    square_NLFC = random.exponential(size=(40, 3, 2, 2)) * np.array([1.0, 1.4])[:, None]
+    weighings = Weighings.of(40)
+    rmse_LFC = np.sqrt(square_NLFC.mean(0))
+    weighed_KLFC = np.sqrt(np.tensordot(weighings.weights_KN, square_NLFC, 1) / 40)
+    rmse_LFC[0, 0, 0], rmse_LFC[1, 1, 1] = np.nan, 0.0
+    one, other = (compared(*pair, rmse_LFC, weighed_KLFC, weighings) for pair in (("a", "b", 0, 1), ("b", "a", 1, 0)))
+    turned = one.turned
+    assert (turned.model, turned.other, turned.verdict) == ("b", "a", other.verdict)
+    assert turned.left_out.keys() == other.left_out.keys() == {"other lacks", "no error"}
+    for name in ("ratio_LC", "bounds_2LC", "overall", "bounds"):
+        np.testing.assert_allclose(getattr(turned, name), getattr(other, name), rtol=1e-5)
+
+
+def test_the_report_says_at_which_leads_who_is_better(judged, monkeypatch):
+    report = report_of(judged, {})
+    assert "| u [m s\\*\\*-1] | 6 h |" in report, "stars are no emphasis"
+    worse, good = (report.split(f"\n**{name}**\n")[1].split("\n**")[0].split("\n#")[0] for name in ("worse", "good"))
+    assert worse.count("| **worse** at all leads |") == 3 and good.count(" | **better** at all leads | ") >= 3
+    assert "| variable | than worse | than persistence | than climatology | than damped persistence |" in good
+    (first, *_), rows = (
+        judged.compared_with_others("good"),
+        [line for line in good.split("\n") if line.startswith("| u ")],
+    )
+    assert (first.model, first.other) == ("good", "worse") and first.seen is False
+    assert rows[0].split(" | ")[3:] == ["-", "- |"], "climatology is made of some of the very dates"
+    high = first.bounds_2LC.copy()
+    high[0, 1, 2], high[1, 1, 2], high[:, 0, 1] = 1.1, 1.2, np.nan
+    found = replace(first, bounds_2LC=high)
+    told = [report_module._won(found, number, judged) for number in range(3)]
+    assert told == ["**better** at all leads", "**better** at 12 h", "**better** at 6 h; **worse** at 12 h"]
+
+
 def test_what_is_known_on_few_dates_has_no_interval(judged):
     """The others would be taken for dates that tell nothing else."""
     weight = judged.per_date.weight.copy()
@@ -743,7 +778,7 @@ def test_a_baseline_that_was_judged_on_other_cells_has_no_ratio(files, tmp_path)
     report = report_of(found, {})
     assert f"climatology of u, {share}; damped persistence of u, {share}." in report
     assert "Left out: u (climatology is known on a part of the cells)" in headline(found)[1]
-    rows = [line.split("|")[3:8] for line in report.splitlines() if line.startswith("| u ")]
+    rows = [line.split("|")[3:8] for line in report.split("## Scores")[1].splitlines() if line.startswith("| u ")]
     assert all("**" in "".join(row[:2]) and "**" not in "".join(row[2:]) for row in rows[:2])  # not the least elsewhere
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..data.periods import evenly
 from ..evaluation import baselines
 from ..evaluation.intervals import FEWEST_DATES, LEVEL
-from ..evaluation.words import Leads, table, with_units
+from ..evaluation.words import Leads, plain, table, with_units
 from ..files import replacing_together, write_durably
 from .figures import FIGURES, ROOM, draw_figures
 from .judging import EMBEDDING
@@ -213,9 +213,9 @@ def _errors(result: ComparisonResult) -> Iterable[str]:
             if math.isfinite(min(means)):
                 best = means.index(min(means))
                 cells[best] = f"**{cells[best]}**"
-            plain = [f"{value:.4g}" if math.isfinite(value) else "-" for value in
+            free_cells = [f"{value:.4g}" if math.isfinite(value) else "-" for value in
                      (persistence_LC[lead, number], climatology_LC[lead, number])]  # fmt: skip
-            rows.append([with_units(str(name), str(units)), Leads(one.leads_h).one(lead), *cells, *plain])
+            rows.append([with_units(str(name), plain(str(units))), Leads(one.leads_h).one(lead), *cells, *free_cells])
     some = f" at {len(shown)} of {len(one.leads_h)} leads" if len(shown) < len(one.leads_h) else ""
     yield (
         f"RMSE over persistence's{some}: mean of the seeds ± their deviation, the least in bold; the last two columns "

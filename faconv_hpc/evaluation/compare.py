@@ -1,7 +1,7 @@
 """Whether one forecast is better than another."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +44,23 @@ class Comparison:
     def verdict(self) -> Verdict:
         """On the whole."""
         return "cannot tell" if self.one_sided or self.seen else verdict_of(*self.bounds)
+
+    @property
+    def turned(self) -> "Comparison":
+        """Of the other with the one."""
+        lacks: dict[Why, Why] = {"model lacks": "other lacks", "other lacks": "model lacks"}
+        with np.errstate(divide="ignore"):
+            low, overall, high = (1 / np.array([self.bounds[1], self.overall, self.bounds[0]])).tolist()
+            return replace(
+                self,
+                model=self.other,
+                other=self.model,
+                ratio_LC=1 / self.ratio_LC,
+                bounds_2LC=1 / self.bounds_2LC[::-1],
+                overall=overall,
+                bounds=(low, high),
+                left_out={lacks.get(why, why): left_LC for why, left_LC in self.left_out.items()},
+            )
 
     def counts(self) -> dict[Verdict, int]:
         """How many of the leads and targets have each verdict; those that one of them lacks have none."""

@@ -134,6 +134,12 @@ class Evaluation:
             for a, b in pairs
         )
 
+    def compared_with_others(self, model: str) -> tuple[Comparison, ...]:
+        """Of an entry with all others and the baselines, in their order."""
+        own = {one.other: one for one in self.comparisons if one.model == model}
+        own |= {one.model: one.turned for one in self.comparisons if one.other == model}
+        return tuple(own[name] for name in self.names if name in own)
+
     @property
     def elsewhere(self) -> NDArray[np.bool_]:
         """(L, F, C) where a baseline was judged on a part of the cells, as it is not known on the others."""

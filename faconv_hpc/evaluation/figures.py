@@ -168,15 +168,11 @@ def draw_comparisons(evaluation: Evaluation, path: Path) -> Path:
     """A row for each entry, a column for each of the others: the ratio of errors, and whether it can be told."""
     names, entries = evaluation.names, [one.name for one in evaluation.entries]
     ratios, texts = np.full((len(entries), len(names)), np.nan), {}
-    for one in evaluation.comparisons:
-        for a, b, turned in ((one.model, one.other, False), (one.other, one.model, True)):
-            if a in entries:
-                place = entries.index(a), names.index(b)
-                ratios[place] = 1 / one.overall if turned else one.overall
-                verdict = (
-                    {"better": "worse", "worse": "better"}.get(one.verdict, one.verdict) if turned else one.verdict
-                )
-                texts[place] = f"{ratios[place]:.2f}\n{verdict}" if np.isfinite(ratios[place]) else "not known"
+    for row, model in enumerate(entries):
+        for one in evaluation.compared_with_others(model):
+            place = row, names.index(one.other)
+            ratios[place] = one.overall
+            texts[place] = f"{one.overall:.2f}\n{one.verdict}" if np.isfinite(one.overall) else "not known"
     title = "RMSE of the row over that of the column (all variables and leads)"
     figure, ((axes,),) = new_figure(1, 1, title, width=2.2 + 1.35 * len(names), height=0.8 + 0.6 * len(entries))
     colours = Colours.of_changes(np.log(ratios), np.array([0.1]))

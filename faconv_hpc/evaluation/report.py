@@ -14,7 +14,7 @@ from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
 from .figures import MOST_APART, MOST_RATIO, SHOWN, SHOWN_MAPS
 from .intervals import FEWEST_DATES, LEVEL
-from .words import table, with_units
+from .words import plain, table, with_units
 
 LEADS, RANGES = 4, 4  # of tables, of dates of climatology, at most
 PERCENT = f"{100 * LEVEL:g} %"
@@ -41,6 +41,7 @@ def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
         *_answers(evaluation),
         "## What was compared",
         *_compared(evaluation),
+        *_leads_won(evaluation),
         "## Scores",
         *_scores(evaluation),
         "## Figures",
@@ -210,6 +211,35 @@ def _scores(evaluation: Evaluation) -> Iterable[str]:
         yield f"### {title}\n\n{table(head, rows)}"
 
 
+def _leads_won(evaluation: Evaluation) -> Iterable[str]:
+    """A table for each entry: at which leads it is better, and at which worse, by variable and by whom it is held
+    against."""
+    if not evaluation.weighings.can_tell:
+        return
+    yield "## At which leads who is better"
+    yield (
+        "Where errors are smaller or larger by more than chance, by the interval of their ratio at each lead alone. Of "
+        "leads that are not named it cannot be told."
+    )
+    for entry in evaluation.entries:
+        found = evaluation.compared_with_others(entry.name)
+        rows = [
+            [target.name, *(_won(one, number, evaluation) for one in found)]
+            for number, target in enumerate(evaluation.targets)
+        ]
+        yield f"**{entry.name}**\n\n{table(['variable', *(f'than {one.other}' for one in found)], rows)}"
+
+
+def _won(one: Comparison, number: int, evaluation: Evaluation) -> str:
+    low_L, high_L = one.bounds_2LC[:, :, number]
+    said = []
+    for verdict, leads_L in {"better": high_L < 1, "worse": low_L > 1}.items():
+        if leads_L.any() and not one.seen:
+            at = "at all leads" if leads_L.all() else f"at {evaluation.leads.some(leads_L)}"
+            said.append(f"**{verdict}** {at}")
+    return "; ".join(said) or "-"
+
+
 def _metric_rows(
     evaluation: Evaluation,
     metric: str,
@@ -228,7 +258,7 @@ def _metric_rows(
             line = np.where(evaluation.elsewhere[lead, :, number], np.nan, line)  # of other cells: not the best
             if best is not None and np.isfinite(line).any():
                 cells[best(line)] = f"**{cells[best(line)]}**"
-            named = with_units(target.name, target.units if metric != "acc" else "")
+            named = with_units(target.name, plain(target.units) if metric != "acc" else "")
             came = [_number(evaluation.metrics["truth_activity"][lead, 0, number])] if truth else []
             rows.append([named, evaluation.leads.one(lead), *cells, *came])
     return ["variable", "lead", *evaluation.names, *truth], rows
