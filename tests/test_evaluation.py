@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from faconv_hpc.evaluation import figures, results
 from faconv_hpc.evaluation import report as report_module
 from faconv_hpc.evaluation.compare import compared
 from faconv_hpc.evaluation.evaluate import evaluate, names_of
-from faconv_hpc.evaluation.intervals import TILT, Weighings, memory_of
+from faconv_hpc.evaluation.intervals import TILT, Weighings, memory_of, most_waves
 from faconv_hpc.evaluation.report import headline, report_of
 from faconv_hpc.evaluation.results import as_json, dataset_of, save
 from faconv_hpc.evaluation.spectra import Spectra
@@ -849,3 +850,41 @@ def test_ratios_of_spectra_are_seen_however_large(judged, monkeypatch, tmp_path)
             assert place.lines[1].get_ydata() == pytest.approx(share)
     report = report_of(judged, {"Spectra": tmp_path / "spectra.png"})
     assert "A line that leaves a panel there is above 64, or below 1/64." in report
+
+
+def test_the_report_says_how_dates_were_chosen(files, judged, elsewhere):
+    """Among how many, of which period, and of which sequences."""
+    assert judged.chosen == (26, (), (), True)
+    assert "\n\nAll 26 possible start dates were taken: dates that all files have, and of" in report_of(judged, {})
+    few = evaluate([files / "good.nc"], ALONE, data=[files / "truth.nc"], samples=6)
+    assert "\n\n6 of 36 possible start dates were taken, spread evenly over them: dates" in report_of(few, {})
+    network = evaluate([elsewhere / "model.safetensors"], ALONE, data=[elsewhere / "source.nc"], samples=3)
+    (period,) = Contract.model_validate_json(contract_of(elsewhere)).test
+    report = report_of(network, {})
+    assert (
+        f"3 of {network.chosen.among} possible start dates were taken, spread evenly over them: dates with all"
+        in report
+    )
+    assert f" in the test period ({period}) and the frames before them" in report and network.chosen.among > 3
+    several = replace(judged, chosen=judged.chosen._replace(sequences=("b", "c", "e")))
+    assert "All 26 possible start dates were taken, in 3 sequences (b to e): dates that" in report_of(several, {})
+    one = replace(judged, chosen=judged.chosen._replace(sequences=("b",), of_files=False))
+    assert ", in 1 sequence (b): dates with all leads in the data and" in report_of(one, {})
+
+
+def contract_of(directory):
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return file.metadata()["contract"]
+
+
+def test_the_report_says_how_sure_the_width_of_an_interval_is():
+    """Of the square root of a mean of so many squares of normal numbers; by drawing them."""
+    random = np.random.default_rng(2)
+    for dates, waves in ((12, 2), (24, 3), (200, 14)):
+        assert most_waves(dates) == waves
+        width = np.sqrt((random.normal(size=(200_000, waves)) ** 2).mean(1))
+        told = report_module._width(SimpleNamespace(forecasts=dates, weighings=Weighings.of(dates)))
+        assert f"of {dates} dates they are {waves} waves at most" in told
+        found = [float(one) for one in re.search(r"is ([\d.]+) to ([\d.]+) times", told).groups()]
+        assert found == pytest.approx(np.quantile(width, [0.05, 0.95]), rel=0.03)
+    assert report_module._width(SimpleNamespace(forecasts=6, weighings=Weighings.of(6))) == ""

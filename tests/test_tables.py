@@ -27,7 +27,7 @@ from faconv_hpc.data.store import Store
 from faconv_hpc.evaluation.baselines import MadeOf
 from faconv_hpc.evaluation.evaluate import Evaluation, Judged
 from faconv_hpc.evaluation.sums import PerDate
-from faconv_hpc.evaluation.truth import Target
+from faconv_hpc.evaluation.truth import Chosen, Target
 from faconv_hpc.scaling.report import PointResult, StudyReport
 from faconv_hpc.spatial.grid import LatLonGrid
 from faconv_hpc.spread import Spread
@@ -73,7 +73,19 @@ def test_an_evaluation(printed):
     per_date = PerDate(ones, ones, squares, ones, ones, ones, ones)
     grid, known = LatLonGrid(721, 1440), np.ones(2, dtype=bool)
     found = Evaluation(
-        entries, "the store data/era5", "", targets, grid, known, labels, hours, per_date, None, None, MadeOf()
+        entries,
+        "the store data/era5",
+        "",
+        targets,
+        grid,
+        known,
+        labels,
+        Chosen(40),
+        hours,
+        per_date,
+        None,
+        None,
+        MadeOf(),
     )
     told = printed(lambda: show(found, Path("runs/a/evaluation")))
     assert "persistence" in told and "climatology" in told and "40 forecasts of 2 steps, held out" in told

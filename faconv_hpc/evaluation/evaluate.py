@@ -30,7 +30,7 @@ from .entries import FILES, Entry, FileEntry, NetworkEntry, cases_of_files, is_f
 from .evaluation import Evaluation, Judged
 from .fields import Example, MapSums, SpectraSums
 from .sums import PerDate, Sums
-from .truth import Case, Truth, data_in_words, truth_of
+from .truth import Case, Chosen, Truth, data_in_words, truth_of
 
 
 @torch.no_grad()
@@ -86,7 +86,10 @@ def evaluate(
     work = _Work(entries, truth, domain, base, some)
     with arithmetic("fp32", mesh.device):
         take_turns(range(len(some)), len(some[0].leads), mesh, work.add, progress)
-    found = work.evaluation(MadeOf.of(truth, spans, bool(climatology), some), data_in_words(data) if networks else "")
+    sequences = tuple(dict.fromkeys(name for name in map(truth.sequence, some) if name is not None))
+    chosen = Chosen(len(cases), contract.test if contract is not None else (), sequences, contract is None)
+    made_of = MadeOf.of(truth, spans, bool(climatology), some)
+    found = work.evaluation(chosen, made_of, data_in_words(data) if networks else "")
     if maps is not None and mesh.replica == 0:
         work.maps.save(maps, [one.name for one in entries], truth.targets, work.leads_h)
     return found
@@ -200,7 +203,7 @@ class _Work:
         ahead_s = [seconds[list(case.leads)] - seconds[case.start] for case in self._cases]
         return np.asarray(np.mean(ahead_s, axis=0) / SECONDS_PER_HOUR)
 
-    def evaluation(self, made_of: MadeOf, given: str) -> Evaluation:
+    def evaluation(self, chosen: Chosen, made_of: MadeOf, given: str) -> Evaluation:
         """When all cases are added; ``given`` is what networks forecast from. Collective."""
         truth = self._truth
         for sums in (self._sums, self._spectra, self.maps):
@@ -217,6 +220,7 @@ class _Work:
             grid=truth.grid,
             known=self._base.known,
             dates=tuple(truth.axis.label(case.start) for case in self._cases),
+            chosen=chosen,
             leads_h=self.leads_h,
             per_date=PerDate.of(self._sums.terms_NLFCK),
             spectra=self._spectra.kept,

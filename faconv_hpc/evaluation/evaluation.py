@@ -16,7 +16,7 @@ from .compare import Comparison, compared
 from .fields import Example, KeptSpectra
 from .intervals import Weighings, known_on_few
 from .sums import SIZES, PerDate
-from .truth import Target
+from .truth import Chosen, Target
 from .words import Leads
 
 
@@ -46,6 +46,7 @@ class Evaluation:
         targets: what was forecast.
         known: (C,) of which targets there is a climatology.
         dates: of the starts.
+        chosen: how these were.
         leads_h: (L,) how far ahead the leads are, in hours, on average over dates.
         per_date: of all entries and then the baselines.
         made_of: which dates climatology and damped persistence are made of.
@@ -58,6 +59,7 @@ class Evaluation:
     grid: LatLonGrid
     known: NDArray[np.bool_]
     dates: tuple[str, ...]
+    chosen: Chosen
     leads_h: NDArray[np.float64]
     per_date: PerDate
     spectra: KeptSpectra

@@ -66,6 +66,12 @@ class Weighings:
         return variance_S.reshape(np.shape(found)), freedom_S.reshape(np.shape(found))
 
 
+def most_waves(dates: int) -> int:
+    """That an interval is told by, where dates have nothing to do with each other."""
+    most: int = round(MOST_WAVES * dates ** (2 / 3))
+    return max(FEWEST_WAVES, most)
+
+
 def known_on_few(weight_N: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(...) what is known on too few of N dates to be told, by the weight that it has on each (N, ...): an interval
     would take the others for dates that tell the same. Of few dates in all it is what is not known on each of them."""
@@ -82,9 +88,8 @@ def _variance(squares_KS: NDArray[np.float64], dates: int) -> tuple[NDArray[np.f
     frequency_K = np.pi * np.arange(1, dates) / dates
     memory_S = memory_of(squares_KS, frequency_K, dates)
     shape_KS = (1 - memory_S) ** 2 / (1 - 2 * memory_S * np.cos(frequency_K)[:, None] + memory_S**2)
-    most = max(FEWEST_WAVES, round(MOST_WAVES * dates ** (2 / 3)))
     slow_S = dates / np.pi * (1 - memory_S) * np.sqrt(3 * BIAS / np.maximum(memory_S, 1e-9))
-    waves_S = np.clip(slow_S.astype(int), FEWEST_WAVES, most)
+    waves_S = np.clip(slow_S.astype(int), FEWEST_WAVES, most_waves(dates))
     variance_KS = np.cumsum(squares_KS / shape_KS, axis=0)
     return np.take_along_axis(variance_KS, waves_S[None] - 1, axis=0)[0] / waves_S, waves_S
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from ..data.periods import evenly
 from . import baselines
@@ -13,7 +14,7 @@ from .compare import Comparison
 from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
 from .figures import MOST_APART, MOST_RATIO, SHOWN, SHOWN_MAPS
-from .intervals import FEWEST_DATES, LEVEL
+from .intervals import FEWEST_DATES, LEVEL, most_waves
 from .words import plain, table, with_units
 
 LEADS, RANGES = 4, 4  # of tables, of dates of climatology, at most
@@ -30,8 +31,8 @@ MEANINGS = f"""\
 - **intervals** ({PERCENT}): where the score of ever more such dates would lie. They are told by how the score changes
   when dates count a little more or less along slow waves over the period (equal-weighted cosines: Lazarus and others,
   2018), the same for all, with Student's t; the longer errors last from date to date, the fewer waves are slow enough,
-  and the wider the interval. *Better* and *worse* are where the interval of the ratio of errors does not reach 1.
-  Of many such verdicts one in ten or more is chance."""
+  and the wider the interval.{{width}} *Better* and *worse* are where the interval of the ratio of errors does not
+  reach 1. Of many such verdicts one in ten or more is chance."""
 
 
 def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
@@ -47,7 +48,7 @@ def report_of(evaluation: Evaluation, figures: Mapping[str, Path]) -> str:
         "## Figures",
         *(f"**{title}.** {_caption(title, evaluation)}\n\n![{title}]({path.name})" for title, path in figures.items()),
         "## What the numbers mean",
-        MEANINGS.format(climatology=_climatology(evaluation.made_of)),
+        MEANINGS.format(climatology=_climatology(evaluation.made_of), width=_width(evaluation)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -138,6 +139,7 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
         f"{', '.join(one.name for one in evaluation.targets)} on {grid.nlat} x {grid.nlon} cells. {_data(evaluation)} "
         f"All are held against what came on the same dates and cells{', with exceptions' * bool(parts)}."
     )
+    yield _chosen(evaluation)
     if parts:
         yield (
             f"Baselines that are not known in all of the cells were judged on a part of the area, and there is no "
@@ -159,6 +161,22 @@ def _compared(evaluation: Evaluation) -> Iterable[str]:
         yield f"There are no spectra: {evaluation.spectra.reason}."
 
 
+def _chosen(evaluation: Evaluation) -> str:
+    """Which dates forecasts begin at, and of which."""
+    chosen, count = evaluation.chosen, evaluation.forecasts
+    some = f"{count} of {chosen.among} possible start dates were taken, spread evenly over them"
+    some = some if count < chosen.among else f"All {count} possible start dates were taken"
+    ends = list(dict.fromkeys([*chosen.sequences[:1], *chosen.sequences[-1:]]))
+    many = f"{len(chosen.sequences)} sequence{'s' * (len(chosen.sequences) > 1)}"
+    several = f", in {many} ({' to '.join(ends)})" * bool(ends)
+    if chosen.of_files:
+        rule = "dates that all files have, and of which it is known what came at all leads"
+    else:
+        where = f"in the test period ({', '.join(chosen.within)})" if chosen.within else "in the data"
+        rule = f"dates with all leads {where} and the frames before them that a network needs, without a gap"
+    return f"{some}{several}: {rule}."
+
+
 def _data(evaluation: Evaluation) -> str:
     """What networks were given, and what came."""
     if not evaluation.given:
@@ -167,6 +185,19 @@ def _data(evaluation: Evaluation) -> str:
         return f"What came, and what networks forecast from, is {evaluation.truth}."
     return (
         f"**Networks forecast from {evaluation.given}; what came is from {evaluation.truth}**, and so is persistence."
+    )
+
+
+def _width(evaluation: Evaluation) -> str:
+    """How sure the width of an interval is."""
+    if not evaluation.weighings.can_tell:
+        return ""
+    waves = most_waves(evaluation.forecasts)
+    least, most = np.sqrt(stats.chi2.ppf([0.05, 0.95], waves) / waves)
+    return (
+        f"\n  Dates and waves are the same at all leads; but of {evaluation.forecasts} dates they are {waves} waves at "
+        f"most, and each score is told by its own: by chance an interval is {least:.2g} to {most:.2g} times as wide as "
+        f"on\n  average, and may jump from one lead to the next."
     )
 
 

@@ -39,6 +39,22 @@ class Case(NamedTuple):
     leads: tuple[int, ...]
 
 
+class Chosen(NamedTuple):
+    """How forecasts were chosen, which are spread evenly over those that there could be.
+
+    Attributes:
+        among: how many there could be.
+        within: periods that their leads lie in; none where they lie in all of the data, or files of forecasts say it.
+        sequences: names of those that the chosen lie in, in their order; none where there is but one.
+        of_files: whether files of forecasts say which there could be, and no network.
+    """
+
+    among: int
+    within: tuple[str, ...] = ()
+    sequences: tuple[str, ...] = ()
+    of_files: bool = False
+
+
 @dataclass(frozen=True)
 class Truth:
     """Fields that came.
