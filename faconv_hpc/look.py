@@ -30,7 +30,7 @@ TITLE, PANEL, SMALL = 11, 9, 7  # sizes of text, in points
 SATURATED_PERCENT = 1.0  # cells beyond the ends of a scale, so that a few of them do not fade all others
 REGION_DEG = 120.0  # wide at most: its coasts are finer
 SIGN_CELLS = 72  # columns of the coarse map whose lines show the sign: smaller patches would be scribble
-MAPS_NOTE = "plate carrée; coastlines GSHHG"
+MAPS_NOTE, NO_COASTS_NOTE = "plate carrée; coastlines GSHHG", "plate carrée; synthetic data, of no place on Earth"
 
 # Okabe and Ito's colours, which all see, in an order in which neighbours differ in lightness too; with dashes of their
 # own, and markers, since two of eight colours may still be of one grey.
@@ -78,18 +78,26 @@ def _percentile(percent: float, *fields: NDArray[np.floating]) -> float:
 
 
 def new_figure(
-    rows: int, columns: int, title: str, *, width: float = 4.0, height: float = 2.3, maps: bool = False
+    rows: int,
+    columns: int,
+    title: str,
+    *,
+    width: float = 4.0,
+    height: float = 2.3,
+    maps: bool = False,
+    coasts: bool = True,
 ) -> tuple[Figure, NDArray[Any]]:
     """A figure and its (rows, columns) panels.
 
     Args:
         width, height: of a panel, in inches.
         maps: whether its panels are maps of one grid, which is then said at its foot.
+        coasts: whether these have some.
     """
     figure = Figure(figsize=(columns * width, rows * height + 0.7), layout="constrained", dpi=DPI)
     figure.suptitle(title, fontsize=TITLE)
     if maps:
-        figure.supxlabel(MAPS_NOTE, fontsize=SMALL, x=0.995, ha="right", color="#555555")
+        figure.supxlabel(MAPS_NOTE if coasts else NO_COASTS_NOTE, fontsize=SMALL, x=0.995, ha="right", color="#555555")
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=maps, sharey=maps)
 
 
@@ -108,8 +116,9 @@ def draw_map(
     field_YX: NDArray[np.floating],
     colours: Colours,
     title: str = "",
+    coasts: bool = True,
 ) -> QuadMesh:
-    """Draws a field on a regular grid into a panel, with coastlines; what is NaN is hatched.
+    """Draws a field on a regular grid into a panel, with coastlines or without; what is NaN is hatched.
 
     Args:
         latitude_deg, longitude_deg: of its rows and columns, which may run either way and begin anywhere.
@@ -124,13 +133,23 @@ def draw_map(
     if colours.signed:
         _draw_sign(axes, latitude, longitude, field, colours.high / 2)
     _scale_degrees(axes, latitude, longitude)
-    resolution = "c" if np.ptp(longitude) > REGION_DEG else "l"
-    coast = LineCollection(_coasts(resolution, *axes.get_xlim()), colors="black", linewidths=0.5)
-    if not colours.signed:  # where it is dark
-        coast.set_path_effects([withStroke(linewidth=1.1, foreground="white", alpha=0.7)])
-    axes.add_collection(coast, autolim=False)
+    if coasts:
+        _draw_coasts(axes, longitude, over=not colours.signed)
     axes.set_title(title, fontsize=PANEL)
     return image
+
+
+def _draw_coasts(axes: Axes, longitude: NDArray[np.float64], *, over: bool) -> None:
+    """Those of the Earth.
+
+    Args:
+        over: whether colours are dark somewhere, where lines are seen by a light seam alone.
+    """
+    resolution = "c" if np.ptp(longitude) > REGION_DEG else "l"
+    coast = LineCollection(_coasts(resolution, *axes.get_xlim()), colors="black", linewidths=0.5)
+    if over:
+        coast.set_path_effects([withStroke(linewidth=1.1, foreground="white", alpha=0.7)])
+    axes.add_collection(coast, autolim=False)
 
 
 def colour_bar(image: ScalarMappable, axes: Axes | list[Axes], label: str) -> Colorbar:

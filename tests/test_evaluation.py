@@ -11,6 +11,7 @@ import pytest
 import scores
 import torch
 import xarray as xr
+from matplotlib.collections import LineCollection
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -21,6 +22,7 @@ import forecasts
 from faconv_hpc import Domain, LatLonGrid, look
 from faconv_hpc.cli.app import app
 from faconv_hpc.cli.evaluate import _Asked, place_of
+from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation import figures, results
 from faconv_hpc.evaluation import report as report_module
@@ -32,6 +34,8 @@ from faconv_hpc.evaluation.results import as_json, dataset_of, save
 from faconv_hpc.evaluation.spectra import Spectra
 from faconv_hpc.evaluation.sums import PerDate, Sums
 from faconv_hpc.evaluation.truth import truth_of
+from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
+from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.contract import Contract
 
@@ -825,7 +829,9 @@ def test_the_report_says_what_climatology_is_made_of_and_whether_it_is_judged_on
 )
 def test_maps_of_several_models_have_one_scale(monkeypatch, tmp_path, errors, high):
     drawn = []
-    monkeypatch.setattr(figures, "draw_map", lambda axes, a, b, field, colours, title: drawn.append(colours) or axes)
+    monkeypatch.setattr(
+        figures, "draw_map", lambda axes, a, b, field, colours, title, coasts: drawn.append(colours) or axes
+    )
     monkeypatch.setattr(figures, "colour_bar", lambda *_: None)
     sizes = np.array(errors)[:, None, None, None] * np.ones((2, 6, 8))
     coordinates = {"model": list(map(str, errors)), "lead_time": np.array([6, 12]).astype("timedelta64[h]")}
@@ -888,3 +894,26 @@ def test_the_report_says_how_sure_the_width_of_an_interval_is():
         found = [float(one) for one in re.search(r"is ([\d.]+) to ([\d.]+) times", told).groups()]
         assert found == pytest.approx(np.quantile(width, [0.05, 0.95]), rel=0.03)
     assert report_module._width(SimpleNamespace(forecasts=6, weighings=Weighings.of(6))) == ""
+
+
+def test_maps_of_synthetic_data_have_no_coasts(tmp_path, monkeypatch):
+    """Neither those of its errors nor that of one forecast; a store tells it, whoever made the forecast."""
+    synthesise(tmp_path / "waves", SyntheticOptions(nlat=6, nlon=8, channels=1, frames=20))
+    with Store.open(tmp_path / "waves") as store:
+        fields, _ = store.read(range(20), Tile((0, 6), (0, 8)), [0])
+        sides = {"latitude": store.latitude_deg, "longitude": store.longitude_deg}
+    start = np.datetime64("2000-01-01", "ns") + np.arange(4, 19) * np.timedelta64(6, "h")
+    coordinates = {"init_time": start, "lead_time": np.array([6]).astype("timedelta64[h]").astype("timedelta64[ns]")}
+    said = xr.Dataset({"wave_0": (CELLS, fields[5:20] + 0.1, {"units": "1"})}, coordinates | sides)
+    said.to_netcdf(tmp_path / "said.nc", engine="h5netcdf")
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    found = evaluate([tmp_path / "said.nc"], ALONE, data=[tmp_path / "waves"], maps=tmp_path / "maps.nc")
+    with xr.open_dataset(tmp_path / "maps.nc", engine="h5netcdf", decode_timedelta=True) as opened:
+        maps = opened.load()
+    assert found.on_earth is False and np.isfinite(maps.wave_0_rmse).all()
+    for one, coasts in ((found, False), (replace(found, on_earth=True), True)):
+        drawn = figures.draw_figures(one, maps, tmp_path)
+        for name in ("Errors of said on the map", "One forecast"):
+            lines = [line for place in drawn[name].axes for line in place.collections if type(line) is LineCollection]
+            assert bool([line for line in lines if line.get_linewidths() == [0.5]]) == coasts
+            assert ("GSHHG" in drawn[name].get_supxlabel()) == coasts

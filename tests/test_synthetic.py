@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
+from faconv_hpc.data.layout import are_synthetic
 from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
+from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 from faconv_hpc.prepare.writer import write_store
 from faconv_hpc.spatial.grid import Tile
@@ -46,6 +49,21 @@ def test_slabs_and_files_change_no_bit(
     monkeypatch.setattr("faconv_hpc.prepare.synthetic.write_store", slabs)
     synthesise(tmp_path / "s", OPTIONS, mesh=(3, 2), frames_per_file=frames_per_file)
     assert np.array_equal(fields_of(tmp_path / "s"), fields_of(tmp_path / "want"))
+
+
+def test_stores_say_that_they_are_synthetic(tmp_path: Path) -> None:
+    """So do those that are prepared from them alone; not where a source is of another kind."""
+    for name, first in (("a", "2000-01-01"), ("b", "2000-01-02")):
+        synthesise(tmp_path / name, SyntheticOptions(nlat=9, nlon=12, frames=4, start=first))
+    with xr.open_dataset(tmp_path / "a" / "fields-00000.nc", engine="h5netcdf") as file:
+        u = file.fields.sel(channel="wave_0", drop=True).assign_attrs(units="m s**-1")
+        xr.Dataset({"u": u}).to_netcdf(tmp_path / "u.nc", engine="h5netcdf")
+    prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
+    prepare([tmp_path / "a", tmp_path / "u.nc"], tmp_path / "mixed")
+    assert all(are_synthetic([tmp_path / name]) for name in ("a", "b", "joined", "a/fields-00000.nc"))
+    assert are_synthetic([tmp_path / "a", tmp_path / "joined"])
+    others: list[list[str]] = [["mixed"], ["u.nc"], ["a", "u.nc"], []]
+    assert not any(are_synthetic([tmp_path / name for name in names]) for names in others)
 
 
 def test_seed_decides(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ STATIC_FILE = "static.nc"
 MOMENTS = "moments"  # (channel, 8) in every file of fields, see `ChannelMoments.as_row`
 SEQUENCE, SEQUENCE_NAME = "sequence", "sequence_name"
 """Of every frame the number of its sequence, and the names of all; where there are several."""
+SYNTHETIC = "synthetic"
+"""In the provenance of a store that was made without a source, or of such stores: its fields are not of the Earth."""
 DIMS = ("time", "channel", "latitude", "longitude")
 
 
@@ -229,6 +231,13 @@ def read_store_file(path: Path) -> StoreContent:
             f"{path} is damaged ({error}). Copy the store again, or prepare it anew with "
             f"`faconv data prepare ... --output {path.parent} --overwrite`."
         ) from None
+
+
+def are_synthetic(paths: Iterable[Path]) -> bool:
+    """Whether data are stores, or files of stores, that all say that they are synthetic."""
+    stores = {(path if path.is_dir() else path.parent) / STORE_FILE for path in paths}
+    told = (one.is_file() and read_store_file(one).layout.provenance.get(SYNTHETIC, False) for one in stores)
+    return bool(stores) and all(told)
 
 
 def _check_format(path: Path, attributes: h5py.AttributeManager) -> None:

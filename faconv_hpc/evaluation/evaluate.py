@@ -226,6 +226,7 @@ class _Work:
             spectra=self._spectra.kept,
             example=self._whole_example(),
             made_of=made_of,
+            on_earth=truth.on_earth,
         )
 
     def _whole_example(self) -> Example:

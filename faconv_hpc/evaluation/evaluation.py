@@ -50,6 +50,7 @@ class Evaluation:
         leads_h: (L,) how far ahead the leads are, in hours, on average over dates.
         per_date: of all entries and then the baselines.
         made_of: which dates climatology and damped persistence are made of.
+        on_earth: whether coastlines mean something on its maps.
     """
 
     entries: tuple[Judged, ...]
@@ -65,6 +66,7 @@ class Evaluation:
     spectra: KeptSpectra
     example: Example
     made_of: MadeOf
+    on_earth: bool = True
 
     @property
     def held_out(self) -> bool | None:

@@ -35,7 +35,9 @@ def draw_figures(evaluation: Evaluation, maps: xr.Dataset, directory: Path) -> d
     if not evaluation.spectra.reason:
         figures["Spectra"] = draw_spectra(evaluation, directory / SPECTRA)
     for entry, name in zip(evaluation.entries, MAP_FIGURES, strict=False):
-        figures[f"Errors of {entry.name} on the map"] = draw_maps(maps, entry.name, directory / name)
+        figures[f"Errors of {entry.name} on the map"] = draw_maps(
+            maps, entry.name, directory / name, coasts=evaluation.on_earth
+        )
     figures["One forecast"] = draw_forecast(evaluation, directory / FORECAST)
     return figures
 
@@ -49,7 +51,7 @@ def draw_forecast(evaluation: Evaluation, path: Path) -> Path:
     title = f"{first.name}{f', step {step}' if step else ''}: from {before} to {after}{kind}"
     shown = example.names[:SHOWN]
     ratios = [skill.ratio for skill in evaluation.skills if skill.lead == 1]
-    figure, axes = new_figure(len(shown), 3, title, maps=True)
+    figure, axes = new_figure(len(shown), 3, title, maps=True, coasts=evaluation.on_earth)
     for row, variable in enumerate(shown):
         truth, forecast = example.truth_CYX[row], example.forecast_CYX[row]
         colours = Colours.of_changes(truth)
@@ -57,7 +59,8 @@ def draw_forecast(evaluation: Evaluation, path: Path) -> Path:
         said = example.judged.get(variable, f"{ratios[row]:.2f} of persistence's error")
         for place, (what, field) in zip(axes[row], panels.items(), strict=True):
             title = f"{variable}: {what}" + f", {said}" * (what == "forecast")
-            image = draw_map(place, example.latitude_deg, example.longitude_deg, field, colours, title)
+            degrees = example.latitude_deg, example.longitude_deg
+            image = draw_map(place, *degrees, field, colours, title, evaluation.on_earth)
         colour_bar(image, list(axes[row]), with_units(example.meaning[row], example.units[row]))
     return save_figure(figure, path)
 
@@ -133,24 +136,24 @@ def _scale_ratios(place: Axes) -> None:
     place.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}")
 
 
-def draw_maps(maps: xr.Dataset, model: str, path: Path) -> Path:
+def draw_maps(maps: xr.Dataset, model: str, path: Path, *, coasts: bool = True) -> Path:
     """A row for each variable: RMSE at the first and the last lead with one scale, and the bias at the last; scales are
     those of the figures of the other models."""
     own, names = maps.sel(model=model), [str(one).removesuffix("_rmse") for one in maps if str(one).endswith("_rmse")]
     of_all = maps.isel(model=slice(SHOWN_ENTRIES))
     leads = Leads(own.lead_time.values / np.timedelta64(1, "h"))
-    figure, axes = new_figure(len(names[:SHOWN_MAPS]), 3, f"Errors of {model}", maps=True, width=4.2)
+    figure, axes = new_figure(len(names[:SHOWN_MAPS]), 3, f"Errors of {model}", maps=True, width=4.2, coasts=coasts)
     coordinates = own.latitude.values, own.longitude.values
     for row, name in zip(axes, names[:SHOWN_MAPS], strict=True):
         rmse, bias = own[f"{name}_rmse"], own[f"{name}_bias"]
         ends = rmse.isel(lead_time=0).values, rmse.isel(lead_time=-1).values
         colours = _shared(Colours.of_magnitudes, of_all[f"{name}_rmse"].isel(lead_time=[0, -1]).values)
         for place, field, ahead in zip(row, ends, (leads.one(0), leads.one(-1)), strict=False):
-            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead} ahead")
+            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead} ahead", coasts)
         colour_bar(image, list(row[:2]), with_units("RMSE", rmse.units))
         colours = _shared(Colours.of_changes, of_all[f"{name}_bias"].isel(lead_time=-1).values)
         field = bias.isel(lead_time=-1).values
-        image = draw_map(row[2], *coordinates, field, colours, f"{name}: bias {leads.one(-1)} ahead")
+        image = draw_map(row[2], *coordinates, field, colours, f"{name}: bias {leads.one(-1)} ahead", coasts)
         colour_bar(image, row[2], with_units("bias", rmse.units))
     return save_figure(figure, path)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.fields import Fields, StoreFields
-from ..data.layout import STORE_FILE, Channel
+from ..data.layout import STORE_FILE, Channel, are_synthetic
 from ..data.periods import frames_within, is_there, mask_of, ranges_of, starts_before, stretches_of
 from ..data.store import Store
 from ..data.times import TimeAxis
@@ -64,6 +64,7 @@ class Truth:
         targets: what the fields are.
         axis: of their times; their frames may lie in several sequences.
         fields: reads them.
+        on_earth: False of stores that are synthetic.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Truth:
     grid: LatLonGrid
     axis: TimeAxis
     fields: Fields
+    on_earth: bool = True
 
     def read(self, frame: int, tile: Tile) -> NDArray[np.float32]:
         """(C, Y, X), NaN where it is not known."""
@@ -126,9 +128,8 @@ def truth_of(data: Sequence[Path], contract: Contract | None, names: Sequence[st
     Raises:
         InputError: the data cannot be read, or have not what is judged.
     """
-    if _is_store(data):
-        return _of_store(Store.open(data[0]), contract, names)
-    return _of_files(data, contract, names)
+    truth = _of_store(Store.open(data[0]), contract, names) if _is_store(data) else _of_files(data, contract, names)
+    return replace(truth, on_earth=not are_synthetic(data))
 
 
 def data_in_words(data: Sequence[Path]) -> str:

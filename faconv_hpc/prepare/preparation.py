@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..data.chunks import chunk_shape
-from ..data.layout import StoreLayout
+from ..data.layout import SYNTHETIC, StoreLayout, are_synthetic
 from ..errors import InputError
 from .catalogue import Catalogue, build_catalogue
 from .comm import Comm, SerialComm, alike, guarded
@@ -156,7 +156,7 @@ def provenance_of(command: str, paths: Sequence[Path], catalogue: Catalogue) -> 
         "sources": [str(path.resolve()) for path in paths],
         "versions": versions(),
         "notes": list(catalogue.notes),
-    }
+    } | ({SYNTHETIC: True} if are_synthetic(paths) else {})
 
 
 def refuse_own_source(output: Path, paths: Sequence[Path]) -> None:

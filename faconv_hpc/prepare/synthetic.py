@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..data.chunks import chunk_shape
 from ..data.hashing import mixed, start_of, uniform
-from ..data.layout import Channel, StoreLayout
+from ..data.layout import SYNTHETIC, Channel, StoreLayout
 from ..data.times import SECONDS_PER_HOUR, TimeAxis, decode_times
 from ..errors import InputError
 from ..spatial.grid import Span
@@ -219,5 +219,11 @@ def _layout(
         mesh=mesh,
         frames_per_file=frames_per_file or recipe.frames_per_file or default_frames_per_file(shape, len(channels)),
         compression=compression,
-        provenance={"command": command, "sources": [repr(recipe)], "versions": versions(), "notes": []},
+        provenance={
+            "command": command,
+            "sources": [repr(recipe)],
+            "versions": versions(),
+            "notes": [],
+            SYNTHETIC: True,
+        },
     )

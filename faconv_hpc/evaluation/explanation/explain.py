@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from ...data.layout import are_synthetic
 from ...data.periods import evenly
 from ...errors import InputError
 from ...forecasting.campaign import asked_of, open_frames
@@ -39,6 +40,7 @@ class Explanation:
         dates: that it is of.
         looks: None where the network has no such layers.
         sensitivity: None where nothing was asked.
+        on_earth: False of data that are synthetic.
     """
 
     title: str
@@ -46,6 +48,7 @@ class Explanation:
     dates: tuple[str, ...]
     looks: Looks | None
     sensitivity: Sensitivity | None
+    on_earth: bool = True
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -79,7 +82,7 @@ def explain(
     if question is not None:
         answer = sensitivity_of(forecaster, frames, starts, question, stages("gradients"))
     title = asked_of(forecaster.trained).told
-    return Explanation(title, forecaster, tuple(one.date for one in starts), looks, answer)
+    return Explanation(title, forecaster, tuple(one.date for one in starts), looks, answer, not are_synthetic(data))
 
 
 def check_memory(forecaster: Forecaster, steps: int) -> None:

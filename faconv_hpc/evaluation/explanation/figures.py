@@ -42,14 +42,16 @@ def draw_maps(found: Explanation, path: Path) -> Path:
     assert looks is not None, "there is attention"
     seasons = [place for place, dates in enumerate(looks.dates_S) if dates]
     title = f"What cells look at, layer {layer + 1} of {len(looks.added_L)}: log2 of the weight over an even one"
-    figure, rows = new_figure(len(seasons), 2, title, width=5.0, height=2.4, maps=True)
+    figure, rows = new_figure(len(seasons), 2, title, width=5.0, height=2.4, maps=True, coasts=found.on_earth)
     maps = (looks.row_map_LSYX[layer], looks.column_map_LSYX[layer])
     for column, (map_SYX, along) in enumerate(zip(maps, ("its latitude circle", "its meridian"), strict=True)):
         fields = np.log2(map_SYX)
         colours = Colours.of_changes(*fields[seasons])
         for row, season in zip(rows, seasons, strict=True):
             told = f"{list(SEASONS)[season]} (dates: {looks.dates_S[season]}): taken by {along}"
-            image = draw_map(row[column], _latitude(found), _longitude(found), fields[season], colours, told)
+            image = draw_map(
+                row[column], _latitude(found), _longitude(found), fields[season], colours, told, found.on_earth
+            )
         colour_bar(image, [row[column] for row in rows], "log2 of preference: 1 is twice an even weight")
     assert contract.grid.nlat == maps[0].shape[1], "maps are of the grid"
     return save_figure(figure, path)
@@ -123,14 +125,14 @@ def draw_sensitivity(found: Explanation, path: Path) -> Path:
     title = (
         f"What {target.name} at {question.region} hangs on, {question.lead} steps ahead (mean of {len(answer.answers)})"
     )
-    figure, rows = new_figure(len(steps), len(shown), title, width=4.6, height=2.4, maps=True)
+    figure, rows = new_figure(len(steps), len(shown), title, width=4.6, height=2.4, maps=True, coasts=found.on_earth)
     for channel in shown:
         name = answer.variables[channel].name
         for row, step in zip(rows, steps, strict=True):
             field_YX = answer.mean_TCYX[step, channel]
             told = f"{name}, {steps[-1] - step} steps before the start"
             colours = Colours.of_changes(field_YX)
-            image = draw_map(row[channel], _latitude(found), _longitude(found), field_YX, colours, told)
+            image = draw_map(row[channel], _latitude(found), _longitude(found), field_YX, colours, told, found.on_earth)
             colour_bar(image, row[channel], f"{target.units or target.name} per deviation")
             _box(row[channel], question.region.south_deg, question.region.north_deg, question.region.west_deg,
                  question.region.east_deg)  # fmt: skip

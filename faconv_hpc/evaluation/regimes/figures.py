@@ -237,14 +237,17 @@ def draw_composites(regimes: Regimes, path: Path, *, beyond_season: bool) -> Pat
     what = "less those of its calendar months" if beyond_season else "less those of all times"
     title = _title(regimes, f"Mean fields of each regime {what}")
     size = {"width": PANEL_INCHES, "height": PANEL_INCHES / 2 + 0.25}
-    figure, rows = new_figure(-(-clusters // across), across * len(variables), title, **size, maps=True)
+    figure, rows = new_figure(
+        -(-clusters // across), across * len(variables), title, **size, maps=True, coasts=record.on_earth
+    )
     for channel, variable in enumerate(variables):
         own = rows[:, channel * across : (channel + 1) * across].ravel().tolist()
         colours = Colours.of_changes(*fields_KCYX[:, channel])
         for label, axes in enumerate(own[:clusters]):
             times = int((regimes.labels_T == label).sum())
             told = f"regime {label + 1} ({times} times): {variable.name}"
-            image = draw_map(axes, found.latitude_deg, found.longitude_deg, fields_KCYX[label, channel], colours, told)
+            field_YX, degrees = fields_KCYX[label, channel], (found.latitude_deg, found.longitude_deg)
+            image = draw_map(axes, *degrees, field_YX, colours, told, record.on_earth)
             axes.tick_params(labelbottom=label + across >= clusters)
         for axes in own[clusters:]:
             axes.set_axis_off()

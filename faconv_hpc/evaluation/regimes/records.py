@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...data.layout import are_synthetic
 from ...data.statistics import row_weights
 from ...data.times import MONTHS, TimeAxis
 from ...data.variables import Variable
@@ -38,12 +39,14 @@ class Record:
         frames: of each sequence.
         places: of each time: its sequence, and its frame there.
         memory_bytes: for what is kept of them at once.
+        on_earth: False of stores that are synthetic.
     """
 
     frames: tuple[Frames, ...]
     places: tuple[tuple[int, int], ...]
     contract: Contract
     memory_bytes: int
+    on_earth: bool = True
 
     @classmethod
     def of(
@@ -68,7 +71,7 @@ class Record:
                     f"{axis.label(own[int(missing[0])])}. Give with --data what was embedded."
                 )
             places += [(number, frame) for frame in found.tolist()]
-        return cls(tuple(chosen), tuple(places), contract, round(memory_gib * GIB))
+        return cls(tuple(chosen), tuple(places), contract, round(memory_gib * GIB), not are_synthetic(data))
 
     @property
     def asked(self) -> Asked:
