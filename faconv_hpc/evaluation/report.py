@@ -197,7 +197,7 @@ def _width(evaluation: Evaluation) -> str:
     return (
         f"\n  Dates and waves are the same at all leads; but of {evaluation.forecasts} dates they are {waves} waves at "
         f"most, and each score is told by its own: by chance an interval is {least:.2g} to {most:.2g} times as wide as "
-        f"on\n  average, and may jump from one lead to the next."
+        f"on average, and may jump from one lead to the next.\n "
     )
 
 
