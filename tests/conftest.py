@@ -6,6 +6,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read where libraries load: threads of small arrays wait for each other
+
 import pytest
 import torch
 
