@@ -172,6 +172,7 @@ class MetaEngine:
         self.optimizer.zero_grad()
 
 
+@pytest.mark.every(2, "model", "precision")
 @pytest.mark.parametrize("model", [
     {}, {"checkpoint_steps": 2, "fuse": "concat"}, {"cell": "convlstm", "kernel_size": 3},
 ], ids=str)  # fmt: skip

@@ -5,7 +5,7 @@ import os
 import platform
 import weakref
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import pytest
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from faconv_hpc import ConvLSTM2d, Domain, FAConvLSTM2d, FAConvLSTMNetwork, LatLonGrid
 from faconv_hpc.errors import InputError
+from faconv_hpc.model import kernels as kernels_module
 from faconv_hpc.model import native, sweep
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
 from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, TracedKernels, Turn, kernels_for
@@ -186,7 +187,9 @@ def test_a_state_of_something_else_is_refused(kernels, state, told):
 
 
 @pytest.mark.parametrize("kernels", ["eager", "compiled"])
-def test_autocast_and_cells_in_float64_change_no_arithmetic(kernels):
+def test_autocast_and_cells_in_float64_change_no_arithmetic(kernels, traced, monkeypatch):
+    """Cells in float64 beside activations in float32 are torch.compile's, whose code another test has."""
+    monkeypatch.setitem(kernels_module._MADE, "torch.compile", cache(TracedKernels))
     layer = FAConvLSTM2d(3, 8, attention_every=2, kernels=kernels)
     x, h, c = torch.randn(2, 3, 3, 5, 6), torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
     want, _ = layer(x, (h, c))
@@ -199,6 +202,7 @@ def test_autocast_and_cells_in_float64_change_no_arithmetic(kernels):
     finer, (_, c_last) = layer(x, (h, c.double()))
     assert c_last.dtype == torch.float64
     torch.testing.assert_close(finer, want, rtol=1e-5, atol=1e-5)
+    assert bool(traced.frame_count) == (kernels == "compiled")
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
@@ -497,8 +501,20 @@ def test_without_a_compiler_there_is_a_way_out(monkeypatch, tmp_path, compiler, 
     assert not list(tmp_path.rglob("*.so*"))
 
 
+@pytest.fixture
+def short_source(monkeypatch, tmp_path_factory):
+    """A library that is built in a tenth of a second, where not what is in it counts but where it lies."""
+    source = tmp_path_factory.mktemp("source") / "short.cpp"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(native, "_SOURCES", (source,))
+
+
+def assert_built(library):
+    assert library.answer() == 42
+
+
 @pytest.mark.parametrize("way", ["others may write", "a link"])
-def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path, way):
+def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path, short_source, way):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     predictable, theirs = tmp_path / f"faconv_hpc-{os.getuid()}", tmp_path / "theirs"
     theirs.mkdir()
@@ -507,21 +523,21 @@ def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path, way):
     else:
         predictable.mkdir()
         predictable.chmod(0o777)
-    native.library.__wrapped__()
+    assert_built(native.library.__wrapped__())
     assert not list(predictable.iterdir()) and not list(theirs.iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {predictable.name, "theirs"}
 
 
-def test_a_damaged_library_is_built_anew(monkeypatch, tmp_path):
+def test_a_damaged_library_is_built_anew(monkeypatch, tmp_path, short_source):
     (tmp_path / "whole").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "whole"))
-    native.library.__wrapped__()
+    assert_built(native.library.__wrapped__())
     (whole,) = tmp_path.rglob("*.so")
     damaged = tmp_path / "damaged" / whole.parent.name / whole.name
     damaged.parent.mkdir(parents=True, mode=0o700)
     damaged.write_bytes(b"not a library")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "damaged"))
-    native.library.__wrapped__()
+    assert_built(native.library.__wrapped__())
     assert damaged.stat().st_size == whole.stat().st_size
 
 
