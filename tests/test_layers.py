@@ -409,7 +409,7 @@ def test_native_passes_equal_eager_ones(kind, threads):
 
 @pytest.mark.parametrize(
     "flags",
-    [["-march=x86-64"], ["-DVECTOR_BYTES=64", "-DACROSS=2", "-DBLOCKS=3", "-Wno-psabi", "-O1"]],
+    [["-march=x86-64", "-O1"], ["-DVECTOR_BYTES=64", "-DACROSS=2", "-DBLOCKS=3", "-Wno-psabi", "-O1"]],
     ids=["narrow vectors", "wide vectors"],
 )
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names another processor's vectors")
