@@ -15,6 +15,13 @@ def versions() -> dict[str, str]:
     """What was running: this package and its commit, Python, the host of the first rank, the libraries."""
     found = {"faconv_hpc": __version__, "commit": _commit(), "python": platform.python_version()}
     found |= {"machine": platform.machine(), "host": socket.gethostname()}
+    return found | _of_packages()
+
+
+@cache
+def _of_packages() -> dict[str, str]:
+    """Of the libraries; metadata are long to read."""
+    found = {}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -94,7 +94,7 @@ def by_definition(values_TYX, weights_Y):
 @pytest.mark.parametrize(
     "limits", [(0, 17), (0, 16), (0, 15), (0, 12), (0, 10), (3, 17), (5, 10), (4, 11), (6, 9), (16, 17)]
 )
-@pytest.mark.every(2, "frames_per_file", "limits")
+@pytest.mark.every(3, "frames_per_file", "limits")
 def test_statistics_are_of_just_the_frames_that_count(tmp_path, limits, frames_per_file):
     """At the limits of files, inside them, and over several."""
     values = fields(gaps=True)

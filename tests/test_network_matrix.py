@@ -124,7 +124,7 @@ def check_boundaries(mesh, name, references, layers):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.every(4, "layout", "name")
+@pytest.mark.every(3, "layout", "name")
 def test_the_network_on_tiles_equals_one_tile(layout, name, share):
     """A third of the boundaries at each layout: every one is cut along both axes at once, and otherwise."""
     layers = LAYERS if layout.ranks <= 4 else 1  # more ranks cost more

@@ -24,6 +24,10 @@ trap 'rm -f "$typed"' EXIT
 mypy > "$typed" 2>&1 & # beside the tests
 mypy=$!
 
+if [ ! -d tests/__pycache__ ]; then # what is imported is compiled once: half a minute, which all workers would take each
+    python -m pytest --collect-only -qq -n0 > /dev/null || true
+fi
+
 # Two workers per core, as many tests wait, three of them for minutes; each may have 24 ranks, 4 GiB, a Slurm.
 cores=$(nproc)
 memory_gib=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
