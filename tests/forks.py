@@ -1,10 +1,10 @@
 """``python -m faconv_hpc`` without its imports, which cost every process and every rank three seconds of a core.
 
 `Popen` is `subprocess.Popen`, but a command that is exactly ``[sys.executable, "-m", "faconv_hpc", ...]`` becomes a
-fork of a server, one for each pytest process, that has imported what ``faconv`` imports and done nothing. The fork
-gets the environment, directory and descriptors asked for, default signals and a clean exit, and is the caller's child
-as any other: its number, exit code and signals are the real ones. What it starts by that command (ranks) is forked
-from itself. All other commands are real processes, and so are those whose environment means something to an
+fork of a server, one for each pytest process, that has imported what ``faconv`` imports and asked for its version. The
+fork gets the environment, directory and descriptors asked for, default signals and a clean exit, and is the caller's
+child as any other: its number, exit code and signals are the real ones. What it starts by that command (ranks) is
+forked from itself. All other commands are real processes, and so are those whose environment means something to an
 interpreter that starts or to libraries that load (`AT_IMPORT`: a sitecustomize, another number of threads).
 
 The workers of `ranks.RankPool` are forks as well.
@@ -172,6 +172,7 @@ def _serve(line, tree):
         if not name.endswith(("__main__", ".blocks", ".fused")):  # a program; what only GPUs use, and needs Triton
             importlib.import_module(name)
     sys.path.remove(tree)
+    sys.modules["faconv_hpc.versions"].versions()  # which every run writes down: two calls of git, metadata of packages
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing from the forks"
     gc.collect()
     gc.freeze()  # so that a collection does not copy what is shared

@@ -10,7 +10,6 @@ import ast
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -78,6 +77,15 @@ COMPARISON = {
     "leads": 1,
     "set": {"mesh.lon": 1, "data.periods.validation": "2001-01-03T12/2001-01-04T00"},
 }  # fmt: skip
+IN_A_FORK = """
+import os, runpy, sys
+for name in [*sys.modules]:  # so that a snippet has what it imports, as far as it is ours
+    if name.partition(".")[0] == "faconv_hpc":
+        del sys.modules[name]
+os.chdir({0!r})
+sys.path[0] = {0!r}
+runpy.run_path("snippet.py", run_name="__main__")
+"""
 
 
 def blocks(page):
@@ -181,13 +189,14 @@ def follow(page, directory):
 
 
 def _run_snippet(page, text, directory):
+    """The first page's in an interpreter of its own, those with ranks by torchrun, the others in forks without ours."""
     (directory / "snippet.py").write_text(text)
     ranks = "ProcessMesh.start" in text
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks else []
-    command = [*(start or [sys.executable]), "snippet.py"]
-    done = subprocess.run(
-        command, cwd=directory, capture_output=True, text=True, env=job_environment(), timeout=SECONDS, check=False
-    )
+    command, cwd = [*(start or [sys.executable]), "snippet.py"], directory
+    if not ranks and page != "README.md":
+        command, cwd = [sys.executable, "-m", "forks", IN_A_FORK.format(str(directory))], Path(__file__).parent
+    done = forks.run(command, cwd=cwd, env=job_environment(), timeout=SECONDS)
     assert done.returncode == 0, f"{page}:\n{text}\n{done.stderr}"
     if ranks:
         differences = [float(line.split()[-1]) for line in done.stdout.splitlines()]
