@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colorbar import Colorbar
@@ -106,7 +105,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """As PNG, whole or not at all; its directory is made."""
     make_durably(path.parent)
     with replacing(path) as beside:
-        FigureCanvasAgg(figure).print_png(beside)  # savefig draws it twice, the first time to lay it out
+        figure.savefig(beside, format="png")
     return path
 
 
