@@ -152,7 +152,7 @@ def test_another_store_of_its_data_is_taken_although_its_statistics_are_inherite
 
 def test_on_another_grid_it_is_better_than_from_scratch(tmp_path):
     """Waves that it has learned at one resolution, then at another; beside as many steps from the beginning."""
-    data, model = {"forcings": []}, {"coarse_shape": [2, 3], "attention_heads": 1, "kernels": "compiled"}
+    data, model = {"forcings": []}, {"coarse_shape": [2, 3], "attention_heads": 1}
     coarse = make_store(tmp_path / "coarse", frames=40)
     fine = make_store(tmp_path / "fine", nlat=12, nlon=16, frames=40)
     long = {"steps": 150, "learning_rate": 0.02}

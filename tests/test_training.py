@@ -224,8 +224,7 @@ def _punch_holes(store):
 def test_evaluation_is_the_same_on_every_mesh_and_beats_persistence(tmp_path, monkeypatch):
     store = make_store(tmp_path / "waves", frames=40, noise=0.0)
     data = {"periods": {"test": "2000-01-10T06/"}}
-    training, model = {"steps": 240, "learning_rate": 0.02}, {"kernels": "compiled"}  # in half of the time
-    config = small_config(tmp_path, store, training=training, data=data, model=model)
+    config = small_config(tmp_path, store, training={"steps": 240, "learning_rate": 0.02}, data=data)
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
     maps = [tmp_path / "alone.nc", tmp_path / "on_ranks.nc"]
     alone, *_ = run_on_ranks(Layout(1, 1, 1), lambda mesh: evaluated(config, mesh, maps=maps[0]))
