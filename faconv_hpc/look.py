@@ -9,6 +9,7 @@ it is above zero, dashed below.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from .spatial.grid import within_half_a_turn
 DPI = 130
 BAR_ASPECT = 20  # of colours, length over width, for each row of panels
 TITLE, PANEL, SMALL = 11, 9, 7  # sizes of text, in points
+LETTERS_PER_INCH = 11  # of a title, so that it does not leave its figure
 SATURATED_PERCENT = 1.0  # cells beyond the ends of a scale, so that a few of them do not fade all others
 REGION_DEG = 120.0  # wide at most: its coasts are finer
 SIGN_CELLS = 72  # columns of the coarse map whose lines show the sign: smaller patches would be scribble
@@ -95,7 +97,7 @@ def new_figure(
         coasts: whether these have some.
     """
     figure = Figure(figsize=(columns * width, rows * height + 0.7), layout="constrained", dpi=DPI)
-    figure.suptitle(title, fontsize=TITLE)
+    figure.suptitle("\n".join(wrap(title, round(columns * width * LETTERS_PER_INCH))), fontsize=TITLE)
     if maps:
         figure.supxlabel(MAPS_NOTE if coasts else NO_COASTS_NOTE, fontsize=SMALL, x=0.995, ha="right", color="#555555")
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=maps, sharey=maps)
@@ -160,7 +162,7 @@ def colour_bar(image: ScalarMappable, axes: Axes | list[Axes], label: str) -> Co
         panels[0]
         .get_figure(root=True)
         .colorbar(  # type: ignore[union-attr]
-            image, ax=panels, pad=0.01, extend=_extended(image), aspect=BAR_ASPECT * len(rows)
+            image, ax=panels, pad=0.01, extend=_extended(image, panels), aspect=BAR_ASPECT * len(rows)
         )
     )
     bar.set_label(label, fontsize=PANEL)
@@ -191,9 +193,10 @@ def dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     return axes
 
 
-def _extended(image: ScalarMappable) -> str:
-    """At which ends of the scale there is more."""
-    values: NDArray[np.floating] = np.ma.compressed(np.ma.masked_invalid(np.ma.asarray(image.get_array())))
+def _extended(image: ScalarMappable, panels: list[Axes]) -> str:
+    """At which ends of the scale there is more, in any of the panels."""
+    drawn = [image, *(one for panel in panels for one in panel.collections if isinstance(one, QuadMesh))]
+    values = np.concatenate([np.ma.compressed(np.ma.masked_invalid(np.ma.asarray(one.get_array()))) for one in drawn])
     low, high = image.get_clim()
     ends = values.min(initial=low) < low, values.max(initial=high) > high
     return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(ends, "neither")

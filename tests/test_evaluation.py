@@ -572,6 +572,16 @@ def test_an_interval_is_that_of_the_mean_of_independent_dates():
     assert (high + low) / 2 == pytest.approx(values.mean())
 
 
+def test_few_waves_that_are_small_by_chance_make_no_interval_a_point():
+    """Dates that differ from one to the next alone: no slow wave has anything of it."""
+    dates = 14
+    values = np.cos(np.pi * 11 * (np.arange(dates) + 0.5) / dates)
+    weighings = Weighings.of(dates)
+    low, high = weighings.interval(weighings.weights_KN @ values / dates, values.mean())
+    independent = stats.t.ppf(0.95, 2) * values.std() / np.sqrt(dates)
+    assert 0.45 * independent < (high - low) / 2 < 0.6 * independent
+
+
 def test_memory_is_told_of_series_of_all_kinds():
     """The most of what three lags tell: noise on a red series hides it from the first."""
     random, dates = np.random.default_rng(1), 4000

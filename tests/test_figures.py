@@ -138,3 +138,21 @@ def test_a_figure_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_figure(figure, path)
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["map.png"]
+
+
+def test_a_bar_of_several_panels_has_the_ends_of_all_of_them():
+    """The last panel alone would say that no field leaves the scale."""
+    _, ((first, second),) = new_figure(1, 2, "Changes")
+    latitude, longitude, colours = np.array([10.0, 0.0, -10.0]), np.arange(4) * 90.0, Colours("coolwarm", -1.0, 1.0)
+    draw_map(first, latitude, longitude, np.full((3, 4), 3.0), colours, coasts=False)
+    image = draw_map(second, latitude, longitude, np.zeros((3, 4)), colours, coasts=False)
+    assert (
+        colour_bar(image, [first, second], "K").extend == "max" and colour_bar(image, second, "K").extend == "neither"
+    )
+
+
+def test_a_long_title_stays_within_its_figure(tmp_path):
+    figure, _ = new_figure(1, 1, "Mean fields of each regime less those of its calendar months, " * 3, width=4.0)
+    save_figure(figure, tmp_path / "title.png")
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width

@@ -109,5 +109,7 @@ def _show(found: "Regimes", output: Path, as_json: bool) -> None:
     if as_json:
         print(json_of(found), end="")
     else:
-        print(f"{found.suggestion.clusters} regimes of {len(found.embeddings.axis)} times. {found.suggestion.reason}")
+        times, suggestion = len(found.embeddings.axis), found.suggestion
+        told = f"{suggestion.clusters} regimes of" if suggestion.steady else "No regimes beyond doubt in"
+        print(f"{told} {times} times. {suggestion.reason}")
         print(f"Read {output / REPORT}")

@@ -18,6 +18,7 @@ FEWEST_DATES = 12  # for an interval to mean something
 FEWEST_WAVES = 2  # by one alone an interval would be four times as wide
 TILT = 1e-3  # of the weights: small, so that what a score does is a derivative
 MOST_WAVES = 0.4  # of N^(2/3): more would tell little more, and hide what the first lags do not tell
+FLOOR = 0.25  # of the variance of independent dates: two waves may be small by chance, and an interval a point
 BIAS = 0.1  # of the variance, that the fastest wave may bring
 LAGS = 3  # by which memory is told
 MEMORY, FORGOTTEN = 0.98, 4  # its most, and 1 - 4 / N: more cannot be told from a trend, and would be so by chance
@@ -83,7 +84,7 @@ def _variance(squares_KS: NDArray[np.float64], dates: int) -> tuple[NDArray[np.f
 
     The fast waves tell the memory m of a score from a date to the next, and with it the shape of a spectrum that
     decays alike: it is taken out of the first waves, and of these those count whose share of it would be off by
-    less than `BIAS`, if it were.
+    less than `BIAS`, if it were. An interval is at least half as wide as if dates knew nothing of each other (`FLOOR`).
     """
     frequency_K = np.pi * np.arange(1, dates) / dates
     memory_S = memory_of(squares_KS, frequency_K, dates)
@@ -91,7 +92,8 @@ def _variance(squares_KS: NDArray[np.float64], dates: int) -> tuple[NDArray[np.f
     slow_S = dates / np.pi * (1 - memory_S) * np.sqrt(3 * BIAS / np.maximum(memory_S, 1e-9))
     waves_S = np.clip(slow_S.astype(int), FEWEST_WAVES, most_waves(dates))
     variance_KS = np.cumsum(squares_KS / shape_KS, axis=0)
-    return np.take_along_axis(variance_KS, waves_S[None] - 1, axis=0)[0] / waves_S, waves_S
+    found_S = np.take_along_axis(variance_KS, waves_S[None] - 1, axis=0)[0] / waves_S
+    return np.maximum(found_S, FLOOR * squares_KS.mean(axis=0)), waves_S
 
 
 def memory_of(squares_KS: NDArray[np.float64], frequency_K: NDArray[np.float64], dates: int) -> NDArray[np.float64]:

@@ -91,8 +91,8 @@ def _what(regimes: Regimes) -> str:
 def _in_short(regimes: Regimes) -> Iterable[str]:
     judged = regimes.one("embedding")
     count = judged.partition.clusters
-    doubt = "" if regimes.suggestion.steady else ", with doubt"
-    yield f"**{count} regimes{doubt}.** {regimes.suggestion.reason}"
+    told = f"{count} regimes." if regimes.suggestion.steady else f"No regimes beyond doubt; {count} clusters are shown."
+    yield f"**{told}** {regimes.suggestion.reason}"
     yield from _of_seasons(regimes, judged)
     if judged.data is not None:
         yield _compared(regimes)
@@ -117,8 +117,9 @@ def _of_seasons(regimes: Regimes, judged: Judged) -> Iterable[str]:
         before = "Before its annual cycle was taken away, " if regimes.harmonics else ""
         yield f"{before}{share:.1%} of the embedding's variance lies between calendar months{_of_fields(regimes)}."
     told, what = judged.told_by_month, "regimes" if regimes.suggestion.steady else "clusters"
+    others = "more than seasons" if regimes.suggestion.steady else "no seasons"
     yield (
-        f"The {what} are {'seasons' if told.gain >= MOSTLY else 'more than seasons'}: the calendar month tells the "
+        f"The {what} are {'seasons' if told.gain >= MOSTLY else others}: the calendar month tells the "
         f"regime of {told.share:.0%} of all times, and {told.largest:.0%} are of the largest regime anyway. Of what "
         f"that leaves to tell, months tell {told.gain:.0%}."
     )
