@@ -62,8 +62,11 @@ def test_stores_say_that_they_are_synthetic(tmp_path: Path) -> None:
     prepare([tmp_path / "a", tmp_path / "u.nc"], tmp_path / "mixed")
     assert all(are_synthetic([tmp_path / name]) for name in ("a", "b", "joined", "a/fields-00000.nc"))
     assert are_synthetic([tmp_path / "a", tmp_path / "joined"])
-    others: list[list[str]] = [["mixed"], ["u.nc"], ["a", "u.nc"], []]
+    (tmp_path / "named_alike").mkdir()
+    (tmp_path / "u.nc").rename(tmp_path / "named_alike" / "store.nc")  # which is no store's
+    others: list[list[str]] = [["mixed"], ["u.nc"], ["a", "u.nc"], [], ["named_alike/store.nc"], ["named_alike"]]
     assert not any(are_synthetic([tmp_path / name for name in names]) for names in others)
+    prepare([tmp_path / "named_alike" / "store.nc"], tmp_path / "of_it")
 
 
 def test_seed_decides(tmp_path: Path) -> None:

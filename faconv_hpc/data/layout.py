@@ -236,8 +236,15 @@ def read_store_file(path: Path) -> StoreContent:
 def are_synthetic(paths: Iterable[Path]) -> bool:
     """Whether data are stores, or files of stores, that all say that they are synthetic."""
     stores = {(path if path.is_dir() else path.parent) / STORE_FILE for path in paths}
-    told = (one.is_file() and read_store_file(one).layout.provenance.get(SYNTHETIC, False) for one in stores)
-    return bool(stores) and all(told)
+    return bool(stores) and all(map(_is_synthetic, stores))
+
+
+def _is_synthetic(path: Path) -> bool:
+    """Of a file that may be of another program: who reads what lies beside it judges that, if it must."""
+    try:
+        return path.is_file() and bool(read_store_file(path).layout.provenance.get(SYNTHETIC, False))
+    except InputError:
+        return False
 
 
 def _check_format(path: Path, attributes: h5py.AttributeManager) -> None:
