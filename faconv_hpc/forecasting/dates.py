@@ -122,7 +122,7 @@ class Timeline:
         found = self._found(second)
         if isinstance(found, Start):
             return found
-        raise InputError(f"no {self._what} {self._date(second)}: {found}. {self._dates_that_can_be()}")
+        raise InputError(f"no {self._what} {self._date(second)}: {found}. {self._dates_that_can_be(second)}")
 
     def last(self) -> int:
         """The last instant that can be forecast from; raises InputError if there is none."""
@@ -192,12 +192,13 @@ class Timeline:
                 able &= places_of(axis, states.seconds + place * self.step_s) >= 0
         return able
 
-    def _dates_that_can_be(self) -> str:
+    def _dates_that_can_be(self, second: int) -> str:
         axis, able = self._frames.states.axis, self._able
         if not able.any():
             return f"Its times, {axis.described}, allow no date at all."
         spans = [f"{axis.date(span[0])} to {axis.date(span[-1])}" for span in spans_of(able)]
-        return f"Dates that can be: {_shortened(spans)} ({able.sum()} of {axis.described})."
+        nearest = axis.date(int(np.flatnonzero(able)[np.abs(axis.seconds[able] - second).argmin()]))
+        return f"Dates that can be: {_shortened(spans)} ({able.sum()} of {axis.described}). The nearest is {nearest}."
 
     def _listed(self, seconds: Sequence[int]) -> str:
         return _shortened([self._date(second) for second in seconds])
