@@ -103,7 +103,10 @@ def opened(
     load = partial(Forecaster.load, mesh=mesh, kernels=kernels)
     loaded = [None if is_file_of_forecasts(path) else load(path) for path in models]
     block = math.lcm(*(one.network.scale_factor for one in loaded if one is not None))
-    loaded = [one and Forecaster(one.trained, mesh, block=block) for one in loaded]  # all on the same tiles
+    loaded = [  # all on the same tiles
+        one if one is None or one.network.scale_factor == block else Forecaster(one.trained, mesh, block=block)
+        for one in loaded
+    ]
     data = data or [store_of([one.trained.about for one in loaded if one is not None], models)]
     entries = list[Entry]()
     for path, name, forecaster in zip(models, names, loaded, strict=True):

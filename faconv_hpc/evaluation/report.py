@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import chdtri
 
 from ..data.periods import evenly
 from . import baselines
@@ -193,7 +193,7 @@ def _width(evaluation: Evaluation) -> str:
     if not evaluation.weighings.can_tell:
         return ""
     waves = most_waves(evaluation.forecasts)
-    least, most = np.sqrt(stats.chi2.ppf([0.05, 0.95], waves) / waves)
+    least, most = np.sqrt(chdtri(waves, [0.95, 0.05]) / waves)
     return (
         f"\n  Dates and waves are the same at all leads; but of {evaluation.forecasts} dates they are {waves} waves at "
         f"most, and each score is told by its own: by chance an interval is {least:.2g} to {most:.2g} times as wide as "

@@ -291,7 +291,7 @@ class Cuts:
         Args:
             block: no square of ``block`` x ``block`` cells, counted from the first row and column, is parted.
         """
-        return cls(_split_in_blocks(grid.nlat, lat, "lat", block), _split_in_blocks(grid.nlon, lon, "lon", block))
+        return cls(split_evenly(grid.nlat, lat, "lat", block), split_evenly(grid.nlon, lon, "lon", block))
 
     def check_covers(self, grid: LatLonGrid) -> None:
         """Raises InputError unless every row and column of the grid belongs to one tile."""
@@ -331,19 +331,7 @@ class Cuts:
         return [stop - start for start, stop in pairwise(edges)]
 
 
-def _split_in_blocks(size: int, parts: int, axis: str, block: int) -> tuple[int, ...]:
-    if block > 1 and parts > -(-size // block):
-        kind = "rows" if axis == "lat" else "columns"
-        raise InputError(
-            f"{size} {kind} in squares of {block} (model.scale_factor) cannot be cut over {parts} ranks along {axis}: "
-            f"every tile needs one at least. Use between 1 and {-(-size // block)} ranks along {axis} "
-            f"(key mesh.{axis})."
-        )
-    edges = split_evenly(-(-size // block), parts, axis)
-    return (*(edge * block for edge in edges[:-1]), size)
-
-
-def split_evenly(size: int, parts: int, axis: str = "lat") -> tuple[int, ...]:
+def split_evenly(size: int, parts: int, axis: str = "lat", block: int = 1) -> tuple[int, ...]:
     """Edges that cut ``size`` rows or columns into ``parts`` spans, none larger than needed.
 
     All spans but the last have ``ceil(size / parts)``: the largest, which sets the pace, is as
@@ -351,17 +339,21 @@ def split_evenly(size: int, parts: int, axis: str = "lat") -> tuple[int, ...]:
     size never straddle two tiles. Where this would leave the last span under half of the others,
     sizes differ by at most one instead.
 
+    Args:
+        block: so many rows or columns are dealt out together, as if they were one.
+
     Raises:
-        InputError: more parts than rows or columns.
+        InputError: more parts than rows or columns, or blocks of them.
     """
-    if not 1 <= parts <= size:
-        kind = "rows" if axis == "lat" else "columns"
+    blocks = -(-size // block)
+    if not 1 <= parts <= blocks:
+        kind = ("rows" if axis == "lat" else "columns") + f" in squares of {block} (model.scale_factor)" * (block > 1)
         raise InputError(
             f"{size} {kind} cannot be cut over {parts} ranks along {axis}: every tile needs one at least. "
-            f"Use between 1 and {size} ranks along {axis} (key mesh.{axis})."
+            f"Use between 1 and {blocks} ranks along {axis} (key mesh.{axis})."
         )
-    block = -(-size // parts)
-    if 2 * (size - block * (parts - 1)) >= block:
-        return (*range(0, block * parts, block), size)
-    small, larger = divmod(size, parts)
-    return tuple(part * small + min(part, larger) for part in range(parts + 1))
+    each = -(-blocks // parts)
+    if 2 * (blocks - each * (parts - 1)) >= each:
+        return (*range(0, block * each * parts, block * each), size)
+    small, larger = divmod(blocks, parts)
+    return (*(block * (part * small + min(part, larger)) for part in range(parts)), size)

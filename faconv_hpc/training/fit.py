@@ -52,7 +52,7 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
     with Store.open(config.data.store) as store:
         check_store(config, store)
         grid = grid_of(config, store)
-    cuts, block = cuts_of(config, grid), squares_of(config.model.cell, config.model.scale_factor)
+    cuts, block = cuts_of(config, grid), block_of(config.model)
     if config.model.cell in ON_THE_SPHERE:
         _check_sphere(config, cuts, grid)
     if block > 1:
@@ -75,8 +75,12 @@ def grid_of(config: RunConfig, store: Store) -> LatLonGrid:
 
 def cuts_of(config: RunConfig, grid: LatLonGrid) -> Cuts:
     """Where the config's mesh cuts a grid."""
-    block = squares_of(config.model.cell, config.model.scale_factor)
-    return Cuts.even(grid, config.mesh.lat, config.mesh.lon, block)
+    return Cuts.even(grid, config.mesh.lat, config.mesh.lon, block_of(config.model))
+
+
+def block_of(model: ModelConfig) -> int:
+    """Cells along a side of the squares that layers compute on, which tiles do not part."""
+    return squares_of(model.cell, model.scale_factor)
 
 
 @dataclass(frozen=True)

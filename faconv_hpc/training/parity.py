@@ -14,12 +14,11 @@ from ..data.store import Store
 from ..errors import InputError
 from ..model.arithmetic import arithmetic
 from ..model.network import FAConvLSTMNetwork
-from ..model.rules import squares_of
 from ..spatial.grid import Cuts, LatLonGrid
 from ..spatial.mesh import ProcessMesh
 from .contract import make_contract
 from .engine import Engine
-from .fit import grid_of
+from .fit import block_of, grid_of
 from .free_run import feedback_for
 from .objective import losses_of
 from .seen import annual_cycle_of
@@ -119,7 +118,7 @@ def verify_parity(
     alone = ProcessMesh.alone(mesh.device)
     reference = _Reference(Workspace(config, store, contract, domain_of(config.model, contract.grid, alone), cycle))
     rows: list[ParityRow] = []
-    block = squares_of(config.model.cell, config.model.scale_factor)
+    block = block_of(config.model)
     for layout in layouts_of(mesh.ranks, grid, block) if layouts is None else layouts:
         check_layout(layout, mesh.ranks, grid, block)
         sizes = (layout.replicas, layout.lat, layout.lon)

@@ -21,14 +21,14 @@ from ..files import cannot_write, write_durably
 from ..model.arithmetic import ACTIVATIONS
 from ..model.kernels import kernels_named
 from ..model.network import FAConvLSTMNetwork
-from ..model.rules import CELL_OPTIONS, ON_THE_SPHERE, globe_of, squares_of
+from ..model.rules import CELL_OPTIONS, ON_THE_SPHERE, globe_of
 from ..observe import READING
 from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from ..spatial.grid import LatLonGrid, Tile
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract, make_contract
-from .fit import forecast_starts, training_starts
+from .fit import block_of, forecast_starts, training_starts
 from .seen import annual_cycle_of
 
 
@@ -83,7 +83,7 @@ class Workspace:
     @property
     def within(self) -> Domain:
         """The domain that layers compute on."""
-        return self.domain.coarsened(squares_of(self.config.model.cell, self.config.model.scale_factor))
+        return self.domain.coarsened(block_of(self.config.model))
 
     @property
     def training_spans(self) -> tuple[range, ...]:
@@ -130,7 +130,7 @@ class Workspace:
 
 def domain_of(model: ModelConfig, grid: LatLonGrid, mesh: ProcessMesh) -> Domain:
     """The grid, cut over a mesh as the network needs it."""
-    return Domain(grid, mesh, block=squares_of(model.cell, model.scale_factor))
+    return Domain(grid, mesh, block=block_of(model))
 
 
 WAYS = ("kernels", "checkpoint_steps", "attention_exchange")
