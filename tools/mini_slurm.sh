@@ -36,7 +36,7 @@ write_config() {
         echo "a numbered cluster has room for 10 nodes, not $nodes" >&2
         exit 1
     fi
-    cpus=$(nproc)
+    cpus=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # the cores, not the threads that who starts this has
     memory_mib=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 8 / 10))
     if [ -e "$SLURM_CONF" ] && ! ours; then
         echo "$SLURM_CONF is of another Slurm. Set MINI_SLURM_DIR to a directory of its own." >&2
