@@ -79,6 +79,7 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     Raises:
         OSError: they could not be flushed, or not all of them be renamed.
     """
+    was_there = directory.is_dir()
     make_durably(directory)
     beside = directory / f".{secrets.token_hex(4)}.part"
     beside.mkdir()
@@ -97,6 +98,9 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
         flush_entries(directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if not was_there:
+            with suppress(OSError):  # it is not empty: all went well
+                directory.rmdir()
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ MAPS_NOTE, NO_COASTS_NOTE = "plate carrée; coastlines GSHHG", "plate carrée; s
 LINE_COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#999999", "#009E73", "#CC79A7")
 LINE_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 LINE_MARKERS = "os^Dvxp*"
+PALER = 0.45  # of what a colour has that white has not
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,13 @@ def colour_bar(image: ScalarMappable, axes: Axes | list[Axes], label: str) -> Co
     bar.set_label(label, fontsize=PANEL)
     bar.ax.tick_params(labelsize=SMALL)
     return bar
+
+
+def fill_colour(number: int) -> str:
+    """Of an area or a class, which has no dashes: of those beyond the eighth the same colours, paler."""
+    colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+    red, green, blue = (1 - PALER * (1 - part) for part in to_rgb(colour))
+    return colour if number < len(LINE_COLOURS) else to_hex((red, green, blue))
 
 
 def line_style(number: int, *, markers: bool = True) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from faconv_hpc.look import (
     Colours,
     colour_bar,
     draw_map,
+    fill_colour,
     line_style,
     new_figure,
     save_figure,
@@ -122,6 +123,12 @@ def test_lines_are_told_apart_without_colour():
     assert len({str(one["linestyle"]) for one in styles}) == len(set(LINE_MARKERS)) == len(LINE_DASHES) == len(styles)
     lightness = [np.dot(to_rgb(one["color"]), (0.2126, 0.7152, 0.0722)) for one in styles]
     assert min(abs(np.diff(lightness))) > 0.05
+
+
+def test_areas_beyond_the_eighth_are_paler():
+    colours = [to_rgb(fill_colour(number)) for number in range(2 * len(LINE_COLOURS))]
+    assert len(set(colours)) == len(colours) and colours[: len(LINE_COLOURS)] == [to_rgb(one) for one in LINE_COLOURS]
+    assert (np.array(colours[len(LINE_COLOURS) :]) > np.array(colours[: len(LINE_COLOURS)]) - 1e-9).all()
 
 
 def test_a_figure_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):

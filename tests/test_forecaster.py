@@ -10,8 +10,12 @@ import xarray as xr
 
 import forecasts
 from faconv_hpc import Forecaster, load_network
+from faconv_hpc.data.store import Store
+from faconv_hpc.data.times import TimeAxis
 from faconv_hpc.data.variables import Variable
 from faconv_hpc.errors import InputError
+from faconv_hpc.forecasting.dates import Timeline
+from faconv_hpc.forecasting.frames import store_frames
 from faconv_hpc.forecasting.names import fields_of, in_vocabulary
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.free_run import free_run
@@ -289,6 +293,47 @@ def test_months_go_on_as_long_as_the_data_say_how(tmp_path):
         written(alone, model, tmp_path / "g.nc", given, ["2002-11-01"], 3)
     with pytest.raises(InputError, match="no prognostic model in earth2studio's sense: its steps differ"):
         Forecaster.load(model, device="cpu").input_coords()
+
+
+@pytest.fixture(scope="module")
+def months(tmp_path_factory):
+    """Dates to forecast two months from, after two; the frame of a month is its 15th."""
+    days = 14 + np.cumsum([0, *[31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] * 2])[:24]
+    values = {
+        "u": (forecasts.DIMS, np.random.default_rng(5).normal(size=(24, 5, 8)).astype(np.float32), {"units": "m"})
+    }
+    axes = {"latitude": np.linspace(60, -60, 5), "longitude": np.arange(8) * 45.0}
+    time = {"time": ("time", days, {"units": "days since 2001-01-01", "calendar": "noleap"})}
+    directory = tmp_path_factory.mktemp("months")
+    store = Store.open(forecasts.make_store(directory, xr.Dataset(values, axes | time)))
+    model, _ = forecasts.draw_model(directory, store.path, {"periods": {}})
+    contract = load_network(model).contract
+    return Timeline(store_frames(store, contract), contract, window=2, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("2001-06", ["2001-06-15"]),
+        ("2001-11/2002-01", ["2001-11-15", "2001-12-15", "2002-01-15"]),
+        ("2002", [f"2002-{month:02}-15" for month in range(1, 11)]),  # two months are left for the leads
+        ("2001-06-15, 2001-02-20/2001-04-15", ["2001-03-15", "2001-04-15", "2001-06-15"]),
+        ("2001-04-15/2001-04-17/1d", ["2001-04-15", "2001-04-16", "2001-04-17"]),
+        (
+            "2001-06-20/2001-07-10",
+            r"--start 2001-06-20/2001-07-10: no forecast from any date of it.*nearest is",
+        ),
+        ("2003", r"no forecast from any date of it. Dates that can be: 2001-02-15 .* to 2002-10-15"),
+        ("2001-13", r"--start 2001-13 names 2001-13, which is no date"),
+    ],
+)
+def test_a_month_is_all_of_its_dates_that_can_be(months, text, told):
+    """Wherever in it the frame of a month stands; dates and ranges with a step are what they say."""
+    if isinstance(told, list):
+        assert [TimeAxis(np.array([one]), "noleap").date(0)[:10] for one in months.asked([text])] == told
+    else:
+        with pytest.raises(InputError, match=told):
+            months.asked([text])
 
 
 def test_a_sequence_of_a_store_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Networks whose cells are squares of the grid's: what they are, on every cut, from the first step to the results."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid
+from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.evaluation.explanation.explain import explain
@@ -15,8 +17,10 @@ from faconv_hpc.model.squares import in_squares, out_of_squares
 from faconv_hpc.spatial.grid import Cuts
 from faconv_hpc.spatial.squares import cuts_of_squares, grid_of_squares
 from faconv_hpc.training.fit import check_fits
+from faconv_hpc.training.identity import check_same_run, identity
 from faconv_hpc.training.parity import verify_parity
 from faconv_hpc.training.records import read_records
+from faconv_hpc.training.setup import Workspace
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
@@ -157,6 +161,30 @@ def test_a_run_is_the_same_on_every_mesh_and_goes_on_from_the_states_of_another(
     np.testing.assert_allclose(trained(config, tiles), want, rtol=2e-5)
     without_its_end(config, tmp_path / "away")
     np.testing.assert_allclose(trained(config_of(tmp_path / "tiles", store, others), others), want, rtol=2e-5)
+
+
+def test_a_run_goes_on_with_its_squares_and_history(tmp_path, store):
+    """Also where the config now has what networks have that are told nothing of them."""
+
+    def went_on(mesh, key, other):
+        saved = json.loads(json.dumps(identity(workspace_of({key: 2}, mesh))))
+        with pytest.raises(InputError, match=rf"model\.{key}=2, this config says {other}"):
+            check_same_run(workspace_of({key: other}, mesh), saved)
+
+    def workspace_of(model, mesh):
+        config = small_config(tmp_path, store, model=model | {"coarse_shape": [2, 2]})
+        return Workspace.of(config, Store.open(config.data.store), mesh)
+
+    for key, other in (("scale_factor", 1), ("scale_factor", 3), ("history", 1)):
+        run_on_ranks(Layout(1, 1, 1), lambda mesh, key=key, other=other: went_on(mesh, key, other))
+
+
+def test_more_regions_than_squares_are_refused(tmp_path, store):
+    config = small_config(tmp_path, store, model={"scale_factor": 4, "coarse_shape": [4, 3]})
+    with pytest.raises(
+        InputError, match=r"4 x 3 regions .* grid of 3 x 4 squares of 4 x 4 cells \(model.scale_factor\)"
+    ):
+        check_fits(config)
 
 
 def test_verify_proves_it_of_a_run(tmp_path, store):

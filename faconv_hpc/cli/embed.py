@@ -31,7 +31,8 @@ Times = Annotated[
     typer.Option(
         "--times",
         metavar="DATES",
-        help="DATE, or FIRST/LAST/STEP such as 1990-01-01/2019-12-31/24h. Default: all that have their window.",
+        help="DATE; FIRST/LAST/STEP such as 1990-01-01/2019-12-31/24h; 1990-06 or FIRST/LAST, all dates of it that can "
+        "be. Default: all that have their window.",
     ),
 ]
 

@@ -48,19 +48,18 @@ def explain_command(
     from ..evaluation.explanation.sensitivity import Question, Region
     from ..forecasting.forecaster import Forecaster
     from ..spatial.device import check_device, device_for
-    from ..training.loading import about_network
+    from ..training.loading import about_network, contract_in
 
     if job_ranks() > 1:
         raise InputError(f"faconv explain is one process, and this is one of {job_ranks()} ranks. Start it once.")
     if region is None and (variable is not None or lead > 1):
         raise InputError("--variable and --lead are of the forecast of a region. Give --region, such as 40,60,-20,20.")
-    paths = paths_of(data, [about_network(model)], [model])
+    about = about_network(model)
+    paths = paths_of(data, [about], [model])
     check_directory(output, [*paths, model])
+    question = None if region is None else Question.of(contract_in(about), Region.parse(region), variable, lead)
     check_device(device or "auto")
     forecaster = Forecaster.load(model, device=device_for(device or "auto"))
-    question = None
-    if region is not None:
-        question = Question.of(forecaster.contract, Region.parse(region), variable, lead)
     with shown_stages() as stages:
         found = explain(forecaster, paths, samples, question, sequence, stages)
         _write(found, output)

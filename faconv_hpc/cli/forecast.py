@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 Start = Annotated[
     list[str],
-    typer.Option("--start", metavar="DATES", help="DATE, FIRST/LAST/STEP such as 2020-01-01/2020-02-01/24h, or last."),
+    typer.Option(
+        "--start",
+        metavar="DATES",
+        help="DATE; FIRST/LAST/STEP such as 2020-01-01/2020-02-01/24h; 1990-06 or FIRST/LAST, all dates of it that can "
+        "be; or last.",
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="NAME.nc (NetCDF4) or NAME.zarr (zarr v3).")]
 Steps = Annotated[int, typer.Option(min=1, help="How many steps to forecast from each date.")]

@@ -59,12 +59,14 @@ def regimes_command(
     Example: `faconv regimes embeddings.nc --data data/era5 --output regimes`
     """
     from ..evaluation.regimes.embedding_file import read_embeddings
-    from ..evaluation.regimes.find import find_regimes
-    from ..evaluation.regimes.records import Record
 
     embeddings, paths = read_embeddings(embedding), paths_in(data or ())
     check_directory(output, [*paths, embedding])
     numbers = _numbers(clusters, len(embeddings.z_TE))
+
+    from ..evaluation.regimes.find import find_regimes  # takes seconds: not before what is asked for can be made
+    from ..evaluation.regimes.records import Record
+
     record = None
     if paths:
         record = Record.of(embeddings.contract, embeddings.axis, paths, sequence, memory_gib)

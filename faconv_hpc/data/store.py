@@ -97,7 +97,8 @@ class Store:
             parts = len(list(directory.glob("fields-*.nc")))
             raise InputError(
                 f"store {directory} is not finished: it has {parts} files of fields but no {STORE_FILE}, which is "
-                f"written last. Run the `faconv data prepare` that makes it again: it goes on where it stopped."
+                f"written last. Run the `faconv data prepare` (or `faconv data synth`) that makes it again: it goes on "
+                f"where it stopped."
             )
         return cls(directory, read_store_file(directory / STORE_FILE))
 

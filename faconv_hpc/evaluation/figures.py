@@ -55,7 +55,7 @@ def draw_forecast(evaluation: Evaluation, path: Path) -> Path:
     for row, variable in enumerate(shown):
         truth, forecast = example.truth_CYX[row], example.forecast_CYX[row]
         colours = Colours.of_changes(truth)
-        panels = {"truth": truth, "forecast": forecast, "error": forecast - truth}
+        panels = {"truth": truth, "forecast": forecast, "error (forecast - truth)": forecast - truth}
         said = example.judged.get(variable, f"{ratios[row]:.2f} of persistence's error")
         for place, (what, field) in zip(axes[row], panels.items(), strict=True):
             title = f"{variable}: {what}" + f", {said}" * (what == "forecast")

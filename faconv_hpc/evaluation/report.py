@@ -10,7 +10,7 @@ from scipy.special import chdtri
 from ..data.periods import evenly
 from . import baselines
 from .baselines import MadeOf
-from .compare import Comparison
+from .compare import Comparison, verdict_of
 from .evaluation import Evaluation
 from .fields import SPECTRA_DATES
 from .figures import MOST_APART, MOST_RATIO, SHOWN, SHOWN_MAPS
@@ -247,10 +247,12 @@ def _leads_won(evaluation: Evaluation) -> Iterable[str]:
     against."""
     if not evaluation.weighings.can_tell:
         return
+    shown = evenly(len(evaluation.leads_h), LEADS)
     yield "## At which leads who is better"
     yield (
         "Where errors are smaller or larger by more than chance, by the interval of their ratio at each lead alone. Of "
-        "leads that are not named it cannot be told."
+        "leads that are not named it cannot be told. The tables below those are of these ratios with their "
+        f"intervals, at {len(shown)} of {len(evaluation.leads_h)} leads: less than 1 is better, bold is no chance."
     )
     for entry in evaluation.entries:
         found = evaluation.compared_with_others(entry.name)
@@ -259,6 +261,21 @@ def _leads_won(evaluation: Evaluation) -> Iterable[str]:
             for number, target in enumerate(evaluation.targets)
         ]
         yield f"**{entry.name}**\n\n{table(['variable', *(f'than {one.other}' for one in found)], rows)}"
+        rows = [
+            [target.name, evaluation.leads.one(lead), *(_ratio(one, lead, number) for one in found)]
+            for number, target in enumerate(evaluation.targets)
+            for lead in shown
+        ]
+        yield table(["variable", "lead", *(f"over {one.other}" for one in found)], rows)
+
+
+def _ratio(one: Comparison, lead: int, number: int) -> str:
+    """Of errors at a lead, of a variable."""
+    (low, high), ratio = one.bounds_2LC[:, lead, number].tolist(), float(one.ratio_LC[lead, number])
+    if not np.isfinite(ratio):
+        return "-"
+    told = f"{ratio:.3g} ({low:.3g} to {high:.3g})" if np.isfinite([low, high]).all() else f"{ratio:.3g}"
+    return f"**{told}**" if verdict_of(low, high) != "cannot tell" and not one.seen else told
 
 
 def _won(one: Comparison, number: int, evaluation: Evaluation) -> str:

@@ -19,7 +19,7 @@ from ..spatial.domain import Domain
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
 from ..training.loading import TrainedNetwork
-from .dates import Start, Timeline, seconds_of
+from .dates import Start, Timeline
 from .forecaster import Forecaster
 from .frames import Frames, store_frames
 from .layout import ForecastLayout
@@ -69,7 +69,7 @@ def plan_campaign(
     Args:
         window: of the network.
         data: a store, or files.
-        start: see `seconds_of`; or ``last``, the last date that the data allow.
+        start: see `Timeline.asked`; or ``last``, the last date that the data allow.
         sequence: of a store that has several.
 
     Raises:
@@ -77,7 +77,7 @@ def plan_campaign(
     """
     frames = open_frames(contract, data, sequence)
     timeline = Timeline(frames, contract, window, steps)
-    seconds = [timeline.last()] if list(start) == [LAST] else seconds_of(start, contract.calendar)
+    seconds = [timeline.last()] if list(start) == [LAST] else timeline.asked(start)
     starts = tuple(timeline.start(second) for second in seconds)
     dates = [one.date for one in starts]
     told = f"{len(dates)} dates from {dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..data.times import EPOCH_UNITS
 from ..errors import InputError
-from .dates import Timeline, seconds_of
+from .dates import Timeline
 from .embeddings import EMBEDDING_OF, embedding_attributes
 from .forecaster import Forecaster
 from .layout import ForecastLayout
@@ -29,7 +29,7 @@ def forecast_of(
     frames = dataset_frames(dataset, contract)
     timeline = Timeline(frames, contract, forecaster.window, steps)
     texts = [start] if isinstance(start, str) else start
-    seconds = [timeline.last()] if texts is None else seconds_of(texts, contract.calendar)
+    seconds = [timeline.last()] if texts is None else timeline.asked(texts)
     starts = [timeline.start(second) for second in seconds]
     layout = ForecastLayout.of(contract, starts)
     shape = {field.name: layout.shape_of(field)[:-2] + tile.shape for field in layout.fields}

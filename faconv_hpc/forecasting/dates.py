@@ -15,38 +15,10 @@ from ..errors import InputError
 from ..training.contract import Contract
 from .frames import Frames
 
-STARTS = re.compile(rf"({DATE})(?:/({DATE})/([1-9]\d*)\s*(min|h|d))?")
+STARTS = re.compile(rf"({DATE})(?:/({DATE})(?:/([1-9]\d*)\s*(min|h|d))?)?")
 UNIT_S = {"min": 60, "h": SECONDS_PER_HOUR, "d": 24 * SECONDS_PER_HOUR}
+LONGER_THAN_A_DAY = len("2020-01")  # at most: a year or a month
 SHOWN = 4  # dates or ranges of dates in a message
-
-
-def seconds_of(texts: Sequence[str], calendar: str, option: str = "--start") -> list[int]:
-    """Instants in a calendar, in their order, each once.
-
-    Args:
-        texts: dates (a day is its midnight) or ranges with a step, ``2020-01-01/2020-02-01/24h``, whose end belongs to
-            them; or several of them with commas between.
-        option: for messages.
-
-    Raises:
-        InputError: a text that is none.
-    """
-    seconds: set[int] = set()
-    for text in (part.strip() for one in texts for part in one.split(",")):
-        match = STARTS.fullmatch(text)
-        if match is None:
-            alone = ", or `last` alone" if option == "--start" else ""
-            raise InputError(
-                f"{option} takes dates such as 2020-01-01 or 2020-01-01T12, or a range with its step (min, h or d) "
-                f"such as 2020-01-01/2020-02-01/24h{alone}, got {text!r}."
-            )
-        first, last, number, unit = match.groups()
-        begin = second_of(first, calendar, f"{option} {text}")
-        end = second_of(last, calendar, f"{option} {text}") if last else begin
-        if end < begin:
-            raise InputError(f"{option} {text} ends before it begins. Write the earlier date first.")
-        seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit] if number else 1))
-    return sorted(seconds)
 
 
 @dataclass(frozen=True)
@@ -111,7 +83,44 @@ class Timeline:
     ) -> None:
         self._frames, self._window, self._steps, self._what, self._goes_on = frames, window, steps, what, goes_on
         self.step_s = step_of(contract)
+        self._calendar = contract.calendar
         self._told = f"{contract.step_hours[0]:g} to {contract.step_hours[1]:g} h"
+
+    def asked(self, texts: Sequence[str], option: str = "--start") -> list[int]:
+        """Instants that are asked for, in their order, each once.
+
+        Args:
+            texts: dates (a day is its midnight); ranges with a step, ``2020-01-01/2020-02-01/24h``, whose end belongs
+                to them; years, months, ``1990-06``, and ranges without a step, which are all their dates that can be;
+                or several of them with commas between.
+            option: for messages.
+
+        Raises:
+            InputError: a text that is none, or a period without a date that can be.
+        """
+        seconds: set[int] = set()
+        for text in (part.strip() for one in texts for part in one.split(",")):
+            match = STARTS.fullmatch(text)
+            if match is None:
+                alone = ", or `last` alone" if option == "--start" else ""
+                raise InputError(
+                    f"{option} takes dates such as 2020-01-01 or 2020-01-01T12, a range with its step (min, h or d) "
+                    f"such as 2020-01-01/2020-02-01/24h, or a month or a range without a step, 1990/1999, for all of "
+                    f"its dates that can be{alone}, got {text!r}."
+                )
+            first, last, number, unit = match.groups()
+            begin = second_of(first, self._calendar, f"{option} {text}")
+            end = second_of(last, self._calendar, f"{option} {text}") if last else begin
+            if end < begin:
+                raise InputError(f"{option} {text} ends before it begins. Write the earlier date first.")
+            if number:
+                seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit]))
+            elif last or len(first) <= LONGER_THAN_A_DAY:
+                end = second_of(last or first, self._calendar, f"{option} {text}", after=True) - 1
+                seconds.update(self._able_within(begin, end, f"{option} {text}"))
+            else:
+                seconds.add(begin)
+        return sorted(seconds)
 
     def start(self, second: int) -> Start:
         """The forecast from an instant.
@@ -137,6 +146,14 @@ class Timeline:
     def all(self) -> list[int]:
         """The same; raises InputError if there is none."""
         return self.able() or [self.start(int(self._frames.states.axis.seconds[-1])).second]
+
+    def _able_within(self, begin: int, end: int, what: str) -> list[int]:
+        """From one instant to another."""
+        seconds = self._frames.states.axis.seconds
+        found: list[int] = seconds[self._able & (seconds >= begin) & (seconds <= end)].tolist()
+        if not found:
+            raise InputError(f"{what}: no {self._what} any date of it. {self._dates_that_can_be(begin)}")
+        return found
 
     def _found(self, second: int) -> Start | str:
         """What there is, or what is not."""

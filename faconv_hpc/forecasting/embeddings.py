@@ -22,7 +22,7 @@ from ..spatial.grid import Tile
 from ..spatial.mesh import ProcessMesh
 from ..training.contract import Contract
 from .campaign import asked_of, asked_of_data, digest_of_dates, open_sequences
-from .dates import Start, Timeline, seconds_of
+from .dates import Start, Timeline
 from .forecaster import Forecaster
 from .frames import Frames
 from .output import Asked, Product, Request, finish_output, opened_output, written_to
@@ -98,7 +98,7 @@ def plan_embedding(
     Args:
         window: of the network.
         data: a store, or files.
-        times: see `seconds_of`; none: all that can be.
+        times: see `Timeline.asked`; none: all that can be.
         sequence: of a store that has several.
 
     Raises:
@@ -111,8 +111,7 @@ def plan_embedding(
             f"--times out."
         )
     timelines = [Timeline(frames, contract, window, steps=1, what=EMBEDDING_OF, goes_on=True) for frames in several]
-    named = seconds_of(times, contract.calendar, "--times") if times else None
-    found = [_seconds(timeline, named, len(several) > 1) for timeline in timelines]
+    found = [_seconds(timeline, times, len(several) > 1) for timeline in timelines]
     if not any(found):
         timelines[0].all()  # which says why
     kept = [place for place, seconds in enumerate(found) if seconds]
@@ -129,10 +128,10 @@ def plan_embedding(
     return EmbeddingPlan(tuple(several[at] for at in kept), tuple(timelines[at] for at in kept), layout, request)
 
 
-def _seconds(timeline: Timeline, named: list[int] | None, may_be_none: bool) -> list[int]:
+def _seconds(timeline: Timeline, times: Sequence[str], may_be_none: bool) -> list[int]:
     """That can be embedded; none of a sequence that is shorter than a window, if there are others."""
-    if named is not None:
-        return [timeline.start(second).second for second in named]
+    if times:
+        return [timeline.start(second).second for second in timeline.asked(times, "--times")]
     return timeline.able() if may_be_none else timeline.all()
 
 

@@ -206,7 +206,7 @@ class FAConvLSTMNetwork(nn.Module):
         self._check_boundaries(domain)
         domain.check_cells(x_BTCYX)
         within = domain.coarsened(self.scale_factor)
-        check_coarse(self.subspace.coarse_shape, within.grid.nlat, within.grid.nlon)
+        check_coarse(self.subspace.coarse_shape, within.grid.nlat, within.grid.nlon, self.scale_factor)
         if feedback is not None and valid_BT is not None:
             raise InputError(
                 "samples of different length (valid_BT) do not run freely (feedback). Give one of the two."

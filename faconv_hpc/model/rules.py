@@ -83,12 +83,13 @@ def check_attention(heads: int, reduction: int, exchange: str) -> None:
         raise InputError(f"attention_reduction={reduction} must be 1 (as many channels as the field has) or more.")
 
 
-def check_coarse(coarse_shape: tuple[int, int], nlat: int, nlon: int) -> None:
-    """Raises InputError for a coarse field with more regions than the grid has cells."""
+def check_coarse(coarse_shape: tuple[int, int], nlat: int, nlon: int, scale_factor: int = 1) -> None:
+    """Raises InputError for a coarse field with more regions than the grid that layers compute on has cells."""
     if coarse_shape[0] > nlat or coarse_shape[1] > nlon:
+        squares = f"squares of {scale_factor} x {scale_factor} cells (model.scale_factor)"
         raise InputError(
             f"a coarse field of {coarse_shape[0]} x {coarse_shape[1]} regions does not fit a grid of "
-            f"{nlat} x {nlon} cells. Use at most as many (key model.coarse_shape)."
+            f"{nlat} x {nlon} {squares if scale_factor > 1 else 'cells'}. Use at most as many (key model.coarse_shape)."
         )
 
 

@@ -57,7 +57,7 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
         _check_sphere(config, cuts, grid)
     if block > 1:
         grid, cuts = grid_of_squares(grid, block), cuts_of_squares(cuts, block)
-    check_coarse(config.model.coarse_shape, grid.nlat, grid.nlon)
+    check_coarse(config.model.coarse_shape, grid.nlat, grid.nlon, block)
     for tile in (0, cuts.tiles - 1):  # those at the poles
         halo_rectangles(grid, cuts, tile, reach_of(config.model))
     if here:

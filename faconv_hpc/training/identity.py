@@ -14,6 +14,7 @@ from .setup import WAYS, Workspace, model_options
 
 BEFORE: dict[str, Any] = {
     "training.input_noise": 0.0, "training.through_leads": True, "training.beta2": 0.999, "model.scale_factor": 1,
+    "model.history": 1,
 }  # fmt: skip
 """What a run began with until there were these keys."""
 
@@ -23,6 +24,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
     config, contract, axis = workspace.config, workspace.contract, workspace.store.layout.time
     tree = config.model_dump(mode="json")
     kept = {f"model.{key}": value for key, value in model_options(config.model).items() if key not in WAYS}
+    kept |= {f"model.{key}": tree["model"][key] for key in ("history", "scale_factor")}  # whatever they are
     same = ("forcings", "roles", "log1p", "anomalies", "loss_weights", "window", "lat_boundary", "lon_boundary")
     kept |= {f"data.{key}": tree["data"][key] for key in same}
     kept |= {f"data.periods.{name}": ranges for name, ranges in tree["data"]["periods"].items()}

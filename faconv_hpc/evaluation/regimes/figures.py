@@ -17,6 +17,7 @@ from ...look import (
     colour_bar,
     draw_map,
     dress,
+    fill_colour,
     line_style,
     new_figure,
     save_figure,
@@ -171,7 +172,7 @@ def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
     else:
         x, y, cells = _years(regimes)
         axes.set_xticks(np.arange(MONTHS) + 0.5, MONTH_NAMES)
-    colours = ListedColormap([LINE_COLOURS[label % len(LINE_COLOURS)] for label in range(clusters)])
+    colours = ListedColormap([fill_colour(label) for label in range(clusters)])
     norm = BoundaryNorm(np.arange(clusters + 1) - 0.5, clusters)
     axes.set_facecolor("#eeeeee")
     image = axes.pcolormesh(x, y, np.ma.masked_invalid(cells), cmap=colours, norm=norm)
@@ -222,7 +223,7 @@ def _years(regimes: Regimes) -> Cells:
 def _number(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], cells: NDArray[np.float64]) -> None:
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            colour = "white" if int(value) % len(LINE_COLOURS) in DARK else "black"
+            colour = "white" if int(value) in DARK else "black"
             text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": colour}
             axes.text(float(x[column]), float(y[row]), str(int(value) + 1), **text)  # type: ignore[arg-type]
 
