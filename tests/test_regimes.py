@@ -26,7 +26,7 @@ from faconv_hpc.evaluation.regimes.files import as_dict, write_netcdf
 from faconv_hpc.evaluation.regimes.find import find_regimes
 from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, silhouettes_of_chance
 from faconv_hpc.evaluation.regimes.records import Record, data_space_of
-from faconv_hpc.evaluation.regimes.report import _compared, write_report
+from faconv_hpc.evaluation.regimes.report import _compared, told_of_calendar, write_report
 from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
 from faconv_hpc.evaluation.words import Leads, duration_in_words, latitude_in_words, longitude_in_words, months_in_words
@@ -227,6 +227,17 @@ def test_every_regime_has_its_map(found, monkeypatch, tmp_path):
         np.testing.assert_array_equal(np.sort(panel.collections[0].get_array()[:, :-1]), np.sort(field))
 
 
+def test_an_embedding_that_is_a_calendar_is_called_one(found, tmp_path):
+    shares = found.seasonal_shares
+    season = replace(found, harmonics=0, seasonal_shares=shares | {"embedding": 0.953})
+    assert told_of_calendar(season).endswith("than a calendar: 95.3% of its variance lies between calendar months")
+    write_report(season, [], tmp_path / "report.md", 5)
+    told = f"**{told_of_calendar(season)}**, of the fields' own {shares['fields']:.1%}."
+    assert told in (tmp_path / "report.md").read_text()
+    for other in (found, replace(season, harmonics=6), replace(season, seasonal_shares=shares | {"embedding": 0.9})):
+        assert told_of_calendar(other) == ""
+
+
 def test_regimes_of_whole_months_have_no_maps_beyond_their_season(found, tmp_path):
     """Where a month is of one regime alone there is nothing but rounding to draw."""
     assert not found.composites.are_seasons_alone
@@ -357,6 +368,7 @@ def test_what_is_said_of_regimes():
     told = told_by_month(np.array([0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2]))
     assert (told.share, told.largest, told.gain) == pytest.approx((0.8, 0.6, 0.5))
     assert [duration_in_words(hours) for hours in (5, 100, 2000)] == ["5.0 hours", "4.2 days", "2.7 months"]
+    assert [duration_in_words(hours, 730) for hours in (730, 1400, 2000)] == ["1.0 months", "1.9 months", "2.7 months"]
     assert Leads(np.array([1.0, 3, 6])).axis[1] == "h" and Leads(np.array([24.0, 72])).axis[1] == "days"
     ahead = Leads(np.array([6.0, 12, 71.5, 72, 240]))
     assert ahead.axis[0].tolist() == [0.25, 0.5, 71.5 / 24, 3, 10] and ahead.span == "6 h to 10 days"

@@ -106,7 +106,7 @@ def _write(found: "Regimes", output: Path, seeds: int) -> None:
 
 def _show(found: "Regimes", output: Path, as_json: bool) -> None:
     from ..evaluation.regimes.files import json_of
-    from ..evaluation.regimes.report import REPORT
+    from ..evaluation.regimes.report import REPORT, told_of_calendar
 
     if as_json:
         print(json_of(found), end="")
@@ -114,4 +114,6 @@ def _show(found: "Regimes", output: Path, as_json: bool) -> None:
         times, suggestion = len(found.embeddings.axis), found.suggestion
         told = f"{suggestion.clusters} regimes of" if suggestion.steady else "No regimes beyond doubt in"
         print(f"{told} {times} times. {suggestion.reason}")
+        if calendar := told_of_calendar(found):
+            print(f"{calendar}. --harmonics shows what there is beyond it.")
         print(f"Read {output / REPORT}")

@@ -54,11 +54,11 @@ def months_in_words(months: Sequence[int]) -> str:
     return ", ".join(spans)
 
 
-def duration_in_words(hours: float) -> str:
-    """Such as ``3.2 days``."""
-    days = hours * SECONDS_PER_HOUR / SECONDS_PER_DAY
+def duration_in_words(hours: float, step_hours: float = 0.0) -> str:
+    """Such as ``3.2 days``, in no unit that is shorter than the data's steps."""
+    days, step_days = (of * SECONDS_PER_HOUR / SECONDS_PER_DAY for of in (hours, step_hours))
     for size, unit in ((365.25, "years"), (30.4, "months"), (1.0, "days")):
-        if days >= 2 * size:
+        if days >= 2 * size or step_days >= size * (1 - WHOLE):
             return f"{days / size:.1f} {unit}"
     return f"{hours:.1f} hours"
 

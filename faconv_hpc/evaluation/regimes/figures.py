@@ -51,7 +51,8 @@ def draw_all(regimes: Regimes, directory: Path) -> list[Path]:
 def draw_numbers(regimes: Regimes, path: Path) -> Path:
     """Silhouettes and agreements over the number of clusters."""
     with_data = regimes.data is not None
-    figure, ((own, *rest),) = new_figure(1, 3 + with_data, _title(regimes, "How many regimes?"), width=4.2, height=3.6)
+    title = "How many regimes? Dotted: the number that is shown"
+    figure, ((own, *rest),) = new_figure(1, 3 + with_data, title, width=4.2, height=3.6)
     panels = {"own": own} | ({"data": rest.pop(0)} if with_data else {})
     number = 0
     for source in regimes.sources:

@@ -101,17 +101,24 @@ def _in_short(regimes: Regimes) -> Iterable[str]:
     yield f"A Gaussian mixture of as many components agrees with them to {agreement:.2f} (adjusted Rand index)."
 
 
+def told_of_calendar(regimes: Regimes) -> str:
+    """That there is little beyond the season; empty where there is more."""
+    share = regimes.seasonal_shares["embedding"]
+    if not regimes.has_seasons or regimes.harmonics or share <= A_CALENDAR:
+        return ""
+    return f"The embedding is little more than a calendar: {share:.1%} of its variance lies between calendar months"
+
+
 def _of_seasons(regimes: Regimes, judged: Judged) -> Iterable[str]:
     if not regimes.has_seasons:
         yield "The times are of a part of the year only, so nothing is said of seasons."
         return
     share = regimes.seasonal_shares["embedding"]
-    if regimes.harmonics == 0 and share > A_CALENDAR:
+    if calendar := told_of_calendar(regimes):
         yield (
-            f"**The embedding is little more than a calendar**: {share:.1%} of its variance lies between calendar "
-            f"months{_of_fields(regimes)}. What is found here are times of the year. Call the command with --harmonics "
-            f"(6 where data are monthly) to see what there is beyond them, or train with model.seasonal_encoding: "
-            f"false, so that the embedding is not told the day of the year."
+            f"**{calendar}**{_of_fields(regimes)}. What is found here are times of the year. Call the command with "
+            f"--harmonics (6 where data are monthly) to see what there is beyond them, or train with "
+            f"model.seasonal_encoding: false, so that the embedding is not told the day of the year."
         )
     else:
         before = "Before its annual cycle was taken away, " if regimes.harmonics else ""
@@ -164,7 +171,7 @@ def _regime_row(one: RegimeFacts) -> list[str]:
         f"{extreme.anomaly:+.3g} at {_place(extreme.latitude_deg, extreme.longitude_deg)} ({extreme.spread:.2g})"
         for extreme in one.extremes
     ]
-    lasts = f"{one.run_times:.1f} times ({duration_in_words(one.run_hours)})"
+    lasts = f"{one.run_times:.1f} times ({duration_in_words(one.run_hours, one.run_hours / one.run_times)})"
     return [str(one.number), str(one.times), f"{one.share:.0%}", one.months or "none", lasts, *extremes]
 
 
