@@ -169,8 +169,15 @@ def test_zero_3_with_every_parameter_cut(checkpoint_steps):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.every(2, "precision", "stage")
 def test_a_state_put_in_place_continues_bit_for_bit(stage, precision):
+    assert_goes_on_bit_for_bit(
+        TrainingConfig(steps=100, zero_stage=stage, precision=precision, learning_rate=1e-2, micro_batch=2)
+    )
+
+
+def assert_goes_on_bit_for_bit(training):
+    """From a state after two updates, in a new engine, as in the one that made it."""
+
     def check(mesh):
-        training = TrainingConfig(steps=100, zero_stage=stage, precision=precision, learning_rate=1e-2, micro_batch=2)
         domain = Domain(grid(), mesh)
         first = Engine(network(), mesh, training)
         for _ in range(2):

@@ -19,14 +19,13 @@ from ..spatial.mesh import ProcessMesh
 from .deepspeed_config import deepspeed_config
 from .deepspeed_start import quiet, without_compiler
 from .frozen import frozen_in, unasked
-from .optimizers import optimizer_of
+from .optimizers import MOMENTS, new_moment, optimizer_of
 from .shards import AVERAGE
 from .timed import Timed
 
 Snapshot = list[tuple[Tensor, Tensor, dict[str, Tensor]]]
 """Value, its copy, copies of its optimizer state."""
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 TOGETHER = 2**24  # numbers of the state that are collected at once, 64 MiB
 
 
@@ -293,8 +292,8 @@ class Engine:
         for value in self._shards() if self.moment_names else ():
             state = self._torch_optimizer.state[value]
             for name in self.moment_names:  # in place where there is one: DeepSpeed has views of it
-                begin = value.data if name == AVERAGE else torch.zeros_like(value.data)
-                state[name] = state[name].copy_(begin) if name in state else begin.clone()
+                begin = new_moment(name, value.data)
+                state[name] = state[name].copy_(begin) if name in state else begin
             state["step"] = torch.tensor(float(updates))
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None and self.moment_names:

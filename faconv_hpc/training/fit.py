@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import DataConfig, ModelConfig, RunConfig
+from ..config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from ..data.annual_cycle import PER_COEFFICIENT, most_harmonics, widest_gap
 from ..data.forcings import check_forcings
 from ..data.order import stretches_of_windows
@@ -49,6 +49,7 @@ def check_fits(config: RunConfig, *, here: bool = True) -> None:
         TryAgainError: the store's file system is away.
     """
     check_network(config.model)
+    check_optimizer(config.training)
     with Store.open(config.data.store) as store:
         check_store(config, store)
         grid = grid_of(config, store)
@@ -297,6 +298,15 @@ def reach_of(model: ModelConfig) -> int:
     """Rows that the widest kernel sees on either side."""
     wide = max(model.dilations) if model.takes("dilations") else 1
     return model.kernel_size // 2 * wide if model.takes("kernel_size") else 0
+
+
+def check_optimizer(training: TrainingConfig) -> None:
+    """Raises InputError for a ZeRO stage that cuts what the optimizer needs whole."""
+    if training.optimizer == "soap" and training.zero_stage:
+        raise InputError(
+            f"training.optimizer=soap turns the gradients of whole matrices, and training.zero_stage="
+            f"{training.zero_stage} cuts them. Use zero_stage: 0, or optimizer: adamw."
+        )
 
 
 def least_bytes(config: RunConfig, cuts: Cuts) -> int:

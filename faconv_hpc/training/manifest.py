@@ -27,7 +27,7 @@ class ShardFile(_Section):
 
 
 class StoredTensor(_Section):
-    """Where a parameter lies, its value in full precision; its moments, of the same shape and type, stand beside it."""
+    """Where a parameter lies, its value in full precision; its moments stand beside it, see `optimizers.new_moment`."""
 
     file: str
     shape: tuple[int, ...]

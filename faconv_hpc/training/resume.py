@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..data.annual_cycle import CYCLE_FILE, AnnualCycle
@@ -17,6 +18,7 @@ from .contract import Contract, check_same_data
 from .engine import Engine
 from .identity import check_same_network, check_same_run
 from .manifest import Manifest, ShardFile, StatePiece
+from .optimizers import new_moment
 from .schedule import Leg
 from .seen import kept_cycle
 from .setup import Workspace
@@ -191,8 +193,11 @@ def _load(workspace: Workspace, engine: Engine, held: _Held) -> None:
         """One tensor, from the rank that has read it. A mean of weights that is new begins as they are."""
         if key.startswith(f"{AVERAGE}/") and AVERAGE not in manifest.moments:
             key = f"{PARAMETER}/{key.removeprefix(f'{AVERAGE}/')}"
-        stored = manifest.parameters[key.partition("/")[2]]
-        rank = reader[stored.file]
-        return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, stored.shape, rank)
+        kind, _, name = key.partition("/")
+        stored = manifest.parameters[name]
+        rank, shape = reader[stored.file], stored.shape
+        if kind in manifest.moments:
+            shape = tuple(new_moment(kind, torch.empty(shape, device="meta")).shape)
+        return mesh.from_rank(held.tensors[key] if mesh.rank == rank else None, shape, rank)
 
     engine.load_full(value, manifest.updates)
