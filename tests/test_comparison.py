@@ -59,11 +59,16 @@ def comparison_of(directory, **values):
 def probe(comparison):
     """As if the probes had run, with steps of a known time, on a machine that slows down."""
     for name, point in probes_of(comparison).items():
-        files = PointFiles(point)
-        attempt = files.begin("local")
         seconds = [9.0] * comparison.warm_up_steps + [0.3] + [STEP_S[name]] * (comparison.probe_steps - 1)
-        write_records(point.run.run_dir, [record(step, one) for step, one in enumerate(seconds, 1)])
-        Outcomes(comparison.study_dir).add(files.outcome(attempt))
+        timed(comparison, point, seconds)
+
+
+def timed(comparison, point, seconds):
+    """As if a run had had steps of these seconds."""
+    files = PointFiles(point)
+    attempt = files.begin("local")
+    write_records(point.run.run_dir, [record(step, one) for step, one in enumerate(seconds, 1)])
+    Outcomes(comparison.study_dir).add(files.outcome(attempt))
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ BAD = {
         r"decides training\.warmup_steps \(the same share of a run's steps as in the base config\)",
     ),
     "a warm-up of a model": ({"models": {"a": {}, "b": {"training.warmup_steps": 5}}}, r"'b': the comparison decides"),
-    "a rollout": ({"set": {"training.rollout": {5: 2}}}, r"decides training\.rollout \(it names steps"),
+    "a rollout": ({"set": {"training.rollout": {5: 2}}}, r"decides training\.rollout \(that of the base config"),
     "another window": (
         {"models": {"a": {}, "b": {"data.window": 3}}},
         r"trained and judged alike, but data\.window is 2 of 'a' and 3 of 'b'\. Move it",
@@ -165,7 +170,7 @@ def test_a_model_may_have_a_recipe_of_its_own(tmp_path):
     assert all(getattr(one, key) != getattr(other, key) for key in recipe)
 
 
-def test_a_base_with_free_runs_is_refused_and_a_time_of_no_steps(tmp_path):
+def test_a_time_of_no_steps_is_refused(tmp_path):
     comparison = comparison_of(tmp_path)
     probe(comparison)
     point = probes_of(comparison)["ConvLSTM k=3"]
@@ -174,11 +179,32 @@ def test_a_base_with_free_runs_is_refused_and_a_time_of_no_steps(tmp_path):
         steps_of(short, point)
     with pytest.raises(InputError, match=r"has 10 of 11 timed steps, so it is not known how many steps 0\.8 s are"):
         steps_of(comparison.model_copy(update={"probe_steps": 11}), point)
+
+
+def test_phases_of_a_rollout_have_their_shares_and_are_timed_each(tmp_path):
+    """Longer steps of later phases count as far as a run has them."""
+    comparison = comparison_of(tmp_path)
     tree = yaml.safe_load(comparison.config.read_text())
-    tree["training"]["rollout"] = {20: 2}
+    tree["training"] |= {"steps": 40, "rollout": {20: 2, 30: 4}, "lead_weights": [0.5]}
     comparison.config.write_text(yaml.safe_dump(tree))
-    with pytest.raises(InputError, match=r"has training\.rollout=\{20: 2\}, which names steps.*Leave it out"):
-        probes_of(comparison)
+    each = comparison.warm_up_steps + comparison.probe_steps
+    points = probes_of(comparison)
+    assert {point.run.training.steps for point in points.values()} == {3 * each}
+    assert points["FAConvLSTM"].run.training.rollout == {0: 1, each: 2, 2 * each: 4}
+    for point in points.values():
+        seconds = [
+            second
+            for of_phase in (0.1, 0.2, 0.4)
+            for second in [9.0] * comparison.warm_up_steps + [of_phase] * comparison.probe_steps
+        ]
+        timed(comparison, point, seconds)
+    assert steps_of(comparison.model_copy(update={"budget_s": 20.0}), points["FAConvLSTM"]) == 100  # of 0.2 s
+    assert known_steps(comparison.model_copy(update={"budget_s": 20.0}), points) == dict.fromkeys(points, 100)
+    (run, *_) = runs_of(comparison, {"FAConvLSTM": 100})
+    assert run.point.run.training.rollout == {0: 1, 50: 2, 75: 4} and run.point.run.training.lead_weights == (0.5,)
+    timed(comparison, points["FAConvLSTM"], seconds[:-1])
+    with pytest.raises(InputError, match=r"has 29 of 30 timed steps"):
+        steps_of(comparison, points["FAConvLSTM"])
 
 
 # ---- a real one ------------------------------------------------------------------------------------------------------

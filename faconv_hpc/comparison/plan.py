@@ -23,7 +23,7 @@ DECIDED = {
     "training.warmup_steps": "the same share of a run's steps as in the base config",
     "training.learning_rate": "learning_rates says it",
     "training.seed": "seeds says it",
-    "training.rollout": "it names steps, and each model has a number of its own",
+    "training.rollout": "that of the base config, at the same shares of a run's steps",
     "training.validate_every": "each run looks at its validation period once, after the last step",
     "training.validate_leads": "leads says it",
     "training.stop_after": "all runs have the same time",
@@ -118,33 +118,50 @@ def rate_in_words(rate: float) -> str:
 
 
 def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
-    """A short run of each model, which tells the seconds of a step.
+    """A short run of each model, which tells the seconds of a step with each number of leads that runs are trained for.
 
     Raises:
         InputError: the base config or a model is not valid, or the models cannot be compared.
     """
-    probes = {}
+    probes, phases = {}, _phases(comparison)
+    each = comparison.warm_up_steps + comparison.probe_steps
+    rollout = {place * each: leads for place, (_, leads) in enumerate(phases)} if len(phases) > 1 else {}
     for name in comparison.models:
-        steps = comparison.warm_up_steps + comparison.probe_steps
-        training = ROOM | {"steps": steps, "warmup_steps": 0}
+        training = ROOM | {"steps": each * len(phases), "warmup_steps": 0, "rollout": rollout}
         probes[name] = _point(comparison, name, f"probe_{label_of(name)}", training, goes_on=False)
     _check_same(probes)
     return probes
 
 
 def step_seconds(comparison: ComparisonConfig, probe: Point) -> float:
-    """The median of a probe's timed steps; raises InputError where it is not done."""
-    records = _timed(comparison, probe)
-    if len(records) < comparison.probe_steps:
+    """The median of a probe's timed steps; of those with so many leads each, the mean as a run has them.
+
+    Raises:
+        InputError: the probe is not done.
+    """
+    timed, phases = _timed(comparison, probe), _phases(comparison)
+    done, wanted = sum(map(len, timed)), comparison.probe_steps * len(phases)
+    if done < wanted:
         raise InputError(
-            f"the probe {probe.name} has {len(records)} of {comparison.probe_steps} timed steps, so it is not known "
-            f"how many steps {comparison.budget_s:g} s are. Start the comparison again, without --report-only."
+            f"the probe {probe.name} has {done} of {wanted} timed steps, so it is not known how many steps "
+            f"{comparison.budget_s:g} s are. Start the comparison again, without --report-only."
         )
-    return median(record.seconds for record in records)
+    ends = [*(begin for begin, _ in phases[1:]), 1.0]
+    medians = [median(record.seconds for record in records) for records in timed]
+    return sum((end - begin) * of for (begin, _), end, of in zip(phases, ends, medians, strict=True))
 
 
-def _timed(comparison: ComparisonConfig, probe: Point) -> list[StepRecord]:
-    return PointFiles(probe).records()[comparison.warm_up_steps :]
+def _phases(comparison: ComparisonConfig) -> list[tuple[float, int]]:
+    """From which share of a run's steps on it is trained for how many leads; the first from 0 on."""
+    base = load_config(comparison.config).training
+    return [(step / base.steps, leads) for step, leads in sorted(({0: 1} | base.rollout).items()) if step < base.steps]
+
+
+def _timed(comparison: ComparisonConfig, probe: Point) -> list[list[StepRecord]]:
+    """Of each number of leads, those after the first."""
+    each, records = comparison.warm_up_steps + comparison.probe_steps, PointFiles(probe).records()
+    begins = (place * each for place in range(len(_phases(comparison))))
+    return [records[begin + comparison.warm_up_steps : begin + each] for begin in begins]
 
 
 def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
@@ -161,19 +178,21 @@ def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
 
 def known_steps(comparison: ComparisonConfig, probes: Mapping[str, Point]) -> dict[str, int]:
     """How many steps the budget holds of each model whose probe is done; raises InputError where none is."""
-    done = {name: probe for name, probe in probes.items() if len(_timed(comparison, probe)) >= comparison.probe_steps}
+    wanted = comparison.probe_steps * len(_phases(comparison))
+    done = {name: probe for name, probe in probes.items() if sum(map(len, _timed(comparison, probe))) >= wanted}
     return {name: steps_of(comparison, probe) for name, probe in (done or probes).items()}
 
 
 def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]:
     """All models at all rates from all seeds: the first seed of all comes first.
 
-    The learning rate's warm-up has the same share of a run's steps as in the base config.
+    The learning rate's warm-up and the phases of the rollout have the same shares of a run's steps as in the base
+    config.
 
     Args:
         steps: of each model; those that are not in it have no runs.
     """
-    base = load_config(comparison.config).training
+    base, phases = load_config(comparison.config).training, _phases(comparison)
     runs = []
     for seed in comparison.seeds:
         for name in (name for name in comparison.models if name in steps):
@@ -182,6 +201,7 @@ def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]
                 training = {
                     "steps": count,
                     "warmup_steps": min(round(base.warmup_steps / base.steps * count), count - 1),
+                    "rollout": {round(share * count): leads for share, leads in phases} if base.rollout else {},
                     "learning_rate": rate,
                     "seed": seed,
                     "validate_every": count,
@@ -200,16 +220,12 @@ def _point(
     _refuse_decided("set", comparison.set)
     _refuse_decided(f"model {model!r}", changes)
     base = load_config(comparison.config)
-    if base.training.rollout:
-        raise InputError(
-            f"{comparison.config} has training.rollout={dict(base.training.rollout)}, which names steps, and each "
-            f"model of a comparison has a number of its own. Leave it out."
-        )
     tree = merged(base.model_dump(mode="json"), comparison.set)
     tree = merged(tree, {"slurm": comparison.slurm.model_dump(mode="json", exclude_unset=True)})
     tree = merged(tree, changes)
     decided = {"stop_after": 0, "keep_best": False, "save_in_background": False, **training}
     tree = merged(tree, {"training": decided, "run_dir": str(directory / "run")})
+    tree["training"]["rollout"] = training["rollout"]  # not merged with the base config's, which names other steps
     tree["data"]["store"] = str(Path(tree["data"]["store"]).absolute())
     run = validated(RunConfig, tree, f"model {model!r} of the comparison")
     for period in ("validation", "test"):
