@@ -1,5 +1,7 @@
 """A run that begins with the weights of another: on another grid, with other variables, on any mesh."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
 from faconv_hpc.training.records import read_records
 from faconv_hpc.training.shards import checkpoints_in
+from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
@@ -20,6 +23,8 @@ from test_roles import DIMS, NLAT, NLON, source
 
 ONE, FOUR = Layout(1, 1, 1), Layout(1, 2, 2)
 TESTED = {"periods": {"test": "2003-03-04/"}, "forcings": ["insolation"]}
+IN_SQUARES = {"scale_factor": 2, "history": 2, "coarse_shape": [2, 2]}
+REGION = {"lat_boundary": "replicate"}  # beyond poles 14 columns have no even number of squares
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,12 @@ def before(tmp_path_factory):
     directory = tmp_path_factory.mktemp("before")
     source(directory / "source.nc")
     prepare([directory / "source.nc"], directory / "store", variables=["heat", "wind"])
-    config = small_config(directory, directory / "store", data=TESTED, training={"steps": 8, "learning_rate": 0.02})
+    return of_two_variables(directory, directory / "store")
+
+
+def of_two_variables(directory, store, **sections):
+    sections = {"data": TESTED, "training": {"steps": 8, "learning_rate": 0.02}} | sections
+    config = small_config(directory, store, **sections)
     run_on_ranks(ONE, lambda mesh: train(config, mesh))
     return config
 
@@ -45,7 +55,7 @@ def more(tmp_path_factory):
 
 
 def config_of(directory, store, start_from, layout=ONE, **sections):
-    data = TESTED | {"roles": {"sst": "forcing", "rain": "diagnostic"}}
+    data = TESTED | {"roles": {"sst": "forcing", "rain": "diagnostic"}} | sections.pop("data", {})
     mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
     training = {"start_from": str(start_from)} | sections.pop("training", {})
     return small_config(directory, store, **{"data": data, "mesh": mesh, "training": training} | sections)
@@ -56,9 +66,14 @@ def trained(config, layout=ONE):
     return [record.loss for record in read_records(config.run_dir)]
 
 
-def test_with_new_variables_it_forecasts_the_others_as_before(tmp_path, before, more, capfd):
-    """Before its first step: the learning rate is so small that nothing changes."""
-    config = config_of(tmp_path, more, before.run_dir, training={"learning_rate": 1e-30, "steps": 3})
+@pytest.mark.parametrize("model", [{}, IN_SQUARES], ids=str)
+def test_with_new_variables_it_forecasts_the_others_as_before(tmp_path, before, more, model):
+    """Before its first step: the learning rate is so small that nothing changes. On squares, too, whose cells are
+    channels side by side, now and before."""
+    training, data = {"learning_rate": 1e-30, "steps": 3}, REGION if model else {}
+    if model:
+        before = of_two_variables(tmp_path / "before", before.data.store, data=TESTED | data, model=model)
+    config = config_of(tmp_path, more, before.run_dir, training=training, model=model, data=data)
     trained(config)
     old, new = load_network(before.run_dir), load_network(config.run_dir)
     assert new.contract.channels.inputs == ("wind", "heat", "sst", "valid_sst", "height", "insolation")
@@ -78,6 +93,18 @@ def test_with_new_variables_it_forecasts_the_others_as_before(tmp_path, before, 
         torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-5, atol=1e-6)
     assert outputs[1]["rain"].abs().max() < 1e-20 and outputs[0]["heat"].abs().max() > 0.01
     assert new.network.subspace.to_coarse.weight.shape[0] == old.network.subspace.to_coarse.weight.shape[0]
+
+
+def test_on_other_squares_only_what_lies_between_is_kept(tmp_path, before, more):
+    training = {"learning_rate": 1e-30, "steps": 3}
+    config = config_of(tmp_path, more, before.run_dir, training=training, model=IN_SQUARES, data=REGION)
+    trained(config)
+    old, found = load_network(before.run_dir).network, load_network(config.run_dir)
+    new, channels = found.network, found.contract.channels
+    told = Beginning.of(before.run_dir).fill(deepcopy(new), config.model, channels, ProcessMesh.alone())
+    assert "drawn anew: layers.0.input_weight" in told and "model.scale_factor=1 would keep it" in told
+    assert torch.equal(new.layers[0].hidden_weight, old.layers[0].hidden_weight)
+    assert new.layers[0].input_weight.abs().min() > 0  # what is not known is not 0: it has to learn
 
 
 def test_a_variable_of_another_role_keeps_its_input_and_not_its_forecast(tmp_path, before):

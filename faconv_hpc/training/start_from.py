@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..data.variables import Channels, Variable
 from ..errors import InputError
-from ..model.rules import ON_THE_SPHERE
+from ..model.rules import ON_THE_SPHERE, squares_of
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
 from .loading import read_weights
@@ -83,10 +83,11 @@ class Beginning:
         kept: dict[str, Tensor] = {}
         seen = _input_keys(before, self._history), _input_keys(channels, model.history)
         self._check_operator(seen)
+        squares = self._squares, squares_of(model.cell, model.scale_factor)
         parameters = dict(network.named_parameters())
         if mesh.rank == 0:
             for name, value in network.state_dict().items():
-                fitted = _fitted(name, self.weights.get(name), value, before, channels, seen)
+                fitted = _fitted(name, self.weights.get(name), value, before, channels, seen, squares)
                 if fitted is not None:
                     kept[name] = fitted
         names, had = mesh.from_first((list(kept), list(self.weights)))
@@ -105,6 +106,11 @@ class Beginning:
         return "\n  ".join([*self._told(before, channels), *_listed(lists), *self._built_otherwise(model)])
 
     @property
+    def _squares(self) -> int:
+        """Cells along a side of those that its layers compute on."""
+        return squares_of(self.options["cell"], int(self.options.get("scale_factor", 1)))
+
+    @property
     def _history(self) -> int:
         """Frames that its network sees at each step."""
         return int(self.options.get("history", 1))
@@ -120,10 +126,13 @@ class Beginning:
 
     def _built_otherwise(self, model: ModelConfig) -> Iterator[str]:
         now = json.loads(json.dumps(model_options(model)))
-        both = [key for key in now if key in self.options and key not in (*WAYS, *OF_THE_EMBEDDING, "history")]
+        elsewhere = (*WAYS, *OF_THE_EMBEDDING, "history", "scale_factor")
+        both = [key for key in now if key in self.options and key not in elsewhere]
         other = [f"model.{key}={json.dumps(self.options[key])}" for key in both if now[key] != self.options[key]]
         if model.history < self._history:  # more frames change nothing at first, fewer are missed
             other.append(f"model.history={self._history}")
+        if squares_of(model.cell, model.scale_factor) != self._squares:
+            other.append(f"model.scale_factor={self._squares}")
         if other:
             yield (
                 f"its network was built in another way, so the forecast does not begin as it was: {', '.join(other)} "
@@ -156,20 +165,34 @@ def _listed(lists: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def _fitted(
-    name: str, old: Tensor | None, drawn: Tensor, before: Channels, channels: Channels, seen: Seen
+    name: str,
+    old: Tensor | None,
+    drawn: Tensor,
+    before: Channels,
+    channels: Channels,
+    seen: Seen,
+    squares: tuple[int, int],
 ) -> Tensor | None:
-    """The weight as this network has it; None: it fits nowhere."""
+    """The weight as this network has it; None: it fits nowhere.
+
+    Args:
+        squares: sides of those that the two compute on: of other ones no channel is the same.
+    """
     if old is None:
         return None
-    zero = torch.zeros_like(drawn)
+    zero, cells = torch.zeros_like(drawn), squares[0] ** 2
+    if (name in OF_INPUTS or name.startswith(TARGETS)) and squares[0] != squares[1]:
+        return None
+    given = _of_each_cell(seen[0], cells), _of_each_cell(seen[1], cells)
+    targets = _of_each_cell(_keys(before.targets), cells), _of_each_cell(_keys(channels.targets), cells)
     if name in OF_INPUTS:  # a kernel of one channel stays as drawn: of two factors that are both 0 none would learn
-        return _gathered(old, zero if OF_INPUTS[name] else drawn, *seen, dim=OF_INPUTS[name])
+        return _gathered(old, zero if OF_INPUTS[name] else drawn, *given, dim=OF_INPUTS[name])
     if name == INPUTS_TO_TARGETS:
         empty = drawn.new_zeros(len(drawn), *old.shape[1:])
-        rows = _gathered(old, empty, _keys(before.targets), _keys(channels.targets), dim=0)
-        return None if rows is None else _gathered(rows, zero, *seen, dim=1)
+        rows = _gathered(old, empty, *targets, dim=0)
+        return None if rows is None else _gathered(rows, zero, *given, dim=1)
     if name.startswith(TARGETS):
-        return _gathered(old, zero, _keys(before.targets), _keys(channels.targets), dim=0)
+        return _gathered(old, zero, *targets, dim=0)
     if name.startswith(COARSE):
         was, now = _keys(before.prognostic), _keys(channels.prognostic)
         found = _gathered(old.unflatten(0, (len(was), -1)), zero.unflatten(0, (len(now), -1)), was, now, dim=0)
@@ -187,6 +210,11 @@ def _input_keys(channels: Channels, history: int) -> list[Key]:
     kinds = {one.name: one.kind for one in channels.fields}
     now = [(name, *kinds.get(name, ())) for name in channels.inputs]
     return now + [(*key, f"-{age}") for age in range(1, history) for key in now[: channels.remembered]]
+
+
+def _of_each_cell(keys: Sequence[Key], cells: int) -> list[Key]:
+    """Of squares, whose cells are channels side by side."""
+    return [(*key, f"cell {cell}") for key in keys for cell in range(cells)]
 
 
 def _gathered(old: Tensor, new: Tensor, before: Sequence[Key], now: Sequence[Key], dim: int) -> Tensor | None:
