@@ -162,8 +162,8 @@ def test_a_comparison_that_compares_nothing_is_refused(tmp_path, values, message
 
 def test_a_model_may_have_a_recipe_of_its_own(tmp_path):
     recipe = {
-        "optimizer": "sgd", "final_learning_rate_share": 0.5, "weight_decay": 0.1, "clip_norm": 0, "ema": 0.5,
-        "precision": "bf16", "zero_stage": 3, "input_noise": 0.1, "frozen": ["layers.0.*"],
+        "optimizer": "sgd", "beta2": 0.9, "final_learning_rate_share": 0.5, "weight_decay": 0.1, "clip_norm": 0,
+        "ema": 0.5, "precision": "bf16", "zero_stage": 3, "input_noise": 0.1, "frozen": ["layers.0.*"],
     }  # fmt: skip
     models = {"a": {}, "b": {"model.layers": 1} | {f"training.{key}": value for key, value in recipe.items()}}
     one, other = (point.run.training for point in probes_of(comparison_of(tmp_path, models=models)).values())

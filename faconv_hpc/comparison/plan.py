@@ -32,7 +32,7 @@ DECIDED = {
 }
 """Keys of a run that the comparison sets, and why."""
 RECIPE = (
-    "optimizer", "final_learning_rate_share", "weight_decay", "clip_norm", "ema", "precision", "zero_stage",
+    "optimizer", "beta2", "final_learning_rate_share", "weight_decay", "clip_norm", "ema", "precision", "zero_stage",
     "input_noise", "frozen",
 )  # fmt: skip
 """What of `training` may be a model's own, beside all of `model`: how its weights are fitted and kept. All else decides
