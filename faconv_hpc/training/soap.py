@@ -100,10 +100,9 @@ def _as_matrix(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def _nearer(basis: Tensor, side: Tensor) -> Tensor:
-    """A step of subspace iteration; each direction keeps its sign."""
+    """A step of subspace iteration. Directions may change their signs, which no update sees."""
     moved = side @ basis + DAMPING * side.diagonal().mean() * basis
-    orthogonal, triangle = torch.linalg.qr(moved + torch.finfo(side.dtype).tiny * basis)
-    found: Tensor = orthogonal * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    found: Tensor = torch.linalg.qr(moved + torch.finfo(side.dtype).tiny * basis).Q
     return found
 
 
