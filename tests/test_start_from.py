@@ -1,18 +1,17 @@
 """A run that begins with the weights of another: on another grid, with other variables, on any mesh."""
 
-from copy import deepcopy
-
 import numpy as np
 import pytest
 import torch
 
-from faconv_hpc import load_network
+from faconv_hpc import Domain, FAConvLSTMNetwork, LatLonGrid, load_network
 from faconv_hpc.data.store import Store
 from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
 from faconv_hpc.training.records import read_records
+from faconv_hpc.training.setup import network_options
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
@@ -95,16 +94,30 @@ def test_with_new_variables_it_forecasts_the_others_as_before(tmp_path, before, 
     assert new.network.subspace.to_coarse.weight.shape[0] == old.network.subspace.to_coarse.weight.shape[0]
 
 
-def test_on_other_squares_only_what_lies_between_is_kept(tmp_path, before, more):
-    training = {"learning_rate": 1e-30, "steps": 3}
-    config = config_of(tmp_path, more, before.run_dir, training=training, model=IN_SQUARES, data=REGION)
-    trained(config)
-    old, found = load_network(before.run_dir).network, load_network(config.run_dir)
-    new, channels = found.network, found.contract.channels
-    told = Beginning.of(before.run_dir).fill(deepcopy(new), config.model, channels, ProcessMesh.alone())
-    assert "drawn anew: layers.0.input_weight" in told and "model.scale_factor=1 would keep it" in told
-    assert torch.equal(new.layers[0].hidden_weight, old.layers[0].hidden_weight)
-    assert new.layers[0].input_weight.abs().min() > 0  # what is not known is not 0: it has to learn
+@pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1), (2, 3)])
+def test_on_squares_of_other_cells_it_forecasts_for_their_means(tmp_path, before, was, now):
+    """On a grid that is finer or coarser by as much, of fields that are the same in all cells of a square."""
+    model = before.model.model_copy(update={"scale_factor": was, "history": 2, "coarse_shape": (2, 2)})
+    if was > 1:
+        sections = {"data": TESTED | REGION, "model": model.model_dump(mode="json")}
+        before = of_two_variables(tmp_path, before.data.store, **sections)
+    old = load_network(before.run_dir)
+    channels, model = old.contract.channels, before.model.model_copy(update={"scale_factor": now})
+    new = FAConvLSTMNetwork(**network_options(model, channels))
+    told = Beginning.of(before.run_dir).fill(new, model, channels, ProcessMesh.alone())
+    assert f"model.scale_factor={was} would keep it" in told and "drawn anew" not in told
+    x, season = torch.randn(1, 4, len(channels.inputs), 9, 8), torch.rand(1, 4)
+    found = []
+    for network, side in ((old.network, was), (new, now)):
+        latitude = np.linspace(80, -80, 9)[:, None] + 20 / side * (np.arange(side)[::-1] - (side - 1) / 2)
+        grid = LatLonGrid(9 * side, 8 * side, latitude.ravel(), lat_boundary="replicate" if was > 1 else "pole")
+        cells = x.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)
+        forecast = network(cells, season, domain=Domain(grid, block=side)).forecast_BTCYX
+        found.append(forecast.unflatten(-1, (8, side)).unflatten(-3, (9, side)).mean((-1, -3)))
+        spread = forecast.unflatten(-1, (8, side)).std(-1).max() if side > 1 else torch.tensor(0.0)
+    assert spread < 1e-6, "a square of which nothing is known but its mean"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert found[0].std() > 0.01
 
 
 def test_a_variable_of_another_role_keeps_its_input_and_not_its_forecast(tmp_path, before):

@@ -22,15 +22,16 @@ from faconv_hpc.training.records import read_records
 
 QUICK = Path(__file__).parents[1] / "configs" / "quickstart_era5.yaml"
 SCRATCH_STEPS, TUNED_STEPS, OF_MEAN = 50, 10, 5
+COARSER = 2
 TIMES = {"time_coordinate": "time_index", "time_units": "hours since 1940-01-01"}
 
 
 def coarser(sample: Path, directory: Path) -> Path:
-    """A store of every second row and column, with two variables more."""
+    """A store of every `COARSER` rows and columns, with two variables more."""
     store = directory / "store"
     if not (store / "store.nc").exists():
         data = xr.open_zarr(sample, consolidated=False, decode_times=False)
-        data = data.isel(latitude=slice(None, None, 2), longitude=slice(None, None, 2)).load()
+        data = data.isel(latitude=slice(None, None, COARSER), longitude=slice(None, None, COARSER)).load()
         data["speed"] = np.hypot(data.u10, data.v10).assign_attrs(units="m s**-1")
         data["flux"] = (data.u10 * data.v10).assign_attrs(units="m**2 s**-2")
         data.drop_encoding().to_netcdf(directory / "coarse.nc", engine="h5netcdf")
@@ -38,10 +39,15 @@ def coarser(sample: Path, directory: Path) -> Path:
     return store
 
 
-def losses(run_dir: Path, store: Path, seed: int, **training: object) -> list[float]:
-    """Of every step of a run on one rank; a run that is there already is not done again."""
+def losses(run_dir: Path, store: Path, seed: int, coarser: int = 1, **training: object) -> list[float]:
+    """Of every step of a run on one rank; a run that is there already is not done again.
+
+    Args:
+        coarser: by how much the grid is, so that squares are as wide as before.
+    """
     config = yaml.safe_load(QUICK.read_text())
     config |= {"run_dir": str(run_dir), "mesh": {}, "data": config["data"] | {"store": str(store)}}
+    config["model"]["scale_factor"] = max(config["model"]["scale_factor"] // coarser, 1)
     config["training"] |= {"seed": seed, **training}
     run_dir.mkdir(parents=True, exist_ok=True)
     given = run_dir / "given.yaml"
@@ -64,8 +70,8 @@ def main() -> None:
         first = given.runs / f"first-{seed}"
         losses(first, given.store.resolve(), seed)
         start = {"steps": TUNED_STEPS, "warmup_steps": 1, "learning_rate": 0.004, "start_from": str(first)}
-        tuned = losses(given.runs / f"tuned-{seed}", coarse.resolve(), seed, **start)
-        scratch = losses(given.runs / f"scratch-{seed}", coarse.resolve(), seed, steps=SCRATCH_STEPS)
+        tuned = losses(given.runs / f"tuned-{seed}", coarse.resolve(), seed, COARSER, **start)
+        scratch = losses(given.runs / f"scratch-{seed}", coarse.resolve(), seed, COARSER, steps=SCRATCH_STEPS)
         early, late = mean(tuned[:OF_MEAN]), mean(scratch[-OF_MEAN:])
         print(
             f"seed {seed}: fine-tuned {tuned[0]:.3f} at its first step, {early:.3f} over the first {OF_MEAN}; "

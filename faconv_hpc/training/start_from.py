@@ -176,26 +176,26 @@ def _fitted(
     """The weight as this network has it; None: it fits nowhere.
 
     Args:
-        squares: sides of those that the two compute on: of other ones no channel is the same.
+        squares: sides of those that the two compute on.
     """
     if old is None:
         return None
-    zero, cells = torch.zeros_like(drawn), squares[0] ** 2
-    if (name in OF_INPUTS or name.startswith(TARGETS)) and squares[0] != squares[1]:
-        return None
-    given = _of_each_cell(seen[0], cells), _of_each_cell(seen[1], cells)
-    targets = _of_each_cell(_keys(before.targets), cells), _of_each_cell(_keys(channels.targets), cells)
+    zero, was, now = torch.zeros_like(drawn), squares[0] ** 2, squares[1] ** 2
+    given = _of_each_cell(seen[0], now), _of_each_cell(seen[1], now)
+    targets = _of_each_cell(_keys(before.targets), now), _of_each_cell(_keys(channels.targets), now)
     if name in OF_INPUTS:  # a kernel of one channel stays as drawn: of two factors that are both 0 none would learn
-        return _gathered(old, zero if OF_INPUTS[name] else drawn, *given, dim=OF_INPUTS[name])
+        dim = OF_INPUTS[name]
+        return _gathered(_on_squares(old, was, now, dim), zero if dim else drawn, *given, dim=dim)
     if name == INPUTS_TO_TARGETS:
+        old = _on_squares(_on_squares(old, was, now, 0), was, now, 1)
         empty = drawn.new_zeros(len(drawn), *old.shape[1:])
         rows = _gathered(old, empty, *targets, dim=0)
         return None if rows is None else _gathered(rows, zero, *given, dim=1)
     if name.startswith(TARGETS):
-        return _gathered(old, zero, *targets, dim=0)
+        return _gathered(_on_squares(old, was, now, 0), zero, *targets, dim=0)
     if name.startswith(COARSE):
-        was, now = _keys(before.prognostic), _keys(channels.prognostic)
-        found = _gathered(old.unflatten(0, (len(was), -1)), zero.unflatten(0, (len(now), -1)), was, now, dim=0)
+        had, has = _keys(before.prognostic), _keys(channels.prognostic)
+        found = _gathered(old.unflatten(0, (len(had), -1)), zero.unflatten(0, (len(has), -1)), had, has, dim=0)
         return None if found is None else found.flatten(0, 1)
     return old if old.shape == drawn.shape else None
 
@@ -210,6 +210,18 @@ def _input_keys(channels: Channels, history: int) -> list[Key]:
     kinds = {one.name: one.kind for one in channels.fields}
     now = [(name, *kinds.get(name, ())) for name in channels.inputs]
     return now + [(*key, f"-{age}") for age in range(1, history) for key in now[: channels.remembered]]
+
+
+def _on_squares(old: Tensor, was: int, now: int, dim: int) -> Tensor:
+    """Weights of squares with so many cells as those of squares with others, whose cells all have the same.
+
+    What a layer takes in (dim 1) is then the mean of a square's cells; what it gives (dim 0) is the mean that it gave.
+    """
+    if was == now:
+        return old
+    of_cells: Tensor = old.unflatten(dim, (-1, was))
+    of_square = of_cells.mean(dim + 1) if dim == 0 else of_cells.sum(dim + 1) / now
+    return of_square.repeat_interleave(now, dim=dim)
 
 
 def _of_each_cell(keys: Sequence[Key], cells: int) -> list[Key]:
