@@ -749,6 +749,8 @@ def test_the_report_says_at_which_leads_who_is_better(judged, monkeypatch):
     assert rows[0].split(" | ")[3:] == ["-", "- |"], "climatology is made of some of the very dates"
     (ratio, other), (low, high) = judged.metrics["rmse"][0, 1::-1, 2], first.bounds_2LC[:, 0, 2]
     assert f"| u | 6 h | **{ratio / other:.3g} ({low:.3g} to {high:.3g})** |" in good
+    (line,) = (line for line in good.split("\n") if line.startswith("| u | 6 h |"))
+    assert [cell.startswith("**") for cell in line.split(" | ")[2:]] == [True, True, False, False]
     high = first.bounds_2LC.copy()
     high[0, 1, 2], high[1, 1, 2], high[:, 0, 1] = 1.1, 1.2, np.nan
     found = replace(first, bounds_2LC=high)
