@@ -71,7 +71,7 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
 
     Killed at any instant, none of now stands beside one of before, and the last of the names is there only if all that
     belongs to it is: those of before go first, it before the others, and it comes last. If the block raises, all stays
-    as it was.
+    as it was, but for directories above it that were missing.
 
     Args:
         names: of all files that may be made, in the order in which they come.

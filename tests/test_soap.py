@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from faconv_hpc import Domain
 from faconv_hpc.config import TrainingConfig
 from faconv_hpc.errors import InputError
 from faconv_hpc.training.engine import Engine
@@ -14,7 +15,7 @@ from faconv_hpc.training.soap import DAMPING, EPS, KEPT, REFRESH, Soap, sides_of
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
 from runs import make_store, small_config
-from test_engine import assert_goes_on_bit_for_bit, network
+from test_engine import assert_goes_on_bit_for_bit, grid, network, sharded_update
 from test_stateful import without_its_end
 
 RATE, BETA2, DECAY = 0.03, 0.9, 0.1
@@ -124,6 +125,15 @@ def test_what_has_no_gradient_stays():
     assert np.array_equal(got, value) and torch.equal(state["left_basis"].abs(), torch.eye(6))
 
 
+@pytest.mark.parametrize("size", [1e-17, 1e-22, 1e-25, 1e-40])
+def test_tiny_gradients_make_no_larger_steps_than_others(size):
+    """Also where their squares are 0."""
+    random = np.random.default_rng(6)
+    gradients = [(size * random.normal(size=(6, 5))).astype(np.float32) for _ in range(7)]
+    got, _ = updated(np.zeros((6, 5), dtype=np.float32), gradients)
+    assert np.abs(got).max() < 7 * 3 * RATE
+
+
 def test_rounding_does_not_show():
     """Nor in directions that have no more than that."""
     random = np.random.default_rng(5)
@@ -188,6 +198,30 @@ def test_the_state_has_the_shapes_that_resuming_expects():
         "right_basis": (6, 6),
     }  # fmt: skip
     assert torch.equal(new_moment("right_basis", value), torch.eye(6))
+
+
+def test_all_ranks_have_the_weights_of_the_first(tmp_path):
+    """Whose products may round otherwise than theirs: here by an update that is other on each."""
+
+    def check(mesh):
+        training = TrainingConfig(steps=100, optimizer="soap", zero_stage=0, micro_batch=1, ema=0.5)
+        engine, domain = Engine(network(), mesh, training), Domain(grid(), mesh)
+        plain = engine._torch_optimizer.step
+
+        def step(*given):
+            plain(*given)
+            for value in engine._shards():
+                value.data.add_(mesh.rank)
+
+        engine._torch_optimizer.step = step
+        sharded_update(engine, domain, 3 // mesh.replicas, 1, 1e-2)
+        return dict(engine.full_parameters()), dict(engine.full_moments())
+
+    (weights, moments), *others = run_on_ranks(Layout(1, 1, 3), check)
+    assert len(others) == 2
+    for other, kept in others:
+        assert all(torch.equal(other[name], value) for name, value in weights.items())
+        assert all(torch.equal(kept[f"ema/{name}"], moments[f"ema/{name}"]) for name in weights)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -105,7 +105,8 @@ def test_on_squares_of_other_cells_it_forecasts_for_their_means(tmp_path, before
     channels, model = old.contract.channels, before.model.model_copy(update={"scale_factor": now})
     new = FAConvLSTMNetwork(**network_options(model, channels))
     told = Beginning.of(before.run_dir).fill(new, model, channels, ProcessMesh.alone())
-    assert f"model.scale_factor={was} would keep it" in told and "drawn anew" not in told
+    assert f"fits a grid {now}/{was} times as fine as that of before" in told
+    assert "drawn anew" not in told and "would keep it" not in told
     x, season = torch.randn(1, 4, len(channels.inputs), 9, 8), torch.rand(1, 4)
     found = []
     for network, side in ((old.network, was), (new, now)):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from ..scaling.study import POINTS, Point, flattened, merged
 from ..training.records import StepRecord
 
 FEWEST_STEPS = 2
+SINGLE_STEPS = [(0.0, 1)]
+"""Phases of a run that no forecast is trained through."""
 DECIDED = {
     "run_dir": "every run has one of its own",
     "training.steps": "as many as budget_s holds, by the seconds of a step in the probe",
@@ -125,7 +128,7 @@ def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
     """
     probes, phases = {}, _phases(comparison)
     each = comparison.warm_up_steps + comparison.probe_steps
-    rollout = {place * each: leads for place, (_, leads) in enumerate(phases)} if len(phases) > 1 else {}
+    rollout = {place * each: leads for place, (_, leads) in enumerate(phases)} if phases != SINGLE_STEPS else {}
     for name in comparison.models:
         training = ROOM | {"steps": each * len(phases), "warmup_steps": 0, "rollout": rollout}
         probes[name] = _point(comparison, name, f"probe_{label_of(name)}", training, goes_on=False)
@@ -165,15 +168,23 @@ def _timed(comparison: ComparisonConfig, probe: Point) -> list[list[StepRecord]]
 
 
 def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
-    """How many steps the budget holds; raises InputError where that is next to none."""
-    seconds = step_seconds(comparison, probe)
+    """How many steps the budget holds; raises InputError where that is next to none, or a phase has none."""
+    seconds, phases = step_seconds(comparison, probe), _phases(comparison)
     steps = round(comparison.budget_s / seconds)
-    if steps < FEWEST_STEPS:
+    fewest = next(count for count in count_from(FEWEST_STEPS) if len(_rollout(phases, count)) == len(phases))
+    if steps < fewest:
+        of_phases = f" with {len(phases)} phases of training.rollout" * (len(phases) > 1)
         raise InputError(
             f"budget_s={comparison.budget_s:g} s hold {steps} steps of {seconds:.3g} s, as {probe.name} measured them; "
-            f"a run has at least {FEWEST_STEPS}. Give more seconds, or a smaller model or batch."
+            f"a run{of_phases} has at least {fewest}. Give more seconds, or a smaller model or batch."
         )
     return steps
+
+
+def _rollout(phases: Sequence[tuple[float, int]], steps: int) -> dict[int, int]:
+    """The phases at their shares of so many steps; those that begin together or at the end are fewer."""
+    begins = ((round(share * steps), leads) for share, leads in phases)
+    return {begin: leads for begin, leads in begins if begin < steps}
 
 
 def known_steps(comparison: ComparisonConfig, probes: Mapping[str, Point]) -> dict[str, int]:
@@ -201,7 +212,7 @@ def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]
                 training = {
                     "steps": count,
                     "warmup_steps": min(round(base.warmup_steps / base.steps * count), count - 1),
-                    "rollout": {round(share * count): leads for share, leads in phases} if base.rollout else {},
+                    "rollout": _rollout(phases, count) if phases != SINGLE_STEPS else {},
                     "learning_rate": rate,
                     "seed": seed,
                     "validate_every": count,

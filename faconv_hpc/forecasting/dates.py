@@ -17,7 +17,7 @@ from .frames import Frames
 
 STARTS = re.compile(rf"({DATE})(?:/({DATE})(?:/([1-9]\d*)\s*(min|h|d))?)?")
 UNIT_S = {"min": 60, "h": SECONDS_PER_HOUR, "d": 24 * SECONDS_PER_HOUR}
-LONGER_THAN_A_DAY = len("2020-01")  # at most: a year or a month
+DASHES_OF_A_DAY = 2  # 2020-01-01; a month or a year has fewer
 SHOWN = 4  # dates or ranges of dates in a message
 
 
@@ -92,7 +92,7 @@ class Timeline:
         Args:
             texts: dates (a day is its midnight); ranges with a step, ``2020-01-01/2020-02-01/24h``, whose end belongs
                 to them; years, months, ``1990-06``, and ranges without a step, which are all their dates that can be;
-                or several of them with commas between.
+                or several of them with commas between. A month or a year at the end of a range is all of it.
             option: for messages.
 
         Raises:
@@ -109,17 +109,16 @@ class Timeline:
                     f"its dates that can be{alone}, got {text!r}."
                 )
             first, last, number, unit = match.groups()
-            begin = second_of(first, self._calendar, f"{option} {text}")
-            end = second_of(last, self._calendar, f"{option} {text}") if last else begin
+            what, alone_s = f"{option} {text}", not last and first.count("-") == DASHES_OF_A_DAY
+            begin = second_of(first, self._calendar, what)
+            whole = not number or (last or first).count("-") < DASHES_OF_A_DAY  # the last day or month is all of it
+            end = begin if alone_s else second_of(last or first, self._calendar, what, after=whole) - whole
             if end < begin:
-                raise InputError(f"{option} {text} ends before it begins. Write the earlier date first.")
-            if number:
-                seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit]))
-            elif last or len(first) <= LONGER_THAN_A_DAY:
-                end = second_of(last or first, self._calendar, f"{option} {text}", after=True) - 1
-                seconds.update(self._able_within(begin, end, f"{option} {text}"))
+                raise InputError(f"{what} ends before it begins. Write the earlier date first.")
+            if number or alone_s:
+                seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit] if number else 1))
             else:
-                seconds.add(begin)
+                seconds.update(self._able_within(begin, end, what))
         return sorted(seconds)
 
     def start(self, second: int) -> Start:

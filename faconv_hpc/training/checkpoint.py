@@ -225,8 +225,8 @@ class CheckpointWriter:
 
     def _share(self, step: int) -> dict[str, Tensor]:
         """What this rank writes, in host memory."""
-        each = self._config.training.shard_mib * MIB / (FLOAT_BYTES * (1 + len(self._engine.moment_names)))
-        mine = shares_of(self._engine.sizes, self._mesh.ranks, each)[self._mesh.rank]
+        least = self._config.training.shard_mib * MIB / FLOAT_BYTES
+        mine = shares_of(self._engine.stored_sizes, self._mesh.ranks, least)[self._mesh.rank]
         share = {f"{PARAMETER}/{name}": value for name, value in self._engine.full_parameters(mine)}
         unsound = [name.partition("/")[2] for name, value in share.items() if not torch.isfinite(value).all()]
         everywhere = sorted(name for names in self._mesh.gathered_objects(unsound) for name in names)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import TrainingConfig
 from ..errors import InputError
-from ..model.arithmetic import ACTIVATIONS
+from ..model.arithmetic import ACTIVATIONS, arithmetic
 from ..model.losses import Loss
 from ..model.network import FAConvLSTMNetwork, NetworkOutput
 from ..spatial.domain import Domain
@@ -124,12 +124,26 @@ class Engine:
             group["lr"] = learning_rate
         updates = self._engine.is_gradient_accumulation_boundary()
         whole_norm = self._whole_gradient_norm() if updates else None
-        self._engine.step()
+        with arithmetic("fp32", self._device):  # of an optimizer's products, whatever those of the network are
+            self._engine.step()
         if updates:
+            self._take_first_ranks()
             self._average()
             norm = self._engine.get_global_grad_norm()
             norm = whole_norm if norm is None else norm
             self.gradient_norm = norm if isinstance(norm, Tensor) else torch.tensor(norm, device=self._device)
+
+    @torch.no_grad()
+    def _take_first_ranks(self) -> None:
+        """After an update made of products, which round otherwise on another processor: its weights. Collective."""
+        values = self._shards() if self._training.optimizer == "soap" and dist.get_world_size() > 1 else []
+        if not values:
+            return
+        flat = torch.cat([value.data.flatten() for value in values])
+        dist.broadcast(flat, 0)
+        for value, part in zip(values, flat.split([value.numel() for value in values]), strict=True):
+            value.data.copy_(part.view_as(value))
+        self._refresh_low_precision()
 
     def _whole_gradient_norm(self) -> Tensor | float:
         """The norm where every rank holds the whole gradient and DeepSpeed reports none: ZeRO 0 in fp32."""
@@ -233,9 +247,13 @@ class Engine:
                 yield self._names[parameter], whole.view(getattr(parameter, "ds_shape", parameter.shape))
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers of every parameter as a whole, wherever its parts are."""
-        return {name: _size(parameter) for parameter, name in self._names.items()}
+    def stored_sizes(self) -> dict[str, int]:
+        """Numbers of every parameter and its moments as a whole, wherever their parts are."""
+        found = {}
+        for parameter, name in self._names.items():
+            whole = torch.empty(tuple(getattr(parameter, "ds_shape", parameter.shape)), device="meta")
+            found[name] = whole.numel() + sum(new_moment(moment, whole).numel() for moment in self.moment_names)
+        return found
 
     @property
     def updates(self) -> int:

@@ -21,6 +21,7 @@ from .setup import WAYS, model_options
 TARGETS, COARSE = "forecast.", "subspace.to_coarse."
 OF_INPUTS = {"layers.0.input_weight": 1, "layers.0.input_depthwise": 0, "layers.0.input_depthwise_bias": 0}
 """Weights of the first layer that the inputs come into, and along which dim they stand."""
+KERNELS_OF_INPUTS = "layers.0.input_depthwise"
 INPUTS_TO_TARGETS = "forecast.from_inputs.weight"
 OF_THE_EMBEDDING = (
     "embedding_channels", "embedding_past", "embedding_leads", "embedding_weight", "seasonal_encoding", "coarse_shape",
@@ -87,6 +88,8 @@ class Beginning:
         parameters = dict(network.named_parameters())
         if mesh.rank == 0:
             for name, value in network.state_dict().items():
+                if name in OF_INPUTS and self._squares not in (1, squares[1]) and KERNELS_OF_INPUTS in self.weights:
+                    continue  # kernels of a square's cells and what they are weighed by have no mean together
                 fitted = _fitted(name, self.weights.get(name), value, before, channels, seen, squares)
                 if fitted is not None:
                     kept[name] = fitted
@@ -131,8 +134,13 @@ class Beginning:
         other = [f"model.{key}={json.dumps(self.options[key])}" for key in both if now[key] != self.options[key]]
         if model.history < self._history:  # more frames change nothing at first, fewer are missed
             other.append(f"model.history={self._history}")
-        if squares_of(model.cell, model.scale_factor) != self._squares:
-            other.append(f"model.scale_factor={self._squares}")
+        squares = squares_of(model.cell, model.scale_factor)
+        if squares != self._squares:
+            yield (
+                f"its layers computed on squares of {self._squares} x {self._squares} cells, those here on {squares} x "
+                f"{squares}: the forecast begins with what it was for their means, and fits a grid {squares}/"
+                f"{self._squares} times as fine as that of before"
+            )
         if other:
             yield (
                 f"its network was built in another way, so the forecast does not begin as it was: {', '.join(other)} "

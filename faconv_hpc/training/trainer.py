@@ -132,7 +132,7 @@ def _say_that_all_is_done(config: RunConfig, done: int, progress: Callable[[], N
 
 
 def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:
-    parameters = sum(engine.sizes.values())
+    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.network.parameters())  # ZeRO 3: whole
     rank_gib = least_bytes(workspace.config, workspace.domain.cuts) / 2**30
     left_out = windows_over_gaps(workspace.store, workspace.training_spans, windows.window)
     told = beginning(workspace.config, workspace.contract, windows, left_out, parameters, rank_gib, done)
