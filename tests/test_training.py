@@ -266,7 +266,7 @@ def _look_at_the_figure(evaluation, path, monkeypatch):
     said = f"run, step 240: from {before} to {after} (held out)"
     assert figure.get_suptitle() == said and before.startswith("2000-01-1")
     titles = [place.get_title() for place in figure.axes if place.get_title()]
-    expected = [f"wave_{n}: {what}" for n in range(2) for what in ("truth", "forecast", "error")]
+    expected = [f"wave_{n}: {what}" for n in range(2) for what in ("truth", "forecast", "error (forecast - truth)")]
     expected[1] += f", {ratios[0]:.2f} of persistence's error"
     expected[4] += ", not trained: its loss has weight 0"
     assert titles == expected
