@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import numpy as np
 import yaml
 
 from faconv_hpc import load_config
@@ -10,9 +11,13 @@ from faconv_hpc.data.store import Store
 from faconv_hpc.evaluation.evaluate import evaluate
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 from faconv_hpc.spatial.grid import Tile
-from faconv_hpc.training.records import VALIDATION_FILE
-from faconv_hpc.training.shards import MANIFEST, SUMS
+from faconv_hpc.training.fit import check_fits
+from faconv_hpc.training.records import VALIDATION_FILE, read_records
+from faconv_hpc.training.shards import MANIFEST, SUMS, checkpoints_in
+from faconv_hpc.training.trainer import train
+from ranks import Layout, run_on_ranks
 
+ALONE = Layout(1, 1, 1)
 SMALL = {
     "data": {"window": 3, "periods": {"test": "2000-01-04T06/"}, "lat_boundary": "pole"},
     "model": {
@@ -75,3 +80,30 @@ def small_config(directory, store, **sections):
 def evaluated(config, mesh, leads=1, *, directory=None, **options):
     """What a run's forecasts are worth, by its newest checkpoint or that of a directory, on the store of its config."""
     return evaluate([directory or config.run_dir], mesh, data=[config.data.store], leads=leads, **options)
+
+
+def trained(config, layout=ALONE):
+    """The losses of a run that goes to its end, or goes on to it."""
+    assert set(run_on_ranks(layout, lambda mesh: train(config, mesh))) == {0}
+    return [record.loss for record in read_records(config.run_dir)]
+
+
+def without_its_end(config, away):
+    """As a kill after step 7 of 10 leaves a run: the checkpoint of step 5 is its newest."""
+    checkpoints_in(config.run_dir)[-1].path.rename(away)
+
+
+def assert_same_on_every_mesh(directory, config_of, rtol):
+    """On one tile, on four, and from the checkpoint of those on two and two replicas; the losses.
+
+    Args:
+        config_of: of a directory and a layout.
+    """
+    tiles, others = Layout(1, 2, 2), Layout(2, 1, 2)
+    want = trained(config_of(directory / "alone", ALONE))
+    config = config_of(directory / "tiles", tiles)
+    check_fits(config)
+    np.testing.assert_allclose(trained(config, tiles), want, rtol=rtol)
+    without_its_end(config, directory / "away")
+    np.testing.assert_allclose(trained(config_of(directory / "tiles", others), others), want, rtol=rtol)
+    return want

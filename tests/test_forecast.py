@@ -100,7 +100,9 @@ def test_its_errors_are_those_of_evaluate(config, tmp_path):
 
 def test_a_forecast_may_go_on_where_data_end_if_nothing_is_given(tmp_path, config):
     """The last frame can be forecast from: only the network's forcing variables must be there later."""
-    told = r"has no sst at 2004-04-25 00.*Dates that can be: 2003-01-13 .* to 2004-04-07.*The nearest is 2004-04-07"
+    told = (
+        r"has no sst at 2004-04-25 00:00:00.*Dates that can be: 2003-01-13 .* to 2004-04-07.*The nearest is 2004-04-07"
+    )
     with pytest.raises(InputError, match=told):
         written(ProcessMesh.alone(), config.run_dir, tmp_path / "f.nc", [config.data.store], ["2004-04-13"], 3)
     summary = written(ProcessMesh.alone(), config.run_dir, tmp_path / "f.nc", [config.data.store], ["last"], 1)

@@ -10,13 +10,10 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.training.engine import Engine
 from faconv_hpc.training.fit import check_fits
 from faconv_hpc.training.optimizers import new_moment
-from faconv_hpc.training.records import read_records
 from faconv_hpc.training.soap import DAMPING, EPS, KEPT, REFRESH, Soap, sides_of
-from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import assert_same_on_every_mesh, make_store, small_config, trained, without_its_end
 from test_engine import assert_goes_on_bit_for_bit, grid, network, sharded_update
-from test_stateful import without_its_end
 
 RATE, BETA2, DECAY = 0.03, 0.9, 0.1
 
@@ -155,23 +152,11 @@ def store(tmp_path_factory):
 def config_of(directory, store, layout, **training):
     usual = {"optimizer": "soap", "zero_stage": 0, "beta2": 0.95, "learning_rate": 0.03}
     usual |= {"steps": 12, "checkpoint_every": 4, "micro_batch": 2 // layout.replicas}
-    mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
-    return small_config(directory, store, mesh=mesh, training=usual | training)
-
-
-def trained(config, layout):
-    run_on_ranks(layout, lambda mesh: train(config, mesh))
-    return [record.loss for record in read_records(config.run_dir)]
+    return small_config(directory, store, mesh=layout._asdict(), training=usual | training)
 
 
 def test_a_run_is_the_same_on_every_mesh_and_goes_on_on_another(tmp_path, store):
-    alone, tiles, others = Layout(1, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2)
-    want = trained(config_of(tmp_path / "alone", store, alone), alone)
-    config = config_of(tmp_path / "tiles", store, tiles)
-    check_fits(config)
-    np.testing.assert_allclose(trained(config, tiles), want, rtol=5e-5)
-    without_its_end(config, tmp_path / "away")
-    np.testing.assert_allclose(trained(config_of(tmp_path / "tiles", store, others), others), want, rtol=5e-5)
+    want = assert_same_on_every_mesh(tmp_path, lambda directory, layout: config_of(directory, store, layout), 5e-5)
     assert want[-1] < 0.9 * want[0]
 
 

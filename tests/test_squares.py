@@ -19,14 +19,11 @@ from faconv_hpc.spatial.squares import cuts_of_squares, grid_of_squares
 from faconv_hpc.training.fit import check_fits
 from faconv_hpc.training.identity import check_same_run, identity
 from faconv_hpc.training.parity import verify_parity
-from faconv_hpc.training.records import read_records
 from faconv_hpc.training.setup import Workspace
-from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import assert_same_on_every_mesh, make_store, small_config, trained
 from test_domain import random_like
 from test_parity import TOLERANCE, randomized, relative_difference
-from test_stateful import without_its_end
 
 POLES = LatLonGrid(
     19, 24, latitude_deg=np.linspace(90, -90, 19), longitude_deg=np.arange(24) * 15.0, lat_boundary="pole"
@@ -143,24 +140,14 @@ def config_of(directory, store, layout, scale_factor=2, **training):
     usual = {"steps": 6, "stateful_windows": 3, "checkpoint_every": 3, "rollout": {4: 2}, "learning_rate": 0.02}
     samples = {"micro_batch": 4 // layout.replicas}
     model = {"scale_factor": scale_factor, "coarse_shape": [2, 2]}
-    mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
     data = {"window": 4, "periods": {"test": "2000-01-20/"}}
-    return small_config(directory, store, mesh=mesh, data=data, model=model, training=usual | samples | training)
-
-
-def trained(config, layout):
-    run_on_ranks(layout, lambda mesh: train(config, mesh))
-    return [record.loss for record in read_records(config.run_dir)]
+    return small_config(
+        directory, store, mesh=layout._asdict(), data=data, model=model, training=usual | samples | training
+    )
 
 
 def test_a_run_is_the_same_on_every_mesh_and_goes_on_from_the_states_of_another(tmp_path, store):
-    alone, tiles, others = Layout(1, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2)
-    want = trained(config_of(tmp_path / "alone", store, alone), alone)
-    config = config_of(tmp_path / "tiles", store, tiles)
-    check_fits(config)
-    np.testing.assert_allclose(trained(config, tiles), want, rtol=2e-5)
-    without_its_end(config, tmp_path / "away")
-    np.testing.assert_allclose(trained(config_of(tmp_path / "tiles", store, others), others), want, rtol=2e-5)
+    assert_same_on_every_mesh(tmp_path, lambda directory, layout: config_of(directory, store, layout), 2e-5)
 
 
 def test_a_run_goes_on_with_its_squares_and_history(tmp_path, store):

@@ -10,13 +10,12 @@ from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.contract import make_contract
 from faconv_hpc.training.export import export
-from faconv_hpc.training.records import read_records
 from faconv_hpc.training.setup import network_options
 from faconv_hpc.training.shards import checkpoints_in
 from faconv_hpc.training.start_from import Beginning
 from faconv_hpc.training.trainer import train
 from ranks import Layout, run_on_ranks
-from runs import make_store, small_config
+from runs import make_store, small_config, trained
 from test_contract import make_store as make_other
 from test_roles import DIMS, NLAT, NLON, source
 
@@ -58,11 +57,6 @@ def config_of(directory, store, start_from, layout=ONE, **sections):
     mesh = dict(zip(("replicas", "lat", "lon"), layout, strict=True))
     training = {"start_from": str(start_from)} | sections.pop("training", {})
     return small_config(directory, store, **{"data": data, "mesh": mesh, "training": training} | sections)
-
-
-def trained(config, layout=ONE):
-    assert set(run_on_ranks(layout, lambda mesh: train(config, mesh))) == {0}
-    return [record.loss for record in read_records(config.run_dir)]
 
 
 @pytest.mark.parametrize("model", [{}, IN_SQUARES], ids=str)

@@ -25,7 +25,7 @@ from faconv_hpc.training.shards import (
 )
 from faconv_hpc.training.trainer import Trainer, train
 from ranks import Layout, run_on_ranks
-from runs import evaluated, make_store, skills_in, small_config
+from runs import evaluated, make_store, skills_in, small_config, without_its_end
 
 ONE = Layout(1, 1, 1)
 WINDOW, SAMPLES = 4, 4
@@ -121,11 +121,6 @@ def alone(store, tmp_path_factory):
 @pytest.mark.every(2)
 def test_a_place_sees_the_same_on_every_mesh(tmp_path, store, alone, layout, training):
     np.testing.assert_allclose(losses_of_run(config_of(tmp_path, store, layout, **training)), alone, rtol=2e-5)
-
-
-def without_its_end(config, away):
-    """As a kill after step 7 of 10 leaves a run: the checkpoint of step 5 is its newest."""
-    checkpoints_in(config.run_dir)[-1].path.rename(away)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

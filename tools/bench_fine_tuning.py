@@ -27,7 +27,7 @@ TIMES = {"time_coordinate": "time_index", "time_units": "hours since 1940-01-01"
 
 
 def coarser(sample: Path, directory: Path) -> Path:
-    """A store of every `COARSER` rows and columns, with two variables more."""
+    """A store of every so many rows and columns, `COARSER`, with two variables more."""
     store = directory / "store"
     if not (store / "store.nc").exists():
         data = xr.open_zarr(sample, consolidated=False, decode_times=False)
@@ -39,15 +39,15 @@ def coarser(sample: Path, directory: Path) -> Path:
     return store
 
 
-def losses(run_dir: Path, store: Path, seed: int, coarser: int = 1, **training: object) -> list[float]:
+def losses(run_dir: Path, store: Path, seed: int, cells: int = 1, **training: object) -> list[float]:
     """Of every step of a run on one rank; a run that is there already is not done again.
 
     Args:
-        coarser: by how much the grid is, so that squares are as wide as before.
+        cells: of the sample along a side of the grid's, so that squares are as wide on both.
     """
     config = yaml.safe_load(QUICK.read_text())
     config |= {"run_dir": str(run_dir), "mesh": {}, "data": config["data"] | {"store": str(store)}}
-    config["model"]["scale_factor"] = max(config["model"]["scale_factor"] // coarser, 1)
+    config["model"]["scale_factor"] = max(config["model"]["scale_factor"] // cells, 1)
     config["training"] |= {"seed": seed, **training}
     run_dir.mkdir(parents=True, exist_ok=True)
     given = run_dir / "given.yaml"

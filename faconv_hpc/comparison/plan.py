@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
+from itertools import pairwise
+from operator import ge
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -18,8 +20,6 @@ from ..scaling.study import POINTS, Point, flattened, merged
 from ..training.records import StepRecord
 
 FEWEST_STEPS = 2
-SINGLE_STEPS = [(0.0, 1)]
-"""Phases of a run that no forecast is trained through."""
 DECIDED = {
     "run_dir": "every run has one of its own",
     "training.steps": "as many as budget_s holds, by the seconds of a step in the probe",
@@ -128,9 +128,9 @@ def probes_of(comparison: ComparisonConfig) -> dict[str, Point]:
     """
     probes, phases = {}, _phases(comparison)
     each = comparison.warm_up_steps + comparison.probe_steps
-    rollout = {place * each: leads for place, (_, leads) in enumerate(phases)} if phases != SINGLE_STEPS else {}
+    rollout = {place * each: leads for place, leads in enumerate(phases.values())}
     for name in comparison.models:
-        training = ROOM | {"steps": each * len(phases), "warmup_steps": 0, "rollout": rollout}
+        training = ROOM | {"steps": each * max(len(phases), 1), "warmup_steps": 0, "rollout": rollout}
         probes[name] = _point(comparison, name, f"probe_{label_of(name)}", training, goes_on=False)
     _check_same(probes)
     return probes
@@ -142,29 +142,35 @@ def step_seconds(comparison: ComparisonConfig, probe: Point) -> float:
     Raises:
         InputError: the probe is not done.
     """
-    timed, phases = _timed(comparison, probe), _phases(comparison)
-    done, wanted = sum(map(len, timed)), comparison.probe_steps * len(phases)
+    done, wanted = _progress(comparison, probe)
     if done < wanted:
         raise InputError(
             f"the probe {probe.name} has {done} of {wanted} timed steps, so it is not known how many steps "
             f"{comparison.budget_s:g} s are. Start the comparison again, without --report-only."
         )
-    ends = [*(begin for begin, _ in phases[1:]), 1.0]
-    medians = [median(record.seconds for record in records) for records in timed]
-    return sum((end - begin) * of for (begin, _), end, of in zip(phases, ends, medians, strict=True))
+    begins = [*(_phases(comparison) or [0.0]), 1.0]
+    medians = [median(record.seconds for record in records) for records in _timed(comparison, probe)]
+    return sum(((end - begin) * of for (begin, end), of in zip(pairwise(begins), medians, strict=True)), 0.0)
 
 
-def _phases(comparison: ComparisonConfig) -> list[tuple[float, int]]:
-    """From which share of a run's steps on it is trained for how many leads; the first from 0 on."""
+def _phases(comparison: ComparisonConfig) -> dict[float, int]:
+    """Share of a run's steps: leads that it is trained for from there on, the first from 0 on; empty: single steps."""
     base = load_config(comparison.config).training
-    return [(step / base.steps, leads) for step, leads in sorted(({0: 1} | base.rollout).items()) if step < base.steps]
+    steps = {0: 1} | base.rollout if base.rollout else {}
+    return {step / base.steps: leads for step, leads in sorted(steps.items()) if step < base.steps}
 
 
 def _timed(comparison: ComparisonConfig, probe: Point) -> list[list[StepRecord]]:
-    """Of each number of leads, those after the first."""
+    """Of each number of leads of a probe, the steps after the first."""
     each, records = comparison.warm_up_steps + comparison.probe_steps, PointFiles(probe).records()
-    begins = (place * each for place in range(len(_phases(comparison))))
+    begins = (place * each for place in range(len(probe.run.training.rollout) or 1))
     return [records[begin + comparison.warm_up_steps : begin + each] for begin in begins]
+
+
+def _progress(comparison: ComparisonConfig, probe: Point) -> tuple[int, int]:
+    """How many steps of a probe are timed, and should be."""
+    timed = _timed(comparison, probe)
+    return sum(map(len, timed)), comparison.probe_steps * len(timed)
 
 
 def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
@@ -181,16 +187,15 @@ def steps_of(comparison: ComparisonConfig, probe: Point) -> int:
     return steps
 
 
-def _rollout(phases: Sequence[tuple[float, int]], steps: int) -> dict[int, int]:
+def _rollout(phases: Mapping[float, int], steps: int) -> dict[int, int]:
     """The phases at their shares of so many steps; those that begin together or at the end are fewer."""
-    begins = ((round(share * steps), leads) for share, leads in phases)
+    begins = ((round(share * steps), leads) for share, leads in phases.items())
     return {begin: leads for begin, leads in begins if begin < steps}
 
 
 def known_steps(comparison: ComparisonConfig, probes: Mapping[str, Point]) -> dict[str, int]:
     """How many steps the budget holds of each model whose probe is done; raises InputError where none is."""
-    wanted = comparison.probe_steps * len(_phases(comparison))
-    done = {name: probe for name, probe in probes.items() if sum(map(len, _timed(comparison, probe))) >= wanted}
+    done = {name: probe for name, probe in probes.items() if ge(*_progress(comparison, probe))}
     return {name: steps_of(comparison, probe) for name, probe in (done or probes).items()}
 
 
@@ -212,7 +217,7 @@ def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]
                 training = {
                     "steps": count,
                     "warmup_steps": min(round(base.warmup_steps / base.steps * count), count - 1),
-                    "rollout": _rollout(phases, count) if phases != SINGLE_STEPS else {},
+                    "rollout": _rollout(phases, count),
                     "learning_rate": rate,
                     "seed": seed,
                     "validate_every": count,

@@ -109,14 +109,17 @@ class Timeline:
                     f"its dates that can be{alone}, got {text!r}."
                 )
             first, last, number, unit = match.groups()
-            what, alone_s = f"{option} {text}", not last and first.count("-") == DASHES_OF_A_DAY
+            what = f"{option} {text}"
             begin = second_of(first, self._calendar, what)
+            if not last and first.count("-") == DASHES_OF_A_DAY:
+                seconds.add(begin)
+                continue
             whole = not number or (last or first).count("-") < DASHES_OF_A_DAY  # the last day or month is all of it
-            end = begin if alone_s else second_of(last or first, self._calendar, what, after=whole) - whole
+            end = second_of(last or first, self._calendar, what, after=whole) - whole
             if end < begin:
                 raise InputError(f"{what} ends before it begins. Write the earlier date first.")
-            if number or alone_s:
-                seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit] if number else 1))
+            if number:
+                seconds.update(range(begin, end + 1, int(number) * UNIT_S[unit]))
             else:
                 seconds.update(self._able_within(begin, end, what))
         return sorted(seconds)

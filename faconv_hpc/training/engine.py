@@ -61,7 +61,7 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.network,
                 optimizer=optimizer_of(self.network, training),
-                config=deepspeed_config(training, sum(map(_size, self.network.parameters()))),
+                config=deepspeed_config(training, sum(map(size_of, self.network.parameters()))),
                 dist_init_required=False,
             )
             for module, parameter in self.network.borrowed() if training.zero_stage == 3 else ():
@@ -237,8 +237,8 @@ class Engine:
                 yield name, master if moment is None else self._torch_optimizer.state[master][moment]
             return
         for parameters in _grouped(self._names):
-            flat = torch.zeros(sum(map(_size, parameters)), dtype=torch.float32, device=self._device)
-            wholes = flat.split([_size(parameter) for parameter in parameters])
+            flat = torch.zeros(sum(map(size_of, parameters)), dtype=torch.float32, device=self._device)
+            wholes = flat.split([size_of(parameter) for parameter in parameters])
             for parameter, whole in zip(parameters, wholes, strict=True):
                 first, part = _held(parameter, moment)
                 whole[first : first + len(part)].copy_(part.detach()[: len(whole) - first])
@@ -362,7 +362,7 @@ def _grouped(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """In order, as many as together have at most `TOGETHER` numbers, or one."""
     group: list[Tensor] = []
     for parameter in parameters:
-        if group and sum(map(_size, group)) + _size(parameter) > TOGETHER:
+        if group and sum(map(size_of, group)) + size_of(parameter) > TOGETHER:
             yield group
             group = []
         group.append(parameter)
@@ -370,7 +370,8 @@ def _grouped(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
-def _size(parameter: Tensor) -> int:
+def size_of(parameter: Tensor) -> int:
+    """Numbers of a parameter as a whole, wherever its parts are."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -378,7 +379,7 @@ def _held(parameter: Tensor, moment: str | None) -> tuple[int, Tensor]:
     """What this rank has of the fp32 value of a parameter, or of a moment: the place of its first number, and all."""
     if hasattr(parameter, "ds_id"):  # ZeRO 3: equal parts, the last one filled up
         part = parameter._z3_optimizer.get_local_fp32_param(parameter, moment)  # type: ignore[attr-defined]
-        return min(dist.get_rank() * len(part), _size(parameter)), part
+        return min(dist.get_rank() * len(part), size_of(parameter)), part
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:  # all of it is held elsewhere
         return 0, torch.empty(0)

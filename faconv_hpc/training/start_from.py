@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..model.rules import ON_THE_SPHERE, squares_of
 from ..spatial.mesh import ProcessMesh
 from .contract import Contract
+from .fit import block_of
 from .loading import read_weights
 from .setup import WAYS, model_options
 
@@ -84,7 +85,7 @@ class Beginning:
         kept: dict[str, Tensor] = {}
         seen = _input_keys(before, self._history), _input_keys(channels, model.history)
         self._check_operator(seen)
-        squares = self._squares, squares_of(model.cell, model.scale_factor)
+        squares = self._squares, block_of(model)
         parameters = dict(network.named_parameters())
         if mesh.rank == 0:
             for name, value in network.state_dict().items():
@@ -134,7 +135,7 @@ class Beginning:
         other = [f"model.{key}={json.dumps(self.options[key])}" for key in both if now[key] != self.options[key]]
         if model.history < self._history:  # more frames change nothing at first, fewer are missed
             other.append(f"model.history={self._history}")
-        squares = squares_of(model.cell, model.scale_factor)
+        squares = block_of(model)
         if squares != self._squares:
             yield (
                 f"its layers computed on squares of {self._squares} x {self._squares} cells, those here on {squares} x "

@@ -20,7 +20,7 @@ from ..observe import READING, SAVING, Clock
 from ..spatial.mesh import ProcessMesh
 from .carried import CarriedStates
 from .checkpoint import CheckpointWriter, SaveFailedError
-from .engine import Engine
+from .engine import Engine, size_of
 from .faults.claim import Claim, claimed
 from .faults.drift import DriftCheck
 from .faults.health import MicroBatch
@@ -132,7 +132,7 @@ def _say_that_all_is_done(config: RunConfig, done: int, progress: Callable[[], N
 
 
 def _announce(workspace: Workspace, engine: Engine, windows: Windows, done: int) -> None:
-    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.network.parameters())  # ZeRO 3: whole
+    parameters = sum(map(size_of, engine.network.parameters()))
     rank_gib = least_bytes(workspace.config, workspace.domain.cuts) / 2**30
     left_out = windows_over_gaps(workspace.store, workspace.training_spans, windows.window)
     told = beginning(workspace.config, workspace.contract, windows, left_out, parameters, rank_gib, done)
