@@ -16,8 +16,8 @@ import xarray as xr
 import yaml
 
 import forks
-from faconv_hpc.comparison.gathering import best_runs, result_of
-from faconv_hpc.comparison.judging import judged
+from faconv_hpc.comparison.gathering import best_runs, known_runs, result_of
+from faconv_hpc.comparison.judging import JUDGED_FILE, judged, looked
 from faconv_hpc.comparison.plan import ComparisonConfig, known_steps, label_of, probes_of, runs_of, steps_of
 from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
@@ -34,7 +34,7 @@ from test_cli import command_after, faconv, messages
 
 SECONDS = 300  # a busy machine is no failure
 PERIODS = {"validation": "2000-01-04/2000-01-04T23", "test": "2000-01-05/"}  # frames 12 to 15, 16 to 27
-MODELS = {"FAConvLSTM": {}, "ConvLSTM k=3": {"model.cell": "convlstm"}}
+MODELS = {"FAConvLSTM": {}, "ConvLSTM k=3": {"model.cell": "convlstm", "data.window": 4}}
 RATES, SEEDS = [0.01, 0.03], [0, 4]
 STEP_S = {"FAConvLSTM": 0.1, "ConvLSTM k=3": 0.2}  # of the probes
 
@@ -115,14 +115,15 @@ BAD = {
     ),
     "a warm-up of a model": ({"models": {"a": {}, "b": {"training.warmup_steps": 5}}}, r"'b': the comparison decides"),
     "a rollout": ({"set": {"training.rollout": {5: 2}}}, r"decides training\.rollout \(that of the base config"),
-    "another window": (
-        {"models": {"a": {}, "b": {"data.window": 3}}},
-        r"trained and judged alike, but data\.window is 2 of 'a' and 3 of 'b'\. Move it",
+    "another boundary": (
+        {"models": {"a": {}, "b": {"data.lat_boundary": "zero"}}},
+        r"trained and judged alike, but data\.lat_boundary is 'pole' of 'a' and 'zero' of 'b'\. Move it",
     ),
-    "another batch": (
-        {"models": {"a": {}, "b": {"training.micro_batch": 2}}},
-        r"training\.micro_batch is 1 of 'a'",
+    "more seeds that choose than seeds": (
+        {"rate_seeds": 3},
+        r"rate_seeds=3 of the 2 seeds \(0, 4\) cannot choose a rate",
     ),
+    "no seed that chooses": ({"rate_seeds": 0}, r"rate_seeds: Input should be greater than or equal to 1"),
     "a weight more": (
         {"set": {"data.loss_weights.wave_0": 2}, "models": {"a": {}, "b": {"data.loss_weights.wave_1": 2}}},
         r"data\.loss_weights\.wave_1 is None of 'a' and 2\.0 of 'b'",
@@ -131,13 +132,13 @@ BAD = {
         f"another {key}": (
             {"models": {"a": {}, "b": {key: value}}},
             rf"judged alike, but {re.escape(key)} is .* Move it from the model to `set`, or leave it out: a model's "
-            r"own are the keys of `model`, and of `training` optimizer, .*, frozen\.",
+            r"own are the keys of `model`, data\.window, and of `training` optimizer, .*, stateful_windows\.",
         )
         for key, value in {
             "device": "cpu",
             "slurm.cpus_per_task": 2,
             "training.start_from": "runs/other",
-            "training.stateful_windows": 2,
+            "training.accumulation": 2,
             "training.validate_samples": 1,
             "training.on_not_finite": "skip",
         }.items()
@@ -164,10 +165,13 @@ def test_a_model_may_have_a_recipe_of_its_own(tmp_path):
     recipe = {
         "optimizer": "sgd", "beta2": 0.9, "final_learning_rate_share": 0.5, "weight_decay": 0.1, "clip_norm": 0,
         "ema": 0.5, "precision": "bf16", "zero_stage": 3, "input_noise": 0.1, "frozen": ["layers.0.*"],
+        "micro_batch": 2, "stateful_windows": 3,
     }  # fmt: skip
-    models = {"a": {}, "b": {"model.layers": 1} | {f"training.{key}": value for key, value in recipe.items()}}
-    one, other = (point.run.training for point in probes_of(comparison_of(tmp_path, models=models)).values())
-    assert all(getattr(one, key) != getattr(other, key) for key in recipe)
+    own = {"model.layers": 1, "data.window": 4} | {f"training.{key}": value for key, value in recipe.items()}
+    models = {"a": {}, "b": own}
+    one, other = (point.run for point in probes_of(comparison_of(tmp_path, models=models)).values())
+    assert all(getattr(one.training, key) != getattr(other.training, key) for key in recipe)
+    assert (one.data.window, other.data.window) == (2, 4)
 
 
 def test_a_time_of_no_steps_is_refused(tmp_path):
@@ -234,8 +238,9 @@ Recorder.write = write
 def compared(tmp_path_factory):
     """A comparison that was killed within its second run, with all that it started, and then went on."""
     directory = tmp_path_factory.mktemp("compared")
-    make_store(directory / "waves", frames=28)
-    path = write_comparison(directory)
+    make_store(directory / "waves", frames=28, noise=0.2)
+    make_store(directory / "came", frames=28, noise=0.0)
+    path = write_comparison(directory, truth=str(directory / "came"))
     comparison = load_yaml(ComparisonConfig, path)
     probe(comparison)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -258,14 +263,17 @@ def compared(tmp_path_factory):
         r"\s+", " ", unfinished.stdout
     )
     before = files[first.point.name].attempt()
+    early = faconv("compare", path, "--cluster", "local", "--set", "rate_seeds=1", "--json")
+    assert early.returncode == 0, early.stderr
+    done = {run.point.name for run in runs if files[run.point.name].complete}
     ended = faconv("compare", path, "--cluster", "local", "--json")
     assert ended.returncode == 0, ended.stderr
     assert files[first.point.name].attempt() == before
-    return path, comparison, runs, json.loads(ended.stdout)
+    return path, comparison, runs, json.loads(ended.stdout), (json.loads(early.stdout), done)
 
 
 def test_killed_within_a_run_it_goes_on_from_the_runs_checkpoint(compared):
-    _, comparison, runs, _ = compared
+    _, comparison, runs, *_ = compared
     attempts = {run.point.name: PointFiles(run.point).attempt().number for run in runs}
     assert attempts == {run.point.name: 2 if run == runs[1] else 1 for run in runs}
     log = PointFiles(runs[1].point).log(2).read_text()
@@ -276,8 +284,8 @@ def test_killed_within_a_run_it_goes_on_from_the_runs_checkpoint(compared):
 
 def test_the_table_says_what_the_runs_did(compared):
     """By what they left, and by one evaluation of them all at once."""
-    _, comparison, runs, said = compared
-    store = comparison.study_dir.parent / "waves"
+    _, comparison, runs, said, _ = compared
+    store, came = comparison.study_dir.parent / "waves", comparison.study_dir.parent / "came"
     scores = {}
     for run in runs:
         rows = [json.loads(line) for line in (run.point.run.run_dir / "validation.jsonl").read_text().splitlines()]
@@ -289,14 +297,16 @@ def test_the_table_says_what_the_runs_did(compared):
     assert best_runs(comparison, runs) == chosen
     (whole,) = run_on_ranks(
         Layout(1, 1, 1),
-        lambda mesh: evaluated(chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir).metrics["rmse"],
+        lambda mesh: evaluated(
+            chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir, against=[came]
+        ).metrics["rmse"],
     )
     shape = whole.shape[0], whole.shape[2]
     assert shape == (2, 2) and said["forecasts"] == 11 and said["variables"] == ["wave_0", "wave_1"]
     for row in said["models"]:
         own = [run for run in chosen if run.model == row["model"]]
         assert row["learning_rate"] == best[row["model"]]
-        rmse = [_rmse_by_hand(run, store) for run in own]
+        rmse = [_rmse_by_hand(run, store, came) for run in own]
         np.testing.assert_allclose(row["rmse"], rmse, rtol=1e-4)
         ratios = [np.exp(np.mean(np.log(one / np.array(said["persistence"])))) for one in rmse]
         assert row["ratio"]["mean"] == pytest.approx(math.sqrt(ratios[0] * ratios[1]), rel=1e-4)
@@ -319,7 +329,36 @@ def test_the_table_says_what_the_runs_did(compared):
     assert sizes["FAConvLSTM"][0] == sum(one.numel() for one in FAConvLSTMNetwork(**about).parameters())
 
 
-def _rmse_by_hand(run, store):
+def test_the_first_seeds_choose_the_rate_and_the_others_run_at_it_alone(compared):
+    _, _, runs, _, (early, done) = compared
+    first = {(run.model, run.rate): looked(run).score for run in runs if run.seed == SEEDS[0]}
+    best = {model: min(RATES, key=lambda rate: first[model, rate]) for model in MODELS}
+    assert done == {run.point.name for run in runs if run.seed == SEEDS[0] or run.rate == best[run.model]}
+    assert {row["model"]: row["learning_rate"] for row in early["models"]} == best
+    assert all(list(at["scores"]) == [str(SEEDS[0])] for at in early["rates"]) and len(early["rates"]) == 4
+    assert all(len(row["rmse"]) == len(SEEDS) for row in early["models"])
+
+
+def test_of_a_run_that_failed_at_the_best_rate_it_is_told_why(compared, tmp_path):
+    _, comparison, runs, *_ = compared
+    moved = tmp_path / "study"
+    shutil.copytree(comparison.study_dir, moved)
+    other = comparison.model_copy(update={"study_dir": moved, "rate_seeds": 1})
+    steps = {run.model: run.point.run.training.steps for run in runs}
+    known = known_runs(other, steps)
+    failed = next(run for run in known if run.seed == SEEDS[1])
+    told = [run.point.name for run in best_runs(other, known)]
+    shutil.rmtree(failed.point.run.run_dir)
+    (failed.point.directory / JUDGED_FILE).unlink()
+    files = PointFiles(failed.point)
+    Outcomes(moved).add(files.outcome(files.begin("local"), why="out of memory"))
+    assert known_runs(other, steps) == known and failed.point.name in told
+    assert [run.point.name for run in best_runs(other, known)] == [name for name in told if name != failed.point.name]
+    result = result_of(other, known)
+    assert result.missing == {failed.model: "1 of 2 runs at its best rate failed (out of memory)"}
+
+
+def _rmse_by_hand(run, store, came):
     """(L, C) of a run's forecasts of the test period, which `Forecaster` makes from frames in memory."""
     fields_TCYX, seconds, latitude_deg, longitude_deg = fields_in(store)
     axes = {"time": seconds.astype("datetime64[s]"), "latitude": latitude_deg, "longitude": longitude_deg}
@@ -327,16 +366,17 @@ def _rmse_by_hand(run, store):
     given = {name: (tuple(axes), fields_TCYX[:, place], {"units": "1"}) for place, name in enumerate(names)}
     starts = range(15, 26)  # those whose two leads are frames 16 to 27
     forecaster = Forecaster.load(run.point.run.run_dir, device="cpu")
+    forecaster.window = 2  # the base config's, whatever the model's own
     found = forecaster.forecast(xr.Dataset(given, axes), 2, [str(axes["time"][start]) for start in starts])
     forecasts_NLCYX = np.stack([found[name].values for name in names], axis=2)
-    came_NLCYX = np.stack([fields_TCYX[start + 1 : start + 3] for start in starts])
+    came_NLCYX = np.stack([fields_in(came)[0][start + 1 : start + 3] for start in starts])
     weights = np.cos(np.deg2rad(latitude_deg))[:, None]
     squares = ((forecasts_NLCYX - came_NLCYX).astype(np.float64) ** 2 * weights).sum(axis=(-2, -1))
     return np.sqrt(squares.mean(axis=0) / (weights.sum() * longitude_deg.size))
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_are_added(compared, tmp_path):
-    path, comparison, runs, said = compared
+    path, comparison, runs, said, _ = compared
     kept = {file: file.stat().st_mtime_ns for file in comparison.study_dir.glob("points/*/*") if file.is_file()}
     again = faconv("compare", path, "--cluster", "local", "--json")
     assert again.returncode == 0 and json.loads(again.stdout) == said
@@ -350,14 +390,16 @@ def test_what_is_done_is_not_done_again_and_more_seeds_are_added(compared, tmp_p
 
 
 def test_the_report_can_be_read_alone(compared):
-    path, comparison, _, said = compared
+    path, comparison, _, said, _ = compared
     page = (comparison.study_dir / "comparison.md").read_text()
     best = said["models"][0]
     for expected in (
         f"**{best['model']}** has the smallest errors",
         "11 forecasts, from 2000-01-04 18:00:00 to 2000-01-07 06:00:00, 6 to 12 h ahead (2 leads), of wave_0, wave_1",
-        "| ConvLSTM k=3 | model.cell=convlstm |",
+        "| ConvLSTM k=3 | model.cell=convlstm, data.window=4 |",
         f"| {best['model']} | {best['ratio']['mean']:.3g} ± {best['ratio']['deviation']:.2g} | ",
+        f"11 x 14 cells; errors are against {comparison.truth}. Each model was tried at 2 learning rate(s) from seeds "
+        "0, 4.",
         "Measured on: local",
         "What the numbers mean",
     ):
@@ -370,7 +412,7 @@ def test_the_report_can_be_read_alone(compared):
 
 def test_a_model_that_is_no_number_at_one_rate_is_judged_at_another(compared, tmp_path):
     """And one that is at none is told as missing; a seed that failed counts as no number."""
-    _, comparison, runs, said = compared
+    _, comparison, runs, said, _ = compared
     moved = tmp_path / "study"
     shutil.copytree(comparison.study_dir, moved)
     other = comparison.model_copy(update={"study_dir": moved})

@@ -52,8 +52,8 @@ def compare_command(
 
     Example: `faconv compare configs/compare_shallow_water.yaml --cluster local`
     """
-    from ..comparison.gathering import result_of
-    from ..comparison.plan import ComparisonConfig, known_steps, probes_of, runs_of
+    from ..comparison.gathering import known_runs, result_of
+    from ..comparison.plan import ComparisonConfig, known_steps, probes_of
 
     config = load_yaml(ComparisonConfig, comparison, set_ or ())
     probes = probes_of(config)
@@ -64,7 +64,7 @@ def compare_command(
             f"there is nothing to report: study_dir {config.study_dir} does not exist. Leave --report-only out, and "
             f"the comparison is run."
         )
-    runs = runs_of(config, known_steps(config, probes))
+    runs = known_runs(config, known_steps(config, probes))
     _check_same(runs)
     result = result_of(config, runs)
     from ..comparison.page import write_report  # here, as it loads matplotlib
@@ -76,7 +76,7 @@ def compare_command(
 
 def _run(config: "ComparisonConfig", probes: "Mapping[str, Point]", where: Where, retry_failed: bool) -> None:
     """Probes, runs, and judges what is best; leaves with exit code 75 if a signal came."""
-    from ..comparison.gathering import best_runs
+    from ..comparison.gathering import best_runs, known_runs
     from ..comparison.plan import runs_of, steps_of
     from ..scaling.points import FAILED, locked
     from ..training.faults.signals import StopRequest
@@ -90,8 +90,12 @@ def _run(config: "ComparisonConfig", probes: "Mapping[str, Point]", where: Where
                 f"{failed.point.name} failed: {failed.why} (its log is in {failed.point.directory}). Mend that, "
                 f"or leave the model out, and start the same command with --retry-failed."
             )
-        runs = runs_of(config, {name: steps_of(config, probe) for name, probe in probes.items()})
+        steps = {name: steps_of(config, probe) for name, probe in probes.items()}
+        runs = runs_of(config, steps)
         _drive(config, [run.point for run in runs], cluster, where, retry_failed, stop)
+        runs = known_runs(config, steps)
+        if others := [run.point for run in runs if run.seed not in config.choosing]:
+            _drive(config, others, cluster, where, retry_failed, stop)
         _judge(config, best_runs(config, runs), stop)
 
 

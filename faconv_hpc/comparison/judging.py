@@ -108,9 +108,18 @@ def judged(comparison: ComparisonConfig, run: Run) -> RunErrors | None:
 
 
 def judge(comparison: ComparisonConfig, run: Run, mesh: ProcessMesh, progress: Progress | None = None) -> RunErrors:
-    """Forecasts the test period with the weights after the last step, and keeps the errors. Collective."""
+    """Forecasts the test period with the weights after the last step, and keeps the errors. Collective.
+
+    Before each forecast all models are given as many frames: the window of the base config, whatever their own is.
+    """
     found = evaluate(
-        [run.point.run.run_dir], mesh, leads=comparison.leads, samples=comparison.samples, progress=progress
+        [run.point.run.run_dir],
+        mesh,
+        leads=comparison.leads,
+        samples=comparison.samples,
+        against=[comparison.truth] if comparison.truth else (),
+        window=comparison.shared.data.window,
+        progress=progress,
     )
     places = [0, *(found.names.index(name, 1) for name in FORECASTS[1:])]
     trained = load_network(run.point.run.run_dir)
@@ -145,10 +154,11 @@ def multiply_adds_of(trained: TrainedNetwork) -> float:
     return (of_layers + of_forecast) / network.scale_factor**2
 
 
-def _asked(comparison: ComparisonConfig, run: Run) -> list[int]:
-    """What the errors depend on besides the run's config: which attempt it was, how many leads and samples."""
+def _asked(comparison: ComparisonConfig, run: Run) -> list[str]:
+    """What the errors depend on besides the run's config: which attempt it was, and what it is judged by."""
     attempt = PointFiles(run.point).attempt()
-    return [attempt.number if attempt else 0, comparison.leads, comparison.samples or 0, run.point.run.training.steps]
+    judged_by = comparison.leads, comparison.samples, comparison.shared.data.window, comparison.truth
+    return [str(attempt.number if attempt else 0), str(run.point.run.training.steps), *map(str, judged_by)]
 
 
 def _keep(path: Path, values: Mapping[str, Any]) -> None:

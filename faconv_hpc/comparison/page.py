@@ -12,6 +12,7 @@ from ..evaluation.words import Leads, plain, table, with_units
 from ..files import replacing_together, write_durably
 from .figures import FIGURES, ROOM, draw_figures
 from .judging import EMBEDDING
+from .plan import ComparisonConfig
 from .result import AtRate, ComparisonResult, ModelResult, OverSeeds, Pair
 
 REPORT_JSON, REPORT_MD = "comparison.json", "comparison.md"
@@ -34,7 +35,8 @@ MEANINGS = f"""\
   on the test period ± the standard deviation of the seeds. Cells count by their area, all forecasts alike. Models stand
   in its order; of two, the ratio is what the differences are about.
 - **rate**: the learning rate whose error over persistence's on the validation period, after the last step, is least in
-  the plain mean of variables, leads and seeds. All else stands in the table for that rate alone.
+  the plain mean of variables, leads and the seeds that were run at all rates. All else stands in the table for that
+  rate alone.
 - **steps**: as many as the time of a run holds, by the median step of a probe of that model; the learning rate falls
   over all of them. Looks, saves and the first compilation are not in it.
 - **s trained**, **ms per step**: what the steps then took, their sum and their median, mean of the seeds. Where the
@@ -174,13 +176,21 @@ def _compared(result: ComparisonResult) -> Iterable[str]:
     yield (
         f"{len(one.dates)} forecasts, from {one.dates[0]} to {one.dates[-1]}, "
         f"{Leads(one.leads_h).span} ahead ({len(one.leads_h)} leads), of {', '.join(one.variables)}. Data: "
-        f"{about['data']}. Each model was tried at {len(result.comparison.learning_rates)} learning rate(s) from seeds "
-        f"{', '.join(map(str, result.comparison.seeds))}."
+        f"{about['data']}. Each model was tried at {len(result.comparison.learning_rates)} learning rate(s) from "
+        f"{_seeds(result.comparison)}."
     )
     yield f"Measured on: {about['machine']}."
     changes = [[model, ", ".join(f"{k}={v}" for k, v in said.items()) or "as the config has it"]
                for model, said in result.comparison.models.items()]  # fmt: skip
     yield table(["model", f"beside {result.comparison.config}"], changes)
+
+
+def _seeds(comparison: ComparisonConfig) -> str:
+    """Those that choose, and those that run at the best rate alone."""
+    choosing = comparison.choosing
+    others = comparison.seeds[len(choosing) :]
+    told = f"seed{'s' * (len(choosing) > 1)} {', '.join(map(str, choosing))}"
+    return f"{told}, and at the best from {', '.join(map(str, others))} too" if others else told
 
 
 def _row(model: ModelResult) -> list[str]:
@@ -248,7 +258,7 @@ def _rates(result: ComparisonResult) -> str:
     for at in result.rates:
         scores = ["-" if score is None else f"{score:.4g}" for score in at.scores.values()]
         rows.append([at.model, f"{at.rate:g}", *scores, f"{at.mean:.4g}" if math.isfinite(at.mean) else at.why or "-"])
-    seeds = [f"seed {seed}" for seed in result.comparison.seeds]
+    seeds = [f"seed {seed}" for seed in result.comparison.choosing]
     return table(["model", "rate", *seeds, "mean"], rows)
 
 

@@ -36,11 +36,12 @@ DECIDED = {
 """Keys of a run that the comparison sets, and why."""
 RECIPE = (
     "optimizer", "beta2", "final_learning_rate_share", "weight_decay", "clip_norm", "ema", "precision", "zero_stage",
-    "input_noise", "frozen",
+    "input_noise", "frozen", "micro_batch", "stateful_windows",
 )  # fmt: skip
-"""What of `training` may be a model's own, beside all of `model`: how its weights are fitted and kept. All else decides
-what a model is given (data, samples, weights to begin with), how it is looked at, or what its time is worth (mesh,
-device, cores)."""
+"""What of `training` may be a model's own, beside all of `model` and `data.window`: how its weights are fitted and
+kept, and in which portions it takes the frames that all are trained on (one without a memory has no use for windows).
+All else decides what a model is given (data, weights to begin with), how it is looked at, or what its time is worth
+(mesh, device, cores)."""
 ROOM = {"checkpoint_every": 0, "validate_every": 0, "compare_replicas_every": 0, "give_up_after": 1}
 """Of a probe: nothing but steps."""
 
@@ -61,10 +62,16 @@ class ComparisonConfig(Section):
     )
     learning_rates: tuple[Rate, ...] = Field(min_length=1, description="each model is judged at its best one")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="runs of each model and rate")
+    rate_seeds: Count | None = Field(
+        None, description="of the seeds, the first so many choose the rate; the others run at the best one alone; all"
+    )
     budget_s: float = Field(gt=0, description="seconds of training of each run, as its probe measured them")
     set: dict[str, Any] = Field({}, description="values of the run for all models")
     leads: Count = Field(8, description="steps that forecasts run freely, in validation and in the judgement")
     samples: Count | None = Field(48, description="forecasts of the test period that are judged; null: all there are")
+    truth: Path | None = Field(
+        None, description="store of what came, to be judged against, if data.store has it with noise; else that"
+    )
     warm_up_steps: Count = Field(3, description="steps of the probe before it is timed: compiling, reading ahead")
     probe_steps: Count = Field(10, description="steps of the probe that are timed; their median counts")
     at_once: Count | None = Field(None, description="jobs that wait or run at a time; default: all the cluster takes")
@@ -94,10 +101,32 @@ class ComparisonConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _seeds_choose(self) -> "ComparisonConfig":
+        if self.rate_seeds is not None and self.rate_seeds > len(self.seeds):
+            raise ValueError(
+                f"rate_seeds={self.rate_seeds} of the {len(self.seeds)} seeds ({', '.join(map(str, self.seeds))}) "
+                f"cannot choose a rate. Name more seeds, or fewer that choose."
+            )
+        return self
+
     @property
     def name(self) -> str:
         """What it is called in the report."""
         return self.study_dir.name
+
+    @property
+    def choosing(self) -> tuple[Seed, ...]:
+        """The seeds from which a model is run at every rate."""
+        return self.seeds[: self.rate_seeds]
+
+    @property
+    def shared(self) -> RunConfig:
+        """What all models have, where they say nothing else; raises InputError where it is not valid."""
+        _refuse_decided("set", self.set)
+        tree = merged(load_config(self.config).model_dump(mode="json"), self.set)
+        tree = merged(tree, {"slurm": self.slurm.model_dump(mode="json", exclude_unset=True)})
+        return validated(RunConfig, tree, f"{self.config} with `set`")
 
 
 @dataclass(frozen=True)
@@ -155,7 +184,7 @@ def step_seconds(comparison: ComparisonConfig, probe: Point) -> float:
 
 def _phases(comparison: ComparisonConfig) -> dict[float, int]:
     """Share of a run's steps: leads that it is trained for from there on, the first from 0 on; empty: single steps."""
-    base = load_config(comparison.config).training
+    base = comparison.shared.training
     steps = {0: 1} | base.rollout if base.rollout else {}
     return {step / base.steps: leads for step, leads in sorted(steps.items()) if step < base.steps}
 
@@ -199,20 +228,26 @@ def known_steps(comparison: ComparisonConfig, probes: Mapping[str, Point]) -> di
     return {name: steps_of(comparison, probe) for name, probe in (done or probes).items()}
 
 
-def runs_of(comparison: ComparisonConfig, steps: Mapping[str, int]) -> list[Run]:
-    """All models at all rates from all seeds: the first seed of all comes first.
+def runs_of(
+    comparison: ComparisonConfig, steps: Mapping[str, int], best: Mapping[str, float] | None = None
+) -> list[Run]:
+    """All models at all rates from the seeds that choose; and at the best rates from all: the first seed of all comes
+    first.
 
     The learning rate's warm-up and the phases of the rollout have the same shares of a run's steps as in the base
     config.
 
     Args:
         steps: of each model; those that are not in it have no runs.
+        best: rate of each model for which it is known.
     """
-    base, phases = load_config(comparison.config).training, _phases(comparison)
+    base, phases = comparison.shared.training, _phases(comparison)
     runs = []
     for seed in comparison.seeds:
         for name in (name for name in comparison.models if name in steps):
             for rate in comparison.learning_rates:
+                if seed not in comparison.choosing and rate != (best or {}).get(name):
+                    continue
                 count = steps[name]
                 training = {
                     "steps": count,
@@ -233,12 +268,8 @@ def _point(
 ) -> Point:
     directory = comparison.study_dir.absolute() / POINTS / label
     changes = comparison.models[model]
-    _refuse_decided("set", comparison.set)
     _refuse_decided(f"model {model!r}", changes)
-    base = load_config(comparison.config)
-    tree = merged(base.model_dump(mode="json"), comparison.set)
-    tree = merged(tree, {"slurm": comparison.slurm.model_dump(mode="json", exclude_unset=True)})
-    tree = merged(tree, changes)
+    tree = merged(comparison.shared.model_dump(mode="json"), changes)
     decided = {"stop_after": 0, "keep_best": False, "save_in_background": False, **training}
     tree = merged(tree, {"training": decided, "run_dir": str(directory / "run")})
     tree["training"]["rollout"] = training["rollout"]  # not merged with the base config's, which names other steps
@@ -262,19 +293,19 @@ def _refuse_decided(where: str, changes: Mapping[str, Any]) -> None:
 
 
 def _check_same(probes: Mapping[str, Point]) -> None:
-    """All models see the same samples of the same data, on the same ranks and machines, and are looked at alike."""
+    """All models see the same frames of the same data, on the same ranks and machines, and are looked at alike."""
     (first, one), *others = probes.items()
     for name, other in others:
         for key, mine, its in _differences(one.run, other.run):
             raise InputError(
                 f"the models of a comparison are trained and judged alike, but {key} is {mine!r} of {first!r} and "
                 f"{its!r} of {name!r}. Move it from the model to `set`, or leave it out: a model's own are the keys of "
-                f"`model`, and of `training` {', '.join(RECIPE)}."
+                f"`model`, data.window, and of `training` {', '.join(RECIPE)}."
             )
 
 
 def _differences(one: RunConfig, other: RunConfig) -> Sequence[tuple[str, Any, Any]]:
     """Keys that are not a model's own, and what they are in two runs; None: what is not there."""
-    own: dict[str, Any] = {"run_dir": True, "model": True, "training": set(RECIPE)}
+    own: dict[str, Any] = {"run_dir": True, "model": True, "data": {"window"}, "training": set(RECIPE)}
     mine, its = (dict(flattened(run.model_dump(mode="json", exclude=own))) for run in (one, other))
     return [(key, mine.get(key), its.get(key)) for key in mine | its if mine.get(key) != its.get(key)]
