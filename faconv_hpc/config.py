@@ -138,7 +138,7 @@ class ModelConfig(Section):
     scale_factor: Count = Field(1, description="cells along a side that become one within, which costs less")
     bottleneck_channels: Count | None = Field(None, description="C_b; default: half of C_h")
     fuse: Literal["sum", "concat"] = Field("sum", description="how the dilations' results are joined")
-    se_reduction: Count = Field(4, description="C_b is squeezed to so many times fewer channels")
+    se_reduction: int = Field(4, ge=0, description="C_b is squeezed to so many times fewer channels; 0: no squeeze")
     peephole: bool = Field(True, description="whether the gates see the cell state")
     attention_every: int = Field(4, ge=0, description="axial attention every so many steps; 0: never")
     attention_heads: Count = Field(1, description="of the axial attention")

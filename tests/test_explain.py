@@ -97,6 +97,9 @@ def test_dilations_weigh_as_the_sweep_weighs_them(forecaster, frames, monkeypatc
             lengths = layer.mixing_weight.square().sum(-1).sqrt()
             expected = excited.view(1, *lengths.shape) * lengths
             torch.testing.assert_close(found_BTDC[:, step], expected, rtol=1e-4, atol=1e-5)
+        layer.squeeze = layer.excite = None
+        found_BTDC = layer.dilation_weights(x_BTCYX, out_BTCYX, domain)
+    torch.testing.assert_close(found_BTDC, lengths.expand_as(found_BTDC))
 
 
 def test_maps_are_in_units_of_even_weights_and_of_their_season(forecaster, frames):

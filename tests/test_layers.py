@@ -66,7 +66,9 @@ def plain_step(layer, x, h, c, grid):
     """One step by the equations, with library convolutions, on a plane of equal areas."""
     u = torch.einsum("bc,ncyx->nbyx", layer.input_weight, x) + torch.einsum("bc,ncyx->nbyx", layer.hidden_weight, h)
     u = u + layer.bottleneck_bias[:, None, None]
-    s = torch.sigmoid(layer.excite(functional.silu(layer.squeeze(u.mean((-2, -1))))))
+    s = torch.ones(len(x), 2 * u.shape[1], dtype=u.dtype)
+    if layer.squeeze is not None:
+        s = torch.sigmoid(layer.excite(functional.silu(layer.squeeze(u.mean((-2, -1))))))
     branches = []
     for d, dilation in enumerate((1, 2)):
         kernel = layer.mixing_weight[d].view(-1, 1, 3, 3)
@@ -80,9 +82,10 @@ def plain_step(layer, x, h, c, grid):
     return torch.sigmoid(o + p_o * c) * torch.tanh(c), c
 
 
+@pytest.mark.parametrize("se_reduction", [2, 0])
 @pytest.mark.parametrize("fuse", ["sum", "concat"])
-def test_faconvlstm_follows_its_equations(fuse):
-    layer = randomized(FAConvLSTM2d(3, 8, dilations=(1, 2), fuse=fuse, attention_every=0))
+def test_faconvlstm_follows_its_equations(fuse, se_reduction):
+    layer = randomized(FAConvLSTM2d(3, 8, dilations=(1, 2), fuse=fuse, se_reduction=se_reduction, attention_every=0))
     x = random_like((2, 3, 3, 7, 9), 0).requires_grad_()
     h = c = torch.zeros(2, 8, 7, 9, dtype=torch.float64)
     for step in range(3):
@@ -94,6 +97,20 @@ def test_faconvlstm_follows_its_equations(fuse):
     want = torch.autograd.grad((h * y).sum(), [x, *layer.parameters()])
     for a, b in zip(torch.autograd.grad((got[:, -1] * y).sum(), [x, *layer.parameters()]), want, strict=True):
         assert relative_difference(a, b) < 1e-11
+
+
+def test_without_a_squeeze_no_mean_is_taken(monkeypatch):
+    """Nor has the layer weights for one."""
+    layer, without = (FAConvLSTM2d(3, 8, se_reduction=reduction) for reduction in (4, 0))
+    names = {name for name, _ in layer.named_parameters()} - {name for name, _ in without.named_parameters()}
+    assert names == {f"{part}.{kind}" for part in ("squeeze", "excite") for kind in ("weight", "bias")}
+    taken = []
+    for name in ("start", "start_gradient"):
+        monkeypatch.setattr(AreaMean, name, lambda mean, x, name=name: taken.append(name) or (lambda: x.mean((-2, -1))))
+    without(torch.randn(1, 3, 3, 5, 6))[0].sum().backward()
+    assert not taken
+    layer(torch.randn(1, 3, 3, 5, 6))
+    assert taken == ["start"] * 3
 
 
 @pytest.mark.parametrize("options", [{"fuse": "sum"}, {"fuse": "concat", "peephole": False}], ids=str)
@@ -475,8 +492,9 @@ def test_traced_passes_compiled_by_torch_equal_eager_ones():
             torch.testing.assert_close(one, eager, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_layer_is_the_eager_one():
-    options = {"dilations": (1, 2), "attention_every": 2}
+@pytest.mark.parametrize("more", [{}, {"fuse": "concat", "se_reduction": 0}], ids=str)
+def test_a_compiled_layer_is_the_eager_one(more):
+    options = {"dilations": (1, 2), "attention_every": 2} | more
     layers = [FAConvLSTM2d(3, 8, kernels=mode, **options) for mode in ("eager", "compiled")]
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(2, 3, 3, 9, 10)
@@ -870,6 +888,7 @@ def test_the_seasonal_encoding_closes_the_year():
         (lambda: FAConvLSTM2d(3, 8, kernel_size=4), "kernel_size=4 has no centre"),
         (lambda: FAConvLSTM2d(3, 8, dilations=()), r"dilations=\(\) must be one or more"),
         (lambda: FAConvLSTM2d(3, 8, fuse="mean"), "fuse='mean' is not known. Use one of sum, concat"),
+        (lambda: FAConvLSTM2d(3, 8, se_reduction=-1), r"se_reduction=-1 must be 0 \(no squeeze-and-excitation\)"),
         (lambda: FAConvLSTM2d(3, 8, attention_heads=0), "attention_heads=0 must be 1 or more"),
         (lambda: FAConvLSTM2d(3, 8, attention_reduction=0), r"attention_reduction=0 must be 1 \(as many channels"),
         (lambda: FAConvLSTM2d(3, 8, attention_exchange="ring"), "attention_exchange='ring' is not known"),

@@ -25,6 +25,7 @@ LAYERS = {
     "no peephole, no attention": lambda: FAConvLSTM2d(
         3, 6, kernel_size=5, dilations=(1,), peephole=False, attention_every=0
     ),
+    "no squeeze": lambda: FAConvLSTM2d(3, 6, fuse="concat", se_reduction=0, attention_every=0),
     "convlstm": lambda: ConvLSTM2d(3, 5, 3),
     "bottleneck lstm": lambda: BottleneckLSTM2d(3, 5, 3),
     "depthwise convlstm": lambda: DepthwiseConvLSTM2d(3, 5, 5),

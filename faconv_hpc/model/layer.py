@@ -9,13 +9,13 @@ from torch.nn import functional
 
 from ..autograd import as_given
 from ..errors import InputError
-from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from .attention import AxialAttention
+from .bank import Bank
 from .kernels import check_kernels, kernels_for
 from .recurrence import State, as_taken, zero_state
 from .rules import check_layer
-from .sweep import Bank, Joined, Seal, Steps, Sweep, Weights
+from .sweep import Joined, Seal, Steps, Sweep, Weights
 from .taps import Taps
 
 
@@ -26,7 +26,7 @@ class FAConvLSTM2d(nn.Module):
 
         u = W_x x_t + W_h h + b_u                      1x1, C_b channels
         m_d = K_d * u                                  depthwise, one bank for all gates
-        s = sigmoid(V_2 silu(V_1 mean_area(u)))        one factor per dilation and channel
+        s = sigmoid(V_2 silu(V_1 mean_area(u)))        one factor per dilation and channel, or 1 for all
         i, f, g, o = W_a sum_d(s_d m_d) + b_a          1x1
         c = sigmoid(f + p_f c) c + sigmoid(i + p_i c) tanh(g)
         h = sigmoid(o + p_o c) tanh(c)                 with the new c
@@ -40,7 +40,8 @@ class FAConvLSTM2d(nn.Module):
         dilations: one depthwise kernel each.
         bottleneck_channels: C_b, default C_h / 2.
         fuse: ``"sum"`` adds the weighed branches, ``"concat"`` gives W_a all of them.
-        se_reduction: the squeeze has C_b / se_reduction channels.
+        se_reduction: the squeeze has C_b / se_reduction channels; 0: there is none, and no mean over all tiles is taken
+            at each step.
         peephole: whether the gates see the cell state.
         attention_every: K; 0 switches attention off.
         attention_heads, attention_reduction, attention_exchange: see `AxialAttention`.
@@ -68,9 +69,8 @@ class FAConvLSTM2d(nn.Module):
         kernels: str = "eager",
     ) -> None:
         super().__init__()
-        check_layer(kernel_size, dilations, fuse, attention_every)
+        check_layer(kernel_size, dilations, fuse, se_reduction, attention_every)
         bottleneck = bottleneck_channels or max(hidden_channels // 2, 1)
-        squeezed = max(bottleneck // se_reduction, 1)
         branches = len(dilations)
         self.in_channels, self.hidden_channels, self.fuse = in_channels, hidden_channels, fuse
         self.attention_every, self.dilations = attention_every, tuple(dilations)
@@ -83,8 +83,9 @@ class FAConvLSTM2d(nn.Module):
         self.hidden_weight = nn.Parameter(torch.empty(bottleneck, hidden_channels))
         self.bottleneck_bias = nn.Parameter(torch.empty(bottleneck))
         self.mixing_weight = nn.Parameter(torch.empty(branches, bottleneck, kernel_size**2))
-        self.squeeze = nn.Linear(bottleneck, squeezed)
-        self.excite = nn.Linear(squeezed, branches * bottleneck)
+        squeezed = max(bottleneck // se_reduction, 1) if se_reduction else 0
+        self.squeeze = nn.Linear(bottleneck, squeezed) if squeezed else None
+        self.excite = nn.Linear(squeezed, branches * bottleneck) if squeezed else None
         fused = bottleneck * (branches if fuse == "concat" else 1)
         self.expansion_weight = nn.Parameter(torch.empty(4 * hidden_channels, fused))
         self.expansion_bias = nn.Parameter(torch.empty(4 * hidden_channels))
@@ -112,7 +113,8 @@ class FAConvLSTM2d(nn.Module):
         nn.init.orthogonal_(self.hidden_weight)
         nn.init.normal_(self.mixing_weight, std=self.mixing_weight.shape[-1] ** -0.5)
         nn.init.xavier_uniform_(self.expansion_weight)
-        for bias in (self.bottleneck_bias, self.expansion_bias, self.squeeze.bias, self.excite.bias):
+        of_squeeze = [one.bias for one in (self.squeeze, self.excite) if one is not None]
+        for bias in (self.bottleneck_bias, self.expansion_bias, *of_squeeze):
             nn.init.zeros_(bias)
         forget = slice(self.hidden_channels, 2 * self.hidden_channels)
         nn.init.ones_(self.expansion_bias.data[forget])
@@ -157,6 +159,9 @@ class FAConvLSTM2d(nn.Module):
         Args:
             x_BTCYX, h_BTCYX: what the layer was given, from a state of zeros, and what it said.
         """
+        if self.squeeze is None or self.excite is None:
+            lengths_DC: Tensor = self.mixing_weight.norm(dim=-1)
+            return lengths_DC.expand(*x_BTCYX.shape[:2], *lengths_DC.shape)
         before_BTCYX = torch.cat([torch.zeros_like(h_BTCYX[:, :1]), h_BTCYX[:, :-1]], dim=1)
         means = [domain.mean(one).to(self.input_weight.dtype) for one in (x_BTCYX, before_BTCYX)]
         mean_BTC = functional.linear(means[0], self.input_weight) + functional.linear(means[1], self.hidden_weight)
@@ -178,10 +183,12 @@ class FAConvLSTM2d(nn.Module):
         spans = [slice(*span) for span in pairwise((0, *ends))]
         pieces = x_BTCYX.split([span.stop - span.start for span in spans], dim=1)
         weights, seal = self._weights(), Seal()
-        given = [x_BTCYX, c, *weights] if h is None else [x_BTCYX, h, c, *weights]
-        keep = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+        keep = torch.is_grad_enabled() and any(
+            one is not None and one.requires_grad for one in (x_BTCYX, h, c, *weights)
+        )
         bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, h_BTCYX, c))
-        steps = Steps(bank, domain.surroundings(self.passes[0].reach), seal, keep)
+        around = domain.surroundings(self.passes[0].reach, with_mean=self.squeeze is not None)
+        steps = Steps(bank, around, seal, keep)
         for span, x in zip(spans, pieces, strict=True):
             valid = None if valid_BT is None else valid_BT[:, span]
             early, last, c = Sweep.call(steps, h_BTCYX[:, span], valid, x, h, c, *weights)
@@ -206,21 +213,24 @@ class FAConvLSTM2d(nn.Module):
         return [step for step in range(1, length + 1) if step == length or self._attends(first_step + step)]
 
     def _weights(self) -> Weights:
-        """In float32 or better, however they are kept: their gradients are rounded once, not for every sweep."""
+        """In float32 or better, however they are kept."""
         weights = Weights(
             self.input_weight,
             self.hidden_weight,
             self.bottleneck_bias,
             self.mixing_weight,
-            self.squeeze.weight,
-            self.squeeze.bias,
-            self.excite.weight,
-            self.excite.bias,
+            *_of_linear(self.squeeze),
+            *_of_linear(self.excite),
             self.expansion_weight,
             self.expansion_bias,
             self.peephole_weight,
         )
-        return Weights(*(one.to(at_least_float32(one.dtype)) for one in weights))
+        return weights.in_float32()
+
+
+def _of_linear(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:
+    """Its weight and bias, if it is there."""
+    return (None, None) if linear is None else (linear.weight, linear.bias)
 
 
 def _check_state(

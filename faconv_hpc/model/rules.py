@@ -45,12 +45,14 @@ def check_dilations(dilations: Sequence[int]) -> None:
         raise InputError(f"dilations={tuple(dilations)} must be one or more positive numbers, such as (1, 2, 4).")
 
 
-def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, attention_every: int) -> None:
+def check_layer(kernel_size: int, dilations: Sequence[int], fuse: str, se_reduction: int, attention_every: int) -> None:
     """Raises InputError for arguments of `FAConvLSTM2d` that no layer can have."""
     check_kernel(kernel_size)
     check_dilations(dilations)
     if fuse not in FUSES:
         raise InputError(f"fuse={fuse!r} is not known. Use one of {', '.join(FUSES)}.")
+    if se_reduction < 0:
+        raise InputError(f"se_reduction={se_reduction} must be 0 (no squeeze-and-excitation) or a number to divide by.")
     if attention_every < 0:
         raise InputError(f"attention_every={attention_every} must be 0 (no attention) or a number of steps.")
 

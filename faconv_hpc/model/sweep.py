@@ -22,18 +22,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..autograd import Context, Operation, as_given
+from ..spatial.collectives import at_least_float32
 from ..spatial.surroundings import Surroundings
-from .kernels import Kernels
-from .taps import Gates, Mixing, Taps
+from .bank import Bank
+from .taps import Gates, Mixing
 
 
 class Weights(NamedTuple):
     """What a step learns: D dilations, K cells of a kernel, S squeezed channels, F channels of m.
 
-    In float32 or better, so that their gradients are added up in that, over steps and sweeps.
+    In float32 or better, so that their gradients are added up in that, over steps and sweeps. A layer without
+    squeeze-and-excitation has none of its four.
     """
 
     input: Tensor
@@ -44,13 +45,13 @@ class Weights(NamedTuple):
     """(C_b,)"""
     mixing: Tensor
     """(D, C_b, K)"""
-    squeeze: Tensor
+    squeeze: Tensor | None
     """(S, C_b)"""
-    squeeze_bias: Tensor
+    squeeze_bias: Tensor | None
     """(S,)"""
-    excite: Tensor
+    excite: Tensor | None
     """(D C_b, S)"""
-    excite_bias: Tensor
+    excite_bias: Tensor | None
     """(D C_b,)"""
     expansion: Tensor
     """(4 C_h, F)"""
@@ -58,6 +59,10 @@ class Weights(NamedTuple):
     """(4 C_h,)"""
     peephole: Tensor
     """(3, C_h)"""
+
+    def in_float32(self) -> "Weights":
+        """The same in float32 or better: gradients are rounded once, not for every sweep."""
+        return Weights._make(None if one is None else one.to(at_least_float32(one.dtype)) for one in self)
 
     def of_products(self, activations: torch.dtype, inputs: torch.dtype) -> "Weights":
         """The same, for products with what is of these types."""
@@ -73,59 +78,9 @@ class Weights(NamedTuple):
         return Gates(self.expansion, self.expansion_bias, self.peephole)
 
     @property
-    def of_bank(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def of_bank(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """What the kernels that mix are made of, beside the mean."""
         return self.mixing, self.squeeze, self.squeeze_bias, self.excite, self.excite_bias
-
-
-@dataclass(frozen=True, eq=False)
-class Bank:
-    """The depthwise kernels: all dilations in one pass (their sum), or one pass each (side by side).
-
-    Attributes:
-        passes: the taps of each pass.
-        owner_DKN: 1 where a kernel's cell is a tap, for dilations that are summed; None: there is a pass for each.
-        kernels: what computes them.
-    """
-
-    passes: tuple[Taps, ...]
-    owner_DKN: Tensor | None
-    kernels: Kernels
-
-    def weights(
-        self, mean_BC: Tensor, mixing: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor, bias: Tensor
-    ) -> tuple[Tensor, ...]:
-        """(B, C_b, taps) for each pass: kernels weighed by squeeze-and-excitation of the mean."""
-        excited = functional.linear(functional.silu(functional.linear(mean_BC, squeeze, squeeze_bias)), excite, bias)
-        weight_BDCK = torch.sigmoid(excited).unflatten(1, mixing.shape[:2]).unsqueeze(-1) * mixing
-        if self.owner_DKN is None:
-            kernels: tuple[Tensor, ...] = weight_BDCK.unbind(1)
-            return kernels
-        return (torch.einsum("bdck,dkn->bcn", weight_BDCK, self.owner_DKN.to(weight_BDCK.dtype)),)
-
-    def gradients(self, mean_BC: Tensor, weights: tuple[Tensor, ...], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Of the mean, and of the weights that `weights` takes."""
-        with torch.enable_grad():
-            given = [one.detach().requires_grad_() for one in (mean_BC, *weights)]
-            gradients: tuple[Tensor, ...] = torch.autograd.grad(self.weights(*given), given, grads)
-        return gradients
-
-    def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor]) -> None:
-        """The padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""
-        parts = framed_BFYX.chunk(len(self.passes), dim=1)
-        for number, (part, taps, weight) in enumerate(zip(parts, self.passes, weights, strict=True)):
-            target = torch.empty_like(into_BCYX) if number else into_BCYX
-            self.kernels.mix(target, part, weight, taps.mirrored)
-            if number:
-                into_BCYX.add_(target)
-
-    def products(self, padded_BCYX: Tensor, grad_BFYX: Tensor) -> list[Tensor]:
-        """The gradient of each pass's weights."""
-        parts = grad_BFYX.chunk(len(self.passes), dim=1)
-        return [
-            self.kernels.mix_weights(padded_BCYX, part, taps.offsets)
-            for part, taps in zip(parts, self.passes, strict=True)
-        ]
 
 
 class Seal:
@@ -195,11 +150,11 @@ class Sweep(Operation):
         x_BTCYX: Tensor,
         h_BCYX: Tensor | None,
         c_BCYX: Tensor,
-        *weights: Tensor,
+        *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         bank, kernels, length = steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
-        w = Weights(*weights).of_products(h_BTCYX.dtype, x_BTCYX.dtype)
+        w = Weights._make(weights).of_products(h_BTCYX.dtype, x_BTCYX.dtype)
         last = h_BTCYX.new_empty(c_BCYX.shape)
         u = w.bias.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
         room = kernels.room(u, w.expansion)
@@ -299,9 +254,10 @@ class _Backward:
         self.amid = self.framed[..., frame : frame + cells[0], frame : frame + cells[1]]
         self.grad_padded = halo.framed(self.grad_u)
         self.learns = dict(zip(Weights._fields, learn, strict=True))
-        sums = [torch.zeros_like(one) for one in weights]
-        self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in sums[:2])
-        self.others = sums[2:]
+        of_products = (torch.zeros_like(one) for one in (weights.input, weights.hidden))
+        self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in of_products)
+        self.of_bias = torch.zeros_like(weights.bias)
+        self.others = [None if one is None else torch.zeros_like(one) for one in weights[3:]]
         self.left: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def step(
@@ -326,11 +282,11 @@ class _Backward:
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
         bank.adjoint(self.grad_padded, self.framed, weights)
         halos = around.start_halo_gradient(self.grad_padded)
-        grad_mean, *of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))
+        grad_mean, of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))
         mean_gradient = around.mean.start_gradient(grad_mean)
         self._do_what_is_left()
-        for total, one in zip(self.others[1:], (*of_bank, grad_expansion, grad_bias, grad_peephole), strict=True):
-            if one is not None:
+        for total, one in zip(self.others, (*of_bank, grad_expansion, grad_bias, grad_peephole), strict=True):
+            if total is not None and one is not None:
                 total.add_(one)
         around.gradient(self.grad_padded, halos(), mean_gradient(), self.grad_u)
         self.left = x, h, grad_x
@@ -349,13 +305,13 @@ class _Backward:
         if grad_x is not None:
             product = self.steps.bank.kernels.product(self.w.input.to(self.grad_u.dtype).t(), self.grad_u)
             grad_x.copy_(product)
-        self.others[0].add_(self.grad_u.sum((0, 2, 3), dtype=self.w.bias.dtype))
+        self.of_bias.add_(self.grad_u.sum((0, 2, 3), dtype=self.w.bias.dtype))
         self.left = None
 
     def gradients(self) -> list[Tensor | None]:
         """Of all weights, in their order, after the last step; None where one does not learn."""
         self._do_what_is_left()
-        sums = self.of_input.sum(0), self.of_hidden.sum(0), *self.others
+        sums = self.of_input.sum(0), self.of_hidden.sum(0), self.of_bias, *self.others
         return [total if learns else None for total, learns in zip(sums, self.learns.values(), strict=True)]
 
 

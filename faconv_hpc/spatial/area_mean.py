@@ -46,6 +46,23 @@ class AreaMean:
         return by_row.expand(*by_row.shape[:-1], columns)
 
 
+class NoMean:
+    """What stands for an `AreaMean` where none is wanted: zeros, of which nothing is sent."""
+
+    def start(self, x: Tensor) -> Finish:
+        """Zeros in the place of the mean."""
+        zeros = x.new_zeros(x.shape[:-2], dtype=at_least_float32(x.dtype))
+        return lambda: zeros
+
+    def start_gradient(self, grad_mean: Tensor) -> Finish:
+        """As it is given."""
+        return lambda: grad_mean
+
+    def by_row(self, total: Tensor) -> Tensor:
+        """What it adds to the gradient of every cell: 0."""
+        return total.new_zeros(())
+
+
 class RegionMeans:
     """The same over each of R x S regions of whole cells, of all tiles, in one sum.
 

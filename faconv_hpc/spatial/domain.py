@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..observe import Clock
-from .area_mean import AreaMean, RegionMeans
+from .area_mean import AreaMean, NoMean, RegionMeans
 from .axis import DIMS, Axis
 from .collectives import all_to_all, gathered_hashes, start_sum
 from .coordinates import Coordinates
@@ -229,12 +229,12 @@ class Domain:
 
     # What moves the numbers
 
-    def surroundings(self, width: int) -> Surroundings:
+    def surroundings(self, width: int, *, with_mean: bool = True) -> Surroundings:
         """Halo and mean of one tensor in one phase, for operations that write their own backward.
 
         Collective where it is the first of its width, as `halo_exchange`.
         """
-        return Surroundings(self.halo_exchange(width), self._area_mean, self.remembered)
+        return Surroundings(self.halo_exchange(width), self._area_mean if with_mean else NoMean(), self.remembered)
 
     def _means_over(self, regions: tuple[int, int]) -> RegionMeans:
         """Made once."""

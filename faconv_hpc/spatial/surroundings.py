@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .area_mean import AreaMean
+from .area_mean import AreaMean, NoMean
 from .exchange import HaloExchange, Received
 from .tape import Remembered, Started
 
@@ -21,7 +21,7 @@ class Surroundings:
     """
 
     halo: HaloExchange
-    mean: AreaMean
+    mean: AreaMean | NoMean
     remembered: Remembered
 
     def start(self, padded: Tensor) -> Started[Tensor]:

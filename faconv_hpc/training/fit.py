@@ -273,7 +273,7 @@ def _check_chains(config: RunConfig, starts: NDArray[np.int64]) -> None:
 def check_network(model: ModelConfig) -> None:
     """Raises InputError for a network that cannot be."""
     if model.cell == "faconvlstm":
-        check_layer(model.kernel_size, model.dilations, model.fuse, model.attention_every)
+        check_layer(model.kernel_size, model.dilations, model.fuse, model.se_reduction, model.attention_every)
         return
     if model.takes("kernel_size"):
         check_kernel(model.kernel_size)
