@@ -71,7 +71,7 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
 
     Killed at any instant, none of now stands beside one of before, and the last of the names is there only if all that
     belongs to it is: those of before go first, it before the others, and it comes last. If the block raises, all stays
-    as it was, but for directories above it that were missing.
+    as it was.
 
     Args:
         names: of all files that may be made, in the order in which they come.
@@ -79,7 +79,7 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     Raises:
         OSError: they could not be flushed, or not all of them be renamed.
     """
-    was_there = directory.is_dir()
+    missing = [one for one in (directory, *directory.parents) if not one.is_dir()]
     make_durably(directory)
     beside = directory / f".{secrets.token_hex(4)}.part"
     beside.mkdir()
@@ -98,9 +98,9 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
         flush_entries(directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        if not was_there:
-            with suppress(OSError):  # it is not empty: all went well
-                directory.rmdir()
+        with suppress(OSError):  # one is not empty: all went well, or it is somebody else's, too
+            for one in missing:
+                one.rmdir()
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

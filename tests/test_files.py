@@ -61,7 +61,7 @@ def test_what_raises_on_the_way_leaves_all_as_it_was(tmp_path):
         (beside / "table").write_text("now")
         raise Killed
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(BEFORE, "before")
-    with pytest.raises(Killed), replacing_together(tmp_path / "new", NAMES):
+    with pytest.raises(Killed), replacing_together(tmp_path / "new" / "newer" / "newest", NAMES):
         raise Killed
     assert not (tmp_path / "new").exists()
     with pytest.raises(AssertionError, match=r"\['table'\] are not of table, .* or lack the last"):
