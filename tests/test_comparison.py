@@ -17,7 +17,7 @@ import yaml
 
 import forks
 from faconv_hpc.comparison.gathering import best_runs, known_runs, result_of
-from faconv_hpc.comparison.judging import JUDGED_FILE, judged, looked
+from faconv_hpc.comparison.judging import JUDGED_FILE, check_truth, judged, looked
 from faconv_hpc.comparison.plan import ComparisonConfig, known_steps, label_of, probes_of, runs_of, steps_of
 from faconv_hpc.config_file import load_yaml
 from faconv_hpc.errors import InputError
@@ -32,6 +32,7 @@ from runs import evaluated, fields_in, make_store, write_config
 from studies import FakeCluster, NoStop, record, write_records
 from test_cli import command_after, faconv, messages
 
+AGAIN = "start the comparison again with --retry-failed, or leave out the rate"
 SECONDS = 300  # a busy machine is no failure
 PERIODS = {"validation": "2000-01-04/2000-01-04T23", "test": "2000-01-05/"}  # frames 12 to 15, 16 to 27
 MODELS = {"FAConvLSTM": {}, "ConvLSTM k=3": {"model.cell": "convlstm", "data.window": 4}}
@@ -298,7 +299,7 @@ def test_the_table_says_what_the_runs_did(compared):
     (whole,) = run_on_ranks(
         Layout(1, 1, 1),
         lambda mesh: evaluated(
-            chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir, against=[came]
+            chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir, against=[came], window=4
         ).metrics["rmse"],
     )
     shape = whole.shape[0], whole.shape[2]
@@ -355,7 +356,7 @@ def test_of_a_run_that_failed_at_the_best_rate_it_is_told_why(compared, tmp_path
     assert known_runs(other, steps) == known and failed.point.name in told
     assert [run.point.name for run in best_runs(other, known)] == [name for name in told if name != failed.point.name]
     result = result_of(other, known)
-    assert result.missing == {failed.model: "1 of 2 runs at its best rate failed (out of memory)"}
+    assert result.missing == {failed.model: "1 of 2 runs at its best rate failed (out of memory): " + AGAIN}
 
 
 def _rmse_by_hand(run, store, came):
@@ -366,7 +367,7 @@ def _rmse_by_hand(run, store, came):
     given = {name: (tuple(axes), fields_TCYX[:, place], {"units": "1"}) for place, name in enumerate(names)}
     starts = range(15, 26)  # those whose two leads are frames 16 to 27
     forecaster = Forecaster.load(run.point.run.run_dir, device="cpu")
-    forecaster.window = 2  # the base config's, whatever the model's own
+    forecaster.window = 4  # the longest of the models
     found = forecaster.forecast(xr.Dataset(given, axes), 2, [str(axes["time"][start]) for start in starts])
     forecasts_NLCYX = np.stack([found[name].values for name in names], axis=2)
     came_NLCYX = np.stack([fields_in(came)[0][start + 1 : start + 3] for start in starts])
@@ -395,7 +396,8 @@ def test_the_report_can_be_read_alone(compared):
     best = said["models"][0]
     for expected in (
         f"**{best['model']}** has the smallest errors",
-        "11 forecasts, from 2000-01-04 18:00:00 to 2000-01-07 06:00:00, 6 to 12 h ahead (2 leads), of wave_0, wave_1",
+        "11 forecasts, from 2000-01-04 18:00:00 to 2000-01-07 06:00:00, 6 to 12 h ahead (2 leads), each from 4 frames, "
+        "of wave_0, wave_1",
         "| ConvLSTM k=3 | model.cell=convlstm, data.window=4 |",
         f"| {best['model']} | {best['ratio']['mean']:.3g} ± {best['ratio']['deviation']:.2g} | ",
         f"11 x 14 cells; errors are against {comparison.truth}. Each model was tried at 2 learning rate(s) from seeds "
@@ -423,7 +425,7 @@ def test_a_model_that_is_no_number_at_one_rate_is_judged_at_another(compared, tm
         if run.rate == chosen and run.model == "FAConvLSTM":
             _spoil(run)
     result = result_of(other, copied)
-    assert result.missing == {"FAConvLSTM": "2 of 2 runs at its best rate are still to be judged"}
+    assert result.missing == {"FAConvLSTM": "2 of 2 runs at its best rate are still to be run or judged"}
     for run in copied:
         if run.model == "FAConvLSTM":
             _spoil(run)
@@ -463,6 +465,22 @@ def test_a_model_without_a_probe_is_told_as_missing(tmp_path):
     none = more.model_copy(update={"study_dir": tmp_path / "nothing"})
     with pytest.raises(InputError, match=r"has 0 of 10 timed steps"):
         known_steps(none, probes_of(none))
+
+
+def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp_path):
+    make_store(tmp_path / "waves", frames=28)
+    other = {
+        "grid": ({"nlon": 12}, r"truth .*other has 12 longitudes from 0 to 330, and the store .*waves has 14 from 0"),
+        "variables": ({"channels": 1}, r"forecast 'wave_1' in 1, and truth .* has wave_0\. Name a store that has"),
+        "dates": ({"frames": 17}, r"has no 2 frames within 2000-01-05/ that 4 frames precede without a gap"),
+    }
+    for name, (options, message) in other.items():
+        make_store(tmp_path / name / "other", **{"frames": 28} | options)
+        comparison = comparison_of(tmp_path, truth=str(tmp_path / name / "other"))
+        with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
+            check_truth(comparison, probes_of(comparison)["FAConvLSTM"].run)
+    gone = faconv("compare", write_comparison(tmp_path, truth=str(tmp_path / "gone")), "--cluster", "local")
+    assert gone.returncode == 2 and "gone" in messages(gone)[0] and not (tmp_path / "study").exists()
 
 
 def test_before_anything_is_done_there_is_nothing_to_report(tmp_path):

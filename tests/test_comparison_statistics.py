@@ -24,7 +24,7 @@ from faconv_hpc.evaluation.intervals import Weighings
 from faconv_hpc.look import line_style
 
 NAMES = ("one", "other")
-ABOUT = {"data": "made", "machine": "none"}
+ABOUT = {"data": "made", "machine": "none", "given": "8"}
 DATES = np.array([f"2000-01-{day:02}" for day in range(1, 31)])
 
 
@@ -34,7 +34,7 @@ def result_with(rmse_SLC, persistence_LC, rates=(), known_NC=None):
         study_dir="runs/compare", config="c.yaml", budget_s=9.0, models={name: {} for name in rmse_SLC},
         learning_rates=(0.01, 0.02), seeds=(0, 1),
     )  # fmt: skip
-    look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 9, 1.0, 9.0, 1.0)
+    look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 9, 72, 1.0, 9.0, 1.0)
     judged, models = {}, []
     for name, errors_SLC in rmse_SLC.items():
         judged[name] = tuple(_run_errors(np.stack([rmse_LC, persistence_LC, persistence_LC], axis=1), known_NC)

@@ -104,6 +104,8 @@ def test_without_a_squeeze_no_mean_is_taken(monkeypatch):
     layer, without = (FAConvLSTM2d(3, 8, se_reduction=reduction) for reduction in (4, 0))
     names = {name for name, _ in layer.named_parameters()} - {name for name, _ in without.named_parameters()}
     assert names == {f"{part}.{kind}" for part in ("squeeze", "excite") for kind in ("weight", "bias")}
+    borrowed = {id(one) for _, one in FAConvLSTMNetwork(3, 3, 8, 1, se_reduction=0).borrowed()}
+    assert len(borrowed) == 4, "of attention's rows and columns, and nothing where there is no squeeze"
     taken = []
     for name in ("start", "start_gradient"):
         monkeypatch.setattr(AreaMean, name, lambda mean, x, name=name: taken.append(name) or (lambda: x.mean((-2, -1))))

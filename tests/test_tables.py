@@ -137,7 +137,7 @@ def test_a_comparison(printed):
     config = ComparisonConfig(**values, models=models, learning_rates=(0.01,), seeds=(0, 1))
     random, axes = np.random.default_rng(0), (np.array([6.0, 12.0]), *[np.array([text]) for text in LONG[:2]])
     dates = np.array([str(date) for date in range(40)])
-    look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 123_456, 0.12345, 36012.3, 139.25)
+    look = Looked(0.3, dict.fromkeys(EMBEDDING, 0.5), 123_456, 7_901_184, 0.12345, 36012.3, 139.25)
     judged, found = {}, []
     for name in names:
         squares = [random.uniform(1e-5, 2e-5, (40, 2, 3, 1)) for _ in config.seeds]

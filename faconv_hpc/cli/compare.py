@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..scaling.study import Cluster, Point
     from ..training.faults.signals import StopRequest
 
-FOR_THE_PAGE = ("s trained", "peak GiB")  # columns for which a terminal has no room
+FOR_THE_PAGE = ("frames", "s trained", "peak GiB")  # columns for which a terminal has no room
 
 
 def compare_command(
@@ -77,11 +77,13 @@ def compare_command(
 def _run(config: "ComparisonConfig", probes: "Mapping[str, Point]", where: Where, retry_failed: bool) -> None:
     """Probes, runs, and judges what is best; leaves with exit code 75 if a signal came."""
     from ..comparison.gathering import best_runs, known_runs
+    from ..comparison.judging import check_truth
     from ..comparison.plan import runs_of, steps_of
     from ..scaling.points import FAILED, locked
     from ..training.faults.signals import StopRequest
 
     cluster = cluster_of(where)
+    check_truth(config, next(iter(probes.values())).run)
     with locked(config.study_dir), StopRequest(dict.fromkeys(SIGNALS, 0.0)) as stop:
         states = _drive(config, list(probes.values()), cluster, where, retry_failed, stop)
         failed = next((state for state in states if state.status == FAILED), None)

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ..data.store import Store
 from ..scaling.driver import standing
 from ..scaling.machine import machine_in_words, versions_in
 from ..scaling.points import DONE, FAILED, Outcomes, PointFiles
 from .judging import Looked, RunErrors, judged, looked
-from .plan import ComparisonConfig, Run, runs_of
+from .plan import ComparisonConfig, Run, runs_of, spin_up
 from .result import AtRate, ComparisonResult, ModelResult, best_first, best_of, check_same_dates, model_result, rates_of
 
 
@@ -43,7 +42,7 @@ def result_of(comparison: ComparisonConfig, runs: Sequence[Run]) -> ComparisonRe
             found[model] = kept
     check_same_dates(found)
     models = best_first(_model(rates, name, runs, found[name], looks) for name in found)
-    return ComparisonResult(comparison, models, missing, tuple(rates), found, _about(runs, comparison.truth))
+    return ComparisonResult(comparison, models, missing, tuple(rates), found, _about(comparison, runs))
 
 
 def _rates(comparison: ComparisonConfig, runs: Sequence[Run]) -> tuple[list[AtRate], dict[str, Looked]]:
@@ -67,8 +66,9 @@ def _left(comparison: ComparisonConfig, runs: Sequence[Run], left: int) -> str:
     failed = [state.why for state in states if state.status == FAILED]
     of_all = f"of {len(comparison.seeds)} runs at its best rate"
     if failed:
-        return f"{len(failed)} {of_all} failed ({failed[0]})"
-    return f"{left} {of_all} are still to be judged"
+        again = "start the comparison again with --retry-failed, or leave out the rate"
+        return f"{len(failed)} {of_all} failed ({failed[0]}): {again}"
+    return f"{left} {of_all} are still to be run or judged"
 
 
 def _why(rates: Sequence[AtRate], model: str) -> str:
@@ -94,7 +94,7 @@ def _model(
     return model_result(at, kept, own, counted)
 
 
-def _about(runs: Sequence[Run], truth: Path | None) -> dict[str, str]:
+def _about(comparison: ComparisonConfig, runs: Sequence[Run]) -> dict[str, str]:
     """Of the data and the machine, for people."""
     config = runs[0].point.run
     with Store.open(config.data.store) as store:
@@ -102,8 +102,9 @@ def _about(runs: Sequence[Run], truth: Path | None) -> dict[str, str]:
     clusters = [attempt.cluster for run in runs if (attempt := PointFiles(run.point).attempt())]
     machine = machine_in_words(clusters, [versions_in(run.point.run.run_dir) for run in runs])
     batches = "or ".join(f"{size} " for size in sorted({run.point.run.global_batch for run in runs}))
-    against = f"; errors are against {truth}" if truth else ""
+    against = f"; errors are against {comparison.truth}" if comparison.truth else ""
     return {
         "data": f"the store {config.data.store}, {times}, on {shape[0]} x {shape[1]} cells{against}",
+        "given": str(spin_up(comparison)),
         "machine": f"{machine}; mesh {config.mesh}, {batches}sample(s) a step",
     }

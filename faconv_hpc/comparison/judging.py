@@ -13,19 +13,24 @@ from numpy.typing import NDArray
 
 from ..bench.arithmetic import multiply_adds
 from ..bench.case import BenchCase
-from ..config import MeshConfig
+from ..config import MeshConfig, RunConfig
+from ..data.store import Store
+from ..data.units import same_units
+from ..errors import InputError
 from ..evaluation import baselines
 from ..evaluation.evaluate import evaluate
+from ..evaluation.truth import truth_of
 from ..files import read_json_lines, write_durably
 from ..model.convlstm import ConvLSTM2d
 from ..model.layer import FAConvLSTM2d
 from ..model.peers import BottleneckLSTM2d, DepthwiseConvLSTM2d
 from ..scaling.points import PointFiles
+from ..spatial.grid import SAME_DEG
 from ..spatial.mesh import ProcessMesh
 from ..training.loading import TrainedNetwork, load_network
 from ..training.looks import score
 from ..training.records import VALIDATION_FILE
-from .plan import ComparisonConfig, Run
+from .plan import ComparisonConfig, Run, spin_up
 
 JUDGED_FILE = "judged.npz"
 FORECASTS = ("network", baselines.PERSISTENCE, baselines.CLIMATOLOGY)
@@ -70,6 +75,7 @@ class Looked:
     Attributes:
         score: error over persistence's, mean of variables and leads; infinite where a forecast is no number.
         embedding: by the names of `EMBEDDING`; NaN: too little to tell.
+        frames: that all its steps were trained on, one as often as it came.
         step_s: median of all steps but the first.
         trained_s: sum of the steps.
         peak_gib: of the rank that needed most.
@@ -78,6 +84,7 @@ class Looked:
     score: float
     embedding: Mapping[str, float]
     steps: int
+    frames: int
     step_s: float
     trained_s: float
     peak_gib: float
@@ -91,7 +98,8 @@ def looked(run: Run) -> Looked:
     embedding = {name: math.nan if said.get(name) is None else float(said[name]) for name in EMBEDDING}
     seconds = [record.seconds for record in records]
     peak_gib = max(record.peak_memory_gib for record in records)
-    return Looked(score(rows), embedding, last, median(seconds[1:]), sum(seconds), peak_gib)
+    frames = last * run.point.run.global_batch * run.point.run.data.window
+    return Looked(score(rows), embedding, last, frames, median(seconds[1:]), sum(seconds), peak_gib)
 
 
 def judged(comparison: ComparisonConfig, run: Run) -> RunErrors | None:
@@ -110,7 +118,7 @@ def judged(comparison: ComparisonConfig, run: Run) -> RunErrors | None:
 def judge(comparison: ComparisonConfig, run: Run, mesh: ProcessMesh, progress: Progress | None = None) -> RunErrors:
     """Forecasts the test period with the weights after the last step, and keeps the errors. Collective.
 
-    Before each forecast all models are given as many frames: the window of the base config, whatever their own is.
+    Before each forecast all models are given as many frames, see `spin_up`.
     """
     found = evaluate(
         [run.point.run.run_dir],
@@ -118,7 +126,7 @@ def judge(comparison: ComparisonConfig, run: Run, mesh: ProcessMesh, progress: P
         leads=comparison.leads,
         samples=comparison.samples,
         against=[comparison.truth] if comparison.truth else (),
-        window=comparison.shared.data.window,
+        window=spin_up(comparison),
         progress=progress,
     )
     places = [0, *(found.names.index(name, 1) for name in FORECASTS[1:])]
@@ -139,17 +147,46 @@ def judge(comparison: ComparisonConfig, run: Run, mesh: ProcessMesh, progress: P
     return result
 
 
+def check_truth(comparison: ComparisonConfig, run: RunConfig) -> None:
+    """Raises InputError where what came cannot be held against forecasts of a run's store; asked before training."""
+    if comparison.truth is None:
+        return
+    names = run.data.variables or Store.open(run.data.store).channels
+    given, came = (truth_of([path], None, names) for path in (run.data.store, comparison.truth))
+    units = {one.name: one.units for one in came.targets}
+    for target in given.targets:
+        if not same_units(units.get(target.name, target.units + "?"), target.units):
+            found = f"it in {units[target.name] or 'no units'}" if target.name in units else ", ".join(units)
+            raise InputError(
+                f"models forecast {target.name!r} in {target.units or 'no units'}, and truth {comparison.truth} has "
+                f"{found}. Name a store that has the same variables."
+            )
+    for name in ("latitude", "longitude"):
+        mine, others = (np.asarray(getattr(one.grid, f"{name}_deg")) for one in (given, came))
+        if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
+            raise InputError(
+                f"truth {comparison.truth} has {len(others)} {name}s from {others[0]:g} to {others[-1]:g}, and the "
+                f"store {run.data.store} has {len(mine)} from {mine[0]:g} to {mine[-1]:g}. Name one on the same grid."
+            )
+    came.cases(run.data.periods.test, spin_up(comparison), comparison.leads)
+
+
 def multiply_adds_of(trained: TrainedNetwork) -> float:
-    """Of a cell and step, forward: its layers by formula (see `multiply_adds`) and its forecast; NaN where a layer is
-    of a kind whose formula is not known."""
+    """Of a cell and step, forward: its layers by formula (see `multiply_adds`) and its forecast, in a long sequence,
+    whatever the window that it was trained in; NaN where a layer is of a kind whose formula is not known."""
     network, grid = trained.network, trained.domain().coarsened(trained.network.scale_factor).grid
     if not all(isinstance(layer, COUNTED) for layer in network.layers):
         return math.nan
-    case = BenchCase(
-        nlat=grid.nlat, nlon=grid.nlon, inputs=1, hidden=1, steps=trained.window, batch=1, precision="fp32",
-        mesh=MeshConfig(),
+    period = max(getattr(layer, "attention_every", 1) for layer in network.layers) or 1
+    once, twice = (
+        BenchCase(
+            nlat=grid.nlat, nlon=grid.nlon, inputs=1, hidden=1, steps=steps, batch=1, precision="fp32",
+            mesh=MeshConfig(),
+        )
+        for steps in (period, 2 * period)
     )  # fmt: skip
-    of_layers = sum(multiply_adds(layer, case) for layer in network.layers) / (grid.nlat * grid.nlon * trained.window)
+    more = sum(multiply_adds(layer, twice) - multiply_adds(layer, once) for layer in network.layers)
+    of_layers = more / (grid.nlat * grid.nlon * period)
     of_forecast = sum(weight.numel() for weight in network.forecast.parameters() if weight.dim() == 4)
     return (of_layers + of_forecast) / network.scale_factor**2
 
@@ -157,7 +194,8 @@ def multiply_adds_of(trained: TrainedNetwork) -> float:
 def _asked(comparison: ComparisonConfig, run: Run) -> list[str]:
     """What the errors depend on besides the run's config: which attempt it was, and what it is judged by."""
     attempt = PointFiles(run.point).attempt()
-    judged_by = comparison.leads, comparison.samples, comparison.shared.data.window, comparison.truth
+    truth = comparison.truth and (comparison.truth.absolute(), Store.open(comparison.truth).digest)
+    judged_by = comparison.leads, comparison.samples, spin_up(comparison), truth
     return [str(attempt.number if attempt else 0), str(run.point.run.training.steps), *map(str, judged_by)]
 
 

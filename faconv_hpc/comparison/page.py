@@ -19,8 +19,8 @@ REPORT_JSON, REPORT_MD = "comparison.json", "comparison.md"
 LEADS = 4  # of the table of errors, at most
 PERCENT = f"{100 * LEVEL:g} %"
 COLUMNS = (
-    "model", "error over persistence's", "rate", "steps", "s trained", "parameters", "multiply-adds", "ms per step",
-    "peak GiB",
+    "model", "error over persistence's", "rate", "steps", "frames", "s trained", "parameters", "multiply-adds",
+    "ms per frame", "peak GiB",
 )  # fmt: skip
 CAPTIONS = {
     "Errors over lead": "Lower is better. A model that leaves its panel has errors larger than its upper end, which is "
@@ -28,19 +28,22 @@ CAPTIONS = {
     "Skill against cost": "Each model at its best rate; bars are the deviation over seeds. Models whose multiply-adds "
     "are not counted are not in that panel, and those whose errors are no number in none.",
     "Learning rates": "Lines go through the means over seeds, dots are seeds. A best rate at an end of the line may be "
-    "bettered beyond it.",
+    "bettered beyond it. Each model's errors are from windows of its own, so rates are compared within a model.",
 }
 MEANINGS = f"""\
 - **error over persistence's**: RMSE over that of no change, geometric mean of variables, leads and seeds, of free runs
   on the test period ± the standard deviation of the seeds. Cells count by their area, all forecasts alike. Models stand
   in its order; of two, the ratio is what the differences are about.
-- **rate**: the learning rate whose error over persistence's on the validation period, after the last step, is least in
+- **rate**: the learning rate whose error over persistence's on the validation period of the data, after the last step
+  and from a window of the model's own before each forecast, is least in
   the plain mean of variables, leads and the seeds that were run at all rates. All else stands in the table for that
   rate alone.
 - **steps**: as many as the time of a run holds, by the median step of a probe of that model; the learning rate falls
   over all of them. Looks, saves and the first compilation are not in it.
-- **s trained**, **ms per step**: what the steps then took, their sum and their median, mean of the seeds. Where the
-  sums differ much the machine was not equally busy, and models did not have the same time.
+- **frames**: that all steps were trained on, one as often as it came; steps of models may have windows and batches of
+  other sizes.
+- **s trained**, **ms per frame**: what the steps then took, their sum, and their median over the frames of a step, mean
+  of the seeds. Where the sums differ much the machine was not equally busy, and models did not have the same time.
 - **parameters** of the whole network; **multiply-adds** of its layers and forecast, of a cell and step, forward, by
   formula (-: not counted); **peak GiB** of the rank that needed most, all that the process holds among it.
 - **better** and **worse**: the {PERCENT} interval of the ratio of errors, the geometric mean over variables, leads and
@@ -175,7 +178,8 @@ def _compared(result: ComparisonResult) -> Iterable[str]:
     one, about = result.any_judged, result.about
     yield (
         f"{len(one.dates)} forecasts, from {one.dates[0]} to {one.dates[-1]}, "
-        f"{Leads(one.leads_h).span} ahead ({len(one.leads_h)} leads), of {', '.join(one.variables)}. Data: "
+        f"{Leads(one.leads_h).span} ahead ({len(one.leads_h)} leads), each from {about['given']} frames, of "
+        f"{', '.join(one.variables)}. Data: "
         f"{about['data']}. Each model was tried at {len(result.comparison.learning_rates)} learning rate(s) from "
         f"{_seeds(result.comparison)}."
     )
@@ -200,10 +204,11 @@ def _row(model: ModelResult) -> list[str]:
         _spread(model.ratio),
         f"{model.rate:g}",
         f"{model.looks[0].steps:,}",
+        f"{model.looks[0].frames:,}",
         f"{model.over_seeds('trained_s').mean:.4g}",
         f"{model.parameters:,}",
         adds,
-        f"{1000 * model.over_seeds('step_s').mean:.4g}",
+        f"{1000 * model.frame_s:.4g}",
         f"{model.over_seeds('peak_gib').mean:.3g}",
     ]
 

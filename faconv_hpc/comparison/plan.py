@@ -70,7 +70,7 @@ class ComparisonConfig(Section):
     leads: Count = Field(8, description="steps that forecasts run freely, in validation and in the judgement")
     samples: Count | None = Field(48, description="forecasts of the test period that are judged; null: all there are")
     truth: Path | None = Field(
-        None, description="store of what came, to be judged against, if data.store has it with noise; else that"
+        None, description="what came, a store, to be judged against, if data.store has it with noise; default: that"
     )
     warm_up_steps: Count = Field(3, description="steps of the probe before it is timed: compiling, reading ahead")
     probe_steps: Count = Field(10, description="steps of the probe that are timed; their median counts")
@@ -119,14 +119,6 @@ class ComparisonConfig(Section):
     def choosing(self) -> tuple[Seed, ...]:
         """The seeds from which a model is run at every rate."""
         return self.seeds[: self.rate_seeds]
-
-    @property
-    def shared(self) -> RunConfig:
-        """What all models have, where they say nothing else; raises InputError where it is not valid."""
-        _refuse_decided("set", self.set)
-        tree = merged(load_config(self.config).model_dump(mode="json"), self.set)
-        tree = merged(tree, {"slurm": self.slurm.model_dump(mode="json", exclude_unset=True)})
-        return validated(RunConfig, tree, f"{self.config} with `set`")
 
 
 @dataclass(frozen=True)
@@ -184,7 +176,7 @@ def step_seconds(comparison: ComparisonConfig, probe: Point) -> float:
 
 def _phases(comparison: ComparisonConfig) -> dict[float, int]:
     """Share of a run's steps: leads that it is trained for from there on, the first from 0 on; empty: single steps."""
-    base = comparison.shared.training
+    base = load_config(comparison.config).training
     steps = {0: 1} | base.rollout if base.rollout else {}
     return {step / base.steps: leads for step, leads in sorted(steps.items()) if step < base.steps}
 
@@ -241,7 +233,7 @@ def runs_of(
         steps: of each model; those that are not in it have no runs.
         best: rate of each model for which it is known.
     """
-    base, phases = comparison.shared.training, _phases(comparison)
+    base, phases = load_config(comparison.config).training, _phases(comparison)
     runs = []
     for seed in comparison.seeds:
         for name in (name for name in comparison.models if name in steps):
@@ -267,9 +259,10 @@ def _point(
     comparison: ComparisonConfig, model: str, label: str, training: Mapping[str, Any], *, goes_on: bool
 ) -> Point:
     directory = comparison.study_dir.absolute() / POINTS / label
-    changes = comparison.models[model]
-    _refuse_decided(f"model {model!r}", changes)
-    tree = merged(comparison.shared.model_dump(mode="json"), changes)
+    _refuse_decided("set", comparison.set)
+    _refuse_decided(f"model {model!r}", comparison.models[model])
+    tree = merged(_shared(comparison), {"slurm": comparison.slurm.model_dump(mode="json", exclude_unset=True)})
+    tree = merged(tree, comparison.models[model])
     decided = {"stop_after": 0, "keep_best": False, "save_in_background": False, **training}
     tree = merged(tree, {"training": decided, "run_dir": str(directory / "run")})
     tree["training"]["rollout"] = training["rollout"]  # not merged with the base config's, which names other steps
@@ -283,6 +276,18 @@ def _point(
                 f"training does not see."
             )
     return Point(label, directory, run, goes_on=goes_on)
+
+
+def _shared(comparison: ComparisonConfig) -> dict[str, Any]:
+    """What all models have, where they say nothing else."""
+    return merged(load_config(comparison.config).model_dump(mode="json"), comparison.set)
+
+
+def spin_up(comparison: ComparisonConfig) -> int:
+    """Frames that all models are given before each forecast that is judged: as many as the longest window has."""
+    shared = _shared(comparison)
+    windows = (merged(shared, changes)["data"]["window"] for changes in comparison.models.values())
+    return int(max(windows))
 
 
 def _refuse_decided(where: str, changes: Mapping[str, Any]) -> None:

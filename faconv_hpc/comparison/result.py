@@ -94,6 +94,11 @@ class ModelResult:
         return OverSeeds.of([getattr(look, name) for look in self.looks])
 
     @property
+    def frame_s(self) -> float:
+        """Seconds of training for each frame of each sample, mean of the seeds."""
+        return float(np.mean([look.step_s * look.steps / look.frames for look in self.looks]))
+
+    @property
     def embedding(self) -> dict[str, OverSeeds]:
         """Of each of `EMBEDDING`."""
         return {name: OverSeeds.of([look.embedding[name] for look in self.looks]) for name in EMBEDDING}
@@ -210,6 +215,8 @@ class ComparisonResult:
             "rmse": model.rmse_SLC.tolist(),
             "lost_leads": model.lost_leads,
             "steps": model.looks[0].steps,
+            "frames": model.looks[0].frames,
+            "frame_s": model.frame_s,
             "parameters": model.parameters,
             "multiply_adds": model.multiply_adds,
             "embedding": {name: spread._asdict() for name, spread in model.embedding.items()},

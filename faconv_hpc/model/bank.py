@@ -1,6 +1,6 @@
 """The depthwise kernels of a step, and squeeze-and-excitation, which weighs them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from .kernels import Kernels
 from .taps import Taps
+
+Pullback = Callable[[Sequence[Tensor]], tuple[Tensor, list[Tensor | None]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +41,23 @@ class Bank:
             return kernels
         return (torch.einsum("bdck,dkn->bcn", weight_BDCK, self.owner_DKN.to(weight_BDCK.dtype)),)
 
-    def gradients(
-        self, mean_BC: Tensor, weights: Sequence[Tensor | None], grads: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Of the mean, and of the weights that `weights` takes; None of what is not there."""
+    def again(self, mean_BC: Tensor, weights: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], Pullback]:
+        """`weights` once more, on the way back; and from the gradients of the kernels those of the mean and of what
+        `weights` takes, None of what is not there."""
         with torch.enable_grad():
             mean_BC = mean_BC.detach().requires_grad_()
             given = [None if one is None else one.detach().requires_grad_() for one in weights]
             mixing, *excitation = given
             assert mixing is not None
             made = self.weights(mean_BC, mixing, *excitation)
+
+        def pullback(grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
             there = [one for one in given if one is not None]
             of_mean, *of_there = torch.autograd.grad(made, [mean_BC, *there], grads, materialize_grads=True)
-        gradients = iter(of_there)
-        return of_mean, [None if one is None else next(gradients) for one in given]
+            gradients = iter(of_there)
+            return of_mean, [None if one is None else next(gradients) for one in given]
+
+        return tuple(one.detach() for one in made), pullback
 
     def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor]) -> None:
         """The padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""

@@ -270,8 +270,8 @@ class FAConvLSTMNetwork(nn.Module):
         """Parameters of parts that a module uses and does not call; who shards them brings together what is called."""
         for module in self.modules():
             for name in getattr(module, "borrows", ()):
-                for parameter in getattr(module, name).parameters():
-                    yield module, parameter
+                part = getattr(module, name)
+                yield from () if part is None else ((module, parameter) for parameter in part.parameters())
 
     def losses(
         self,

@@ -275,14 +275,14 @@ class _Backward:
         if held is not None:
             passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
-        weights = bank.weights(mean, *w.of_bank)
+        weights, pullback = bank.again(mean, w.of_bank)
         mixing = Mixing(padded, bank.passes, weights)
         given = self.amid, mixing, c, w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
         grads = bank.kernels.mix_and_retreat(*given)
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
         bank.adjoint(self.grad_padded, self.framed, weights)
         halos = around.start_halo_gradient(self.grad_padded)
-        grad_mean, of_bank = bank.gradients(mean, w.of_bank, bank.products(padded, grad_m))
+        grad_mean, of_bank = pullback(bank.products(padded, grad_m))
         mean_gradient = around.mean.start_gradient(grad_mean)
         self._do_what_is_left()
         for total, one in zip(self.others, (*of_bank, grad_expansion, grad_bias, grad_peephole), strict=True):

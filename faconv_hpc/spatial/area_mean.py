@@ -58,10 +58,6 @@ class NoMean:
         """As it is given."""
         return lambda: grad_mean
 
-    def by_row(self, total: Tensor) -> Tensor:
-        """What it adds to the gradient of every cell: 0."""
-        return total.new_zeros(())
-
 
 class RegionMeans:
     """The same over each of R x S regions of whole cells, of all tiles, in one sum.

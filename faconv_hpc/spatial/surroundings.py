@@ -48,5 +48,7 @@ class Surroundings:
 
     def gradient(self, grad_padded: Tensor, received: Received, grad_mean: Tensor, into: Tensor) -> None:
         """Writes the owned cells' gradient (..., Y, X) from that of the padded tile, the halos' and the mean's."""
-        into.copy_(self.halo.owned(grad_padded)).add_(self.mean.by_row(grad_mean).to(into.dtype))
+        into.copy_(self.halo.owned(grad_padded))
+        if not isinstance(self.mean, NoMean):
+            into.add_(self.mean.by_row(grad_mean).to(into.dtype))
         self.halo.add_halo(grad_padded, received, into)

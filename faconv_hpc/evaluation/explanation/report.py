@@ -18,8 +18,8 @@ CAPTIONS = {
     "attention.png": "Where attention looks, in the layer where it adds most: of each cell how much the others of its "
     "latitude circle, and of its meridian, take from it, as a power of two beside an even weight",
     "attention_lines.png": "How far cells look along meridians and along latitude circles",
-    "dilations.png": "The share of each dilation in each channel: its kernel's length times its factor from squeeze "
-    "and excitation",
+    "dilations.png": "The share of each dilation in each channel: its kernel's length, times its factor from "
+    "squeeze and excitation if there is one",
     "sensitivity.png": "By how much the region's forecast changes where a given field is one standard deviation higher "
     "in a cell of mean area; the box is the region, and every map has a scale of its own",
 }
