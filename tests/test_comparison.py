@@ -20,6 +20,7 @@ from faconv_hpc.comparison.gathering import best_runs, known_runs, result_of
 from faconv_hpc.comparison.judging import JUDGED_FILE, check_truth, judged, looked
 from faconv_hpc.comparison.plan import ComparisonConfig, known_steps, label_of, probes_of, runs_of, steps_of
 from faconv_hpc.config_file import load_yaml
+from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.forecasting.forecaster import Forecaster
 from faconv_hpc.model.network import FAConvLSTMNetwork
@@ -467,7 +468,7 @@ def test_a_model_without_a_probe_is_told_as_missing(tmp_path):
         known_steps(none, probes_of(none))
 
 
-def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp_path):
+def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp_path, monkeypatch):
     make_store(tmp_path / "waves", frames=28)
     other = {
         "grid": ({"nlon": 12}, r"truth .*other has 12 longitudes from 0 to 330, and the store .*waves has 14 from 0"),
@@ -479,6 +480,12 @@ def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp
         comparison = comparison_of(tmp_path, truth=str(tmp_path / name / "other"))
         with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
             check_truth(comparison, probes_of(comparison)["FAConvLSTM"].run)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match=r"waves are missing, and stay so in forecasts"),
+    ):
+        patch.setattr(Store, "misses_some", lambda store, indices: True)
+        check_truth(comparison, probes_of(comparison)["FAConvLSTM"].run)
     gone = faconv("compare", write_comparison(tmp_path, truth=str(tmp_path / "gone")), "--cluster", "local")
     assert gone.returncode == 2 and "gone" in messages(gone)[0] and not (tmp_path / "study").exists()
 
