@@ -180,10 +180,15 @@ def fill_colour(number: int) -> str:
 
 
 def line_style(number: int, *, markers: bool = True) -> dict[str, Any]:
-    """Of one of several lines, for `Axes.plot`: another colour, dash and marker for each of eight."""
-    place = number % len(LINE_COLOURS)
-    style = {"color": LINE_COLOURS[place], "linestyle": LINE_DASHES[place], "linewidth": 1.6}
-    return style | ({"marker": LINE_MARKERS[place], "markersize": 4.5} if markers else {})
+    """Of one of several lines, for `Axes.plot`: another colour, dash and marker for each of eight; those beyond have
+    the same colours with other dashes, and other markers, which are hollow."""
+    beyond, place = divmod(number, len(LINE_COLOURS))
+    dash, marker = ((place + step * beyond) % len(LINE_COLOURS) for step in (1, 3))
+    style = {"color": LINE_COLOURS[place], "linestyle": LINE_DASHES[dash], "linewidth": 1.6}
+    if markers:
+        style |= {"marker": LINE_MARKERS[marker], "markersize": 4.5}
+        style |= {"markerfacecolor": "white"} if beyond else {}
+    return style
 
 
 def legend_below(figure: Figure, panel: Axes) -> None:

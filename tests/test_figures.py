@@ -125,6 +125,14 @@ def test_lines_are_told_apart_without_colour():
     assert min(abs(np.diff(lightness))) > 0.05
 
 
+def test_lines_beyond_the_eighth_are_other_lines():
+    styles = [line_style(number) for number in range(2 * len(LINE_COLOURS))]
+    for what in ("linestyle", "marker"):
+        assert len({(one["color"], str(one[what])) for one in styles}) == len(styles)
+    assert {one.get("markerfacecolor") for one in styles[len(LINE_COLOURS) :]} == {"white"}
+    assert not any("markerfacecolor" in one for one in styles[: len(LINE_COLOURS)])
+
+
 def test_areas_beyond_the_eighth_are_paler():
     colours = [to_rgb(fill_colour(number)) for number in range(2 * len(LINE_COLOURS))]
     assert len(set(colours)) == len(colours) and colours[: len(LINE_COLOURS)] == [to_rgb(one) for one in LINE_COLOURS]
