@@ -62,7 +62,8 @@ def _best(rates: Sequence[AtRate]) -> dict[str, float]:
 
 def _left(comparison: ComparisonConfig, runs: Sequence[Run], left: int) -> str:
     """Why of the runs at the best rate so many are not judged."""
-    states = [standing(run.point, Outcomes(comparison.study_dir)) for run in runs]
+    outcomes = Outcomes(comparison.study_dir)
+    states = [standing(run.point, outcomes) for run in runs]
     failed = [state.why for state in states if state.status == FAILED]
     of_all = f"of {len(comparison.seeds)} runs at its best rate"
     if failed:

@@ -25,7 +25,7 @@ from ..model.convlstm import ConvLSTM2d
 from ..model.layer import FAConvLSTM2d
 from ..model.peers import BottleneckLSTM2d, DepthwiseConvLSTM2d
 from ..scaling.points import PointFiles
-from ..spatial.grid import SAME_DEG
+from ..spatial.grid import are_same_deg
 from ..spatial.mesh import ProcessMesh
 from ..training.loading import TrainedNetwork, load_network
 from ..training.looks import score
@@ -169,7 +169,7 @@ def check_truth(comparison: ComparisonConfig, run: RunConfig) -> None:
             )
     for name in ("latitude", "longitude"):
         mine, others = (np.asarray(getattr(one.grid, f"{name}_deg")) for one in (given, came))
-        if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
+        if not are_same_deg(mine, others):
             raise InputError(
                 f"truth {comparison.truth} has {len(others)} {name}s from {others[0]:g} to {others[-1]:g}, and the "
                 f"store {run.data.store} has {len(mine)} from {mine[0]:g} to {mine[-1]:g}. Name one on the same grid."

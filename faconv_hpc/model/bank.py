@@ -41,21 +41,21 @@ class Bank:
             return kernels
         return (torch.einsum("bdck,dkn->bcn", weight_BDCK, self.owner_DKN.to(weight_BDCK.dtype)),)
 
-    def again(self, mean_BC: Tensor, weights: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], Pullback]:
+    def again(self, mean_BC: Tensor, mixing: Tensor, *excitation: Tensor | None) -> tuple[tuple[Tensor, ...], Pullback]:
         """`weights` once more, on the way back; and from the gradients of the kernels those of the mean and of what
         `weights` takes, None of what is not there."""
         with torch.enable_grad():
-            mean_BC = mean_BC.detach().requires_grad_()
-            given = [None if one is None else one.detach().requires_grad_() for one in weights]
-            mixing, *excitation = given
-            assert mixing is not None
+            mean_BC, mixing = (one.detach().requires_grad_() for one in (mean_BC, mixing))
+            excitation = tuple(None if one is None else one.detach().requires_grad_() for one in excitation)
             made = self.weights(mean_BC, mixing, *excitation)
 
         def pullback(grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-            there = [one for one in given if one is not None]
-            of_mean, *of_there = torch.autograd.grad(made, [mean_BC, *there], grads, materialize_grads=True)
+            there = [one for one in excitation if one is not None]
+            of_mean, of_mixing, *of_there = torch.autograd.grad(
+                made, [mean_BC, mixing, *there], grads, materialize_grads=True
+            )
             gradients = iter(of_there)
-            return of_mean, [None if one is None else next(gradients) for one in given]
+            return of_mean, [of_mixing, *(None if one is None else next(gradients) for one in excitation)]
 
         return tuple(one.detach() for one in made), pullback
 

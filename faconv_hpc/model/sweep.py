@@ -275,7 +275,7 @@ class _Backward:
         if held is not None:
             passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
-        weights, pullback = bank.again(mean, w.of_bank)
+        weights, pullback = bank.again(mean, *w.of_bank)
         mixing = Mixing(padded, bank.passes, weights)
         given = self.amid, mixing, c, w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
         grads = bank.kernels.mix_and_retreat(*given)

@@ -40,6 +40,10 @@ class AreaMean:
         """The gradient at every owned cell of a row, (..., Y, 1): its weight times the mean's gradient."""
         return total[..., None, None] * self._row_weights(total)[:, None]
 
+    def add_gradient(self, total: Tensor, into: Tensor) -> None:
+        """Adds it to that of every owned cell (..., Y, X), in its type."""
+        into.add_(self.by_row(total).to(into.dtype))
+
     def by_cell(self, total: Tensor, columns: int, kind: torch.dtype) -> Tensor:
         """The same of every owned cell, (..., Y, X), in a type; only rows are in memory."""
         by_row = self.by_row(total).to(kind)
@@ -57,6 +61,9 @@ class NoMean:
     def start_gradient(self, grad_mean: Tensor) -> Finish:
         """As it is given."""
         return lambda: grad_mean
+
+    def add_gradient(self, total: Tensor, into: Tensor) -> None:
+        """Nothing: no cell has part in zeros."""
 
 
 class RegionMeans:

@@ -19,6 +19,11 @@ POLE_TOLERANCE_DEG = 1e-4
 CLOSURE_TOLERANCE = 0.02  # of one column; coordinates stored as float32 are off by 1e-5 of one
 
 
+def are_same_deg(some: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    """Whether coordinates are as many and the same, but for how many digits of them were kept."""
+    return some.shape == others.shape and bool((np.abs(some - others) <= SAME_DEG).all())
+
+
 class Boundary(str, Enum):
     """Rule at the limit of the grid.
 

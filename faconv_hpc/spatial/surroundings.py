@@ -49,6 +49,5 @@ class Surroundings:
     def gradient(self, grad_padded: Tensor, received: Received, grad_mean: Tensor, into: Tensor) -> None:
         """Writes the owned cells' gradient (..., Y, X) from that of the padded tile, the halos' and the mean's."""
         into.copy_(self.halo.owned(grad_padded))
-        if not isinstance(self.mean, NoMean):
-            into.add_(self.mean.by_row(grad_mean).to(into.dtype))
+        self.mean.add_gradient(grad_mean, into)
         self.halo.add_halo(grad_padded, received, into)

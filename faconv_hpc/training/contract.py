@@ -20,7 +20,7 @@ from ..data.unknown_names import index_of
 from ..data.variables import Channels, Role, Variable
 from ..errors import InputError
 from ..observe import READING
-from ..spatial.grid import SAME_DEG, Boundary, LatLonGrid, Tile
+from ..spatial.grid import Boundary, LatLonGrid, Tile, are_same_deg
 from ..spatial.mesh import ProcessMesh
 from .fit import check_store, grid_of, loss_weight_of, names_of, parts_of
 from .seen import Kind, annual_cycle_of, seen_of
@@ -135,7 +135,7 @@ class Contract(BaseModel):
         """Raises InputError for another grid; ``where`` names the data."""
         for name, others in (("latitude_deg", latitude_deg), ("longitude_deg", longitude_deg)):
             mine = np.array(getattr(self, name))
-            if mine.shape != others.shape or np.abs(mine - others).max() > SAME_DEG:
+            if not are_same_deg(mine, others):
                 way_out = _rolled(mine, others) if name == "longitude_deg" else ""
                 raise self._refusal(where, f"{name} {_range(mine)}", _range(others), way_out or "Regrid the source.")
 
@@ -329,7 +329,7 @@ def _rolled(mine: np.ndarray, others: np.ndarray) -> str:
     """What to do where the same longitudes begin elsewhere; empty if they are others."""
     turned = others % 360
     columns = int(np.argmin(np.abs(turned - mine[0] % 360)))
-    same = mine.shape == others.shape and np.abs(np.roll(turned, -columns) - mine % 360).max() <= SAME_DEG
+    same = are_same_deg(np.roll(turned, -columns), mine % 360)
     return f"They begin elsewhere: `ds.roll(longitude={-columns}, roll_coords=True)` in xarray." if same else ""
 
 
