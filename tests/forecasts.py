@@ -43,6 +43,8 @@ def dataset(frames=FRAMES):
     waves = waves * np.cos(np.linspace(-1.4, 1.4, NLAT))[:, None]
     ice = 2 + waves + 0.1 * random.normal(size=shape)
     ice[:, 3:6, 2:7] = np.nan
+    ice[:11, 7, 4] = np.nan
+    ice[np.indices(ice.shape).sum(0) % 3 == 0] = np.nan  # each cell of the others is known two times out of three
     sst = 290 + 3 * np.roll(waves, 2, axis=2)
     sst[:, 5, 5:9] = np.nan
     levels = np.stack([260 + 5 * waves, 280 + 8 * np.roll(waves, 1, axis=2)], axis=1)
@@ -82,6 +84,7 @@ def draw_model(directory, store, data=None, **sections):
         "step": "0",
         "network": json.dumps(network_options(config.model, workspace.contract.channels, workspace.contract.grid)),
         "contract": workspace.contract.model_dump_json(),
+        "inputs": json.dumps(workspace.contract.channels.inputs),
         "run": "drawn",
         "window": str(config.data.window),
     }

@@ -159,7 +159,7 @@ def test_fields_and_where_they_are_known_are_remembered():
     roles = {"height": "static", "sst": "forcing", "rain": "diagnostic", "t": "prognostic"}
     variables = [Variable(name=name, role=role, may_miss=role == "forcing", **numbers) for name, role in roles.items()]
     channels = Channels(variables, ["insolation"])
-    assert channels.inputs[: channels.remembered] == ("t", "sst", "valid_sst")
+    assert channels.inputs[: channels.remembered] == ("t", "sst", "fresh_sst")
     options = network_options(ModelConfig(history=3, cell="linear"), channels)
     network = FAConvLSTMNetwork(**options)
     assert network.layers[0].in_channels == 5 + 2 * 3 == network.forecast.from_inputs.in_channels

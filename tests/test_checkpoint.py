@@ -204,7 +204,7 @@ def test_a_checkpoint_of_the_format_before_is_named_as_one(copied, store):
     raw = json.loads((newest.path / "manifest.json").read_text())
     del raw["contract"]
     rewritten(newest, **raw | {"format": "faconv_hpc checkpoint 2"})
-    told = r"as 'faconv_hpc checkpoint 2', this is faconv_hpc \S+, which reads 'faconv_hpc checkpoint 8'\. Install"
+    told = r"as 'faconv_hpc checkpoint 2', this is faconv_hpc \S+, which reads 'faconv_hpc checkpoint 9'\. Install"
     with pytest.raises(AssertionError, match=told):
         train_on(TWO, copied.parent, store, training={"checkpoint_every": 2})
 

@@ -20,10 +20,10 @@ from faconv_hpc.comparison.gathering import best_runs, known_runs, result_of
 from faconv_hpc.comparison.judging import JUDGED_FILE, check_truth, judged, looked
 from faconv_hpc.comparison.plan import ComparisonConfig, known_steps, label_of, probes_of, runs_of, steps_of
 from faconv_hpc.config_file import load_yaml
-from faconv_hpc.data.store import Store
 from faconv_hpc.errors import InputError
 from faconv_hpc.forecasting.forecaster import Forecaster
 from faconv_hpc.model.network import FAConvLSTMNetwork
+from faconv_hpc.prepare.preparation import prepare
 from faconv_hpc.scaling.driver import StudyDriver
 from faconv_hpc.scaling.points import Outcomes, PointFiles
 from faconv_hpc.training.loading import about_network
@@ -236,11 +236,25 @@ Recorder.write = write
 """
 
 
+def leave_gaps(store, path):
+    """The same store, of which each cell misses every fourth time, and two all of them."""
+    fields_TCYX, seconds, latitude_deg, longitude_deg = fields_in(store)
+    fields_TCYX[np.indices(fields_TCYX.shape).sum(0) % 4 == 0] = np.nan
+    fields_TCYX[:, 1, 3, 5:7] = np.nan
+    axes = {"time": seconds.astype("datetime64[s]"), "latitude": latitude_deg, "longitude": longitude_deg}
+    fields = {f"wave_{place}": (tuple(axes), fields_TCYX[:, place], {"units": "1"}) for place in (0, 1)}
+    encoding = {"time": {"units": "hours since 2000-01-01", "calendar": "standard"}}
+    xr.Dataset(fields, axes).to_netcdf(path.with_suffix(".nc"), engine="h5netcdf", encoding=encoding)
+    prepare([path.with_suffix(".nc")], path)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A comparison that was killed within its second run, with all that it started, and then went on."""
+    """A comparison on a store with gaps that was killed within its second run, with all that it started, and then went
+    on."""
     directory = tmp_path_factory.mktemp("compared")
-    make_store(directory / "waves", frames=28, noise=0.2)
+    make_store(directory / "noisy", frames=28, noise=0.2)
+    leave_gaps(directory / "noisy", directory / "waves")
     make_store(directory / "came", frames=28, noise=0.0)
     path = write_comparison(directory, truth=str(directory / "came"))
     comparison = load_yaml(ComparisonConfig, path)
@@ -324,7 +338,7 @@ def test_the_table_says_what_the_runs_did(compared):
     assert pair["ratio"] == pytest.approx(float(np.exp(np.mean(np.log(first / second)))), rel=1e-9)
     assert pair["ratio"] == pytest.approx(said["models"][0]["ratio"]["mean"] / said["models"][1]["ratio"]["mean"])
     sizes = {row["model"]: (row["parameters"], row["multiply_adds"]) for row in said["models"]}
-    inputs = 2 + 5  # two fields, five forcings
+    inputs = 2 + 2 + 5  # two fields and how fresh they are, five forcings
     dense = 4 * 8 * 9 * (inputs + 8) + 4 * 8 * 9 * (8 + 8) + 2 * (8 + inputs)  # two layers of 8 channels, the forecast
     assert sizes["ConvLSTM k=3"][1] == dense and 0 < sizes["FAConvLSTM"][1] < dense
     about = json.loads(about_network(chosen[0].point.run.run_dir)["network"])
@@ -373,8 +387,11 @@ def _rmse_by_hand(run, store, came):
     forecasts_NLCYX = np.stack([found[name].values for name in names], axis=2)
     came_NLCYX = np.stack([fields_in(came)[0][start + 1 : start + 3] for start in starts])
     weights = np.cos(np.deg2rad(latitude_deg))[:, None]
-    squares = ((forecasts_NLCYX - came_NLCYX).astype(np.float64) ** 2 * weights).sum(axis=(-2, -1))
-    return np.sqrt(squares.mean(axis=0) / (weights.sum() * longitude_deg.size))
+    weights_CYX = np.broadcast_to(weights, forecasts_NLCYX.shape[2:]).copy()
+    weights_CYX[1, 3, 5:7] = 0  # of these two nothing is ever known
+    assert (np.isnan(forecasts_NLCYX) == (weights_CYX == 0)).all()
+    squares = np.nansum((forecasts_NLCYX - came_NLCYX).astype(np.float64) ** 2 * weights_CYX, axis=(-2, -1))
+    return np.sqrt(squares.mean(axis=0) / weights_CYX.sum(axis=(-2, -1)))
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_are_added(compared, tmp_path):
@@ -468,7 +485,7 @@ def test_a_model_without_a_probe_is_told_as_missing(tmp_path):
         known_steps(none, probes_of(none))
 
 
-def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp_path, monkeypatch):
+def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp_path):
     make_store(tmp_path / "waves", frames=28)
     other = {
         "grid": ({"nlon": 12}, r"truth .*other has 12 longitudes from 0 to 330, and the store .*waves has 14 from 0"),
@@ -480,12 +497,6 @@ def test_a_truth_that_nothing_can_be_held_against_is_refused_before_training(tmp
         comparison = comparison_of(tmp_path, truth=str(tmp_path / name / "other"))
         with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
             check_truth(comparison, probes_of(comparison)["FAConvLSTM"].run)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(InputError, match=r"waves are missing, and stay so in forecasts"),
-    ):
-        patch.setattr(Store, "misses_some", lambda store, indices: True)
-        check_truth(comparison, probes_of(comparison)["FAConvLSTM"].run)
     gone = faconv("compare", write_comparison(tmp_path, truth=str(tmp_path / "gone")), "--cluster", "local")
     assert gone.returncode == 2 and "gone" in messages(gone)[0] and not (tmp_path / "study").exists()
 

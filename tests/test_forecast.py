@@ -60,7 +60,8 @@ def test_it_is_what_others_read(alone):
     assert alone.vapour.attrs["units"] == "kg kg**-1" and alone.attrs["Conventions"] == "CF-1.8"
     assert "step 12 of run" in alone.attrs["title"] and len(alone.attrs["network_sha256"]) == 64
     missing = np.isnan(alone.ice.values)
-    assert missing[:, :, 3:6, 2:7].all() and missing.sum() == 4 * STEPS * 15
+    assert missing[:, :, 3:6, 2:7].all() and missing[0, :, 7, 4].all()  # it is known one frame late
+    assert missing.sum() == 4 * STEPS * 15 + STEPS
     assert all(np.isfinite(alone[name].values).all() for name in NAMES if name != "ice")
 
 

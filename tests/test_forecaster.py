@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import forecasts
 from faconv_hpc import Forecaster, load_network
@@ -19,6 +21,7 @@ from faconv_hpc.forecasting.frames import store_frames
 from faconv_hpc.forecasting.names import fields_of, in_vocabulary
 from faconv_hpc.spatial.mesh import ProcessMesh
 from faconv_hpc.training.free_run import free_run
+from faconv_hpc.training.skill import forecasts_from
 from forecasts import NAMES, STARTS, STEPS, WINDOW, opened, written
 from ranks import Layout, run_on_ranks
 from test_cli import faconv
@@ -85,7 +88,9 @@ def test_a_forecast_is_a_free_run_in_units(made, alone):
     for lead, (change, diagnostic) in enumerate(runs):
         for place, one in enumerate(channels.prognostic):
             dz = change[0, place].double().numpy() * one.tendency_std
-            x = fields[one.name][first].astype(np.float64)
+            x = fields[one.name][first - WINDOW + 1].astype(np.float64)
+            for now in fields[one.name][first - WINDOW + 2 : first + 1]:
+                x = np.where(np.isnan(now), x, now)  # what was known last
             want = x + dz if one.log1p is None else (x + one.log1p) * np.exp(dz) - one.log1p
             if one.name == "heat":
                 want += cycle("heat", first + lead + 1) - cycle("heat", first)
@@ -93,6 +98,36 @@ def test_a_forecast_is_a_free_run_in_units(made, alone):
         (rain,) = channels.diagnostic
         want = rain.mean + rain.std * diagnostic[0, 0].double().numpy() + cycle("rain", first + lead + 1)
         np.testing.assert_allclose(forecast["rain"][lead], want, rtol=2e-6)
+
+
+@torch.no_grad()
+def test_what_came_is_the_change_since_a_cell_was_known_last(made):
+    (model, workspace), first, ice = made, 10, forecasts.decoded().ice.values
+    windows = workspace.windows(np.array([first - WINDOW + 1]), WINDOW + STEPS - 1)
+    given = windows, windows.read([0]), WINDOW, workspace.domain, workspace.climatology()
+    place = [one.name for one in workspace.contract.channels.targets].index("ice")
+    now, before, earliest = ice[first], ice[first - 1], ice[first - 2]
+    last = np.where(np.isnan(now), np.where(np.isnan(before), earliest, before), now)
+    assert 1 > np.isnan(ice[first]).mean() > np.isnan(last).mean() > 0
+    for lead, fields in enumerate(forecasts_from(load_network(model).network, *given), start=1):
+        want = ice[first + lead] - last
+        np.testing.assert_allclose(fields.truth_CYX[place].numpy(), want, rtol=0, atol=2e-6)
+        assert (fields.persistence_CYX[place] == 0).all() and np.isnan(fields.forecast_CYX[place].numpy()).sum() == 0
+
+
+def test_an_export_whose_network_saw_gaps_otherwise_is_refused(exported, tmp_path):
+    with safe_open(exported, "pt") as opened:
+        about, weights = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    told = {
+        "no": r"inputs that it does not name, this version's \[",
+        "other": r"inputs \[.*valid_ice.*, this .*fresh_ice",
+    }
+    inputs = about.pop("inputs")
+    for name, message in told.items():
+        others = {"inputs": inputs.replace("fresh_", "valid_")} if name == "other" else {}
+        save_file(weights, tmp_path / "old.safetensors", metadata=about | others)
+        with pytest.raises(InputError, match=r"older version of faconv_hpc .*saw gaps in fields otherwise: " + message):
+            load_network(tmp_path / "old.safetensors")
 
 
 def test_files_without_run_and_store_give_the_same(exported, turned, alone, tmp_path, monkeypatch):

@@ -870,10 +870,11 @@ def test_coarse_means_are_means_over_regions():
 
 
 def test_coarse_means_leave_missing_cells_out():
-    x = torch.full((1, 1, 1, 4, 6), 2.0)
-    known = torch.ones_like(x)
+    known = torch.ones(1, 1, 1, 4, 6)
     known[..., :2, :] = torch.tensor([1.0, 0, 1, 0, 0, 0])  # of the northern regions, the last has no cell
-    means, counts = coarse_means(x * known, Domain(LatLonGrid(4, 6)), (2, 3), known)
+    x = torch.where(known == 1, 2.0, 7.0)
+    fresh = torch.where(known == 1, known, 0.5)  # those have an older value
+    means, counts = coarse_means(x, Domain(LatLonGrid(4, 6)), (2, 3), fresh)
     torch.testing.assert_close(means[0, 0, 0], torch.tensor([[2.0, 2, 0], [2, 2, 2]]))
     assert counts[0, 0, 0].tolist() == [[True, True, False], [True, True, True]]
 

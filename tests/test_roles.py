@@ -112,7 +112,7 @@ def test_a_contract_says_what_each_variable_is(made, tmp_path):
     assert [one.may_miss for one in contract.variables] == [False, False, True, False, False, False]
     assert [one.loss_weight for one in contract.variables] == [3, 1, 1, 1, 0.5, 1]
     channels = contract.channels
-    assert channels.inputs == ("heat", "wind", "sst", "valid_sst", "land", "height", "insolation")
+    assert channels.inputs == ("heat", "wind", "sst", "fresh_sst", "land", "height", "insolation")
     assert [one.name for one in channels.targets] == ["heat", "wind", "rain"]
     assert channels.loss_weights == (1, 0.5, 3)
     trained = slice(0, 9)  # the validation begins with frame 9
@@ -149,7 +149,7 @@ def test_a_batch_is_what_the_files_say(made, tmp_path, tile):
         np.testing.assert_allclose(targets[:, place], want, atol=3e-5)
     want = (fields["rain"][3:6] - by_name["rain"].mean) / by_name["rain"].std
     np.testing.assert_allclose(targets[:, 2], want, atol=1e-5)
-    assert batch.valid_BTCYX is None and batch.known_BTCYX is None  # no target misses anything
+    assert batch.valid_BTCYX is None and batch.fresh_BTCYX is None  # no target misses anything
 
 
 def test_what_a_diagnostic_misses_counts_in_no_loss_and_only_where_it_is_missing(tmp_path):
@@ -161,7 +161,7 @@ def test_what_a_diagnostic_misses_counts_in_no_loss_and_only_where_it_is_missing
     prepare([tmp_path / "source.nc"], tmp_path / "store")
     workspace = workspace_of(small_config(tmp_path, tmp_path / "store", data=DATA), ProcessMesh.alone())
     batch = workspace.training_windows().read([1])  # targets are frames 2, 3 and 4
-    assert batch.valid_BTCYX is not None and batch.known_BTCYX is None
+    assert batch.valid_BTCYX is not None and batch.fresh_BTCYX is None
     assert batch.valid_BTCYX[:, :, :2].all()
     assert np.array_equal(batch.valid_BTCYX[0, :, 2].numpy(), ~np.isnan(rain[2:5]))
     assert (batch.target_BTCYX[~batch.valid_BTCYX] == 0).all() and batch.inputs_BTCYX.isfinite().all()
@@ -171,10 +171,10 @@ def test_masks_are_of_those_that_may_miss():
     sound, gaps = ({"units": "", "mean": 0, "std": 1, "tendency_std": 1, "may_miss": one} for one in (False, True))
     taken = [Variable(name="a", **sound), Variable(name="b", **gaps), Variable(name="c", role="forcing", **gaps)]
     channels = Channels(taken, ["insolation"])
-    assert channels.inputs == ("a", "b", "c", "valid_b", "valid_c", "insolation") and channels.masks == (None, 3)
+    assert channels.inputs == ("a", "b", "c", "fresh_b", "fresh_c", "insolation") and channels.masks == (None, 3)
     inputs = torch.arange(6.0).expand(2, 3, 4, 5, 6).permute(0, 1, 4, 2, 3)
     batch = Batch(inputs, inputs[:, :, :2], None, torch.zeros(2, 3), (0, 1), channels)
-    assert (batch.known_BTCYX[:, :, 0] == 1).all() and (batch.known_BTCYX[:, :, 1] == 3).all()
+    assert (batch.fresh_BTCYX[:, :, 0] == 1).all() and (batch.fresh_BTCYX[:, :, 1] == 3).all()
 
 
 @torch.no_grad()
@@ -192,25 +192,25 @@ def free_runs(mesh):
         ],
         ["insolation"],
     )
-    assert channels.inputs == ("p", "q", "f", "valid_q", "valid_f", "s", "insolation")
+    assert channels.inputs == ("p", "q", "f", "fresh_q", "fresh_f", "s", "insolation")
     options = {"attention_every": 2, "attention_heads": 2, "embedding_channels": 16, "coarse_shape": (2, 3)}
     network = randomized(FAConvLSTMNetwork(7, 2, 8, 2, diagnostic_channels=1, **options))
     whole = random_like((1, steps, 7, NLAT, NLON), 1)
-    whole[:, :, 3:5] = (whole[:, :, 3:5] > -0.4).double()
-    whole[:, :, 1:3] *= whole[:, :, 3:5]
+    whole[:, :, 3:5] = (whole[:, :, 3:5] > -0.4).double() / (1 + (whole[:, :, 3:5] > 0.4).double())  # 0, 1/2 and 1
+    whole[:, :, 1:3] *= whole[:, :, 3:5] > 0
     x, season = domain.scatter(whole), random_like((1, steps), 4).sigmoid()
     batch = Batch(x, x[:, :, :3], domain.scatter(whole[:, :, 3:4].bool()), season, (0,), channels)
     found = [torch.cat(parts, dim=1) for parts in free_run(network, batch, window, domain)]
     x, expected, change = x.clone(), [], 0
-    start, mask = x[:, window - 1, :2].clone(), x[:, window - 1, 3:4].clone()
+    start, begun = x[:, window - 1, :2].clone(), (x[:, window - 1, 3:4] > 0).double()
     for at in range(window, steps + 1):
         output = network(x[:, :at], season[:, :at], domain=domain)
         change = change + output.tendency_BTCYX[:, -1]
         expected.append(torch.cat([change, output.diagnostic_BTCYX[:, -1]], dim=1))
         if at < steps:  # forcings, their mask and what is static stay those of the data
             x[:, at, :2] = start + change * 0.3
-            x[:, at, 1:2] *= mask
-            x[:, at, 3:4] = mask
+            x[:, at, 1:2] *= begun
+            x[:, at, 3:4] = begun  # what is forecast is as fresh as what is known
     return [[domain.assemble(one) for one in several] for several in (found, expected)]
 
 

@@ -38,7 +38,7 @@ CHANNELS = Channels(
         Variable(name="d", role="diagnostic", tendency_std=1, **NUMBERS),
     ],
     ["insolation"],
-)  # inputs: p, q, f, valid_q, valid_f, insolation
+)  # inputs: p, q, f, fresh_q, fresh_f, insolation
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def network(checkpoint_steps=0):
 
 def batch_of(domain):
     x = random_like((2, STEPS, 6, *CELLS), 1)
-    x[:, :, 3:5] = (x[:, :, 3:5] > -0.8).double()
-    x[:, :, 1:3] *= x[:, :, 3:5]
+    x[:, :, 3:5] = (x[:, :, 3:5] > -0.8).double() / (1 + (x[:, :, 3:5] > 0.5).double())  # 0, 1/2 and 1
+    x[:, :, 1:3] *= x[:, :, 3:5] > 0
     valid = random_like((2, STEPS, 3, *CELLS), 3) > -1.2
-    target = random_like((2, STEPS, 3, *CELLS), 2) * valid
+    target = random_like((2, STEPS, 3, *CELLS), 2)
     season = random_like((2, STEPS), 4).sigmoid()
     whole = domain.scatter(x).clone().requires_grad_(), domain.scatter(target), domain.scatter(valid)
     return Batch(*whole, season, (0, 1), CHANNELS)
@@ -96,6 +96,7 @@ def written_out(through=True):
         return ((error**2 * weighed).sum((1, 2, 3, 4)) / weighed.sum((1, 2, 3, 4))).mean()
 
     valid, target = batch.valid_BTCYX.double(), batch.target_BTCYX
+    begun = (x[:, WINDOW - 1, 3:4] > 0).double()
     sequence, forecasts = x[:, :WINDOW], []
     embedding = None
     for at in range(WINDOW, STEPS + 1):
@@ -106,8 +107,8 @@ def written_out(through=True):
             change = forecasts[:, WINDOW - 1 :, :FIELDS].sum(1)
             change = change if through else change.detach()
             now = x[:, WINDOW - 1, :FIELDS] + change * torch.tensor([0.3, 0.7], dtype=torch.float64)[:, None, None]
-            now = torch.cat([now[:, :1], now[:, 1:] * x[:, WINDOW - 1, 3:4]], 1)
-            later = torch.cat([now, x[:, at, 2:3], x[:, WINDOW - 1, 3:4], x[:, at, 4:]], 1)
+            now = torch.cat([now[:, :1], now[:, 1:] * begun], 1)
+            later = torch.cat([now, x[:, at, 2:3], begun, x[:, at, 4:]], 1)
             sequence = torch.cat([sequence, later[:, None]], 1)
     first = mean(forecasts[:, :WINDOW] - target[:, :WINDOW], valid[:, :WINDOW], torch.ones(WINDOW))
     errors, known = [], []
@@ -116,14 +117,14 @@ def written_out(through=True):
         said = forecasts[:, span, :FIELDS]
         said = said if through else torch.cat([said[:, :-1].detach(), said[:, -1:]], 1)
         change = (said - target[:, span, :FIELDS]).sum(1)
-        there = valid[:, span, :FIELDS].amin(1)
         last = WINDOW - 1 + lead
+        there = valid[:, last, :FIELDS] * torch.cat([torch.ones_like(begun), begun], 1)
         errors.append(torch.cat([change, forecasts[:, last, FIELDS:] - target[:, last, FIELDS:]], 1))
         known.append(torch.cat([there, valid[:, last, FIELDS:]], 1))
     leads = torch.tensor([0.5, 2.0, 2.0], dtype=torch.float64)
     free = mean(torch.stack(errors, 1), torch.stack(known, 1), leads)
     whole = (first * WINDOW + free * leads.sum()) / (WINDOW + leads.sum())
-    loss = whole + model.embedding_weight * model.embedding_loss(embedding, x, domain, batch.known_BTCYX).objective
+    loss = whole + model.embedding_weight * model.embedding_loss(embedding, x, domain, batch.fresh_BTCYX).objective
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, [x, *parameters.values()])
     values = {"input": found[0], "loss": loss.detach(), "forecast": first.detach()}

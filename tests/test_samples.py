@@ -32,6 +32,7 @@ def make_store(directory: Path, *, missing: bool, hours: np.ndarray | None = Non
     if missing:
         ice[:, 3:6, 2:9] = np.nan
         ice[7] = np.nan
+        ice[random.random(shape) < 0.3] = np.nan  # others each time
     dims = ("time", "latitude", "longitude")
     dataset = xr.Dataset(
         {"heat": (dims, heat), "ice": (dims, ice), "flat": (dims, np.full(shape, 7, np.float32))},
@@ -83,11 +84,22 @@ def source(store: Store, name: str) -> np.ndarray:
         return file[name].values.astype(np.float64)
 
 
+def filled(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each cell had last in a window, NaN where it had nothing yet, and 1 over 1 and the frames since then."""
+    last, fresh = np.full(values.shape, np.nan), np.zeros(values.shape)
+    for at, row, column in np.ndindex(values.shape):
+        for ago in range(at + 1):
+            if not np.isnan(values[at - ago, row, column]):
+                last[at, row, column], fresh[at, row, column] = values[at - ago, row, column], 1 / (1 + ago)
+                break
+    return last, fresh
+
+
 def test_a_batch_is_what_its_docstring_says(store: Store) -> None:
     tile = Tile((2, 9), (1, 14))
     windows = windows_of(store, tile, variables=["ice", "heat"], frames=range(1, 16), forcings=["step_hours"])
     assert len(windows) == 11  # starts at 1 to 11; the last takes 11..15
-    assert windows.channels.inputs == ("ice", "heat", "valid_ice", "valid_heat", "step_hours")
+    assert windows.channels.inputs == ("ice", "heat", "fresh_ice", "fresh_heat", "step_hours")
     assert [one.name for one in windows.channels.targets] == ["ice", "heat"]
     batch = windows.read([10, 0, 6])
     assert batch.windows == (10, 0, 6)
@@ -97,22 +109,21 @@ def test_a_batch_is_what_its_docstring_says(store: Store) -> None:
     assert batch.valid_BTCYX is not None
     for sample, start in enumerate((11, 1, 7)):
         frames = slice(start, start + 4)
-        after = slice(start + 1, start + 5)
         assert np.array_equal(batch.year_fraction_BT[sample].numpy(), store.year_fraction[frames])
         for field, name in enumerate(("ice", "heat")):
             index = store.channels.index(name)
-            values = source(store, name)[:, 2:9, 1:14]
-            known = ~np.isnan(values)
-            normal = np.where(known, (values - store.mean[index]) / store.std[index], 0.0)
-            change = (values[after] - values[frames]) / store.tendency_std[index]
-            both = known[after] & known[frames]
+            values = source(store, name)[start : start + 5, 2:9, 1:14]
+            last, fresh = filled(values)
+            begun, came = fresh[:-1] > 0, ~np.isnan(values[1:])
+            normal = np.where(begun, (last[:-1] - store.mean[index]) / store.std[index], 0.0)
+            change = np.where(begun, np.diff(last, axis=0) / store.tendency_std[index], 0.0)
             got = batch.inputs_BTCYX[sample].numpy()
-            np.testing.assert_allclose(got[:, field], normal[frames], atol=3e-5)
-            assert np.array_equal(got[:, 2 + field], known[frames])
-            assert np.array_equal(batch.valid_BTCYX[sample, :, field].numpy(), both)
-            np.testing.assert_allclose(batch.target_BTCYX[sample, :, field], np.where(both, change, 0.0), atol=3e-5)
+            np.testing.assert_allclose(got[:, field], normal, atol=3e-5)
+            np.testing.assert_allclose(got[:, 2 + field], fresh[:-1], rtol=1e-6)
+            assert np.array_equal(batch.valid_BTCYX[sample, :, field].numpy(), begun & came)
+            np.testing.assert_allclose(batch.target_BTCYX[sample, :, field], change, atol=6e-5)
             assert (got[:, 4] == 0.25).all()
-    assert not batch.valid_BTCYX.all()
+    assert not batch.valid_BTCYX.all() and len(batch.inputs_BTCYX[:, :, 2].unique()) == 5  # 1, 1/2, 1/3, 1/4 and 0
     assert torch.isfinite(batch.inputs_BTCYX).all()
 
 

@@ -69,7 +69,7 @@ def test_with_new_variables_it_forecasts_the_others_as_before(tmp_path, before, 
     config = config_of(tmp_path, more, before.run_dir, training=training, model=model, data=data)
     trained(config)
     old, new = load_network(before.run_dir), load_network(config.run_dir)
-    assert new.contract.channels.inputs == ("wind", "heat", "sst", "valid_sst", "height", "insolation")
+    assert new.contract.channels.inputs == ("wind", "heat", "sst", "fresh_sst", "height", "insolation")
     by_name = {one.name: one for one in new.contract.variables}
     for one in old.contract.variables:  # statistics are those that it knows the variable by
         assert by_name[one.name] == one.model_copy(update={"inherited": True})

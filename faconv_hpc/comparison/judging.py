@@ -151,13 +151,7 @@ def check_truth(comparison: ComparisonConfig, run: RunConfig) -> None:
     """Raises InputError where what came cannot be held against forecasts of a run's store; asked before training."""
     if comparison.truth is None:
         return
-    store = Store.open(run.data.store)
-    names = run.data.variables or store.channels
-    if store.misses_some(store.channel_indices(names)):
-        raise InputError(
-            f"cells of {run.data.store} are missing, and stay so in forecasts that begin there: none has an error in "
-            f"all cells of truth {comparison.truth}. Leave truth out, and the cells that are known are judged."
-        )
+    names = run.data.variables or Store.open(run.data.store).channels
     given, came = (truth_of([path], None, names) for path in (run.data.store, comparison.truth))
     units = {one.name: one.units for one in came.targets}
     for target in given.targets:

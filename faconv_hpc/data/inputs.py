@@ -61,7 +61,7 @@ class Inputs:
     def fill(
         self,
         values_TCYX: NDArray[np.float32],
-        known_TCYX: NDArray[np.bool_] | None,
+        fresh_TCYX: NDArray[np.float32] | None,
         at: Instants,
         inputs_TCYX: NDArray[np.float32],
     ) -> None:
@@ -69,16 +69,16 @@ class Inputs:
 
         Args:
             values_TCYX: normalised, of the fields that are inputs.
-            known_TCYX: where they are; None: everywhere.
+            fresh_TCYX: how fresh they are, see `fill_gaps`, 0 where there is none; None: all are known.
             at: T + 1 instants, see `Instants`.
         """
         channels, given = self.channels, self.channels.given
         inputs_TCYX[:, :given] = values_TCYX
         for place, variable in enumerate(channels.masked):
-            known = True if known_TCYX is None else known_TCYX[:, channels.fields.index(variable)]
-            inputs_TCYX[:, given + place] = known
-        if known_TCYX is not None:
-            inputs_TCYX[:, :given][~known_TCYX] = 0.0
+            fresh = 1.0 if fresh_TCYX is None else fresh_TCYX[:, channels.fields.index(variable)]
+            inputs_TCYX[:, given + place] = fresh
+        if fresh_TCYX is not None:
+            inputs_TCYX[:, :given][fresh_TCYX == 0] = 0.0
         first = len(channels.inputs) - len(channels.forcings)
         inputs_TCYX[:, first - len(channels.static) : first] = self._static_SYX
         compute_forcings(channels.forcings, at, self._latitude, self._longitude, inputs_TCYX[:, first:])

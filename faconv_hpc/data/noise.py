@@ -48,7 +48,7 @@ class InputNoise:
         self._per_tendency = torch.from_numpy(column([one.scale / one.target_scale for one in fields]))
 
     def added(self, batch: Batch, step: int, places: Sequence[int]) -> Batch:
-        """The batch with noise on its prognostic fields, where they are known, within the window.
+        """The batch with noise on its prognostic fields, where there are some, within the window.
 
         What is asked for is the change from them to the next true ones. Other inputs, and those after the window, have
         no noise.
@@ -59,14 +59,12 @@ class InputNoise:
         """
         window, fields = slice(self._window), slice(len(self._size))
         noise_BTCYX = torch.from_numpy(np.stack([self.of(step, place) for place in places]))[:, None]
-        known_BTCYX = batch.known_BTCYX
-        if known_BTCYX is not None:
-            noise_BTCYX = noise_BTCYX * known_BTCYX[:, window]
+        fresh_BTCYX = batch.fresh_BTCYX
+        if fresh_BTCYX is not None:
+            noise_BTCYX = noise_BTCYX * (fresh_BTCYX[:, window] > 0)
         inputs_BTCYX, target_BTCYX = batch.inputs_BTCYX.clone(), batch.target_BTCYX.clone()
         inputs_BTCYX[:, window, fields] += noise_BTCYX
         target_BTCYX[:, window, fields] -= noise_BTCYX * self._per_tendency
-        if batch.valid_BTCYX is not None:
-            target_BTCYX *= batch.valid_BTCYX
         return replace(batch, inputs_BTCYX=inputs_BTCYX, target_BTCYX=target_BTCYX)
 
     def of(self, step: int, place: int) -> NDArray[np.float32]:

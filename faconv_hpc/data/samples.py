@@ -15,6 +15,7 @@ from torch import Tensor
 from ..spatial.grid import LatLonGrid, Tile
 from .annual_cycle import AnnualCycle
 from .forcings import Instants
+from .gaps import fill_gaps
 from .inputs import Inputs, column
 from .periods import evenly
 from .store import Store
@@ -30,11 +31,13 @@ class Batch:
     """Samples of a tile.
 
     Args:
-        inputs_BTCYX: float32, see `Channels.inputs`. Normalised fields, 0 where missing; 1 where those that may miss
-            cells are known; then what is static or computed.
+        inputs_BTCYX: float32, see `Channels.inputs`. Normalised fields, with gaps as `fill_gaps` fills them, 0 where
+            nothing was known yet; of those that may miss cells how fresh they are; then what is static or computed.
         target_BTCYX: float32, see `Channels.targets`. Change of each prognostic field to the next frame over its
-            ``tendency_std``, and each diagnostic one of the next frame, normalised; 0 where it is not valid.
-        valid_BTCYX: whether a target is valid, a change where both its frames are; None if none is ever missing.
+            ``tendency_std``, and each diagnostic one of the next frame, normalised. Gaps are filled at both ends of a
+            change, so that a sum of changes is that of the fields; 0 where there is none to begin from.
+        valid_BTCYX: whether a target is valid, a change where the next frame is known and there is something to begin
+            from; None if none is ever missing.
         year_fraction_BT: float64, of the input frames.
         windows: which windows of the `Windows` these are.
         channels: what stands where.
@@ -48,16 +51,16 @@ class Batch:
     channels: Channels
 
     @property
-    def known_BTCYX(self) -> Tensor | None:
-        """1 where a prognostic field of the input is known, 0 where it is missing; None if none ever is."""
+    def fresh_BTCYX(self) -> Tensor | None:
+        """How fresh the prognostic fields of the input are, see `fill_gaps`; None if none ever misses cells."""
         masks = self.channels.masks
         if all(place is None for place in masks):
             return None
-        known_BTCYX = torch.ones_like(self.inputs_BTCYX[:, :, : len(masks)])
+        fresh_BTCYX = torch.ones_like(self.inputs_BTCYX[:, :, : len(masks)])
         for field, place in enumerate(masks):
             if place is not None:
-                known_BTCYX[:, :, field] = self.inputs_BTCYX[:, :, place]
-        return known_BTCYX
+                fresh_BTCYX[:, :, field] = self.inputs_BTCYX[:, :, place]
+        return fresh_BTCYX
 
     def first(self, steps: int) -> "Batch":
         """The same samples, of the first steps alone."""
@@ -173,18 +176,21 @@ class Windows:
         span = slice(frames.start, frames.stop)
         at = Instants(self.store.time_hours[span], self.store.year_fraction[span], self.store.utc_hour[span])
         values_TCYX, known_TCYX = self.store.read(frames, self.tile, self._stored)
+        fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, changing)
         inputs.transform(values_TCYX, at.year_fraction)
         np.subtract(values_TCYX[1:, :changing], values_TCYX[:-1, :changing], out=target_TCYX[:, :changing])
         target_TCYX[:, :changing] *= self._per_tendency
         inputs.normalise(values_TCYX)
         target_TCYX[:, changing:] = values_TCYX[1:, given:]
-        inputs.fill(values_TCYX[:-1, :given], None if known_TCYX is None else known_TCYX[:-1, :given], at, inputs_TCYX)
+        inputs.fill(values_TCYX[:-1, :given], None if fresh_TCYX is None else fresh_TCYX[:-1, :given], at, inputs_TCYX)
         if valid_TCYX is not None:
             valid_TCYX[:] = True
-        if known_TCYX is not None and valid_TCYX is not None:
-            np.logical_and(known_TCYX[1:, :changing], known_TCYX[:-1, :changing], out=valid_TCYX[:, :changing])
-            valid_TCYX[:, changing:] = known_TCYX[1:, given:]
-            target_TCYX[~valid_TCYX] = 0.0
+        if fresh_TCYX is not None and valid_TCYX is not None:
+            begun_TCYX, known_TCYX = fresh_TCYX[:-1, :changing] > 0, fresh_TCYX[1:] == 1
+            np.logical_and(known_TCYX[:, :changing], begun_TCYX, out=valid_TCYX[:, :changing])
+            valid_TCYX[:, changing:] = known_TCYX[:, given:]
+            target_TCYX[:, :changing][~begun_TCYX] = 0.0
+            target_TCYX[:, changing:][~known_TCYX[:, given:]] = 0.0
 
 
 class ReadAhead(Generic[T], Iterator[Batch]):

@@ -26,7 +26,7 @@ class Variable(BaseModel):
         role: see `Role`.
         log1p: the scale s of ``z = log(1 + x / s)``, that the network sees instead of x; None: it sees x.
         harmonics: of the `AnnualCycle` c(t) of each cell; the network sees ``z = x - c(t)``. None: it sees x.
-        may_miss: whether cells may be missing; the network has an input that says where, if it has the field.
+        may_miss: whether cells may be missing; the network has an input that says how long, if it has the field.
         loss_weight: of its squared error among those of the others.
         inherited: whether the statistics are of the data of the network whose weights the run began with.
         mean, std, tendency_std: of z; the last of its change from a frame to the next.
@@ -101,8 +101,8 @@ class Channels:
         forcings: names of computed inputs.
         fields: variables that are read for every time, in this order: prognostic, forcing, diagnostic.
         targets: variables that are forecast: prognostic, diagnostic.
-        masked: those of the inputs that may miss cells, and have an input that is 1 where they are known.
-        inputs: names of the input channels: prognostic, forcing, ``valid_`` and the name of each that is masked,
+        masked: those of the inputs that may miss cells, and have an input that says how fresh they are: `fill_gaps`.
+        inputs: names of the input channels: prognostic, forcing, ``fresh_`` and the name of each that is masked,
             static, and computed ones.
     """
 
@@ -113,7 +113,7 @@ class Channels:
         given = self.prognostic + self.forcing
         self.fields, self.targets = given + self.diagnostic, self.prognostic + self.diagnostic
         self.masked = tuple(one for one in given if one.may_miss)
-        masks, static = (f"valid_{one.name}" for one in self.masked), (one.name for one in self.static)
+        masks, static = (f"fresh_{one.name}" for one in self.masked), (one.name for one in self.static)
         self.inputs = (*(one.name for one in given), *masks, *static, *self.forcings)
 
     @property
@@ -125,13 +125,13 @@ class Channels:
     def remembered(self) -> int:
         """How many of the inputs, from the first, a network that sees earlier frames has of them.
 
-        Fields, and where they are known: what is static it has anyway, what is computed follows from time and place.
+        Fields, and how fresh they are: what is static it has anyway, what is computed follows from time and place.
         """
         return self.given + len(self.masked)
 
     @cached_property
     def masks(self) -> tuple[int | None, ...]:
-        """For each prognostic variable the input channel that says where it is known."""
+        """For each prognostic variable the input channel that says how fresh it is."""
         places = {one.name: self.given + place for place, one in enumerate(self.masked)}
         return tuple(places.get(one.name) for one in self.prognostic)
 

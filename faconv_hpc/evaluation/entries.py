@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cftime
 import numpy as np
@@ -39,6 +39,20 @@ def is_file_of_forecasts(path: Path) -> bool:
     return path.suffix in FILES or any((path / mark).exists() for mark in ZARR_MARKS)
 
 
+class Run(NamedTuple):
+    """A forecast from one date.
+
+    Attributes:
+        begun_CYX: of the truth's targets, bool, where there was something to begin from: elsewhere nothing is forecast,
+            which is no error. None: everywhere.
+        leads: (C, Y, X) float64 of this tile, the truth's targets, lead by lead; NaN where it has none. Collective over
+            the tiles of a network.
+    """
+
+    begun_CYX: Tensor | None
+    leads: Iterator[Tensor]
+
+
 class Entry(Protocol):
     """One of those that stand in a table.
 
@@ -60,9 +74,8 @@ class Entry(Protocol):
     def has(self, truth: Truth, case: Case) -> bool:
         """Whether it forecasts from that date over those leads."""
 
-    def leads(self, truth: Truth, case: Case, domain: Domain) -> Iterator[Tensor]:
-        """(C, Y, X) float64 of this tile, the truth's targets, lead by lead; NaN where it has none. Collective over
-        the tiles of a network."""
+    def run(self, truth: Truth, case: Case, domain: Domain) -> Run:
+        """Its forecast from that date."""
 
 
 @dataclass
@@ -98,7 +111,7 @@ class NetworkEntry:
         """From any date; what it needs is looked up when it is asked."""
         return True
 
-    def leads(self, truth: Truth, case: Case, domain: Domain) -> Iterator[Tensor]:
+    def run(self, truth: Truth, case: Case, domain: Domain) -> Run:
         """See `Entry`.
 
         Raises:
@@ -113,9 +126,14 @@ class NetworkEntry:
                 f"{self.name} forecasts {next(told)} ... h ahead, and what is compared is {next(told)} ... h ahead of "
                 f"{truth.axis.label(case.start)}. Judge models of other steps by files: `faconv forecast`."
             )
-        places = _places(truth.targets, [one.name for one in self.contract.channels.targets])
-        for lead_CYX in self.forecaster.leads(frames, start):
-            yield _chosen(lead_CYX, places)
+        names = [one.name for one in self.contract.channels.targets]
+        places = [names.index(one.name) if one.name in names else None for one in truth.targets]
+        prepared = self.forecaster.prepared(frames, start)
+        known_PYX = ~prepared[0].last_BPYX[0].isnan()
+        everywhere_YX = torch.ones_like(known_PYX[0])  # a diagnostic begins from nothing
+        begun = [known_PYX[at] if at is not None and at < len(known_PYX) else everywhere_YX for at in places]
+        leads = (_chosen(lead_BCYX[0], places) for lead_BCYX in self.forecaster.free_run(*prepared))
+        return Run(torch.stack(begun), leads)
 
     def _frames_of(self, sequence: str | None) -> Frames:
         if sequence not in self._frames:
@@ -210,11 +228,13 @@ class FileEntry:
             return None
         return init, [lead for lead in leads if lead is not None]
 
-    def leads(self, truth: Truth, case: Case, domain: Domain) -> Iterator[Tensor]:
+    def run(self, truth: Truth, case: Case, domain: Domain) -> Run:
         """See `Entry`; reads whole rows."""
         found = self._places(truth, case)
         assert found is not None, f"{self.name} was asked for {truth.axis.label(case.start)}"
-        init, leads = found
+        return Run(None, self._leads(truth, *found, domain))
+
+    def _leads(self, truth: Truth, init: int, leads: list[int], domain: Domain) -> Iterator[Tensor]:
         rows, columns = self._onto(truth)
         for lead in leads:
             with domain.mesh.activity.during(READING):
@@ -301,10 +321,6 @@ def _decoded(times: xr.DataArray, kinds: str, usual: str, path: Path) -> xr.Vari
 def _place(among_s: NDArray[np.int64], second: Any) -> int | None:
     found = np.flatnonzero(np.abs(among_s - second) <= IRREGULAR_S)
     return int(found[0]) if found.size else None
-
-
-def _places(targets: Sequence[Target], names: Sequence[str]) -> list[int | None]:
-    return [names.index(one.name) if one.name in names else None for one in targets]
 
 
 def _chosen(fields_CYX: Tensor, places: Sequence[int | None]) -> Tensor:

@@ -184,11 +184,12 @@ class _Work:
         """One case, lead by lead. Collective over the tiles."""
         case = self._cases[number]
         start_CYX, mean_then_CYX = self._base.came(case.start), self._base.climatology(case.start)
-        known = ~start_CYX.isnan()
-        runs = zip(*(one.leads(self._truth, case, self._domain) for one in self._entries), strict=True)
-        for lead, (frame, forecasts) in enumerate(zip(case.leads, runs, strict=True)):
+        known, runs = ~start_CYX.isnan(), [one.run(self._truth, case, self._domain) for one in self._entries]
+        for run in runs:
+            known = known if run.begun_CYX is None else known & run.begun_CYX
+        leads = zip(*(run.leads for run in runs), strict=True)
+        for lead, (frame, forecasts) in enumerate(zip(case.leads, leads, strict=True)):
             came_CYX, mean_CYX = self._base.came(frame), self._base.climatology(frame)
-            known &= ~came_CYX.isnan()
             came_CYX = came_CYX.where(known, float("nan"))
             damped_CYX = self._base.damped(lead, start_CYX, mean_then_CYX, mean_CYX)
             free = start_CYX, mean_CYX, damped_CYX

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.forcings import Instants
+from ..data.gaps import fill_gaps
 from ..data.inputs import Inputs
 from ..data.times import TimeAxis
 from ..observe import READING
@@ -39,7 +40,7 @@ class Window:
     Attributes:
         inputs_BTCYX: as the network takes them.
         year_fraction_BT: of their times.
-        last_BPYX: float64, the prognostic variables of the last in their units; NaN where missing.
+        last_BPYX: float64, the prognostic variables of the last in their units; NaN where nothing is known.
     """
 
     inputs_BTCYX: Tensor
@@ -177,7 +178,8 @@ class Forecaster:
         """Forecasts from one date, lead by lead. Collective over the tiles of a replica.
 
         Yields:
-            (C, Y, X) float64 of this tile: `Channels.targets` in their units, NaN where they were missing at the start.
+            (C, Y, X) float64 of this tile: `Channels.targets` in their units, NaN where they were never known in the
+            window.
         """
         for lead_BCYX in self.free_run(*self.prepared(frames, start)):
             yield lead_BCYX[0]
@@ -236,11 +238,12 @@ class Forecaster:
     ) -> Window:
         """Of raw fields, which are changed in place."""
         size, channels = len(values_TCYX), self.contract.channels
+        fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, len(channels.prognostic))
         last_PYX = values_TCYX[-1, : len(channels.prognostic)].astype(np.float64)
         inputs.transform(values_TCYX, at.year_fraction[:size])
         inputs.normalise(values_TCYX)
         inputs_TCYX = torch.empty(size, len(channels.inputs), *self.domain.tile.shape)
-        inputs.fill(values_TCYX, known_TCYX, at, inputs_TCYX.numpy())
+        inputs.fill(values_TCYX, fresh_TCYX, at, inputs_TCYX.numpy())
         fractions = torch.from_numpy(at.year_fraction[:size].copy())
         on_device = (one[None].to(self.device) for one in (inputs_TCYX, fractions, torch.from_numpy(last_PYX)))
         return Window(*on_device)
@@ -277,7 +280,7 @@ class Forecaster:
         inputs.transform(values_TCYX, at.year_fraction[:1])
         inputs.normalise(values_TCYX)
         inputs_TCYX = torch.empty(1, len(self.contract.channels.inputs), *self.domain.tile.shape)
-        inputs.fill(values_TCYX, known_TCYX, at, inputs_TCYX.numpy())
+        inputs.fill(values_TCYX, known_TCYX.astype(np.float32), at, inputs_TCYX.numpy())
         return inputs_TCYX.to(self.device), torch.from_numpy(at.year_fraction[:1].copy()).to(self.device)
 
 

@@ -14,10 +14,10 @@ class Feedback:
     Its inputs are fields, forcings, masks of fields, and whatever else is known; see `Channels.inputs`.
 
     Attributes:
-        window: inputs that are given. The fields of those after them are what has been forecast, the forcings those
-            given, and what is missing in the last input stays missing.
+        window: inputs that are given. The fields of those after them are what has been forecast, as fresh as what is
+            known, the forcings those given; and what there is nothing of in the last input stays missing.
         step: by how much each field, as the network sees it, changes with a tendency of 1.
-        masks: for each field the input that is 1 where it is known; None: it is everywhere.
+        masks: for each field the input that says how fresh it is, 0 where there is none; None: it is known everywhere.
         forcings: the inputs from the fields to here are given at all times; then come those masks.
         through: whether gradients go back through what has been fed back; else each step learns by itself alone.
     """
@@ -43,16 +43,16 @@ class Feedback:
         """
         step_C11 = _on_device(self.step, change_BCYX.device, change_BCYX.dtype)
         now_BCYX = last_BCYX[:, : self.fields] + change_BCYX * step_C11
-        known = [place for place in self.masks if place is not None]
-        if known:  # what is missing is 0, as in the data; without a list as an index, whose copy a device waits for
+        masked = [place for place in self.masks if place is not None]
+        if masked:  # what is missing is 0, as in the data; without a list as an index, whose copy a device waits for
             everywhere = torch.ones_like(last_BCYX[:, 0])
-            masks = [everywhere if place is None else last_BCYX[:, place] for place in self.masks]
+            masks = [everywhere if place is None else (last_BCYX[:, place] > 0).to(everywhere) for place in self.masks]
             now_BCYX = now_BCYX * torch.stack(masks, dim=1)
         parts = (
             now_BCYX.to(given_BCYX),
             given_BCYX[:, self.fields : self.forcings],
-            last_BCYX[:, self.forcings : self.forcings + len(known)],
-            given_BCYX[:, self.forcings + len(known) :],
+            (last_BCYX[:, self.forcings : self.forcings + len(masked)] > 0).to(given_BCYX),
+            given_BCYX[:, self.forcings + len(masked) :],
         )
         return torch.cat(parts, dim=1)
 

@@ -82,11 +82,13 @@ def free_run_loss(
     lead_weights: tuple[float, ...],
     fields: int,
     window: int,
+    begun_BCYX: Tensor | None = None,
 ) -> Loss:
     """Squared error of what has been forecast for the leads from 2 on, averaged as in `area_mean_squared_error`.
 
     A field's error is that of its change since the last step of the window, the sum of tendencies, in the same units
-    as that of lead 1; it counts where the field was known all the time. A diagnostic's error is its own.
+    as that of lead 1; it counts where the field is known then, and there was something to begin from. A diagnostic's
+    error is its own.
 
     Args:
         forecast_BTCYX, target_BTCYX, valid_BTCYX: tendencies and diagnostics of the window and the leads after it.
@@ -94,13 +96,13 @@ def free_run_loss(
         lead_weights: of the leads from 2 on, not all 0.
         fields: how many of the channels are tendencies.
         window: steps before lead 2, the last of which is lead 1.
+        begun_BCYX: bool, where there is something of the fields to begin from. Default: everywhere.
     """
     precision = at_least_float32(forecast_BTCYX.dtype)
     forecast, target = (_since(one.to(precision), fields, window) for one in (forecast_BTCYX, target_BTCYX))
-    valid = None
-    if valid_BTCYX is not None:
-        all_the_time = valid_BTCYX[:, window - 1 :, :fields].cumprod(1)[:, 1:].bool()
-        valid = torch.cat([all_the_time, valid_BTCYX[:, window:, fields:]], dim=2)
+    valid = None if valid_BTCYX is None else valid_BTCYX[:, window:]
+    if valid is not None and begun_BCYX is not None:
+        valid = torch.cat([valid[:, :, :fields] & begun_BCYX[:, None], valid[:, :, fields:]], dim=2)
     return area_mean_squared_error(forecast, target, domain, valid, weights, lead_weights)
 
 

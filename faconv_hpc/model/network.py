@@ -280,7 +280,7 @@ class FAConvLSTMNetwork(nn.Module):
         target_BTCYX: Tensor,
         domain: Domain,
         valid: Tensor | None = None,
-        known: Tensor | None = None,
+        fresh: Tensor | None = None,
         weights: tuple[float, ...] | None = None,
         lead_weights: tuple[float, ...] = (),
     ) -> TrainingLosses:
@@ -290,6 +290,7 @@ class FAConvLSTMNetwork(nn.Module):
         steps, for each lead from 2 on, the mean over W steps and leads counts, each lead with its weight.
 
         Args:
+            fresh: how fresh the fields are that it was given, see `fill_gaps`. Default: all are known.
             lead_weights: of the leads from 2 on, beside 1 for each step of the window; the last one holds for those
                 that follow. Default: 1.
         """
@@ -299,9 +300,16 @@ class FAConvLSTMNetwork(nn.Module):
         if sum(of_leads):
             share = sum(of_leads) / (output.window + sum(of_leads))
             given = output.forecast_BTCYX, target_BTCYX, domain, valid
-            free = free_run_loss(*given, weights, tuple(of_leads), fields=output.fields, window=output.window)
+            free = free_run_loss(
+                *given,
+                weights,
+                tuple(of_leads),
+                fields=output.fields,
+                window=output.window,
+                begun_BCYX=None if fresh is None else fresh[:, output.window - 1] > 0,
+            )
             whole = forecast * (1 - share) + free * share
-        embedding = self.embedding_loss(output, x_BTCYX, domain, known)
+        embedding = self.embedding_loss(output, x_BTCYX, domain, fresh)
         return TrainingLosses(whole + embedding * self.embedding_weight, forecast, embedding)
 
     def forecast_loss(
@@ -329,17 +337,17 @@ class FAConvLSTMNetwork(nn.Module):
         return area_mean_squared_error(forecast_BTCYX, target_BTCYX, domain, valid, weights)
 
     def embedding_loss(
-        self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain, known_BTCYX: Tensor | None = None
+        self, output: NetworkOutput, x_BTCYX: Tensor, domain: Domain, fresh_BTCYX: Tensor | None = None
     ) -> Loss:
         """Error of the coarse fields that the embeddings map to, at each step and at the leads that the sequence has.
 
         Args:
             output: of `forward` on ``x_BTCYX``, whose first channels are the fields.
-            known_BTCYX: 1 where a field is known, 0 where it is missing; a region's mean is over its
-                known cells, a region without any counts in no loss. Default: all are known.
+            fresh_BTCYX: 1 where a field is known; a region's mean is over its known cells, a region without any counts
+                in no loss. Default: all are known.
         """
         fields = x_BTCYX[:, :, : self.field_channels]
-        means, counts = coarse_means(fields, domain, self.subspace.coarse_shape, known_BTCYX)
+        means, counts = coarse_means(fields, domain, self.subspace.coarse_shape, fresh_BTCYX)
         target, counts = coarse_at_leads(means, counts, output.valid_BT, self.subspace.leads)
         return shared_mean_squared_error(output.coarse_BTKCRS, target, counts)
 

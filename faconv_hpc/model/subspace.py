@@ -154,22 +154,23 @@ def seasonal_encoding(year_fraction_BT: Tensor, harmonics: int) -> Tensor:
 
 @torch.no_grad()
 def coarse_means(
-    x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int], known_BTCYX: Tensor | None = None
+    x_BTCYX: Tensor, domain: Domain, coarse_shape: tuple[int, int], fresh_BTCYX: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Area-weighted means of x over regions of whole cells: (B, T, C, R, S) on every tile.
 
     A target, not for use inside the network: gradients do not flow. The regions are those of `Domain.mean`.
 
     Args:
-        x_BTCYX: this tile's cells; 0 where missing.
-        known_BTCYX: 1 where a cell is known, 0 where it is missing; default: all are known.
+        x_BTCYX: this tile's cells.
+        fresh_BTCYX: 1 where a cell is known; less where it has an older value, or none. Default: all are known.
 
     Returns:
         the means over known cells, and which regions have any (None: all).
     """
     check_coarse(coarse_shape, domain.grid.nlat, domain.grid.nlon)
-    if known_BTCYX is None:
+    if fresh_BTCYX is None:
         return domain.mean(x_BTCYX, coarse_shape), None
+    known_BTCYX = (fresh_BTCYX == 1).to(x_BTCYX)
     known = domain.mean(known_BTCYX, coarse_shape)
     means = domain.mean(x_BTCYX * known_BTCYX, coarse_shape)
     return means / known.where(known > 0, 1), known > 0

@@ -89,6 +89,7 @@ def metadata(manifest: Manifest) -> dict[str, str]:
         "step": str(manifest.step),
         "network": json.dumps(network_options(model, manifest.contract.channels, manifest.contract.grid)),
         "contract": manifest.contract.model_dump_json(),
+        "inputs": json.dumps(manifest.contract.channels.inputs),
         "faconv_hpc": manifest.versions["faconv_hpc"],
         "run": Path(manifest.config["run_dir"]).name,
         "window": str(manifest.config["data"]["window"]),

@@ -18,7 +18,7 @@ def free_run(
     """What is forecast from the last of ``window`` inputs on, one lead after the other; as `Feedback` has it.
 
     The state is spun up over the window. From then on the prognostic fields are those of the forecast, forcings those
-    of their times, and what is missing in the last input stays missing.
+    of their times; what there is nothing of in the last input stays missing.
 
     Args:
         batch: of the window and what follows, T steps in all; of those after the window only the forcings are used.

@@ -22,7 +22,7 @@ def losses_of(
         batch.target_BTCYX,
         domain,
         valid=batch.valid_BTCYX,
-        known=batch.known_BTCYX,
+        fresh=batch.fresh_BTCYX,
         weights=batch.channels.loss_weights,
         lead_weights=lead_weights,
     )

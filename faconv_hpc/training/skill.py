@@ -133,15 +133,17 @@ def forecasts_of(
         cycle_LCYX: of the last input and the leads, see `Windows.cycle_of`: a change of an anomaly is one of the field
             less that of its cycle.
 
-    A change is known where the field was known in every frame from the first to the last, a diagnostic where it is
+    A change is known where the field is known then and there was something to begin from, a diagnostic where it is
     and was at the last input.
     """
     channels, changing = batch.channels, len(batch.channels.prognostic)
-    targets_TCYX = batch.target_BTCYX[0]
+    changes_TCYX = batch.target_BTCYX[0, window - 1 :, :changing].cumsum(0)
+    diagnostics_TCYX = batch.target_BTCYX[0, :, changing:]
     if batch.valid_BTCYX is not None:
-        targets_TCYX = targets_TCYX.where(batch.valid_BTCYX[0], float("nan"))
-    changes_TCYX = targets_TCYX[window - 1 :, :changing].cumsum(0)
-    diagnostics_TCYX = targets_TCYX[:, changing:]
+        diagnostics_TCYX = diagnostics_TCYX.where(batch.valid_BTCYX[0, :, changing:], float("nan"))
+        changes_TCYX = changes_TCYX.where(batch.valid_BTCYX[0, window - 1 :, :changing], float("nan"))
+    if batch.fresh_BTCYX is not None:
+        changes_TCYX = changes_TCYX.where(batch.fresh_BTCYX[0, window - 1] > 0, float("nan"))
     before_CYX = torch.full_like(diagnostics_TCYX[0], float("nan")) if window == 1 else diagnostics_TCYX[window - 2]
     start_CYX = batch.inputs_BTCYX[0, window - 1]
     z_CYX = reference_of(start_CYX, channels)

@@ -101,7 +101,7 @@ def _embedded(network: FAConvLSTMNetwork, output: NetworkOutput, batch: Batch, d
     """Of the one window of a batch. Collective over the tiles."""
     losses = losses_of(network, output, batch, domain)
     fields = batch.inputs_BTCYX[:, :, : output.fields]
-    means, known = coarse_means(fields, domain, network.subspace.coarse_shape, batch.known_BTCYX)
+    means, known = coarse_means(fields, domain, network.subspace.coarse_shape, batch.fresh_BTCYX)
     means = means if known is None else means.where(known, torch.nan)
     both = torch.stack([losses.forecast.value, losses.embedding.value])
     values = both, output.embedding_BTE[0], means[0].flatten(1), batch.year_fraction_BT[0]
