@@ -83,13 +83,16 @@ def test_multiply_adds_of_one_cell_by_hand():
 
 
 def test_what_is_kept_is_counted_once_and_without_what_the_caller_has():
-    """Of FAConvLSTM: c before every step, the padded bottleneck, its mean; h is the output."""
+    """Of FAConvLSTM: c before every step, the padded bottleneck, its kernels and what they are made of; h is output."""
     place = Place.of(Domain(LatLonGrid(6, 9)), CASE)
     layer = FAConvLSTM2d(3, 8, attention_every=0)
     kept, moved = LayerRun(layer, place).kept_and_moved_bytes()
     batch, steps, bottleneck, reach = 2, 5, 4, 4
     padded = bottleneck * (6 + 2 * reach) * (9 + 2 * reach)
-    assert kept == 4 * batch * steps * (8 * 6 * 9 + padded + bottleneck)
+    kernels, factors = bottleneck * TAPS, 3 * bottleneck
+    squeezed = 3 + bottleneck + 2 * 1  # the mean of the input, of the bottleneck, and what it is squeezed to
+    kept_of_steps = 8 * 6 * 9 + padded + kernels + factors + squeezed
+    assert kept == 4 * (batch * steps * kept_of_steps + 3 * 9 * TAPS)  # and which tap a kernel's cell is
     weights = sum(parameter.numel() for parameter in layer.parameters())
     assert moved == 2 * (kept + 4 * batch * steps * (3 + 8) * 6 * 9) + 3 * 4 * weights
     assert least_moved_bytes(torch.zeros(2), torch.zeros(3), 100, 10) == 2 * (8 + 12 + 100) + 30

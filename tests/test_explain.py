@@ -78,27 +78,24 @@ def test_weights_of_attention_are_those_it_mixes_by(forecaster):
 
 
 def test_dilations_weigh_as_the_sweep_weighs_them(forecaster, frames, monkeypatch):
-    """The means that squeeze and excitation were given, step by step."""
-    means, weights = [], Bank.weights
+    """The factors that its kernels were made with."""
+    factors, weights = [], Bank.weights
 
-    def seen(bank, mean_BC, *rest):
-        means.append(mean_BC)
-        return weights(bank, mean_BC, *rest)
+    def seen(bank, factors_BTDC, mixing_DCK):
+        factors.append(factors_BTDC)
+        return weights(bank, factors_BTDC, mixing_DCK)
 
     monkeypatch.setattr(Bank, "weights", seen)
     layer, domain = forecaster.network.layers[0], forecaster.domain
     x_BTCYX = torch.randn(1, 5, layer.in_channels, *domain.tile.shape)
     with torch.no_grad():
-        out_BTCYX, _ = layer(x_BTCYX, domain=domain)
-        found_BTDC = layer.dilation_weights(x_BTCYX, out_BTCYX, domain)
-        assert len(means) == 5
-        for step, mean_BC in enumerate(means):
-            excited = layer.excite(torch.nn.functional.silu(layer.squeeze(mean_BC))).sigmoid()
-            lengths = layer.mixing_weight.square().sum(-1).sqrt()
-            expected = excited.view(1, *lengths.shape) * lengths
-            torch.testing.assert_close(found_BTDC[:, step], expected, rtol=1e-4, atol=1e-5)
+        layer(x_BTCYX, domain=domain)
+        found_BTDC = layer.dilation_weights(x_BTCYX, domain)
+        lengths = layer.mixing_weight.square().sum(-1).sqrt()
+        assert factors[0].shape == found_BTDC.shape and factors[0].std() > 0.01
+        torch.testing.assert_close(found_BTDC, factors[0] * lengths, rtol=1e-4, atol=1e-5)
         layer.squeeze = layer.excite = None
-        found_BTDC = layer.dilation_weights(x_BTCYX, out_BTCYX, domain)
+        found_BTDC = layer.dilation_weights(x_BTCYX, domain)
     torch.testing.assert_close(found_BTDC, lengths.expand_as(found_BTDC))
 
 

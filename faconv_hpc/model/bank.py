@@ -1,16 +1,13 @@
-"""The depthwise kernels of a step, and squeeze-and-excitation, which weighs them."""
+"""The depthwise kernels of a sweep's steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .kernels import Kernels
 from .taps import Taps
-
-Pullback = Callable[[Sequence[Tensor]], tuple[Tensor, list[Tensor | None]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,37 +24,12 @@ class Bank:
     owner_DKN: Tensor | None
     kernels: Kernels
 
-    def weights(self, mean_BC: Tensor, mixing: Tensor, *excitation: Tensor | None) -> tuple[Tensor, ...]:
-        """(B, C_b, taps) for each pass: kernels weighed by squeeze-and-excitation of the mean, if there is any."""
-        squeeze, squeeze_bias, excite, bias = excitation
-        if squeeze is None or excite is None:
-            weight_BDCK = mixing.expand(len(mean_BC), *mixing.shape)
-        else:
-            squeezed = functional.silu(functional.linear(mean_BC, squeeze, squeeze_bias))
-            excited = functional.linear(squeezed, excite, bias)
-            weight_BDCK = torch.sigmoid(excited).unflatten(1, mixing.shape[:2]).unsqueeze(-1) * mixing
+    def weights(self, factors_BTDC: Tensor, mixing_DCK: Tensor) -> list[Tensor]:
+        """(T, B, C_b, taps) for each pass, a kernel of each step, sample and channel: each dilation's by its factor."""
+        weights_TBDCK = factors_BTDC.transpose(0, 1)[..., None] * mixing_DCK
         if self.owner_DKN is None:
-            kernels: tuple[Tensor, ...] = weight_BDCK.unbind(1)
-            return kernels
-        return (torch.einsum("bdck,dkn->bcn", weight_BDCK, self.owner_DKN.to(weight_BDCK.dtype)),)
-
-    def again(self, mean_BC: Tensor, mixing: Tensor, *excitation: Tensor | None) -> tuple[tuple[Tensor, ...], Pullback]:
-        """`weights` once more, on the way back; and from the gradients of the kernels those of the mean and of what
-        `weights` takes, None of what is not there."""
-        with torch.enable_grad():
-            mean_BC, mixing = (one.detach().requires_grad_() for one in (mean_BC, mixing))
-            excitation = tuple(None if one is None else one.detach().requires_grad_() for one in excitation)
-            made = self.weights(mean_BC, mixing, *excitation)
-
-        def pullback(grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-            there = [one for one in excitation if one is not None]
-            of_mean, of_mixing, *of_there = torch.autograd.grad(
-                made, [mean_BC, mixing, *there], grads, materialize_grads=True
-            )
-            gradients = iter(of_there)
-            return of_mean, [of_mixing, *(None if one is None else next(gradients) for one in excitation)]
-
-        return tuple(one.detach() for one in made), pullback
+            return [one.contiguous() for one in weights_TBDCK.unbind(2)]
+        return [torch.einsum("tbdck,dkn->tbcn", weights_TBDCK, self.owner_DKN.to(weights_TBDCK.dtype))]
 
     def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor]) -> None:
         """The padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""

@@ -117,7 +117,7 @@ def _given(mixing: Mixing, c: Tensor, gates: Gates) -> tuple[Tensor, ...]:
     (padded, passes, weights), (expansion, bias, peephole) = mixing, gates
     assert is_planar(padded) and c.dtype == torch.float32, "as a sweep makes them"
     offsets = tuple(taps.offsets for taps in passes)
-    factors = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0].contiguous()
+    factors = torch.cat(list(weights), dim=1) if len(weights) > 1 else weights[0].contiguous()
     shifts = _shifts(offsets, padded.shape[3], padded.device)
     return padded, factors, shifts, c, expansion.contiguous(), bias.float().contiguous(), peephole.float().contiguous()
 

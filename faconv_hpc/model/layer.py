@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from ..autograd import as_given
 from ..errors import InputError
+from ..spatial.collectives import at_least_float32
 from ..spatial.domain import Domain
 from .attention import AxialAttention
 from .bank import Bank
@@ -19,6 +20,13 @@ from .sweep import Joined, Seal, Steps, Sweep, Weights
 from .taps import Taps
 
 
+class _InInputsType(nn.Linear):
+    """A linear map in the type of its input, whatever its weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class FAConvLSTM2d(nn.Module):
     """Factorized-attention ConvLSTM over a sequence of fields.
 
@@ -26,13 +34,15 @@ class FAConvLSTM2d(nn.Module):
 
         u = W_x x_t + W_h h + b_u                      1x1, C_b channels
         m_d = K_d * u                                  depthwise, one bank for all gates
-        s = sigmoid(V_2 silu(V_1 mean_area(u)))        one factor per dilation and channel, or 1 for all
+        s = sigmoid(V_2 silu(V_1 mean_area(W_x x_t + b_u)))    one factor per dilation and channel, or 1 for all
         i, f, g, o = W_a sum_d(s_d m_d) + b_a          1x1
         c = sigmoid(f + p_f c) c + sigmoid(i + p_i c) tanh(g)
         h = sigmoid(o + p_o c) tanh(c)                 with the new c
         every K-th step: h = h + gamma (row attention(h) + cos(latitude) column attention(h)), see `AxialAttention`
 
-    The equations are written from the abstract of Nji and Wang, arXiv 2601.10914.
+    The equations are written from the abstract of Nji and Wang, arXiv 2601.10914. The squeeze looks at what comes in,
+    not at the state: forecasts of shallow water were as good, of three seeds (docs/measurements.md). As the means of
+    all steps are taken at once, a step waits for its halo alone.
 
     Args:
         in_channels, hidden_channels: C_x and C_h.
@@ -40,16 +50,12 @@ class FAConvLSTM2d(nn.Module):
         dilations: one depthwise kernel each.
         bottleneck_channels: C_b, default C_h / 2.
         fuse: ``"sum"`` adds the weighed branches, ``"concat"`` gives W_a all of them.
-        se_reduction: the squeeze has C_b / se_reduction channels; 0: there is none, and no mean over all tiles is taken
-            at each step.
+        se_reduction: the squeeze has C_b / se_reduction channels; 0: there is none.
         peephole: whether the gates see the cell state.
         attention_every: K; 0 switches attention off.
         attention_heads, attention_reduction, attention_exchange: see `AxialAttention`.
         kernels: ``"eager"``, ``"compiled"`` or ``"triton"``, see `kernels_named`.
     """
-
-    borrows = ("squeeze", "excite")
-    """Parts whose parameters a sweep is given, and that are never called: who shards parameters must know."""
 
     def __init__(
         self,
@@ -84,8 +90,8 @@ class FAConvLSTM2d(nn.Module):
         self.bottleneck_bias = nn.Parameter(torch.empty(bottleneck))
         self.mixing_weight = nn.Parameter(torch.empty(branches, bottleneck, kernel_size**2))
         squeezed = max(bottleneck // se_reduction, 1) if se_reduction else 0
-        self.squeeze = nn.Linear(bottleneck, squeezed) if squeezed else None
-        self.excite = nn.Linear(squeezed, branches * bottleneck) if squeezed else None
+        self.squeeze = _InInputsType(bottleneck, squeezed) if squeezed else None
+        self.excite = _InInputsType(squeezed, branches * bottleneck) if squeezed else None
         fused = bottleneck * (branches if fuse == "concat" else 1)
         self.expansion_weight = nn.Parameter(torch.empty(4 * hidden_channels, fused))
         self.expansion_bias = nn.Parameter(torch.empty(4 * hidden_channels))
@@ -152,23 +158,27 @@ class FAConvLSTM2d(nn.Module):
         with as_given(x_BTCYX.device):
             return self._swept(x_BTCYX, state, domain, first_step, valid_BT)
 
-    def dilation_weights(self, x_BTCYX: Tensor, h_BTCYX: Tensor, domain: Domain) -> Tensor:
+    def dilation_weights(self, x_BTCYX: Tensor, domain: Domain) -> Tensor:
         """How much each dilation counts in each channel of the bottleneck, (B, T, D, C_b): its factor from squeeze and
-        excitation, times the length of its kernel. For those who want to see it.
+        excitation, times the length of its kernel. For those who want to see it. Collective over the tiles.
 
         Args:
-            x_BTCYX, h_BTCYX: what the layer was given, from a state of zeros, and what it said.
+            x_BTCYX: what the layer is given.
         """
-        if self.squeeze is None or self.excite is None:
-            lengths_DC: Tensor = self.mixing_weight.norm(dim=-1)
-            return lengths_DC.expand(*x_BTCYX.shape[:2], *lengths_DC.shape)
-        before_BTCYX = torch.cat([torch.zeros_like(h_BTCYX[:, :1]), h_BTCYX[:, :-1]], dim=1)
-        means = [domain.mean(one).to(self.input_weight.dtype) for one in (x_BTCYX, before_BTCYX)]
-        mean_BTC = functional.linear(means[0], self.input_weight) + functional.linear(means[1], self.hidden_weight)
-        excited = self.excite(functional.silu(self.squeeze(mean_BTC + self.bottleneck_bias)))
-        factors_BTDC = torch.sigmoid(excited).unflatten(-1, self.mixing_weight.shape[:2])
-        weights_BTDC: Tensor = factors_BTDC * self.mixing_weight.norm(dim=-1)
+        weights_BTDC: Tensor = self._factors(x_BTCYX, domain) * self.mixing_weight.norm(dim=-1)
         return weights_BTDC
+
+    def _factors(self, x_BTCYX: Tensor, domain: Domain) -> Tensor:
+        """(B, T, D, C_b) of squeeze and excitation, in float32 or better. One mean over all tiles for all steps, and
+        on the way back the sum of its gradients."""
+        kind = at_least_float32(self.input_weight.dtype)
+        shape = *x_BTCYX.shape[:2], *self.mixing_weight.shape[:2]
+        if self.squeeze is None or self.excite is None:
+            return self.mixing_weight.new_ones((), dtype=kind).expand(shape)
+        weight, bias = self.input_weight.to(kind), self.bottleneck_bias.to(kind)
+        mean_BTC = functional.linear(domain.mean(x_BTCYX).to(kind), weight, bias)
+        excited: Tensor = self.excite(functional.silu(self.squeeze(mean_BTC)))
+        return torch.sigmoid(excited).view(shape)
 
     def _swept(
         self, x_BTCYX: Tensor, state: State | None, domain: Domain, first_step: int, valid_BT: Tensor | None
@@ -181,17 +191,19 @@ class FAConvLSTM2d(nn.Module):
         h_BTCYX = x_BTCYX.new_empty(*x_BTCYX.shape[:2], *c.shape[1:], dtype=activations)
         ends, parts = self._ends(first_step, x_BTCYX.shape[1]), list[Tensor]()
         spans = [slice(*span) for span in pairwise((0, *ends))]
-        pieces = x_BTCYX.split([span.stop - span.start for span in spans], dim=1)
+        sizes = [span.stop - span.start for span in spans]
+        pieces = x_BTCYX.split(sizes, dim=1)
         weights, seal = self._weights(), Seal()
-        keep = torch.is_grad_enabled() and any(
-            one is not None and one.requires_grad for one in (x_BTCYX, h, c, *weights)
-        )
         bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, h_BTCYX, c))
-        around = domain.surroundings(self.passes[0].reach, with_mean=self.squeeze is not None)
-        steps = Steps(bank, around, seal, keep)
-        for span, x in zip(spans, pieces, strict=True):
+        mixing_DCK = self.mixing_weight.to(weights.bias.dtype)
+        banks = bank.weights(self._factors(x_BTCYX, domain), mixing_DCK)
+        keep = torch.is_grad_enabled() and any(
+            one is not None and one.requires_grad for one in (x_BTCYX, h, c, *banks, *weights)
+        )
+        steps = Steps(bank, domain.halo_exchange(self.passes[0].reach), domain.remembered, seal, keep)
+        for span, x, *own in zip(spans, pieces, *(one.split(sizes) for one in banks), strict=True):
             valid = None if valid_BT is None else valid_BT[:, span]
-            early, last, c = Sweep.call(steps, h_BTCYX[:, span], valid, x, h, c, *weights)
+            early, last, c = Sweep.call(steps, h_BTCYX[:, span], valid, x, h, c, *own, *weights)
             h = self._attended(last, domain, valid) if self._attends(first_step + span.stop) else last
             parts += early, h
         result = Joined.call(h_BTCYX, ends, *parts)
@@ -218,19 +230,11 @@ class FAConvLSTM2d(nn.Module):
             self.input_weight,
             self.hidden_weight,
             self.bottleneck_bias,
-            self.mixing_weight,
-            *_of_linear(self.squeeze),
-            *_of_linear(self.excite),
             self.expansion_weight,
             self.expansion_bias,
             self.peephole_weight,
         )
         return weights.in_float32()
-
-
-def _of_linear(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:
-    """Its weight and bias, if it is there."""
-    return (None, None) if linear is None else (linear.weight, linear.bias)
 
 
 def _check_state(

@@ -2,22 +2,23 @@
 
 Forward, for every step::
 
-    u = W_x x + W_h h + b      in the middle of a padded buffer; its halo and its mean travel together
-    m = sum_d s_d (K_d * u)    s from the mean; or the branches one after the other
+    u = W_x x + W_h h + b      in the middle of a padded buffer, whose halo travels
+    m = K * u                  with the kernels of the step, which are given; or the branches one after the other
     h, c = gates(W_a m + b_a, c)
 
-With activations in bf16, u is summed up and the kernels are made in float32, and rounded once, when they are used; a
+With activations in bf16, u is summed up in float32, and rounded once, when it is used; a
 product is rounded to the type of what it is made of, whatever is added to it is added in float32 or better.
 
 Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and the 4 C_h channels that it
 is expanded to are computed again in backward. It goes through the steps from the last to the first and adds up the
-weights' gradients of all steps in float32 or better; none of a product is made for what does not learn. While halo and
-mean travel, W_x x of the next step is computed; while their gradients do, those of the step's kernels, and those of
-W_x, W_h, b and x of the step before.
+weights' gradients of all steps in float32 or better; none of a product is made for what does not learn. While a halo
+travels, W_x x of the next step is computed; while its gradient does, those of the step's kernels, and those of W_x,
+W_h, b and x of the step before.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,16 +26,16 @@ from torch import Tensor
 
 from ..autograd import Context, Operation, as_given
 from ..spatial.collectives import at_least_float32
-from ..spatial.surroundings import Surroundings
+from ..spatial.exchange import HaloExchange
+from ..spatial.tape import Remembered
 from .bank import Bank
 from .taps import Gates, Mixing
 
 
 class Weights(NamedTuple):
-    """What a step learns: D dilations, K cells of a kernel, S squeezed channels, F channels of m.
+    """What a step learns, but for its kernels; F channels of m.
 
-    In float32 or better, so that their gradients are added up in that, over steps and sweeps. A layer without
-    squeeze-and-excitation has none of its four.
+    In float32 or better, so that their gradients are added up in that, over steps and sweeps.
     """
 
     input: Tensor
@@ -43,16 +44,6 @@ class Weights(NamedTuple):
     """(C_b, C_h)"""
     bias: Tensor
     """(C_b,)"""
-    mixing: Tensor
-    """(D, C_b, K)"""
-    squeeze: Tensor | None
-    """(S, C_b)"""
-    squeeze_bias: Tensor | None
-    """(S,)"""
-    excite: Tensor | None
-    """(D C_b, S)"""
-    excite_bias: Tensor | None
-    """(D C_b,)"""
     expansion: Tensor
     """(4 C_h, F)"""
     expansion_bias: Tensor
@@ -62,7 +53,7 @@ class Weights(NamedTuple):
 
     def in_float32(self) -> "Weights":
         """The same in float32 or better: gradients are rounded once, not for every sweep."""
-        return Weights._make(None if one is None else one.to(at_least_float32(one.dtype)) for one in self)
+        return Weights._make(one.to(at_least_float32(one.dtype)) for one in self)
 
     def of_products(self, activations: torch.dtype, inputs: torch.dtype) -> "Weights":
         """The same, for products with what is of these types."""
@@ -76,11 +67,6 @@ class Weights(NamedTuple):
     def of_gates(self) -> Gates:
         """What expands, and what the gates learn."""
         return Gates(self.expansion, self.expansion_bias, self.peephole)
-
-    @property
-    def of_bank(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """What the kernels that mix are made of, beside the mean."""
-        return self.mixing, self.squeeze, self.squeeze_bias, self.excite, self.excite_bias
 
 
 class Seal:
@@ -109,13 +95,15 @@ class Steps:
     """What a sweep is told beside tensors.
 
     Attributes:
-        bank, surroundings: how its steps mix, and what they know beyond their tile.
+        bank, halo: how its steps mix, and what brings them what lies beyond their tile.
+        remembered: starts that, or has what came when the same segment was first computed.
         seal: of the result that it writes into.
         keep: whether there will be a backward.
     """
 
     bank: Bank
-    surroundings: Surroundings
+    halo: HaloExchange
+    remembered: Remembered
     seal: Seal
     keep: bool
 
@@ -135,7 +123,7 @@ class Sweep(Operation):
         x_BTCYX: (B, T, C_x, Y, X), of the activations' type, or float32.
         h_BCYX: the state; None: zeros.
         c_BCYX: float32 or better.
-        weights: those of `Weights`.
+        learnt: of each pass the kernels of all steps, (T, B, C_b, taps), float32 or better; then those of `Weights`.
 
     Returns:
         h of all steps but the last (B, T - 1, C_h, Y, X), h and c of the last.
@@ -150,28 +138,29 @@ class Sweep(Operation):
         x_BTCYX: Tensor,
         h_BCYX: Tensor | None,
         c_BCYX: Tensor,
-        *weights: Tensor | None,
+        *learnt: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        bank, kernels, length = steps.bank, steps.bank.kernels, x_BTCYX.shape[1]
-        w = Weights._make(weights).of_products(h_BTCYX.dtype, x_BTCYX.dtype)
+        bank, kernels, halo, length = steps.bank, steps.bank.kernels, steps.halo, x_BTCYX.shape[1]
+        banks, w = learnt[: len(bank.passes)], Weights(*learnt[len(bank.passes) :])
+        w = w.of_products(h_BTCYX.dtype, x_BTCYX.dtype)
         last = h_BTCYX.new_empty(c_BCYX.shape)
         u = w.bias.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
         room = kernels.room(u, w.expansion)
-        padded, means, cells = [], [], []
+        padded, cells = list[Tensor](), []
         h, c = h_BCYX, c_BCYX
         kernels.product(w.input, x_BTCYX[:, 0], u)
         for step in range(length):
             if h is not None:
                 kernels.product(w.hidden, h, u, add=True)
             if steps.keep or not step:
-                padded.append(steps.surroundings.halo.framed(u, h_BTCYX.dtype))
-            torch.add(u, w.bias[:, None, None], out=steps.surroundings.halo.owned(padded[-1]))
-            finish = steps.surroundings.start(padded[-1])
+                padded.append(halo.framed(u, h_BTCYX.dtype))
+            owned = torch.add(u, w.bias[:, None, None], out=halo.owned(padded[-1]))
+            received = steps.remembered(partial(halo.start_fill, owned))
             if step < length - 1:
                 kernels.product(w.input, x_BTCYX[:, step + 1], u)
-            mean = finish()
-            mixing = Mixing(padded[-1], bank.passes, bank.weights(mean, *w.of_bank))
+            halo.fill(padded[-1], received())
+            mixing = Mixing(padded[-1], bank.passes, [one[step] for one in banks])
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
             target = h_BTCYX[:, step].data if step < length - 1 else last
             c_after = kernels.mix_and_advance(target, mixing, c, w.of_gates, room)
@@ -182,11 +171,10 @@ class Sweep(Operation):
             h, c = target, c_after
             if steps.keep:
                 cells.append(c)
-                means.append(mean)
         early = h_BTCYX[:, : length - 1].data
         if steps.keep:
             ctx.steps = steps
-            ctx.save_for_backward(valid_BT, x_BTCYX, h_BCYX, early, c_BCYX, *cells[:-1], *means, *padded, *weights)
+            ctx.save_for_backward(valid_BT, x_BTCYX, h_BCYX, early, c_BCYX, *cells[:-1], *padded, *learnt)
         return early, last, c
 
     @staticmethod
@@ -207,12 +195,13 @@ def _swept_back(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of what `Sweep` was given, from those of what it gave."""
     valid_BT, x_BTCYX, h_BCYX, early, *rest = saved
-    length = x_BTCYX.shape[1]
-    cells, means, padded = (rest[first : first + length] for first in (0, length, 2 * length))
+    length, passes = x_BTCYX.shape[1], len(ctx.steps.bank.passes)
+    cells, padded, learnt = rest[:length], rest[length : 2 * length], rest[2 * length :]
     if length > 1:
         ctx.steps.seal.check()
     _, _, _, wants_x, wants_h, wants_c, *learn = ctx.needs_input_grad
-    back = _Backward(ctx.steps, Weights(*rest[3 * length :]), learn, cells[0], early.dtype, x_BTCYX.dtype)
+    banks, weights, learn = learnt[:passes], Weights(*learnt[passes:]), learn[passes:]
+    back = _Backward(ctx.steps, banks, weights, learn, cells[0], early.dtype, x_BTCYX.dtype)
     grad_x = torch.empty_like(x_BTCYX) if wants_x else None
     grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
     grad_h = None
@@ -224,10 +213,10 @@ def _swept_back(
             grad_h.add_(of_result)
         before = early[:, step - 1] if step else h_BCYX
         wanted = None if grad_x is None else grad_x[:, step]
-        state = x_BTCYX[:, step], before, cells[step], padded[step], means[step]
-        grad_h, grad_c = back.step(_held(valid_BT, step), state, grad_h, grad_c, wanted)
-    of_weights = back.gradients()  # which writes the last of x's
-    return None, None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *of_weights
+        state = x_BTCYX[:, step], before, cells[step], padded[step]
+        grad_h, grad_c = back.step(step, _held(valid_BT, step), state, grad_h, grad_c, wanted)
+    of_learnt = back.gradients()  # which writes the last of x's
+    return None, None, None, grad_x, grad_h if wants_h else None, grad_c if wants_c else None, *of_learnt
 
 
 class _Backward:
@@ -236,15 +225,17 @@ class _Backward:
     def __init__(
         self,
         steps: Steps,
+        banks: Sequence[Tensor],
         weights: Weights,
         learn: Sequence[bool],
         c_BCYX: Tensor,
         activations: torch.dtype,
         inputs: torch.dtype,
     ) -> None:
-        self.steps, self.w = steps, weights.of_products(activations, inputs)
+        self.steps, self.banks, self.w = steps, banks, weights.of_products(activations, inputs)
+        self.of_banks = [torch.empty_like(one) for one in banks]
         batch, _, *cells = c_BCYX.shape
-        halo = steps.surroundings.halo
+        halo = steps.halo
         self.grad_u = c_BCYX.new_empty(batch, len(weights.bias), *cells, dtype=activations)
         self.room = steps.bank.kernels.room(c_BCYX, self.w.expansion)
         frame = 2 * halo.width
@@ -257,38 +248,39 @@ class _Backward:
         of_products = (torch.zeros_like(one) for one in (weights.input, weights.hidden))
         self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in of_products)
         self.of_bias = torch.zeros_like(weights.bias)
-        self.others = [None if one is None else torch.zeros_like(one) for one in weights[3:]]
+        self.others = [torch.zeros_like(one) for one in weights[3:]]
         self.left: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def step(
         self,
+        number: int,
         held: Tensor | None,
-        state: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+        state: tuple[Tensor, Tensor | None, Tensor, Tensor],
         grad_h: Tensor,
         grad_c: Tensor,
         grad_x: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The gradients of h and c before a step from those after it; that of x is written where it is wanted."""
-        w, bank, around = self.w, self.steps.bank, self.steps.surroundings
-        x, h, c, padded, mean = state
+        w, bank, halo = self.w, self.steps.bank, self.steps.halo
+        x, h, c, padded = state
         passed = None
         if held is not None:
             passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
-        weights, pullback = bank.again(mean, *w.of_bank)
-        mixing = Mixing(padded, bank.passes, weights)
+        mixing = Mixing(padded, bank.passes, [one[number] for one in self.banks])
         given = self.amid, mixing, c, w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
         grads = bank.kernels.mix_and_retreat(*given)
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
-        bank.adjoint(self.grad_padded, self.framed, weights)
-        halos = around.start_halo_gradient(self.grad_padded)
-        grad_mean, of_bank = pullback(bank.products(padded, grad_m))
-        mean_gradient = around.mean.start_gradient(grad_mean)
+        bank.adjoint(self.grad_padded, self.framed, mixing.weights)
+        received = halo.start_accumulate(self.grad_padded)
+        for into, products in zip(self.of_banks, bank.products(padded, grad_m), strict=True):
+            into[number] = products
         self._do_what_is_left()
-        for total, one in zip(self.others, (*of_bank, grad_expansion, grad_bias, grad_peephole), strict=True):
-            if total is not None and one is not None:
+        for total, one in zip(self.others, (grad_expansion, grad_bias, grad_peephole), strict=True):
+            if one is not None:
                 total.add_(one)
-        around.gradient(self.grad_padded, halos(), mean_gradient(), self.grad_u)
+        self.grad_u.copy_(halo.owned(self.grad_padded))
+        halo.add_halo(self.grad_padded, received(), self.grad_u)
         self.left = x, h, grad_x
         grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
         return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
@@ -309,10 +301,11 @@ class _Backward:
         self.left = None
 
     def gradients(self) -> list[Tensor | None]:
-        """Of all weights, in their order, after the last step; None where one does not learn."""
+        """Of the kernels and of all weights, in their order, after the last step; None where one does not learn."""
         self._do_what_is_left()
         sums = self.of_input.sum(0), self.of_hidden.sum(0), self.of_bias, *self.others
-        return [total if learns else None for total, learns in zip(sums, self.learns.values(), strict=True)]
+        of_weights = [total if learns else None for total, learns in zip(sums, self.learns.values(), strict=True)]
+        return [*self.of_banks, *of_weights]
 
 
 def _add_product(total: Tensor, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:

@@ -58,7 +58,7 @@ class Mixing(NamedTuple):
 
     padded_BCYX: Tensor
     passes: tuple[Taps, ...]
-    weights: tuple[Tensor, ...]
+    weights: Sequence[Tensor]
 
 
 class Gates(NamedTuple):

@@ -36,34 +36,10 @@ class AreaMean:
         share = grad_mean.to(at_least_float32(grad_mean.dtype), copy=True).contiguous()
         return start_sum(share, self._group, self._clock, "adjoint of mean")
 
-    def by_row(self, total: Tensor) -> Tensor:
-        """The gradient at every owned cell of a row, (..., Y, 1): its weight times the mean's gradient."""
-        return total[..., None, None] * self._row_weights(total)[:, None]
-
-    def add_gradient(self, total: Tensor, into: Tensor) -> None:
-        """Adds it to that of every owned cell (..., Y, X), in its type."""
-        into.add_(self.by_row(total).to(into.dtype))
-
     def by_cell(self, total: Tensor, columns: int, kind: torch.dtype) -> Tensor:
         """The same of every owned cell, (..., Y, X), in a type; only rows are in memory."""
-        by_row = self.by_row(total).to(kind)
+        by_row = (total[..., None, None] * self._row_weights(total)[:, None]).to(kind)
         return by_row.expand(*by_row.shape[:-1], columns)
-
-
-class NoMean:
-    """What stands for an `AreaMean` where none is wanted: zeros, of which nothing is sent."""
-
-    def start(self, x: Tensor) -> Finish:
-        """Zeros in the place of the mean."""
-        zeros = x.new_zeros(x.shape[:-2], dtype=at_least_float32(x.dtype))
-        return lambda: zeros
-
-    def start_gradient(self, grad_mean: Tensor) -> Finish:
-        """As it is given."""
-        return lambda: grad_mean
-
-    def add_gradient(self, total: Tensor, into: Tensor) -> None:
-        """Nothing: no cell has part in zeros."""
 
 
 class RegionMeans:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..observe import Clock
-from .area_mean import AreaMean, NoMean, RegionMeans
+from .area_mean import AreaMean, RegionMeans
 from .axis import DIMS, Axis
 from .collectives import all_to_all, gathered_hashes, start_sum
 from .coordinates import Coordinates
@@ -19,7 +19,6 @@ from .grid import Cuts, LatLonGrid, Tile
 from .mesh import ProcessMesh
 from .operations import Gather, Mean, Pad, Swap, SwapBack, Total
 from .squares import cuts_of_squares, grid_of_squares
-from .surroundings import Surroundings
 from .tape import Again, Started, Tape
 
 Value = TypeVar("Value")
@@ -228,13 +227,6 @@ class Domain:
         return start() if self._tape is None else self._tape.started(start)
 
     # What moves the numbers
-
-    def surroundings(self, width: int, *, with_mean: bool = True) -> Surroundings:
-        """Halo and mean of one tensor in one phase, for operations that write their own backward.
-
-        Collective where it is the first of its width, as `halo_exchange`.
-        """
-        return Surroundings(self.halo_exchange(width), self._area_mean if with_mean else NoMean(), self.remembered)
 
     def _means_over(self, regions: tuple[int, int]) -> RegionMeans:
         """Made once."""

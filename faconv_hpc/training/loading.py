@@ -183,18 +183,10 @@ def contract_in(about: Mapping[str, str], path: Path | str = "the file") -> Cont
 def _exported(path: Path) -> Read:
     about = _metadata_in(path)
     contract = contract_in(about, path)
-    if "embedding_past" not in json.loads(about.get("network", "{}")):
+    if about.get("inputs") != json.dumps(contract.channels.inputs):
         raise InputError(
             f"{path} was exported by an older version of faconv_hpc ({about.get('faconv_hpc', 'unknown')}), whose "
-            f"networks made their embedding of the mean over the globe; this version's have no such part. Install the "
-            f"version that exported it, or train anew."
-        )
-    inputs = json.dumps(contract.channels.inputs)
-    if contract.channels.masked and about.get("inputs") != inputs:
-        raise InputError(
-            f"{path} was exported by an older version of faconv_hpc ({about.get('faconv_hpc', 'unknown')}), whose "
-            f"networks saw gaps in fields otherwise: inputs {about.get('inputs', 'that it does not name')}, this "
-            f"version's {inputs}. Install the version that exported it, or train anew."
+            f"networks saw gaps in fields and squeezed otherwise. Install the version that exported it, or train anew."
         )
     prefix, weights = f"{CYCLE}/", load_file(path)
     cycle = {name.removeprefix(prefix): weights.pop(name).numpy() for name in list(weights) if name.startswith(prefix)}

@@ -9,7 +9,8 @@ from .contract import Contract
 from .schedule import Leg
 
 # 1 had no legs, 2 no contract, 3 no roles, 4 no states, 5 no annual cycle, 6 no long names; 7 and those before it made
-# embeddings of the mean over the globe, by a part of the network that there is no more; to 8 every gap was 0.
+# embeddings of the mean over the globe, by a part of the network that there is no more; to 8 every gap was 0, and the
+# squeeze saw the state.
 Format = Literal["faconv_hpc checkpoint 9"]
 READ: tuple[str, ...] = get_args(Format)
 FORMAT = "faconv_hpc checkpoint 9"

@@ -99,7 +99,7 @@ class _Sums:
 
     def _layer_ran(self, layer: nn.Module, given: tuple[Any, ...], said: Any) -> None:
         assert isinstance(layer, FAConvLSTM2d), f"{type(layer)} has no dilations"
-        weights_BTDC = layer.dilation_weights(given[0], said[0], self._domain)
+        weights_BTDC = layer.dilation_weights(given[0], self._domain)
         self._dilations.append((weights_BTDC / weights_BTDC.sum(2, keepdim=True)).mean((0, 1)).double().cpu())
 
     def _attention_ran(self, season: int) -> Callable[..., None]:
