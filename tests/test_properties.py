@@ -15,7 +15,7 @@ from faconv_hpc.model.kernels import EAGER
 from faconv_hpc.model.taps import Taps
 from faconv_hpc.spatial.grid import Boundary, Cuts
 from ranks import Layout, run_on_ranks
-from test_domain import coordinates, lines_through, pad_and_mean, random_like
+from test_domain import coordinates, lines_through, random_like
 from test_halo import reference_padded
 
 CUTS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (4, 1), (2, 3), (3, 2), (6, 1), (2, 4), (4, 2), (1, 8)]
@@ -116,7 +116,6 @@ def test_pad_equals_one_tile_to_the_last_bit(case):
 
 VERBS: dict[str, Callable[[Domain, Tensor, int], Tensor]] = {
     "pad": lambda domain, x, width: domain.pad(x, width),
-    "pad and mean": lambda domain, x, width: torch.cat([y.flatten() for y in pad_and_mean(domain, x, width)]),
     "mean": lambda domain, x, width: domain.mean(x),
     "gather lon": lambda domain, x, width: domain.gather(x, "lon"),
     "gather lat": lambda domain, x, width: domain.gather(x, "lat"),

@@ -280,18 +280,18 @@ def test_a_forecast_that_is_no_number_is_not_left_out(tmp_path, monkeypatch):
     run_on_ranks(Layout(1, 1, 1), lambda mesh: train(config, mesh))
 
     def check(mesh):
-        leads = Forecaster.leads
+        free_run = Forecaster.free_run
 
-        def spoiled(self, frames, start):
-            for number, fields_CYX in enumerate(leads(self, frames, start)):
-                fields_CYX[0, 3, 5] = torch.inf if number else torch.nan
-                yield fields_CYX
+        def spoiled(self, *given):
+            for number, fields_BCYX in enumerate(free_run(self, *given)):
+                fields_BCYX[:, 0, 3, 5] = torch.inf if number else torch.nan
+                yield fields_BCYX
 
-        Forecaster.leads = spoiled
+        Forecaster.free_run = spoiled
         try:
             return evaluated(config, mesh, 2)
         finally:
-            Forecaster.leads = leads
+            Forecaster.free_run = free_run
 
     (evaluation,) = run_on_ranks(Layout(1, 1, 1), check)
     for first, second in (evaluation.skills[:2], evaluation.skills[2:]):
