@@ -27,7 +27,7 @@ DATA = {
     "window": WINDOW,
     "variables": ["heat", "t500", "ice", "vapour", "sst", "rain", "t850", "height"],
     "roles": {"rain": "diagnostic", "sst": "forcing"},
-    "anomalies": {"heat": 1, "rain": 0},
+    "anomalies": {"heat": 1, "ice": 1, "rain": 0},
     "log1p": {"vapour": 0.01},
     "periods": {"test": "2004-03-15/"},
     "forcings": ["insolation", "next_insolation", "step_hours"],

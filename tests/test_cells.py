@@ -40,7 +40,7 @@ PLANE = (GRID.nlat, GRID.nlon)
 PLANAR = [cell for cell in CELLS if cell not in ON_THE_SPHERE]
 OTHERS = [cell for cell in PLANAR if cell != "faconvlstm"]
 INPUTS, FIELDS, HISTORY, PAST = 4, 2, 3, 3
-FREE = Feedback(window=1, step=(0.3, 1.7), masks=(None, None), forcings=FIELDS)
+FREE = Feedback(window=1, step=(0.3, 1.7), fresh=(None, None), forcings=FIELDS)
 HELD = torch.tensor([[True, True, True], [True, False, False]])
 
 
@@ -146,7 +146,7 @@ def test_a_free_run_has_its_own_forecasts_beside_it():
     """What is forecast step by step equals what the network says to the sequence of its own frames."""
     network, x = network_of("linear"), random_like((1, 6, INPUTS, *PLANE), 0)
     season = random_like((1, 6), 1).sigmoid()
-    feedback = Feedback(window=3, step=(0.3, 1.7), masks=(None, None), forcings=FIELDS)
+    feedback = Feedback(window=3, step=(0.3, 1.7), fresh=(None, None), forcings=FIELDS)
     free, frames = network(x, season, feedback=feedback), x.clone()
     changes = free.tendency_BTCYX[:, 2:].cumsum(1) * torch.tensor(feedback.step, dtype=torch.float64)[:, None, None]
     frames[:, 3:, :FIELDS] = frames[:, 2:3, :FIELDS] + changes[:, :-1]

@@ -143,6 +143,15 @@ def test_bfloat16_moves_unchanged_and_is_summed_in_float32(layout):
         want = torch.from_numpy(reference_padded(field.double().numpy(), domain.grid, domain.tile, 2))
         all_agree(domain, torch.equal(padded.double(), want))
         all_agree(domain, torch.equal(domain.mean(domain.scatter(field)), alone.mean(field)))
+        in_float32 = domain.mean(domain.scatter(field), dtype=torch.float32)
+        all_agree(domain, torch.allclose(in_float32.double(), alone.mean(field.double()), rtol=1e-6, atol=0))
+        x = domain.scatter(field).clone().requires_grad_()
+        mine = 1 + 2**-9 if domain.mesh.tile_index == 0 else -1 / (domain.tiles - 1)  # in bf16 they would cancel
+        (grad,) = torch.autograd.grad(
+            domain.mean(x, dtype=torch.float32), x, torch.full(x.shape[:-2], mine, dtype=torch.float32)
+        )
+        want = 2**-9 * domain.coordinates.row_weights(x.float())[:, None].expand(x.shape)
+        all_agree(domain, grad.dtype == x.dtype and torch.allclose(grad.float(), want, rtol=0.01, atol=0))
         close = {"rtol": 2**-8, "atol": 0}  # the last of its eight bits
         by_region = domain.mean(domain.scatter(field), (3, 5))
         all_agree(domain, torch.allclose(by_region, alone.mean(field, (3, 5)), **close))

@@ -272,6 +272,14 @@ def test_what_does_not_learn_is_not_multiplied_out(kernels, monkeypatch):
     got = gradients()
     assert got.keys() == want.keys() - frozen and all(torch.equal(got[name], want[name]) for name in got)
     assert made == [None] * 4
+    mix_weights, products = passes.mix_weights, []
+    monkeypatch.setattr(passes, "mix_weights", lambda *given: products.append(mix_weights(*given)) or products[-1])
+    gradients()
+    assert len(products) == 4
+    for name, parameter in layer.named_parameters():  # nor of kernels that nothing is made of that learns
+        parameter.requires_grad_(name == "expansion_bias")
+    layer(x.detach())[0].square().sum().backward()
+    assert len(products) == 4 and layer.expansion_bias.grad.abs().min() > 0
 
 
 def test_one_exchange_for_every_step_one_reduction_for_all_and_none_for_recomputation():

@@ -1,5 +1,7 @@
 """What bf16 rounds, and what it does not: inputs, sums, gradients."""
 
+import copy
+
 import pytest
 import torch
 
@@ -84,7 +86,7 @@ def test_a_forecast_sees_a_small_change_of_its_inputs():
 
 def test_a_free_run_moves_on_by_changes_that_bf16_would_lose():
     last = field_and_after()[:, 0]
-    feedback = Feedback(window=1, step=(0.01, 0.01), masks=(None, None), forcings=2)
+    feedback = Feedback(window=1, step=(0.01, 0.01), fresh=(None, None), forcings=2)
     after = feedback.inputs(last, torch.zeros_like(last), torch.ones_like(last))
     torch.testing.assert_close(after - last, torch.full_like(last, 0.01), rtol=1e-3, atol=0)
 
@@ -126,3 +128,15 @@ def test_an_input_that_a_layer_would_round_is_refused():
     for layer in (FAConvLSTM2d(1, 4, attention_every=0), ConvLSTM2d(1, 4), DepthwiseMixer2d(1, 4, 3)):
         with pytest.raises(InputError, match=r"weights are torch\.float32, the input torch\.bfloat16.*takes torch\.fl"):
             layer(torch.zeros(1, 1, 1, 4, 4, dtype=torch.bfloat16))
+
+
+def test_the_mean_of_bf16_is_squeezed_as_it_is():
+    """Between two numbers of bf16, to one of which it would be rounded."""
+    low = FAConvLSTM2d(3, 8, attention_every=0).to(torch.bfloat16)
+    exact = copy.deepcopy(low).float()
+    x_BTCYX = torch.where(torch.arange(6) % 2 == 0, 1.0, 1 + 2 * EPS).expand(1, 2, 3, 4, 6)
+    found, want = (
+        one.dilation_weights(x, Domain.plane(4, 6)) / one.mixing_weight.norm(dim=-1)
+        for one, x in ((low, x_BTCYX.bfloat16()), (exact, x_BTCYX))
+    )
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)

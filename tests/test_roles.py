@@ -171,7 +171,7 @@ def test_masks_are_of_those_that_may_miss():
     sound, gaps = ({"units": "", "mean": 0, "std": 1, "tendency_std": 1, "may_miss": one} for one in (False, True))
     taken = [Variable(name="a", **sound), Variable(name="b", **gaps), Variable(name="c", role="forcing", **gaps)]
     channels = Channels(taken, ["insolation"])
-    assert channels.inputs == ("a", "b", "c", "fresh_b", "fresh_c", "insolation") and channels.masks == (None, 3)
+    assert channels.inputs == ("a", "b", "c", "fresh_b", "fresh_c", "insolation") and channels.fresh == (None, 3)
     inputs = torch.arange(6.0).expand(2, 3, 4, 5, 6).permute(0, 1, 4, 2, 3)
     batch = Batch(inputs, inputs[:, :, :2], None, torch.zeros(2, 3), (0, 1), channels)
     assert (batch.fresh_BTCYX[:, :, 0] == 1).all() and (batch.fresh_BTCYX[:, :, 1] == 3).all()

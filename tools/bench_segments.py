@@ -132,9 +132,9 @@ class CountedTape(Tape):
 
     kept: ClassVar[Counter[str]] = Counter()
     KINDS: ClassVar = {
-        tuple: "halos and means of steps",
+        dict: "halos",
         list: "attention",
-        Tensor: "means over regions",
+        Tensor: "means",
     }
 
     def started(self, start: Callable[[], Started[object]]) -> Started[object]:

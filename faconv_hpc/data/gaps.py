@@ -1,5 +1,7 @@
 """Cells that are missing now and were known before: they have the value that they had last, and it is told how old."""
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,10 +12,10 @@ def fill_gaps(
     """Gives missing cells of the first ``fields`` channels, in place, what they had in the last frame that knows them.
 
     A network that sees 0 in every gap, the mean of the field, sees leaps that are as large as the field, and could
-    forecast no cell that is missing in the frame it begins from.
+    forecast no cell that is missing in the frame it begins from. Of what has an annual cycle the anomaly is kept.
 
     Args:
-        values_TCYX: frames that follow each other.
+        values_TCYX: frames that follow each other, as `Inputs.transform` gives them.
         known_TCYX: where they are known; None: everywhere.
         fields: how many channels are filled, from the first; the others stay as they are.
 
@@ -25,7 +27,7 @@ def fill_gaps(
         return None
     fresh_TCYX = known_TCYX.astype(np.float32)
     filled = slice(fields)
-    for before, now in zip(range(len(values_TCYX) - 1), range(1, len(values_TCYX)), strict=True):
+    for before, now in pairwise(range(len(values_TCYX))):
         gaps_CYX, older_CYX = ~known_TCYX[now, filled], fresh_TCYX[before, filled]
         np.copyto(values_TCYX[now, filled], values_TCYX[before, filled], where=gaps_CYX)
         np.copyto(fresh_TCYX[now, filled], older_CYX / (1 + older_CYX), where=gaps_CYX)

@@ -1,4 +1,4 @@
-"""From raw fields of a tile to what a network takes: transformed, normalised, with masks, static and computed ones."""
+"""From raw fields of a tile to what a network takes: transformed, normalised, how fresh, static and computed ones."""
 
 from collections.abc import Sequence
 

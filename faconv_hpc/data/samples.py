@@ -31,8 +31,9 @@ class Batch:
     """Samples of a tile.
 
     Args:
-        inputs_BTCYX: float32, see `Channels.inputs`. Normalised fields, with gaps as `fill_gaps` fills them, 0 where
-            nothing was known yet; of those that may miss cells how fresh they are; then what is static or computed.
+        inputs_BTCYX: float32, see `Channels.inputs`. Normalised fields, gaps of prognostic ones as `fill_gaps` fills
+            them, 0 where there is nothing; of those that may miss cells how fresh they are, of forcings 1 or 0; then
+            what is static or computed.
         target_BTCYX: float32, see `Channels.targets`. Change of each prognostic field to the next frame over its
             ``tendency_std``, and each diagnostic one of the next frame, normalised. Gaps are filled at both ends of a
             change, so that a sum of changes is that of the fields; 0 where there is none to begin from.
@@ -53,11 +54,11 @@ class Batch:
     @property
     def fresh_BTCYX(self) -> Tensor | None:
         """How fresh the prognostic fields of the input are, see `fill_gaps`; None if none ever misses cells."""
-        masks = self.channels.masks
-        if all(place is None for place in masks):
+        places = self.channels.fresh
+        if all(place is None for place in places):
             return None
-        fresh_BTCYX = torch.ones_like(self.inputs_BTCYX[:, :, : len(masks)])
-        for field, place in enumerate(masks):
+        fresh_BTCYX = torch.ones_like(self.inputs_BTCYX[:, :, : len(places)])
+        for field, place in enumerate(places):
             if place is not None:
                 fresh_BTCYX[:, :, field] = self.inputs_BTCYX[:, :, place]
         return fresh_BTCYX
@@ -176,8 +177,8 @@ class Windows:
         span = slice(frames.start, frames.stop)
         at = Instants(self.store.time_hours[span], self.store.year_fraction[span], self.store.utc_hour[span])
         values_TCYX, known_TCYX = self.store.read(frames, self.tile, self._stored)
-        fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, changing)
         inputs.transform(values_TCYX, at.year_fraction)
+        fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, changing)
         np.subtract(values_TCYX[1:, :changing], values_TCYX[:-1, :changing], out=target_TCYX[:, :changing])
         target_TCYX[:, :changing] *= self._per_tendency
         inputs.normalise(values_TCYX)

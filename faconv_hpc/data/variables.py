@@ -26,7 +26,7 @@ class Variable(BaseModel):
         role: see `Role`.
         log1p: the scale s of ``z = log(1 + x / s)``, that the network sees instead of x; None: it sees x.
         harmonics: of the `AnnualCycle` c(t) of each cell; the network sees ``z = x - c(t)``. None: it sees x.
-        may_miss: whether cells may be missing; the network has an input that says how long, if it has the field.
+        may_miss: whether cells may be missing; the network has an input that says how fresh it is.
         loss_weight: of its squared error among those of the others.
         inherited: whether the statistics are of the data of the network whose weights the run began with.
         mean, std, tendency_std: of z; the last of its change from a frame to the next.
@@ -130,7 +130,7 @@ class Channels:
         return self.given + len(self.masked)
 
     @cached_property
-    def masks(self) -> tuple[int | None, ...]:
+    def fresh(self) -> tuple[int | None, ...]:
         """For each prognostic variable the input channel that says how fresh it is."""
         places = {one.name: self.given + place for place, one in enumerate(self.masked)}
         return tuple(places.get(one.name) for one in self.prognostic)

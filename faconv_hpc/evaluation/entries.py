@@ -18,7 +18,7 @@ from ..data.units import hint, same_units
 from ..errors import InputError
 from ..forecasting.campaign import open_frames
 from ..forecasting.dates import Timeline
-from ..forecasting.forecaster import Forecaster
+from ..forecasting.forecaster import Forecaster, Prepared
 from ..forecasting.frames import Frames
 from ..forecasting.names import level_of
 from ..observe import READING
@@ -132,8 +132,12 @@ class NetworkEntry:
         known_PYX = ~prepared[0].last_BPYX[0].isnan()
         everywhere_YX = torch.ones_like(known_PYX[0])  # a diagnostic begins from nothing
         begun = [known_PYX[at] if at is not None and at < len(known_PYX) else everywhere_YX for at in places]
-        leads = (_chosen(lead_BCYX[0], places) for lead_BCYX in self.forecaster.free_run(*prepared))
-        return Run(torch.stack(begun), leads)
+        return Run(torch.stack(begun), self._leads(prepared, places))
+
+    @torch.no_grad()
+    def _leads(self, prepared: Prepared, places: Sequence[int | None]) -> Iterator[Tensor]:
+        for lead_BCYX in self.forecaster.free_run(*prepared):
+            yield _chosen(lead_BCYX[0], places)
 
     def _frames_of(self, sequence: str | None) -> Frames:
         if sequence not in self._frames:

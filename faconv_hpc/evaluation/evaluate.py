@@ -52,7 +52,8 @@ def evaluate(
     dates.
 
     Dates are those whose leads lie in the test period of the first network, or those of the first file, as far as all
-    have them. A cell counts where it is known what came at the start and at every lead up to the one in question.
+    have them. A cell counts where it is known what came, at the start and at the lead, and where each network had
+    something to begin from.
 
     Args:
         models: run directories, checkpoints, exported files; or files of forecasts.

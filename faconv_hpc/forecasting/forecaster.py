@@ -14,6 +14,7 @@ from ..data.forcings import Instants
 from ..data.gaps import fill_gaps
 from ..data.inputs import Inputs
 from ..data.times import TimeAxis
+from ..data.variables import Channels
 from ..observe import READING
 from ..spatial.device import device_for
 from ..spatial.domain import Domain
@@ -46,6 +47,10 @@ class Window:
     inputs_BTCYX: Tensor
     year_fraction_BT: Tensor
     last_BPYX: Tensor
+
+
+Prepared = tuple[Window, Iterator[tuple[Tensor, Tensor]], Iterator[Tensor]]
+"""What `Forecaster.free_run` takes."""
 
 
 class Forecaster:
@@ -184,9 +189,7 @@ class Forecaster:
         for lead_BCYX in self.free_run(*self.prepared(frames, start)):
             yield lead_BCYX[0]
 
-    def prepared(
-        self, frames: Frames, start: Start
-    ) -> tuple[Window, Iterator[tuple[Tensor, Tensor]], Iterator[Tensor]]:
+    def prepared(self, frames: Frames, start: Start) -> Prepared:
         """What `free_run` takes, of one date; what is given at later times is read when it is asked for."""
         inputs = self._inputs(frames)
         window = self._window_of(inputs, frames, start)
@@ -238,14 +241,18 @@ class Forecaster:
     ) -> Window:
         """Of raw fields, which are changed in place."""
         size, channels = len(values_TCYX), self.contract.channels
-        fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, len(channels.prognostic))
-        last_PYX = values_TCYX[-1, : len(channels.prognostic)].astype(np.float64)
+        last_PYX = torch.from_numpy(values_TCYX[-1, : len(channels.prognostic)].astype(np.float64))
         inputs.transform(values_TCYX, at.year_fraction[:size])
+        fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, len(channels.prognostic))
+        if known_TCYX is not None:
+            filled = values_TCYX[-1], inputs.cycle_at(at.year_fraction[size - 1 : size])[0]
+            known_PYX = torch.from_numpy(known_TCYX[-1, : len(channels.prognostic)])
+            last_PYX = torch.where(known_PYX, last_PYX, _in_units_of(channels, *filled))
         inputs.normalise(values_TCYX)
         inputs_TCYX = torch.empty(size, len(channels.inputs), *self.domain.tile.shape)
         inputs.fill(values_TCYX, fresh_TCYX, at, inputs_TCYX.numpy())
         fractions = torch.from_numpy(at.year_fraction[:size].copy())
-        on_device = (one[None].to(self.device) for one in (inputs_TCYX, fractions, torch.from_numpy(last_PYX)))
+        on_device = (one[None].to(self.device) for one in (inputs_TCYX, fractions, last_PYX))
         return Window(*on_device)
 
     def _read(
@@ -288,6 +295,12 @@ def instants(times: TimeAxis, places: range) -> Instants:
     """Of some times that follow each other, and the one after them."""
     span = slice(places.start, places.stop + 1)
     return Instants(times.hours[span], times.year_fraction[span], times.utc_hour[span])
+
+
+def _in_units_of(channels: Channels, z_CYX: NDArray[np.float32], cycle_CYX: NDArray[np.float32]) -> Tensor:
+    """(P, Y, X) float64, the prognostic variables of what the network sees of them, which is not normalised yet."""
+    fields = zip(channels.prognostic, torch.from_numpy(z_CYX).double(), torch.from_numpy(cycle_CYX), strict=False)
+    return torch.stack([one.value(z_YX) + cycle_YX for one, z_YX, cycle_YX in fields])
 
 
 def _all_known(fields_TCYX: NDArray[np.float32], known_TCYX: NDArray[np.bool_] | None) -> NDArray[np.bool_]:

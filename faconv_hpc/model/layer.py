@@ -20,7 +20,7 @@ from .sweep import Joined, Seal, Steps, Sweep, Weights
 from .taps import Taps
 
 
-class _InInputsType(nn.Linear):
+class _Squeezing(nn.Linear):
     """A linear map in the type of its input, whatever its weights are kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ class FAConvLSTM2d(nn.Module):
         self.bottleneck_bias = nn.Parameter(torch.empty(bottleneck))
         self.mixing_weight = nn.Parameter(torch.empty(branches, bottleneck, kernel_size**2))
         squeezed = max(bottleneck // se_reduction, 1) if se_reduction else 0
-        self.squeeze = _InInputsType(bottleneck, squeezed) if squeezed else None
-        self.excite = _InInputsType(squeezed, branches * bottleneck) if squeezed else None
+        self.squeeze = _Squeezing(bottleneck, squeezed) if squeezed else None
+        self.excite = _Squeezing(squeezed, branches * bottleneck) if squeezed else None
         fused = bottleneck * (branches if fuse == "concat" else 1)
         self.expansion_weight = nn.Parameter(torch.empty(4 * hidden_channels, fused))
         self.expansion_bias = nn.Parameter(torch.empty(4 * hidden_channels))
@@ -176,7 +176,7 @@ class FAConvLSTM2d(nn.Module):
         if self.squeeze is None or self.excite is None:
             return self.mixing_weight.new_ones((), dtype=kind).expand(shape)
         weight, bias = self.input_weight.to(kind), self.bottleneck_bias.to(kind)
-        mean_BTC = functional.linear(domain.mean(x_BTCYX).to(kind), weight, bias)
+        mean_BTC = functional.linear(domain.mean(x_BTCYX, dtype=kind), weight, bias)
         excited: Tensor = self.excite(functional.silu(self.squeeze(mean_BTC)))
         return torch.sigmoid(excited).view(shape)
 
@@ -189,14 +189,14 @@ class FAConvLSTM2d(nn.Module):
         activations = self.input_weight.dtype
         _check_state(h, c, x_BTCYX, self.hidden_channels, activations)
         h_BTCYX = x_BTCYX.new_empty(*x_BTCYX.shape[:2], *c.shape[1:], dtype=activations)
+        weights, seal = self._weights(), Seal()
+        bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, h_BTCYX, c))
+        # Before x is split: the gradient of all its cells then comes first, and the means' is added in its place.
+        banks = bank.weights(self._factors(x_BTCYX, domain), self.mixing_weight.to(weights.bias.dtype))
         ends, parts = self._ends(first_step, x_BTCYX.shape[1]), list[Tensor]()
         spans = [slice(*span) for span in pairwise((0, *ends))]
         sizes = [span.stop - span.start for span in spans]
         pieces = x_BTCYX.split(sizes, dim=1)
-        weights, seal = self._weights(), Seal()
-        bank = Bank(self.passes, self._owner_DKN, kernels_for(self.kernels, h_BTCYX, c))
-        mixing_DCK = self.mixing_weight.to(weights.bias.dtype)
-        banks = bank.weights(self._factors(x_BTCYX, domain), mixing_DCK)
         keep = torch.is_grad_enabled() and any(
             one is not None and one.requires_grad for one in (x_BTCYX, h, c, *banks, *weights)
         )

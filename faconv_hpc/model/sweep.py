@@ -195,13 +195,12 @@ def _swept_back(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of what `Sweep` was given, from those of what it gave."""
     valid_BT, x_BTCYX, h_BCYX, early, *rest = saved
-    length, passes = x_BTCYX.shape[1], len(ctx.steps.bank.passes)
+    length = x_BTCYX.shape[1]
     cells, padded, learnt = rest[:length], rest[length : 2 * length], rest[2 * length :]
     if length > 1:
         ctx.steps.seal.check()
     _, _, _, wants_x, wants_h, wants_c, *learn = ctx.needs_input_grad
-    banks, weights, learn = learnt[:passes], Weights(*learnt[passes:]), learn[passes:]
-    back = _Backward(ctx.steps, banks, weights, learn, cells[0], early.dtype, x_BTCYX.dtype)
+    back = _Backward(ctx.steps, learnt, learn, cells[0], early.dtype, x_BTCYX.dtype)
     grad_x = torch.empty_like(x_BTCYX) if wants_x else None
     grad_c = torch.zeros_like(cells[0]) if grad_c is None else grad_c
     grad_h = None
@@ -225,15 +224,16 @@ class _Backward:
     def __init__(
         self,
         steps: Steps,
-        banks: Sequence[Tensor],
-        weights: Weights,
+        learnt: Sequence[Tensor],
         learn: Sequence[bool],
         c_BCYX: Tensor,
         activations: torch.dtype,
         inputs: torch.dtype,
     ) -> None:
-        self.steps, self.banks, self.w = steps, banks, weights.of_products(activations, inputs)
-        self.of_banks = [torch.empty_like(one) for one in banks]
+        passes = len(steps.bank.passes)
+        self.steps, self.banks, weights = steps, learnt[:passes], Weights(*learnt[passes:])
+        self.w = weights.of_products(activations, inputs)
+        self.of_banks = [torch.empty_like(one) for one in self.banks] if any(learn[:passes]) else []
         batch, _, *cells = c_BCYX.shape
         halo = steps.halo
         self.grad_u = c_BCYX.new_empty(batch, len(weights.bias), *cells, dtype=activations)
@@ -244,7 +244,7 @@ class _Backward:
         )
         self.amid = self.framed[..., frame : frame + cells[0], frame : frame + cells[1]]
         self.grad_padded = halo.framed(self.grad_u)
-        self.learns = dict(zip(Weights._fields, learn, strict=True))
+        self.learns = dict(zip(Weights._fields, learn[passes:], strict=True))
         of_products = (torch.zeros_like(one) for one in (weights.input, weights.hidden))
         self.of_input, self.of_hidden = (total.expand(batch, *total.shape).clone() for total in of_products)
         self.of_bias = torch.zeros_like(weights.bias)
@@ -273,7 +273,7 @@ class _Backward:
         grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
         bank.adjoint(self.grad_padded, self.framed, mixing.weights)
         received = halo.start_accumulate(self.grad_padded)
-        for into, products in zip(self.of_banks, bank.products(padded, grad_m), strict=True):
+        for into, products in zip(self.of_banks, bank.products(padded, grad_m) if self.of_banks else (), strict=True):
             into[number] = products
         self._do_what_is_left()
         for total, one in zip(self.others, (grad_expansion, grad_bias, grad_peephole), strict=True):
@@ -305,7 +305,8 @@ class _Backward:
         self._do_what_is_left()
         sums = self.of_input.sum(0), self.of_hidden.sum(0), self.of_bias, *self.others
         of_weights = [total if learns else None for total, learns in zip(sums, self.learns.values(), strict=True)]
-        return [*self.of_banks, *of_weights]
+        of_banks = self.of_banks if self.of_banks else [None] * len(self.banks)
+        return [*of_banks, *of_weights]
 
 
 def _add_product(total: Tensor, grad_BCYX: Tensor, x_BCYX: Tensor) -> None:

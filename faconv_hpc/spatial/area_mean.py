@@ -1,4 +1,4 @@
-"""Area-weighted means over all tiles: started early, waited for late. No autograd here, see operations.py.
+"""Area-weighted means over all tiles, in two halves: start and finish. No autograd here, see operations.py.
 
 Without matrix products, whose factors TF32 and autocast round: what is lost would depend on how the grid is cut.
 """

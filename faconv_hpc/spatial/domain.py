@@ -145,18 +145,20 @@ class Domain:
         owned_LNC: Tensor = SwapBack.call(x_LNC, self.axis(axis), lines, self.remembered)
         return owned_LNC
 
-    def mean(self, x: Tensor, regions: tuple[int, int] | None = None) -> Tensor:
+    def mean(self, x: Tensor, regions: tuple[int, int] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Area-weighted mean of x (..., Y, X) over all tiles: (...), the same on every rank.
 
-        For use inside the network. Summed in float32 or better, returned in x's type. Adjoint: the
-        sum over tiles of the gradients, spread by area. Every rank's loss depends on the mean, and
+        For use inside the network. Summed in float32 or better. Adjoint: the sum over tiles of the
+        gradients, spread by area. Every rank's loss depends on the mean, and
         so on every cell of every tile.
 
         Args:
             regions: (R, S), for the means over so many regions of whole cells, (..., R, S), see `RegionMeans`.
+            dtype: of the mean, and of its gradient until tiles have added theirs. Default: x's.
         """
         self.check_cells(x)
-        mean: Tensor = Mean.call(x, self._area_mean if regions is None else self._means_over(regions), self.remembered)
+        of = self._area_mean if regions is None else self._means_over(regions)
+        mean: Tensor = Mean.call(x, of, dtype or x.dtype, self.remembered)
         return mean
 
     def total(self, x: Tensor) -> Tensor:

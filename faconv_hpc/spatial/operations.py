@@ -1,9 +1,10 @@
 """The differentiable operations behind a domain's verbs: what is sent going forward, and going back.
 
 Each stands with its adjoint. What moves the numbers is in exchange.py (halos) and area_mean.py, each in two halves,
-start and finish, so that what does not depend on it can be computed in between; and in axis.py, which waits.
+start and finish; sweep.py computes between those of halos. And in axis.py, which waits.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,16 +36,18 @@ class Mean(Operation):
     """Area-weighted sum over all tiles, or over each region, going forward; gradients summed over tiles going back."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, mean: AreaMean | RegionMeans, remembered: Remembered) -> Tensor:
-        ctx.mean, ctx.columns = mean, x.shape[-1]
+    def forward(
+        ctx: Context, x: Tensor, mean: AreaMean | RegionMeans, kind: torch.dtype, remembered: Remembered
+    ) -> Tensor:
+        ctx.mean, ctx.columns, ctx.kind = mean, x.shape[-1], x.dtype
         # Detached: what autograd returns must not be the tensor on the tape, or the two keep each other alive.
         received: Tensor = remembered(lambda: mean.start(x))()
-        return received.detach().to(x.dtype)
+        return received.detach().to(kind)
 
     @staticmethod
-    def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad_mean: Tensor) -> tuple[Tensor, None, None, None]:
         total = ctx.mean.start_gradient(grad_mean)()
-        return ctx.mean.by_cell(total, ctx.columns, grad_mean.dtype), None, None
+        return ctx.mean.by_cell(total, ctx.columns, ctx.kind), None, None, None
 
 
 class Gather(Operation):

@@ -69,7 +69,7 @@ def feedback_of(channels: Channels, window: int, *, through: bool = True) -> Fee
     return Feedback(
         window=window,
         step=tuple(one.target_scale / one.scale for one in channels.prognostic),
-        masks=channels.masks,
+        fresh=channels.fresh,
         forcings=channels.given,
         through=through,
     )
