@@ -178,8 +178,8 @@ def rewritten(checkpoint, **changes):
 def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(copied, store):
     """Going on from the one before would throw away what the newest holds."""
     newest = checkpoints_in(copied)[-1]
-    rewritten(newest, format="faconv_hpc checkpoint 9", more={"of": "this"})
-    told = r"step-00000006 was written by faconv_hpc \S+ as 'faconv_hpc checkpoint 9', .*Install the version"
+    rewritten(newest, format="faconv_hpc checkpoint 10", more={"of": "this"})
+    told = r"step-00000006 was written by faconv_hpc \S+ as 'faconv_hpc checkpoint 10', .*Install the version"
     with pytest.raises(OtherVersionError, match=told):
         next(whole_checkpoints(copied))
     with pytest.raises(AssertionError, match=told):
