@@ -69,7 +69,8 @@ class SubspaceHead(nn.Module):
         self.embed = nn.Linear(narrow * math.prod(coarse_shape), embedding_channels)
         self.season = nn.Linear(2 * HARMONICS, embedding_channels, bias=False) if seasonal_encoding else None
         self.attention_norm = nn.LayerNorm(embedding_channels)
-        self.qkv = nn.Linear(embedding_channels, 3 * embedding_channels)
+        # None on keys: it would add the same to all logits of a query, and have a gradient of rounding errors alone.
+        self.qkv = nn.Linear(embedding_channels, 3 * embedding_channels, bias=False)
         self.bias_of_age = nn.Parameter(torch.zeros(past, heads))
         self.attention_out = nn.Linear(embedding_channels, embedding_channels)
         self.mlp_norm = nn.LayerNorm(embedding_channels)
