@@ -121,7 +121,7 @@ def test_a_batch_is_what_its_docstring_says(store: Store) -> None:
             np.testing.assert_allclose(got[:, field], normal, atol=3e-5)
             np.testing.assert_allclose(got[:, 2 + field], fresh[:-1], rtol=1e-6)
             assert np.array_equal(batch.valid_BTCYX[sample, :, field].numpy(), begun & came)
-            np.testing.assert_allclose(batch.target_BTCYX[sample, :, field], change, atol=6e-5)
+            np.testing.assert_allclose(batch.target_BTCYX[sample, :, field], change, atol=3e-5)
             assert (got[:, 4] == 0.25).all()
     assert not batch.valid_BTCYX.all() and len(batch.inputs_BTCYX[:, :, 2].unique()) == 5  # 1, 1/2, 1/3, 1/4 and 0
     assert torch.isfinite(batch.inputs_BTCYX).all()

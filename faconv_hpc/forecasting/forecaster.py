@@ -244,9 +244,9 @@ class Forecaster:
         last_PYX = torch.from_numpy(values_TCYX[-1, : len(channels.prognostic)].astype(np.float64))
         inputs.transform(values_TCYX, at.year_fraction[:size])
         fresh_TCYX = fill_gaps(values_TCYX, known_TCYX, len(channels.prognostic))
-        if known_TCYX is not None:
+        if fresh_TCYX is not None:
             filled = values_TCYX[-1], inputs.cycle_at(at.year_fraction[size - 1 : size])[0]
-            known_PYX = torch.from_numpy(known_TCYX[-1, : len(channels.prognostic)])
+            known_PYX = torch.from_numpy(fresh_TCYX[-1, : len(channels.prognostic)] == 1)
             last_PYX = torch.where(known_PYX, last_PYX, _in_units_of(channels, *filled))
         inputs.normalise(values_TCYX)
         inputs_TCYX = torch.empty(size, len(channels.inputs), *self.domain.tile.shape)
