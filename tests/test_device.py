@@ -225,6 +225,7 @@ def _asker():
 def test_a_step_waits_for_the_device_once(tmp_path, store, stage, precision):
     """DeepSpeed asks three times at most, all in its update; torch's Adam counts in host memory."""
     training = ALL["training"] | {"zero_stage": stage, "precision": precision, "on_not_finite": "skip", "steps": 3}
+    config = small_config(tmp_path, store, mesh={"replicas": 2}, data=DATA, training=training)
 
     def check(mesh):
         found, step, gathered, updates = [], Trainer._step, ProcessMesh.gathered, Engine.updates.fget
@@ -239,7 +240,6 @@ def test_a_step_waits_for_the_device_once(tmp_path, store, stage, precision):
             with torch._C.DisableTorchFunction():
                 return call(*given)
 
-        config = small_config(tmp_path, store, mesh={"replicas": 2}, data=DATA, training=training)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "_step", counted)
             patch.setattr(ProcessMesh, "gathered", lambda *given: of_the_host(gathered, *given))
