@@ -12,11 +12,17 @@ import torch
 WARM_UP = 2
 """Runs that are not counted: passes are compiled, and the library chooses among its ways."""
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """As <malloc.h> numbers them."""
+
+MOST_MMAPS = 2**16
+"""glibc's own M_MMAP_MAX."""
 
 KEEPS_LEAST, KEEPS_MOST = 2**16, 2**25
 """Bytes: small enough for every tensor that counts; where glibc's own threshold ends by itself."""
+
+LARGEST_HOLE = 2**30
+"""Bytes; larger ones are taken in parts."""
 
 Key = TypeVar("Key")
 Work = Callable[[], object]
@@ -78,6 +84,7 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     library = ctypes.CDLL(None)
     _keep_at_most(library, KEEPS_LEAST)
+    holes = _holes(library)
     try:
         if not _peak_is_what_there_is(library):
             return None
@@ -85,6 +92,8 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
         work()
         return max(_resident_bytes("VmHWM") - before, 0)
     finally:
+        for hole in holes:
+            library.free(hole)
         _keep_at_most(library, KEEPS_MOST)
 
 
@@ -93,6 +102,26 @@ def _keep_at_most(library: ctypes.CDLL, size: int) -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, size)
         library.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
+def _holes(library: ctypes.CDLL) -> list[ctypes.c_void_p]:
+    """What is free between blocks of the heap and is as large as those that are given back, taken and not touched: what
+    work put there would stay with the process when it is freed."""
+    if not hasattr(library, "mallopt"):
+        return []
+    library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
+    library.malloc.argtypes, library.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
+    library.mallopt(M_MMAP_MAX, 0)
+    found, size = [], LARGEST_HOLE
+    while size >= KEEPS_LEAST:
+        end, block = library.sbrk(0), ctypes.c_void_p(library.malloc(size))
+        if library.sbrk(0) == end and block:
+            found.append(block)
+        else:  # no hole is as large: the heap has grown for it
+            library.free(block)
+            size //= 2
+    library.mallopt(M_MMAP_MAX, MOST_MMAPS)
+    return found
 
 
 def _peak_is_what_there_is(library: ctypes.CDLL) -> bool:
