@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import gc
 import os
 import shutil
 import signal
@@ -21,8 +22,13 @@ from balance import (  # noqa: F401
 )
 
 torch.set_num_threads(1)
+forks.collect_garbage_seldom()
 MINI_SLURM = Path(__file__).parent.parent / "tools" / "mini_slurm.sh"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the tests, and all that they import
 
 
 @pytest.fixture(scope="session", autouse=True)
