@@ -80,6 +80,13 @@ def _no_test_makes_a_rank_of_the_next():
         os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def _files_of_a_test_are_closed():
+    """Also those that the traceback of an expected error holds: HDF5 opens no file twice in two ways."""
+    yield
+    gc.collect(1)
+
+
 @pytest.fixture(scope="session")
 def share(request):
     """``share(values, number, parts)``: every part-th value from ``number`` on, or with --all every one.

@@ -132,7 +132,7 @@ def forecasts_weights():
 
 
 def test_without_dates_of_training_climatology_is_the_networks_own_or_of_dates_that_are_named(elsewhere, tmp_path):
-    late = xr.open_dataset(elsewhere / "source.nc", decode_times=False, engine="h5netcdf").isel(time=slice(68, None))
+    late = xr.load_dataset(elsewhere / "source.nc", decode_times=False, engine="h5netcdf").isel(time=slice(68, None))
     late.to_netcdf(tmp_path / "late.nc", engine="h5netcdf")
     model, data = [elsewhere / "model.safetensors"], [tmp_path / "late.nc"]
     own, named = (
@@ -385,7 +385,7 @@ def test_what_has_nothing_in_common_is_refused(files, elsewhere, tmp_path):
     ):
         evaluate([files / "good.nc"], ALONE, data=[files / "truth.nc"], climatology=["1999"])
     with pytest.raises(InputError, match=r"has no 2 frames within 2004-03-15/ that 3 frames precede"):
-        late = xr.open_dataset(elsewhere / "source.nc", decode_times=False, engine="h5netcdf").isel(time=slice(9, 30))
+        late = xr.load_dataset(elsewhere / "source.nc", decode_times=False, engine="h5netcdf").isel(time=slice(9, 30))
         late.to_netcdf(tmp_path / "early.nc", engine="h5netcdf")
         evaluate([elsewhere / "model.safetensors"], ALONE, data=[tmp_path / "early.nc"], leads=2)
 
@@ -610,7 +610,7 @@ def test_chance_is_no_verdict():
 def test_several_sequences_are_no_truth_of_a_file(files, tmp_path):
     from faconv_hpc.prepare.preparation import prepare
 
-    members = xr.open_dataset(files / "truth.nc", decode_times=False, engine="h5netcdf").expand_dims(member=["a", "b"])
+    members = xr.load_dataset(files / "truth.nc", decode_times=False, engine="h5netcdf").expand_dims(member=["a", "b"])
     members.to_netcdf(tmp_path / "members.nc", engine="h5netcdf")
     prepare([tmp_path / "members.nc"], tmp_path / "store", sequence_dim="member")
     assert truth_of([tmp_path / "store"], None, ["u"]).axis.names == ("a", "b")

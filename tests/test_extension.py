@@ -229,7 +229,7 @@ def test_a_store_that_was_never_extended_is_of_the_format_before(tmp_path):
     extended = shutil.copytree(tmp_path / "store", tmp_path / "extended")
     extend([source(tmp_path / "v.nc", "v")], extended)
     for path, version in ((tmp_path / "store", FORMAT_VERSION), (extended, EXTENDED_VERSION)):
-        assert xr.open_dataset(path / STORE_FILE, engine="h5netcdf").attrs["format_version"] == version
+        assert xr.load_dataset(path / STORE_FILE, engine="h5netcdf").attrs["format_version"] == version
 
 
 MORE = {"later": ("uv", HOURS[7:]), "beside": ("w", HOURS[:7]), "static": (), "beside and static": ("w", HOURS[:7])}

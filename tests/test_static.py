@@ -50,7 +50,7 @@ def test_what_has_no_time_is_kept_with_its_statistics(made):
         assert np.array_equal(got[1], dataset["land"].values[2:7, 3:14])
         with pytest.raises(InputError, match=r"no static variable 'hight'.*Did you mean 'height'"):
             store.read_static(["hight"], tile)
-    opened = xr.open_dataset(path / STATIC_FILE, engine="h5netcdf")
+    opened = xr.load_dataset(path / STATIC_FILE, engine="h5netcdf")
     assert np.array_equal(opened["land"].values, dataset["land"].values) and opened["height"].units == "m"
 
 
