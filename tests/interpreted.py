@@ -93,11 +93,18 @@ def passes(kernels, kind, batch, rows, columns, channels, bottleneck, dilations,
         kernels.room(c, gates.weight),
         torch.empty_like(u).contiguous(),
     )
-    after = kernels.mix_and_advance(h.data, mixing, c, gates, room)
-    of_weight, of_mixed, of_c, of_bias, of_peep = kernels.mix_and_retreat(amid, mixing, c, gates, grad_h, grad_c, room)
-    kernels.mix(back, framed[:, :bottleneck], weights[0], taps[0].mirrored)
+    after = torch.empty_like(c)
+    for some in (slice(1, rows), slice(0, 1))[rows == 1 :]:
+        kernels.mix_and_advance(h.data, after, mixing, c, gates, room, some)
+    of_c, sums = torch.empty_like(c), []
+    for some in (slice(0, 1), slice(1, rows))[: 2 - (rows == 1)]:
+        sums.append(kernels.mix_and_retreat(amid, of_c, mixing, c, gates, grad_h, grad_c, room, some))
+    of_weight, of_bias, of_peep = (sum(parts) for parts in zip(*sums, strict=True))
+    for some in (slice(0, 2), slice(2, rows + 2 * reach)):
+        looked = framed[:, :bottleneck, some.start : some.stop + 2 * reach]
+        kernels.mix(back[..., some, :], looked, weights[0], taps[0].mirrored)
     of_taps = kernels.mix_weights(u, amid[:, :bottleneck], taps[0].offsets)
-    return {"h": h, "c": after, "of expansion": of_weight, "of m": of_mixed, "of c": of_c, "of bias": of_bias,
+    return {"h": h, "c": after, "of expansion": of_weight, "of m": amid, "of c": of_c, "of bias": of_bias,
             "of peepholes": of_peep, "of m, framed": framed, "of u": back, "of taps": of_taps}  # fmt: skip
 
 
@@ -135,10 +142,11 @@ def gates_at_their_ends(kernels):
         torch.ones(1, channels, 2, 3),
         Gates(torch.zeros(4 * channels, 1), bias.repeat(4), torch.zeros(3, channels)),
     )
-    h, room = torch.empty(1, channels, 2, 3), kernels.room(given[1], given[2].weight)
-    after = kernels.mix_and_advance(h, *given, room)
-    grads = kernels.mix_and_retreat(torch.empty(1, 1, 2, 3), *given, torch.ones_like(h), torch.ones_like(h), room)
-    return {"h": h, "c": after, "of c": grads[2], "of bias": grads[3]}
+    (h, after), room = torch.empty(2, 1, channels, 2, 3), kernels.room(given[1], given[2].weight)
+    kernels.mix_and_advance(h, after, *given, room, slice(0, 2))
+    of_c, one = torch.empty_like(h), torch.ones_like(h)
+    sums = kernels.mix_and_retreat(torch.empty(1, 1, 2, 3), of_c, *given, one, one, room, slice(0, 2))
+    return {"h": h, "c": after, "of c": of_c, "of bias": sums.bias}
 
 
 def gradients_of_what_learns(kernels, learns):
@@ -151,8 +159,9 @@ def gradients_of_what_learns(kernels, learns):
     gates = Gates(*(random_like(shape, 6).float() for shape in ((4 * channels, 5), (4 * channels,), (3, channels))))
     mixing = Mixing(u, (taps,), (random_like((1, 5, 9), 5).float(),))
     before, room = PRODUCTS.total(), kernels.room(c, gates.weight)
-    of_weight, *others = kernels.mix_and_retreat(m, mixing, c, gates, 2 * c, 3 * c, room, learns)
-    return of_weight, others, PRODUCTS.total() - before
+    of_c, given = torch.empty_like(c), (mixing, c, gates, 2 * c, 3 * c, room, slice(0, rows), learns)
+    of_weight, *others = kernels.mix_and_retreat(m, of_c, *given)
+    return of_weight, [m, of_c, *others], PRODUCTS.total() - before
 
 
 def what_does_not_learn(kernels):

@@ -232,7 +232,7 @@ def test_json_tells_all_of_every_layer(printed):
 def test_json_of_ranks_tells_what_tiles_cost(printed):
     result = BenchResult.model_validate_json(printed[1])
     (row,) = result.rows
-    assert result.case == case_of(mesh=MeshConfig(lon=2)) and row.tiles is not None and row.faster == {}
+    assert result.case == case_of(mesh=MeshConfig(lat=2)) and row.tiles is not None and row.faster == {}
     tiles = row.tiles
     for ratio, over in ((tiles.efficiency, tiles.apart_s), (tiles.speed_up, tiles.whole_s)):
         assert over.least / row.total_s.most <= ratio.median <= over.most / row.total_s.least

@@ -6,7 +6,7 @@ import platform
 import weakref
 from collections import Counter
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -19,9 +19,9 @@ from faconv_hpc.errors import InputError
 from faconv_hpc.model import kernels as kernels_module
 from faconv_hpc.model import native, sweep
 from faconv_hpc.model.attention import AxialAttention, ExchangeCost, cheaper_exchange, exchange_costs
-from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, TracedKernels, Turn, kernels_for
+from faconv_hpc.model.kernels import BY_EXP, EAGER, OF_LIBRARY, Kernels, TracedKernels, Turn, kernels_for
 from faconv_hpc.model.subspace import SubspaceHead, coarse_means, seasonal_encoding
-from faconv_hpc.model.taps import Gates, Taps
+from faconv_hpc.model.taps import Gates, Mixing, Taps
 from faconv_hpc.spatial import collectives
 from faconv_hpc.spatial.area_mean import AreaMean, RegionMeans
 from faconv_hpc.spatial.exchange import HaloExchange
@@ -282,6 +282,45 @@ def test_what_does_not_learn_is_not_multiplied_out(kernels, monkeypatch):
     assert len(products) == 4 and layer.expansion_bias.grad.abs().min() > 0
 
 
+def test_rows_that_need_no_other_tile_are_computed_while_messages_travel():
+    """In every step, forward and backward; all of them where columns are cut, before and after."""
+
+    def check(mesh):
+        domain, events = Domain(LatLonGrid(9, 12, lat_boundary="zero"), mesh), []
+
+        def told(name, function):
+            def call(self, *given):
+                (rows,) = [(one.start, one.stop) for one in given if isinstance(one, slice)] or [name]
+                events.append(rows)
+                return function(self, *given)
+
+            return call
+
+        layer = randomized(FAConvLSTM2d(3, 8, dilations=(2,), attention_every=0, kernels="eager"))
+        with pytest.MonkeyPatch.context() as patch:
+            for of, names in (
+                (HaloExchange, ("start_fill", "fill_received", "start_accumulate", "add_halo")),
+                (Kernels, ("mix_and_advance", "mix_and_retreat")),
+            ):
+                for name in names:
+                    patch.setattr(of, name, told(name, getattr(of, name)))
+            out, _ = layer(torch.randn(1, 2, 3, *domain.tile.shape).double(), domain=domain)
+            out.square().sum().backward()
+        return events
+
+    def step(edges, core):
+        return 2 * ["start_fill", *core, "fill_received", *edges] + 2 * [*edges, "start_accumulate", *core, "add_halo"]
+
+    north, middle, south = run_on_ranks(Layout(1, 3, 1), check)
+    assert (north, south) == (step([(1, 3)], [(0, 1)]), step([(0, 2)], [(2, 3)]))
+    assert middle == step([(0, 3)], [])
+    north, south = run_on_ranks(Layout(1, 2, 1), check)
+    assert (north, south) == (step([(3, 5)], [(0, 3)]), step([(0, 2)], [(2, 4)]))
+    for events in run_on_ranks(Layout(1, 1, 2), check):
+        assert events == step([(0, 9)], [])
+    assert run_on_ranks(Layout(1, 1, 1), check) == [step([], [(0, 9)])]
+
+
 def test_one_exchange_for_every_step_one_reduction_for_all_and_none_for_recomputation():
     """Of the bottleneck's channels, and its gradient, whatever is computed again."""
 
@@ -344,9 +383,13 @@ def test_the_passes_have_the_gradients_that_autograd_gives():
     given = [random_like(shape, number).requires_grad_() for number, shape in enumerate(shapes)]
     grad_h, grad_c = random_like((2, 3, 2, 3), 8), random_like((2, 3, 2, 3), 9)
     h = torch.zeros(2, 3, 2, 3).double()
-    want = torch.autograd.grad((h, EAGER.advance(h, *given[:2], Gates(*given[2:]))), given, (grad_h, grad_c))
+    after = torch.zeros_like(h)
+    EAGER.advance(h, after, *given[:2], Gates(*given[2:]))
+    want = torch.autograd.grad((h, after), given, (grad_h, grad_c))
     with torch.no_grad():
-        of_weight, of_mixed, of_c, of_bias, of_peep = EAGER.retreat(*given[:2], Gates(*given[2:]), grad_h, grad_c)
+        of_mixed, of_c = given[0].detach().clone(), torch.empty_like(given[1])
+        gates = Gates(*given[2:])
+        of_weight, of_bias, of_peep = EAGER.retreat(of_mixed, of_c, given[1], gates, grad_h, grad_c)
     for got, one in zip((of_mixed, of_c, of_weight, of_bias, of_peep), want, strict=True):
         torch.testing.assert_close(got, one)
 
@@ -371,17 +414,48 @@ def all_passes(kernels, batch, rows, columns, kind=torch.float32):
     m, c = m.contiguous(), c.contiguous()
     *parameters, other = (random_like(shape, 9).to(kind) for shape in ((28, 6), (28,), (3, 7), (9, 5)))
     gates = Gates(*parameters)
-    h, mixed = numbers(6, 7, rows, columns).data, torch.empty_like(m)
+    h, mixed, c_new = numbers(6, 7, rows, columns).data, torch.empty_like(m), torch.empty_like(c)
     with torch.no_grad():
         kernels.mix(mixed, u, w, taps.offsets)
-        c_new = kernels.advance(h, m, c, gates)
+        kernels.advance(h, c_new, m, c, gates)
         products = (
             kernels.product(other, x),
             kernels.product(other.t(), kernels.product(other, x), x.contiguous(), add=True),
         )
-        return mixed, kernels.mix_weights(u, m, taps.offsets), h, c_new, *products, *kernels.retreat(
-            m, c, gates, grad_h, c_new
-        )  # fmt: skip
+        of_taps, before = kernels.mix_weights(u, m, taps.offsets), torch.empty_like(c)
+        sums = kernels.retreat(m, before, c, gates, grad_h, c_new)
+        return mixed, of_taps, h, c_new, *products, m, before, *sums
+
+
+def step_in_pieces(kernels, kind, *edges):
+    """h and the new c of a step and the gradients, so many rows at a time; samples lie apart, and m is of several
+    passes."""
+    rows, columns, taps = 9, 21, tuple(Taps.of(3, (dilation,), reach=2) for dilation in (1, 2))
+    u, h, c = (
+        random_like((2, 2, *shape), 3).to(kind)[:, 1]
+        for shape in ((3, rows + 4, columns + 4), *[(5, rows, columns)] * 2)
+    )
+    c, after = c.contiguous(), torch.zeros_like(c, memory_format=torch.contiguous_format)
+    gates = Gates(*(random_like(shape, 9).to(kind) for shape in ((20, 6), (20,), (3, 5))))
+    mixing = Mixing(u, taps, [random_like((2, 3, 9), seed).to(kind) for seed in (1, 2)])
+    room = kernels.room(c, gates.weight)
+    with torch.no_grad():
+        for first, end in pairwise((0, *edges, rows)):
+            kernels.mix_and_advance(h.data, after, mixing, c, gates, room, slice(first, end))
+        grad_mixed, before, sums = torch.zeros(2, 6, rows, columns + 3, dtype=kind)[..., 2:-1], torch.zeros_like(c), []
+        for first, end in pairwise((0, *edges, rows)):
+            given = mixing, c, gates, h.data, after, room, slice(first, end)
+            sums.append(kernels.mix_and_retreat(grad_mixed, before, *given))
+    return h, after, grad_mixed, before, *(sum(parts) for parts in zip(*sums, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_step_of_some_rows_after_the_other_is_a_step(kind):
+    compiled = kernels_for("compiled", *[torch.empty(0, dtype=kind)] * 2)
+    whole = step_in_pieces(EAGER, kind)
+    for kernels in (EAGER, compiled):
+        for edges in ((), (1,), (2, 7), (8,), (1, 2, 3, 4)):
+            torch.testing.assert_close(step_in_pieces(kernels, kind, *edges), whole, rtol=2e-5, atol=2e-5)
 
 
 def attentions(kernels, lines, cells, others, heads, size, kind=torch.float32):
@@ -463,8 +537,9 @@ def test_native_gates_at_the_ends_of_their_range():
     given = torch.zeros(1, 1, 2, 3), torch.ones(1, channels, 2, 3), gates
     outcomes = []
     for kernels in (kernels_for("compiled", *[torch.empty(0)] * 2), EAGER):
-        h = torch.empty(1, channels, 2, 3)
-        outcomes.append((h, kernels.advance(h, *given)))
+        h, after = torch.empty(2, 1, channels, 2, 3).unbind()
+        kernels.advance(h, after, *given)
+        outcomes.append((h, after))
     torch.testing.assert_close(*outcomes, equal_nan=True, rtol=1e-6, atol=1e-6)
     assert outcomes[0][0][:, :-1].isfinite().all() and outcomes[0][0][:, -1].isnan().all()
 

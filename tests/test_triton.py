@@ -163,11 +163,11 @@ class Told(Kernels):
     def mix(self, into, *given):
         into.fill_(1)
 
-    def mix_and_advance(self, *given):
-        return "advanced", given[-1].shape
+    def mix_and_advance(self, h, after, *given):
+        after.fill_(given[-2].numel())
 
     def mix_and_retreat(self, *given):
-        return "gone back", given[-2].shape
+        return "gone back", given[-3].shape
 
 
 @pytest.mark.parametrize("limit", ["MIXED_CHANNELS", "NUMBERS"])
@@ -182,8 +182,11 @@ def test_what_kernels_cannot_count_is_left_to_others(monkeypatch, limit):
     given = Mixing(u, (taps,), (torch.zeros(1, 5, 9),)), c, gates
     room = kernels.room(c, weight)
     assert not room.numel()
-    assert kernels.mix_and_advance(c.clone(), *given, room) == ("advanced", (1, 5, 2, 3))
-    assert kernels.mix_and_retreat(torch.zeros(1, 5, 2, 3), *given, c, c, room) == ("gone back", (1, 5, 2, 3))
+    after = torch.zeros_like(c)
+    kernels.mix_and_advance(c.clone(), after, *given, room, slice(0, 2))
+    assert (after == 1 * 5 * 2 * 3).all()
+    asked = torch.zeros(1, 5, 2, 3), c, *given, c, c, room, slice(0, 2)
+    assert kernels.mix_and_retreat(*asked) == ("gone back", (1, 5, 2, 3))
     if limit == "NUMBERS":
         mixed = torch.zeros(1, 5, 2, 3)
         kernels.mix(mixed, u, torch.zeros(1, 5, 9), taps.offsets)

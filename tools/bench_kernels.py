@@ -34,15 +34,16 @@ def measure(mode: str) -> dict[str, float]:
     framed = torch.randn(1, BOTTLENECK, ROWS + 4 * taps.reach, COLUMNS + 4 * taps.reach)
     mixed, grad_padded = torch.randn(1, BOTTLENECK, ROWS, COLUMNS), torch.empty_like(padded)
     weight = torch.randn(1, BOTTLENECK, len(taps.offsets))
-    h, c = torch.randn(2, 1, HIDDEN, ROWS, COLUMNS).unbind()
+    h, c, after = torch.randn(3, 1, HIDDEN, ROWS, COLUMNS).unbind()
+    room = mixed.clone()
     gates = Gates(torch.randn(4 * HIDDEN, BOTTLENECK) * 0.2, torch.randn(4 * HIDDEN), torch.randn(3, HIDDEN))
     kernels = kernels_for(mode, h, c)
     passes = {
         "mixing": lambda: kernels.mix(mixed, padded, weight, taps.offsets),
         "adjoint of mixing": lambda: kernels.mix(grad_padded, framed, weight, taps.mirrored),
         "gradient of kernels": lambda: kernels.mix_weights(padded, mixed, taps.offsets),
-        "expansion and gates": lambda: kernels.advance(h, mixed, c, gates),
-        "their gradients": lambda: kernels.retreat(mixed, c, gates, h, c),
+        "expansion and gates": lambda: kernels.advance(h, after, mixed, c, gates),
+        "their gradients": lambda: kernels.retreat(room.copy_(mixed), after, c, gates, h, c),
     }
     with torch.no_grad():
         return {name: median_ms(work) for name, work in passes.items()}

@@ -60,7 +60,7 @@ def bench_command(
     device: Device = None,
     ranks: Ranks = None,
     mesh: Annotated[
-        str | None, typer.Option(metavar="LATxLON", help="Tiles of the ranks. Default: all along lon.")
+        str | None, typer.Option(metavar="LATxLON", help="Tiles of the ranks. Default: all along lat.")
     ] = None,
     against: Annotated[
         Path | None,
@@ -81,7 +81,7 @@ def bench_command(
     nlat, nlon = cells_of(grid)
     case = BenchCase(
         nlat=nlat, nlon=nlon, inputs=inputs, hidden=hidden, steps=steps, batch=batch, precision=precision.value,
-        mesh=MeshConfig.parse(mesh) if mesh else MeshConfig(lon=ranks or job_ranks()),
+        mesh=MeshConfig.parse(mesh) if mesh else MeshConfig(lat=ranks or job_ranks()),
     )  # fmt: skip
     case.check()
     modes, names, device = kernels or [Kernels.COMPILED], only or [], device or "auto"

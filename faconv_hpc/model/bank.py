@@ -31,8 +31,10 @@ class Bank:
             return [one.contiguous() for one in weights_TBDCK.unbind(2)]
         return [torch.einsum("tbdck,dkn->tbcn", weights_TBDCK, self.owner_DKN.to(weights_TBDCK.dtype))]
 
-    def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor]) -> None:
-        """The padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""
+    def adjoint(self, into_BCYX: Tensor, framed_BFYX: Tensor, weights: Sequence[Tensor], rows: slice) -> None:
+        """Some rows of the padded u's gradient from m's, which stands amid twice as much of a frame of zeros."""
+        into_BCYX = into_BCYX[..., rows, :]
+        framed_BFYX = framed_BFYX[..., rows.start : rows.stop + 2 * self.passes[0].reach, :]
         parts = framed_BFYX.chunk(len(self.passes), dim=1)
         for number, (part, taps, weight) in enumerate(zip(parts, self.passes, weights, strict=True)):
             target = torch.empty_like(into_BCYX) if number else into_BCYX

@@ -108,12 +108,13 @@ def _peepholes(peephole: tl.pointer_type, c_C: tl.tensor, channels: int) -> tl.t
 def advance(
     h: tl.pointer_type, after: tl.pointer_type, padded: tl.pointer_type, weights: tl.pointer_type,
     shifts: tl.pointer_type, c: tl.pointer_type, expansion: tl.pointer_type, bias: tl.pointer_type,
-    peephole: tl.pointer_type, h_batch: int, padded_batch: int, rows: int, columns: int, padded_columns: int,
-    plane: int, channels: int, inner: int, bottleneck: int, taps: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    peephole: tl.pointer_type, h_batch: int, after_batch: int, c_batch: int, cells: int, padded_batch: int, rows: int,
+    columns: int, padded_columns: int, plane: int, channels: int, inner: int, bottleneck: int, taps: int,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """h and the new c. A program has a block of a sample, and all of its channels."""
-    sample, cells = tl.program_id(1).to(tl.int64), rows * columns
+    """h and the new c of some rows of a tile of so many ``cells``. A program has a block of a sample, and all of its
+    channels."""
+    sample = tl.program_id(1).to(tl.int64)
     row_N, column_N, there_N = _cells(tl.program_id(0), rows, columns, ROWS, COLUMNS)
     cell_N, at_N, f_F = row_N * columns + column_N, row_N * padded_columns + column_N, tl.arange(0, INNER)
     padded += sample * padded_batch
@@ -128,9 +129,9 @@ def advance(
         weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
         i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
         p_i, p_f, p_o = _peepholes(peephole, c_C, channels)
-        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
+        before = tl.load(c + sample * c_batch + at_CN, there_CN, 0.0)
         c_new = _sigmoid(f + p_f * before) * before + _sigmoid(i + p_i * before) * _tanh(g)
-        tl.store(after + sample * channels * cells + at_CN, c_new, there_CN)
+        tl.store(after + sample * after_batch + at_CN, c_new, there_CN)
         tl.store(h + sample * h_batch + at_CN, _sigmoid(o + p_o * c_new) * _tanh(c_new), there_CN)
 
 
@@ -154,12 +155,14 @@ def retreat(
     grad_mixed: tl.pointer_type, grad_before: tl.pointer_type, grad_h: tl.pointer_type, grad_after: tl.pointer_type,
     padded: tl.pointer_type, weights: tl.pointer_type, shifts: tl.pointer_type, c: tl.pointer_type,
     expansion: tl.pointer_type, bias: tl.pointer_type, peephole: tl.pointer_type, grad_mixed_batch: int,
-    grad_mixed_channel: int, grad_mixed_row: int, grad_h_batch: int, padded_batch: int, rows: int, columns: int,
-    padded_columns: int, plane: int, channels: int, inner: int, bottleneck: int, taps: int, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    grad_mixed_channel: int, grad_mixed_row: int, before_batch: int, grad_h_batch: int, grad_after_batch: int,
+    c_batch: int, cells: int, padded_batch: int, rows: int, columns: int, padded_columns: int, plane: int,
+    channels: int, inner: int, bottleneck: int, taps: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The gradients of m and of the old c. A program has a block of a sample, and all of its channels."""
-    sample, cells = tl.program_id(1).to(tl.int64), rows * columns
+    """The gradients of m and of the old c, in some rows of a tile of so many ``cells``. A program has a block of a
+    sample, and all of its channels."""
+    sample = tl.program_id(1).to(tl.int64)
     row_N, column_N, there_N = _cells(tl.program_id(0), rows, columns, ROWS, COLUMNS)
     cell_N, at_N, f_F = row_N * columns + column_N, row_N * padded_columns + column_N, tl.arange(0, INNER)
     padded += sample * padded_batch
@@ -175,11 +178,11 @@ def retreat(
         weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
         i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
         p_i, p_f, p_o = _peepholes(peephole, c_C, channels)
-        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
+        before = tl.load(c + sample * c_batch + at_CN, there_CN, 0.0)
         d_h = tl.load(grad_h + sample * grad_h_batch + at_CN, there_CN, 0.0).to(tl.float32)
-        d_c = tl.load(grad_after + sample * channels * cells + at_CN, there_CN, 0.0)
+        d_c = tl.load(grad_after + sample * grad_after_batch + at_CN, there_CN, 0.0)
         i, f, g, o, d_before, _ = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
-        tl.store(grad_before + sample * channels * cells + at_CN, d_before, there_CN)
+        tl.store(grad_before + sample * before_batch + at_CN, d_before, there_CN)
         d_RN = _together(i, f, g, o).to(weight_RF.dtype)
         total_FN = tl.dot(tl.trans(weight_RF), d_RN, total_FN, input_precision=PRECISION)
     into_FN = (f_F * grad_mixed_channel)[:, None] + (row_N * grad_mixed_row + column_N)[None, :]
@@ -190,14 +193,14 @@ def retreat(
 def retreat_weights(
     products: tl.pointer_type, sums: tl.pointer_type, grad_h: tl.pointer_type, grad_after: tl.pointer_type,
     padded: tl.pointer_type, weights: tl.pointer_type, shifts: tl.pointer_type, c: tl.pointer_type,
-    expansion: tl.pointer_type, bias: tl.pointer_type, peephole: tl.pointer_type, grad_h_batch: int, padded_batch: int,
-    batch: int, rows: int, columns: int, padded_columns: int, plane: int, channels: int, inner: int, bottleneck: int,
-    taps: int, LEARNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    INNER: tl.constexpr, PRECISION: tl.constexpr,
+    expansion: tl.pointer_type, bias: tl.pointer_type, peephole: tl.pointer_type, grad_h_batch: int,
+    grad_after_batch: int, c_batch: int, cells: int, padded_batch: int, batch: int, rows: int, columns: int,
+    padded_columns: int, plane: int, channels: int, inner: int, bottleneck: int, taps: int, LEARNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """Parts of the gradients of the expansion, if it ``LEARNS``, and of biases and peepholes, 7 for each channel. A
     program has some channels of every so many-th block of all samples."""
-    first, part, parts, cells = tl.program_id(0) * CHANNELS, tl.program_id(1), tl.num_programs(1), rows * columns
+    first, part, parts = tl.program_id(0) * CHANNELS, tl.program_id(1), tl.num_programs(1)
     f_F, c_C = tl.arange(0, INNER), first + tl.arange(0, CHANNELS)
     row_R, known_R = _rows_of(first, channels, CHANNELS)
     weight_RF = _expansion(expansion, row_R, known_R, f_F, inner)
@@ -214,9 +217,9 @@ def retreat_weights(
         mixed_FN = _mixed(padded + sample * padded_batch, weights + sample * inner * taps, shifts, f_F, at_N, there_N,
                           inner, bottleneck, taps, plane).to(expansion.dtype.element_ty)  # fmt: skip
         i, f, g, o = _pre_activations(weight_RF, mixed_FN, bias, row_R, known_R, PRECISION)
-        before = tl.load(c + sample * channels * cells + at_CN, there_CN, 0.0)
+        before = tl.load(c + sample * c_batch + at_CN, there_CN, 0.0)
         d_h = tl.load(grad_h + sample * grad_h_batch + at_CN, there_CN, 0.0).to(tl.float32)
-        d_c = tl.load(grad_after + sample * channels * cells + at_CN, there_CN, 0.0)
+        d_c = tl.load(grad_after + sample * grad_after_batch + at_CN, there_CN, 0.0)
         i, f, g, o, _, after = _gate_gradients(i, f, g, o, before, p_i, p_f, p_o, d_h, d_c)
         sum_i += tl.sum(i * before, 1)
         sum_f += tl.sum(f * before, 1)
@@ -238,8 +241,8 @@ def retreat_weights(
 @triton.jit
 def mix(
     into: tl.pointer_type, padded: tl.pointer_type, weights: tl.pointer_type, shifts: tl.pointer_type, into_batch: int,
-    padded_batch: int, rows: int, columns: int, padded_columns: int, plane: int, channels: int, taps: int,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    into_plane: int, padded_batch: int, rows: int, columns: int, padded_columns: int, plane: int, channels: int,
+    taps: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums over taps of one pass. A program has some channels of a block of a sample."""
     sample = tl.program_id(1).to(tl.int64)
@@ -248,7 +251,7 @@ def mix(
     padded += sample * padded_batch
     weights += sample * channels * taps
     total_CN = _mixed(padded, weights, shifts, c_C, at_N, there_N, channels, channels, taps, plane)
-    at_CN = c_C[:, None] * (rows * columns) + (row_N * columns + column_N)[None, :]
+    at_CN = c_C[:, None] * into_plane + (row_N * columns + column_N)[None, :]
     tl.store(into + sample * into_batch + at_CN, total_CN, (c_C < channels)[:, None] & there_N[None, :])
 
 

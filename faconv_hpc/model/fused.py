@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import blocks
 from .arithmetic import rounds_products
-from .kernels import Kernels, Retreated, is_planar, planar
+from .kernels import Kernels, Sums, has_rows, planar
 from .taps import Gates, Mixing, Offsets
 
 MIXED_CHANNELS = 128  # of m: of more the registers of a program do not hold 16 cells
@@ -42,17 +42,18 @@ class TritonKernels(Kernels):
         return weight.new_empty(0)
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
-        padded, weight = planar(padded_BCYX), weight_BCN.contiguous()
+        padded = padded_BCYX if has_rows(padded_BCYX) else padded_BCYX.contiguous()
+        weight = weight_BCN.contiguous()
         if not _countable(into_BCYX, padded):
             self.beyond.mix(into_BCYX, padded, weight, offsets)
             return
-        assert is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
+        assert has_rows(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
         batch, channels, *cells = into_BCYX.shape
         grid = _blocks(cells, CELLS), batch, triton.cdiv(channels, TOGETHER)
-        sizes = *cells, padded.shape[3], padded[0, 0].numel(), channels, len(offsets)
+        sizes = *cells, padded.shape[3], padded.stride(1), channels, len(offsets)
         with _on(padded):
             blocks.mix[grid](
-                into_BCYX, padded, weight, _shifts((offsets,), padded.shape[3], padded.device), into_BCYX.stride(0),
+                into_BCYX, padded, weight, _shifts((offsets,), padded.shape[3], padded.device), *into_BCYX.stride()[:2],
                 padded.stride(0), *sizes, **CELLS, CHANNELS=TOGETHER,
             )  # fmt: skip
 
@@ -69,53 +70,68 @@ class TritonKernels(Kernels):
             )  # fmt: skip
         return products.sum(0)
 
-    def mix_and_advance(self, h: Tensor, mixing: Mixing, c: Tensor, gates: Gates, room: Tensor) -> Tensor:
-        c, weight = c.contiguous(), gates.weight
+    def mix_and_advance(
+        self, h: Tensor, after: Tensor, mixing: Mixing, c: Tensor, gates: Gates, room: Tensor, rows: slice
+    ) -> None:
+        weight = gates.weight
         if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c):
-            return self.beyond.mix_and_advance(h, mixing, c, gates, self.beyond.room(c, weight))
-        assert h.shape == c.shape and is_planar(h), "h is of the same cells"
-        block, after = block_of(weight), torch.empty_like(c)
+            self.beyond.mix_and_advance(h, after, mixing, c, gates, self.beyond.room(c, weight), rows)
+            return
+        (h, after, c), mixing, block = _rows(rows, h, after, c), mixing.of_rows(rows), block_of(weight)
+        batches = h.stride(0), after.stride(0), c.stride(0)
         with _on(c):
             blocks.advance[_blocks(c.shape[2:], block), len(c)](
-                h, after, *_given(mixing, c, gates), h.stride(0), *_sizes(mixing, c, weight), **block
+                h, after, *_given(mixing, c, gates), *batches, c.stride(1), *_sizes(mixing, c, weight), **block
             )
-        return after
 
     def mix_and_retreat(
         self,
         grad_mixed: Tensor,
+        before: Tensor,
         mixing: Mixing,
         c: Tensor,
         gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         room: Tensor,
+        rows: slice,
         learns: bool = True,
-    ) -> Retreated:
-        c, grad_h, grad_c, weight = c.contiguous(), planar(grad_h), grad_c.contiguous(), gates.weight
+    ) -> Sums:
+        weight = gates.weight
         if weight.shape[1] > MIXED_CHANNELS or not _countable(mixing.padded_BCYX, c, grad_mixed):
             room = self.beyond.room(c, weight)
-            return self.beyond.mix_and_retreat(grad_mixed, mixing, c, gates, grad_h, grad_c, room, learns)
-        (batch, channels, *cells), inner, before = c.shape, weight.shape[1], torch.empty_like(c)
+            return self.beyond.mix_and_retreat(grad_mixed, before, mixing, c, gates, grad_h, grad_c, room, rows, learns)
+        (before, c, grad_h, grad_c), mixing = _rows(rows, before, c, grad_h, grad_c), mixing.of_rows(rows)
+        (batch, channels, *cells), inner, grad_mixed = c.shape, weight.shape[1], grad_mixed[..., rows, :]
         given, sizes = _given(mixing, c, gates), _sizes(mixing, c, weight)
-        grads, strides = (grad_h, grad_c), (*grad_mixed.stride()[:3], grad_h.stride(0))
+        grads, strides = (grad_h, grad_c), (grad_h.stride(0), grad_c.stride(0), c.stride(0), c.stride(1))
         block, of_sums = block_of(weight), block_of(weight, sums=True)
         programs = triton.cdiv(channels, of_sums["CHANNELS"])
         parts = min(_blocks(cells, of_sums) * batch, triton.cdiv(PROGRAMS, programs))
         products, sums = c.new_empty(parts, 4 * channels, inner if learns else 0), c.new_empty(parts, 7, channels)
         with _on(c):
-            blocks.retreat[_blocks(cells, block), batch](grad_mixed, before, *grads, *given, *strides, *sizes, **block)
+            into = *grad_mixed.stride()[:3], before.stride(0)
+            blocks.retreat[_blocks(cells, block), batch](
+                grad_mixed, before, *grads, *given, *into, *strides, *sizes, **block
+            )
             blocks.retreat_weights[programs, parts](
-                products, sums, *grads, *given, grad_h.stride(0), sizes[0], batch, *sizes[1:], LEARNS=learns, **of_sums
+                products, sums, *grads, *given, *strides, sizes[0], batch, *sizes[1:], LEARNS=learns, **of_sums
             )
         of_bias, of_peep = sums.sum(0).split([4, 3])
-        return products.sum(0) if learns else None, grad_mixed, before, of_bias.flatten(), of_peep
+        return Sums(products.sum(0) if learns else None, of_bias.flatten(), of_peep)
+
+
+def _rows(rows: slice, *several: Tensor) -> list[Tensor]:
+    """Of tensors of one tile."""
+    some = [one[..., rows, :] for one in several]
+    assert len({(one.shape, one.stride(1)) for one in some}) == 1 and all(map(has_rows, some)), "of one tile"
+    return some
 
 
 def _given(mixing: Mixing, c: Tensor, gates: Gates) -> tuple[Tensor, ...]:
     """What m is made of, and what becomes of it, as kernels take it."""
     (padded, passes, weights), (expansion, bias, peephole) = mixing, gates
-    assert is_planar(padded) and c.dtype == torch.float32, "as a sweep makes them"
+    assert has_rows(padded) and c.dtype == torch.float32, "as a sweep makes them"
     offsets = tuple(taps.offsets for taps in passes)
     factors = torch.cat(list(weights), dim=1) if len(weights) > 1 else weights[0].contiguous()
     shifts = _shifts(offsets, padded.shape[3], padded.device)
@@ -124,9 +140,9 @@ def _given(mixing: Mixing, c: Tensor, gates: Gates) -> tuple[Tensor, ...]:
 
 def _sizes(mixing: Mixing, c: Tensor, weight: Tensor) -> tuple[int, ...]:
     padded, passes, _ = mixing
-    _, bottleneck, padded_rows, padded_columns = padded.shape
+    _, bottleneck, _, padded_columns = padded.shape
     assert weight.shape == (4 * c.shape[1], len(passes) * bottleneck), "as many channels as the weight takes"
-    of_cells = padded.stride(0), *c.shape[2:], padded_columns, padded_rows * padded_columns
+    of_cells = padded.stride(0), *c.shape[2:], padded_columns, padded.stride(1)
     return *of_cells, c.shape[1], weight.shape[1], bottleneck, len(passes[0].offsets)
 
 

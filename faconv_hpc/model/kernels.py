@@ -18,9 +18,15 @@ from ..errors import InputError
 from ..spatial.collectives import at_least_float32
 from .taps import Gates, Mixing, Offsets
 
-Retreated = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]
-"""Gradients of the expansion's weight, of m, of the old c, of the bias and of the peepholes; weights' in float32 or
-better. None: that of the weight was not asked for."""
+
+class Sums(NamedTuple):
+    """The gradients of what expands and of what gates learn, summed over cells and samples, in float32 or better."""
+
+    weight: Tensor | None
+    """None: it was not asked for."""
+    bias: Tensor
+    peep_GC: Tensor
+
 
 KERNEL_MODES = ("eager", "compiled", "triton")
 SHAPES = 64  # compilations of one pass before torch gives up; its default of 8 is soon reached by tests of layouts
@@ -71,17 +77,24 @@ BY_EXP = Squash(_sigmoid_by_exp, _tanh_by_exp)
 
 
 def _gates(
-    h_BCYX: Tensor, a_BGCYX: Tensor, bias_GC: Tensor, c_BCYX: Tensor, peep_GC: Tensor, squash: Squash = OF_LIBRARY
-) -> Tensor:
-    """Writes h, returns the new c; pre-activations (B, 4, C, Y, X) come without their bias (4, C)."""
+    h_BCYX: Tensor,
+    after_BCYX: Tensor,
+    a_BGCYX: Tensor,
+    bias_GC: Tensor,
+    c_BCYX: Tensor,
+    peep_GC: Tensor,
+    squash: Squash = OF_LIBRARY,
+) -> None:
+    """Writes h and the new c; pre-activations (B, 4, C, Y, X) come without their bias (4, C)."""
     p_i, p_f, p_o = peep_GC[:, :, None, None].unbind(0)
     i, f, g, o = (a_BGCYX.to(c_BCYX.dtype) + bias_GC[:, :, None, None]).unbind(1)
     c_new = squash.sigmoid(f + p_f * c_BCYX) * c_BCYX + squash.sigmoid(i + p_i * c_BCYX) * squash.tanh(g)
     h_BCYX.copy_(squash.sigmoid(o + p_o * c_new) * squash.tanh(c_new))
-    return c_new
+    after_BCYX.copy_(c_new)
 
 
 def _gate_gradients(
+    before_BCYX: Tensor,
     a_BGCYX: Tensor,
     bias_GC: Tensor,
     c_BCYX: Tensor,
@@ -89,8 +102,9 @@ def _gate_gradients(
     grad_h: Tensor,
     grad_c: Tensor,
     squash: Squash = OF_LIBRARY,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of pre-activations, old c, bias and peepholes from those of h and of the new c."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes the gradient of the old c and returns those of pre-activations, bias and peepholes, from those of h and of
+    the new c."""
     p_i, p_f, p_o = peep_GC[:, :, None, None].unbind(0)
     a_i, a_f, a_g, a_o = (a_BGCYX.to(c_BCYX.dtype) + bias_GC[:, :, None, None]).unbind(1)
     i, f = squash.sigmoid(a_i + p_i * c_BCYX), squash.sigmoid(a_f + p_f * c_BCYX)
@@ -104,7 +118,8 @@ def _gate_gradients(
     grad_bias = torch.stack([d.sum(over) for d in (d_i, d_f, d_g, d_o)])
     grad_peep = torch.stack([(d_i * c_BCYX).sum(over), (d_f * c_BCYX).sum(over), (d_o * c_new).sum(over)])
     grad_a = torch.stack([d_i, d_f, d_g, d_o], dim=1)
-    return grad_a, d_c * f + d_i * p_i + d_f * p_f, grad_bias, grad_peep
+    before_BCYX.copy_(d_c * f + d_i * p_i + d_f * p_f)
+    return grad_a, grad_bias, grad_peep
 
 
 class Turn(NamedTuple):
@@ -134,9 +149,14 @@ def is_planar(x_BCYX: Tensor) -> bool:
     return x_BCYX.stride()[1:] == (rows * columns, columns, 1)
 
 
+def has_rows(x_BCYX: Tensor) -> bool:
+    """Whether the rows of each channel follow each other, wherever it is: as of some rows of what is planar."""
+    return x_BCYX.stride()[2:] == (x_BCYX.shape[3], 1)
+
+
 def planar(x_BCYX: Tensor) -> Tensor:
     """The same numbers, with each sample contiguous."""
-    return x_BCYX if is_planar(x_BCYX) else x_BCYX.contiguous()
+    return x_BCYX if is_planar(x_BCYX) else x_BCYX.clone(memory_format=torch.contiguous_format)
 
 
 class Kernels:
@@ -182,68 +202,77 @@ class Kernels:
         """(B, C, N) the gradient of the weights of `mix`, in float32 or better."""
         return _shifted_products(padded_BCYX, grad_BCYX, offsets)
 
-    def advance(self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> Tensor:
+    def advance(self, h: Tensor, after: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> None:
         """Expansion and gates, design section 3, steps 4 and 5.
 
         Args:
             h: where h goes, of any type.
+            after: where the new c goes.
             mixed_BFYX: m.
             c_BCYX: cell state; float32 or better, and so is the arithmetic of the gates.
             gates: what they learn.
-
-        Returns:
-            The new c.
         """
-        return self._gates(h, *_gate_inputs(self.product(gates.weight, mixed_BFYX), c_BCYX, gates))
+        self._gates(h, after, *_gate_inputs(self.product(gates.weight, mixed_BFYX), c_BCYX, gates))
 
     def retreat(
         self,
         mixed_BFYX: Tensor,
+        before: Tensor,
         c_BCYX: Tensor,
         gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         learns: bool = True,
-    ) -> Retreated:
+    ) -> Sums:
         """The gradients of `advance`, whose pre-activations are computed again.
 
         Args:
+            mixed_BFYX: m, in whose place its gradient comes.
+            before: where the gradient of the old c goes.
             grad_h, grad_c: of h and of the new c.
             learns: whether that of the expansion's weight is asked for; it costs a product.
         """
         given = _gate_inputs(self.product(gates.weight, mixed_BFYX), c_BCYX, gates)
-        grad_a, grad_before, grad_bias, grad_peep = self._gate_gradients(*given, grad_h, grad_c)
+        grad_a, grad_bias, grad_peep = self._gate_gradients(before, *given, grad_h, grad_c)
         grad_a = grad_a.flatten(1, 2).to(mixed_BFYX.dtype)
         of_weight = None
         if learns:
             of_weight = torch.bmm(grad_a.flatten(2), mixed_BFYX.flatten(2).transpose(1, 2)).sum(0, dtype=c_BCYX.dtype)
-        return of_weight, self.product(gates.weight.t(), grad_a), grad_before, grad_bias.flatten(), grad_peep
+        mixed_BFYX.copy_(self.product(gates.weight.t(), grad_a))
+        return Sums(of_weight, grad_bias.flatten(), grad_peep)
 
     def room(self, like_BCYX: Tensor, weight: Tensor) -> Tensor:
         """Where `mix_and_advance` and `mix_and_retreat` put m, for so many samples and cells and this expansion."""
         return weight.new_empty(like_BCYX.shape[0], weight.shape[1], *like_BCYX.shape[2:])
 
-    def mix_and_advance(self, h: Tensor, mixing: Mixing, c: Tensor, gates: Gates, room: Tensor) -> Tensor:
-        """`advance`, from what m is made of; m itself is not to be read afterwards."""
-        self._mix_passes(room, mixing)
-        return self.advance(h, room, c, gates)
+    def mix_and_advance(
+        self, h: Tensor, after: Tensor, mixing: Mixing, c: Tensor, gates: Gates, room: Tensor, rows: slice
+    ) -> None:
+        """`advance` of some rows, from what m is made of; m itself is not to be read afterwards."""
+        h, after, room, c = (one[..., rows, :] for one in (h, after, room, c))
+        self._mix_passes(room, mixing.of_rows(rows))
+        self.advance(h, after, room, c, gates)
 
     def mix_and_retreat(
         self,
         grad_mixed: Tensor,
+        before: Tensor,
         mixing: Mixing,
         c: Tensor,
         gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         room: Tensor,
+        rows: slice,
         learns: bool = True,
-    ) -> Retreated:
-        """`retreat`, whose m is computed again; its gradient is written to the view ``grad_mixed``, too."""
-        self._mix_passes(room, mixing)
-        grads = self.retreat(room, c, gates, grad_h, grad_c, learns)
-        grad_mixed.copy_(grads[1])
-        return grads
+    ) -> Sums:
+        """`retreat` of some rows, whose m is computed again; its gradient is written to the view ``grad_mixed``."""
+        several = grad_mixed, before, c, grad_h, grad_c, room
+        grad_mixed, before, c, grad_h, grad_c, room = (one[..., rows, :] for one in several)
+        self._mix_passes(room, mixing.of_rows(rows))
+        sums = self.retreat(room, before, c, gates, grad_h, grad_c, learns)
+        grad_mixed.copy_(room)
+        return sums
 
     def _mix_passes(self, into_BFYX: Tensor, mixing: Mixing) -> None:
         padded, passes, weights = mixing
@@ -274,8 +303,8 @@ class Kernels:
         attended: Tensor = mixed.transpose(1, 2).unflatten(0, lines)
         return attended
 
-    _gates: Callable[..., Tensor] = staticmethod(_gates)
-    _gate_gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = staticmethod(_gate_gradients)
+    _gates: Callable[..., None] = staticmethod(_gates)
+    _gate_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(_gate_gradients)
 
 
 class TracedKernels(Kernels):

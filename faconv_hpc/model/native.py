@@ -23,7 +23,7 @@ from torch import Tensor
 from ..autograd import Context, Operation
 from ..errors import InputError
 from ..files import replacing
-from .kernels import Kernels, Retreated, Turn, is_planar, planar
+from .kernels import Kernels, Sums, Turn, has_rows, planar
 from .taps import Gates, Offsets
 
 TYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -58,43 +58,40 @@ class NativeKernels(Kernels):
         )
         return into
 
-    def advance(self, h: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> Tensor:
-        mixed, c, after = mixed_BFYX.contiguous(), c_BCYX.contiguous(), c_BCYX.new_empty(c_BCYX.shape)
-        assert h.shape == c.shape and is_planar(h) and mixed.shape[::2] == c.shape[::2], (
-            "h, c and m are of the same cells"
-        )
-        parameters = [one.contiguous() for one in gates]
-        _call("advance", h, h.stride(0), after, mixed, c, *parameters, *_sizes(c, mixed))
-        return after
+    def advance(self, h: Tensor, after: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> None:
+        places, sizes = _tiles(h, after, mixed_BFYX, c_BCYX), _sizes(c_BCYX, mixed_BFYX)
+        _call("advance", h, *places, *(one.contiguous() for one in gates), *sizes)
 
     def retreat(
         self,
         mixed_BFYX: Tensor,
+        before: Tensor,
         c_BCYX: Tensor,
         gates: Gates,
         grad_h: Tensor,
         grad_c: Tensor,
         learns: bool = True,
-    ) -> Retreated:
-        mixed, c, grad_h, grad_c = mixed_BFYX.contiguous(), c_BCYX.contiguous(), planar(grad_h), grad_c.contiguous()
+    ) -> Sums:
+        places, sizes = _tiles(mixed_BFYX, before, c_BCYX, grad_h, grad_c), _sizes(c_BCYX, mixed_BFYX)
         parameters = [one.contiguous() for one in gates]
-        of_weight, of_bias, of_peep = (torch.empty_like(one) for one in parameters)
-        of_weight = of_weight if learns else mixed.new_empty(0)  # whose address is null
-        grads = torch.empty_like(mixed), torch.empty_like(c), of_bias, of_peep
-        _call("retreat", of_weight, *grads, grad_h, grad_h.stride(0), grad_c, mixed, c, *parameters, *_sizes(c, mixed))
-        return of_weight if learns else None, *grads
+        of_weight, *others = (torch.empty_like(one) for one in parameters)
+        of_weight = of_weight if learns else c_BCYX.new_empty(0)  # whose address is null
+        _call("retreat", of_weight, *others, mixed_BFYX, *places, *parameters, *sizes)
+        return Sums(of_weight if learns else None, *others)
 
     def mix(self, into_BCYX: Tensor, padded_BCYX: Tensor, weight_BCN: Tensor, offsets: Offsets) -> None:
-        padded, weight = planar(padded_BCYX), weight_BCN.contiguous()
-        assert is_planar(into_BCYX) and into_BCYX.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
-        given = into_BCYX, into_BCYX.stride(0), padded, padded.stride(0), weight, _table(offsets)
-        _call("mix", *given, *weight.shape, *into_BCYX.shape[2:], *padded.shape[2:])
+        padded = padded_BCYX if has_rows(padded_BCYX) else padded_BCYX.contiguous()
+        into, weight = into_BCYX, weight_BCN.contiguous()
+        assert has_rows(into) and into.shape[:2] == padded.shape[:2] == weight.shape[:2], "the same channels"
+        to, looked = into.stride()[:2], padded.stride()[:3]
+        _call("mix", into, *to, padded, *looked, weight, _table(offsets), *weight.shape, *into.shape[2:])
 
     def mix_weights(self, padded_BCYX: Tensor, grad_BCYX: Tensor, offsets: Offsets) -> Tensor:
-        padded, grad = planar(padded_BCYX), planar(grad_BCYX)
+        padded, grad = (one if one.stride(3) == 1 else one.contiguous() for one in (padded_BCYX, grad_BCYX))
         products = grad.new_empty(*grad.shape[:2], len(offsets))
-        given = products, padded, padded.stride(0), grad, grad.stride(0), _table(offsets)
-        _call("mix_weights", *given, *products.shape, *grad.shape[2:], *padded.shape[2:])
+        of_padded, of_grad = padded.stride()[:3], grad.stride()[:3]
+        sizes = *products.shape, *grad.shape[2:]
+        _call("mix_weights", products, padded, *of_padded, grad, *of_grad, _table(offsets), *sizes)
         return products
 
     def attend(self, own: Tensor, others: Tensor | None, turn_q: Turn, turn_k: Turn, bias_M: Tensor | None) -> Tensor:
@@ -140,6 +137,16 @@ def _strided(several: Iterable[Tensor]) -> Iterator[Tensor]:
         assert one.stride(-1) == 1, "the numbers of a head lie side by side"
         yield one
         yield torch.tensor(one.stride()[:-1])
+
+
+def _tiles(first: Tensor, *others: Tensor) -> list[Tensor | int]:
+    """Tensors of some rows of a tile each, but for the first: how far its samples are apart, and channels of all."""
+    several = first, *others
+    assert len({(len(one), *one.shape[2:], one.stride(1)) for one in several}) == 1, (
+        "of the same cells of as large a tile"
+    )
+    assert all(map(has_rows, several)), "rows follow each other"
+    return [first.stride(0), *(value for one in others for value in (one, one.stride(0))), first.stride(1)]
 
 
 def _sizes(c_BCYX: Tensor, mixed_BFYX: Tensor) -> tuple[int, int, int, int]:

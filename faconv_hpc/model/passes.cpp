@@ -1,6 +1,7 @@
 // The passes over all cells of a step as loops for a CPU; native.py builds them and says what each computes.
 //
-// Tensors are (batch, channels, cells), cells side by side. A stretch is some blocks (blocks.hpp), so that
+// Tensors are (batch, channels, cells), cells side by side; where there are some rows of a tile, its channels are a
+// plane apart. A stretch is some blocks (blocks.hpp), so that
 // memory is read and written in runs that are worth it. A stretch's channels are copied together, block by block, stay in
 // the cache next to the processor, and all that depends on them is computed there: what is expanded to 4 C_h channels
 // never goes through memory.
@@ -73,8 +74,9 @@ inline void exponentials(typename Lanes<T>::V (&i)[ACROSS], typename Lanes<T>::V
 
 // c (batch, channels, cells) and h after a step, from what is mixed (batch, inner, cells) and the c before.
 template <class T>
-void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight, const T* bias,
-             const T* peephole, Index batch, Index channels, Index inner, Index cells, Index threads) {
+void advance(T* h, Index h_batch, T* c_after, Index after_batch, const T* mixed, Index mixed_batch, const T* c,
+             Index c_batch, Index plane, const T* weight, const T* bias, const T* peephole, Index batch, Index channels,
+             Index inner, Index cells, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, stretch = Lanes<T>::stretch;
     const Index stretches = (cells + stretch - 1) / stretch;
@@ -85,14 +87,14 @@ void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const 
         for (Index b = 0; b < batch; ++b)
             for (Index number = 0; number < stretches; ++number) {
                 const Index start = number * stretch, end = cells - start < stretch ? cells - start : stretch;
-                copy_stretch(copied.data(), mixed + b * inner * cells + start, inner, cells, end);
+                copy_stretch(copied.data(), mixed + b * mixed_batch + start, inner, plane, end);
                 for (Index channel = 0; channel < channels; ++channel)
                 for (Index first = 0; first < end; first += block) {
                     const Index here = end - first < block ? end - first : block;
                     V a[4][ACROSS], before[ACROSS], after[ACROSS], out[ACROSS];
                     expand<T>(a, weight, bias, copied.data() + first * inner, channel, channels, inner);
-                    const Index place = (b * channels + channel) * cells + start + first;
-                    load_row<T>(before, c + place, here);
+                    const Index place = channel * plane + start + first;
+                    load_row<T>(before, c + b * c_batch + place, here);
                     const T p_i = peephole[channel], p_f = peephole[channels + channel], p_o = peephole[2 * channels + channel];
                     V (&e_i)[ACROSS] = a[0], (&e_f)[ACROSS] = a[1], (&e_g)[ACROSS] = a[2], (&e_o)[ACROSS] = a[3], e_c[ACROSS];
                     exponentials<T>(e_i, e_f, e_g, before, p_i, p_f);
@@ -106,8 +108,8 @@ void advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const 
                     bounded_exp<T>(e_c);
                     for (int s = 0; s < ACROSS; ++s)
                         out[s] = (T(1) - e_c[s]) / ((T(1) + e_o[s]) * (T(1) + e_c[s]));
-                    store_row<T>(c_after + place, after, here);
-                    store_row<T>(h + b * h_batch + channel * cells + start + first, out, here);
+                    store_row<T>(c_after + b * after_batch + place, after, here);
+                    store_row<T>(h + b * h_batch + place, out, here);
                 }
             }
     }
@@ -135,13 +137,14 @@ inline void add_products(T* totals, const T* grads, Index channels, const T* mix
         for (int gate = 0; gate < 4; ++gate) store(totals + (k * 4 + gate) * lanes, sums[k][gate]);
 }
 
-// The gradients of `advance`: of the weight, of what is mixed, of the c before, of bias (4 channels) and peepholes
-// (3 channels). Pre-activations are computed again, and neither they nor their gradients go through memory. A weight
-// whose gradient has no place to go does not learn.
+// The gradients of `advance`: of the weight, of bias (4 channels) and peepholes (3 channels), of the c before, and of
+// what is mixed, in its place. Pre-activations are computed again, and neither they nor their gradients go through
+// memory. A weight whose gradient has no place to go does not learn.
 template <class T>
-void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole, const T* grad_h,
-             Index grad_h_batch, const T* grad_after, const T* mixed, const T* c, const T* weight, const T* bias,
-             const T* peephole, Index batch, Index channels, Index inner, Index cells, Index threads) {
+void retreat(T* grad_weight, T* grad_bias, T* grad_peephole, T* mixed, Index mixed_batch, T* grad_before,
+             Index before_batch, const T* c, Index c_batch, const T* grad_h, Index h_batch, const T* grad_after,
+             Index after_batch, Index plane, const T* weight, const T* bias, const T* peephole, Index batch,
+             Index channels, Index inner, Index cells, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count, stretch = Lanes<T>::stretch;
     const Index stretches = (cells + stretch - 1) / stretch;
@@ -157,16 +160,16 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
         for (Index b = 0; b < batch; ++b)
             for (Index number = 0; number < stretches; ++number) {
                 const Index start = number * stretch, end = cells - start < stretch ? cells - start : stretch;
-                copy_stretch(copied.data(), mixed + b * inner * cells + start, inner, cells, end);
+                copy_stretch(copied.data(), mixed + b * mixed_batch + start, inner, plane, end);
                 for (Index channel = 0; channel < channels; ++channel) {
                 for (Index first = 0; first < end; first += block) {
                     const Index here = end - first < block ? end - first : block;
                     V a[4][ACROSS], before[ACROSS], d_h[ACROSS], d_c[ACROSS];
                     expand<T>(a, weight, bias, copied.data() + first * inner, channel, channels, inner);
-                    const Index place = (b * channels + channel) * cells + start + first;
-                    load_row<T>(before, c + place, here);
-                    load_row<T>(d_c, grad_after + place, here);
-                    load_row<T>(d_h, grad_h + b * grad_h_batch + channel * cells + start + first, here);
+                    const Index place = channel * plane + start + first;
+                    load_row<T>(before, c + b * c_batch + place, here);
+                    load_row<T>(d_c, grad_after + b * after_batch + place, here);
+                    load_row<T>(d_h, grad_h + b * h_batch + place, here);
                     const T p_i = peephole[channel], p_f = peephole[channels + channel], p_o = peephole[2 * channels + channel];
                     V total[7] = {};
                     V (&e_i)[ACROSS] = a[0], (&e_f)[ACROSS] = a[1], (&e_g)[ACROSS] = a[2], (&e_o)[ACROSS] = a[3], e_c[ACROSS];
@@ -198,7 +201,7 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
                         T* held = sums + (one * channels + channel) * lanes;
                         store(held, load(held) + total[one]);
                     }
-                    store_row<T>(grad_before + place, d_c, here);
+                    store_row<T>(grad_before + b * before_batch + place, d_c, here);
                     for (int gate = 0; gate < 4; ++gate)
                         for (int s = 0; s < ACROSS; ++s)
                             store(grads.data() + first * 4 * channels + (gate * channels + channel) * block + s * lanes, a[gate][s]);
@@ -219,7 +222,7 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
                         V total[4][ACROSS] = {};
                         multiply<T, 4>(total, weights, inner, grads.data() + first * 4 * channels, 4 * channels);
                         for (int r = 0; r < count; ++r)
-                            store_row<T>(grad_mixed + (b * inner + k + r) * cells + start + first, total[r],
+                            store_row<T>(mixed + b * mixed_batch + (k + r) * plane + start + first, total[r],
                                          end - first < block ? end - first : block);
                     }
                 }
@@ -239,11 +242,11 @@ void retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* gra
 }
 
 // into (batch, channels, rows, columns) = the sum over taps of weight (batch, channels, taps) times the padded cells
-// that lie there. Planes of `padded` and `into` follow each other; samples are batch strides apart.
+// that lie there. Rows of `padded` and `into` follow each other; channels and samples are strides apart.
 template <class T>
-void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T* weight, const Index* offsets,
-         Index batch, Index channels, Index taps, Index rows, Index columns, Index padded_rows, Index padded_columns,
-         Index threads) {
+void mix(T* into, Index into_batch, Index into_plane, const T* padded, Index padded_batch, Index padded_plane,
+         Index padded_columns, const T* weight, const Index* offsets, Index batch, Index channels, Index taps, Index rows,
+         Index columns, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int block = Lanes<T>::block, lanes = Lanes<T>::count;
 #pragma omp parallel num_threads(threads)
@@ -255,8 +258,8 @@ void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T
             for (Index channel = 0; channel < channels; ++channel)
                 for (Index row = 0; row < rows; ++row) {
                     const T* factors = weight + (b * channels + channel) * taps;
-                    const T* from = padded + b * padded_batch + (channel * padded_rows + row) * padded_columns;
-                    T* to = into + b * into_batch + (channel * rows + row) * columns;
+                    const T* from = padded + b * padded_batch + channel * padded_plane + row * padded_columns;
+                    T* to = into + b * into_batch + channel * into_plane + row * columns;
                     Index column = 0;
                     for (; column + block <= columns; column += block) {
                         V total[ACROSS] = {};
@@ -284,9 +287,9 @@ void mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T
 
 // grad_weight (batch, channels, taps) of `mix`: for each tap the sum over cells of the padded cell times the gradient.
 template <class T>
-void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* grad, Index grad_batch,
-                 const Index* offsets, Index batch, Index channels, Index taps, Index rows, Index columns,
-                 Index padded_rows, Index padded_columns, Index threads) {
+void mix_weights(T* grad_weight, const T* padded, Index padded_batch, Index padded_plane, Index padded_columns,
+                 const T* grad, Index grad_batch, Index grad_plane, Index grad_columns, const Index* offsets, Index batch,
+                 Index channels, Index taps, Index rows, Index columns, Index threads) {
     using V = typename Lanes<T>::V;
     constexpr int lanes = Lanes<T>::count, at_once = 8;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
@@ -303,8 +306,8 @@ void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* g
                     shifts[one] = offset[0] * padded_columns + offset[1];
                 }
                 for (Index row = 0; row < rows; ++row) {
-                    const T* from = padded + b * padded_batch + (channel * padded_rows + row) * padded_columns;
-                    const T* values = grad + b * grad_batch + (channel * rows + row) * columns;
+                    const T* from = padded + b * padded_batch + channel * padded_plane + row * padded_columns;
+                    const T* values = grad + b * grad_batch + channel * grad_plane + row * grad_columns;
                     Index column = 0;
                     for (; column + lanes <= columns; column += lanes) {
                         const V value = load(values + column);
@@ -338,30 +341,34 @@ void mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* g
         product<T>(into, into_batch, weight, weight_row, weight_step, x, x_batch, batch, rows, inner, cells, add != 0, \
                    threads);                                                                                           \
     }                                                                                                                  \
-    extern "C" void NAME##_advance(T* h, Index h_batch, T* c_after, const T* mixed, const T* c, const T* weight,       \
+    extern "C" void NAME##_advance(T* h, Index h_batch, T* c_after, Index after_batch, const T* mixed,                 \
+                                   Index mixed_batch, const T* c, Index c_batch, Index plane, const T* weight,         \
                                    const T* bias, const T* peephole, Index batch, Index channels, Index inner,         \
-                                   Index cells, Index threads) {                                                         \
-        advance<T>(h, h_batch, c_after, mixed, c, weight, bias, peephole, batch, channels, inner, cells, threads);     \
+                                   Index cells, Index threads) {                                                       \
+        advance<T>(h, h_batch, c_after, after_batch, mixed, mixed_batch, c, c_batch, plane, weight, bias, peephole,    \
+                   batch, channels, inner, cells, threads);                                                            \
     }                                                                                                                  \
-    extern "C" void NAME##_retreat(T* grad_weight, T* grad_mixed, T* grad_before, T* grad_bias, T* grad_peephole,           \
-                                   const T* grad_h, Index grad_h_batch, const T* grad_after, const T* mixed,           \
-                                   const T* c, const T* weight, const T* bias, const T* peephole, Index batch,         \
-                                   Index channels, Index inner, Index cells, Index threads) {                            \
-        retreat<T>(grad_weight, grad_mixed, grad_before, grad_bias, grad_peephole, grad_h, grad_h_batch, grad_after, mixed, \
-                   c, weight, bias, peephole, batch, channels, inner, cells, threads);                                 \
+    extern "C" void NAME##_retreat(T* grad_weight, T* grad_bias, T* grad_peephole, T* mixed, Index mixed_batch,        \
+                                   T* grad_before, Index before_batch, const T* c, Index c_batch, const T* grad_h,     \
+                                   Index h_batch, const T* grad_after, Index after_batch, Index plane,                 \
+                                   const T* weight, const T* bias, const T* peephole, Index batch, Index channels,     \
+                                   Index inner, Index cells, Index threads) {                                          \
+        retreat<T>(grad_weight, grad_bias, grad_peephole, mixed, mixed_batch, grad_before, before_batch, c, c_batch,   \
+                   grad_h, h_batch, grad_after, after_batch, plane, weight, bias, peephole, batch, channels, inner,    \
+                   cells, threads);                                                                                    \
     }                                                                                                                  \
-    extern "C" void NAME##_mix(T* into, Index into_batch, const T* padded, Index padded_batch, const T* weight,        \
-                               const Index* offsets, Index batch, Index channels, Index taps, Index rows,              \
-                               Index columns, Index padded_rows, Index padded_columns, Index threads) {                  \
-        mix<T>(into, into_batch, padded, padded_batch, weight, offsets, batch, channels, taps, rows, columns,          \
-               padded_rows, padded_columns, threads);                                                                  \
+    extern "C" void NAME##_mix(T* into, Index into_batch, Index into_plane, const T* padded, Index padded_batch,       \
+                               Index padded_plane, Index padded_columns, const T* weight, const Index* offsets,        \
+                               Index batch, Index channels, Index taps, Index rows, Index columns, Index threads) {    \
+        mix<T>(into, into_batch, into_plane, padded, padded_batch, padded_plane, padded_columns, weight, offsets,      \
+               batch, channels, taps, rows, columns, threads);                                                         \
     }                                                                                                                  \
-    extern "C" void NAME##_mix_weights(T* grad_weight, const T* padded, Index padded_batch, const T* grad,             \
-                                       Index grad_batch, const Index* offsets, Index batch, Index channels,            \
-                                       Index taps, Index rows, Index columns, Index padded_rows,                       \
-                                       Index padded_columns, Index threads) {                                            \
-        mix_weights<T>(grad_weight, padded, padded_batch, grad, grad_batch, offsets, batch, channels, taps, rows,      \
-                       columns, padded_rows, padded_columns, threads);                                                 \
+    extern "C" void NAME##_mix_weights(T* grad_weight, const T* padded, Index padded_batch, Index padded_plane,        \
+                                       Index padded_columns, const T* grad, Index grad_batch, Index grad_plane,        \
+                                       Index grad_columns, const Index* offsets, Index batch, Index channels,          \
+                                       Index taps, Index rows, Index columns, Index threads) {                         \
+        mix_weights<T>(grad_weight, padded, padded_batch, padded_plane, padded_columns, grad, grad_batch, grad_plane,  \
+                       grad_columns, offsets, batch, channels, taps, rows, columns, threads);                          \
     }
 
 EXPORTED(float, float32)

@@ -12,8 +12,8 @@ product is rounded to the type of what it is made of, whatever is added to it is
 Kept are h, which is the result, c, and u with its halo, so that nothing is sent twice; m and the 4 C_h channels that it
 is expanded to are computed again in backward. It goes through the steps from the last to the first and adds up the
 weights' gradients of all steps in float32 or better; none of a product is made for what does not learn. While a halo
-travels, W_x x of the next step is computed; while its gradient does, those of the step's kernels, and those of W_x,
-W_h, b and x of the step before.
+travels, W_x x of the next step is computed, and the step of those rows that need no other tile's cells; while its
+gradient does, those of these rows and of the step's kernels, and those of W_x, W_h, b and x of the step before.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from ..spatial.collectives import at_least_float32
 from ..spatial.exchange import HaloExchange
 from ..spatial.tape import Remembered
 from .bank import Bank
+from .kernels import planar
 from .taps import Gates, Mixing
 
 
@@ -148,7 +149,7 @@ class Sweep(Operation):
         u = w.bias.new_empty(x_BTCYX.shape[0], len(w.bias), *x_BTCYX.shape[3:])
         room = kernels.room(u, w.expansion)
         padded, cells = list[Tensor](), []
-        h, c = h_BCYX, c_BCYX
+        h, c = h_BCYX, planar(c_BCYX)
         kernels.product(w.input, x_BTCYX[:, 0], u)
         for step in range(length):
             if h is not None:
@@ -159,11 +160,17 @@ class Sweep(Operation):
             received = steps.remembered(partial(halo.start_fill, owned))
             if step < length - 1:
                 kernels.product(w.input, x_BTCYX[:, step + 1], u)
-            halo.fill(padded[-1], received())
+            halo.fill_own(padded[-1])
             mixing = Mixing(padded[-1], bank.passes, [one[step] for one in banks])
             # A view's alias: to the compiler a view is as many shapes as what it is a view of.
             target = h_BTCYX[:, step].data if step < length - 1 else last
-            c_after = kernels.mix_and_advance(target, mixing, c, w.of_gates, room)
+            c_after = torch.empty_like(c)
+            advance = partial(kernels.mix_and_advance, target, c_after, mixing, c, w.of_gates, room)
+            for rows in halo.core:
+                advance(rows)
+            halo.fill_received(padded[-1], received())
+            for rows in halo.edges:
+                advance(rows)
             held = _held(valid_BT, step)
             if held is not None:
                 c_after = torch.where(held, c, c_after)
@@ -267,23 +274,42 @@ class _Backward:
         if held is not None:
             passed = torch.where(held, grad_h, 0), torch.where(held, grad_c, 0)
             grad_h, grad_c = torch.where(held, 0, grad_h), torch.where(held, 0, grad_c)
-        mixing = Mixing(padded, bank.passes, [one[number] for one in self.banks])
-        given = self.amid, mixing, c, w.of_gates, grad_h, grad_c, self.room, self.learns["expansion"]
-        grads = bank.kernels.mix_and_retreat(*given)
-        grad_expansion, grad_m, grad_c, grad_bias, grad_peephole = grads
-        bank.adjoint(self.grad_padded, self.framed, mixing.weights)
+        c, grad_h, grad_c = planar(c), planar(grad_h), planar(grad_c)
+        mixing, before = Mixing(padded, bank.passes, [one[number] for one in self.banks]), torch.empty_like(c)
+        retreat = partial(self._retreat, before, mixing, c, grad_h, grad_c)
+        retreat(halo.edges, halo.outside)
         received = halo.start_accumulate(self.grad_padded)
-        for into, products in zip(self.of_banks, bank.products(padded, grad_m) if self.of_banks else (), strict=True):
-            into[number] = products
+        retreat(halo.core, halo.inside)
+        products = bank.products(padded, self.amid) if self.of_banks else ()
+        for into, one in zip(self.of_banks, products, strict=True):
+            into[number] = one
         self._do_what_is_left()
-        for total, one in zip(self.others, (grad_expansion, grad_bias, grad_peephole), strict=True):
-            if one is not None:
-                total.add_(one)
+        grad_c = before
         self.grad_u.copy_(halo.owned(self.grad_padded))
         halo.add_halo(self.grad_padded, received(), self.grad_u)
         self.left = x, h, grad_x
         grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
         return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
+
+    def _retreat(
+        self,
+        before: Tensor,
+        mixing: Mixing,
+        c: Tensor,
+        grad_h: Tensor,
+        grad_c: Tensor,
+        rows: Sequence[slice],
+        padded: Sequence[slice],
+    ) -> None:
+        """The gradients of what is in some rows, then those of u in some padded rows, which hang on no others."""
+        bank, given = self.steps.bank, (mixing, c, self.w.of_gates, grad_h, grad_c, self.room)
+        for some in rows:
+            sums = bank.kernels.mix_and_retreat(self.amid, before, *given, some, self.learns["expansion"])
+            for total, one in zip(self.others, sums, strict=True):
+                if one is not None:
+                    total.add_(one)
+        for some in padded:
+            bank.adjoint(self.grad_padded, self.framed, mixing.weights, some)
 
     def _do_what_is_left(self) -> None:
         """What no other step waits for: the gradients of W_x, W_h, b and x of the step after this one."""

@@ -60,6 +60,11 @@ class Mixing(NamedTuple):
     passes: tuple[Taps, ...]
     weights: Sequence[Tensor]
 
+    def of_rows(self, rows: slice) -> "Mixing":
+        """What some rows of m are made of."""
+        beyond = rows.start, rows.stop + 2 * self.passes[0].reach
+        return self._replace(padded_BCYX=self.padded_BCYX[..., slice(*beyond), :])
+
 
 class Gates(NamedTuple):
     """What makes gates of m: the expansion, and what they see of the cell.

@@ -7,6 +7,7 @@ periodic axis of two ranks, where the western and the eastern neighbour are the 
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,12 @@ class HaloExchange:
         grid, cuts, tile_index: the geometry; every rank of the group passes the same grid and cuts.
         width: rows and columns of the halo on every side.
         group: the ranks of the tiles, tile i being rank i of the group; None for a single tile.
+
+    Attributes:
+        core: the owned rows that look at no cell of another tile, no further than ``width``, one after the other: all
+            of a single tile, none where columns are cut.
+        edges: the others, north and south of them.
+        inside, outside: the padded rows that hold no cell of another tile, and the others.
     """
 
     def __init__(
@@ -42,6 +49,8 @@ class HaloExchange:
         rows, columns = self.shape
         halo_cells = (rows + 2 * width) * (columns + 2 * width) - rows * columns
         self._covers_halo = sum(rectangle.cells for rectangle in rectangles) == halo_cells
+        self.core, self.edges = self._rows(self.shape[0], 2 * width)
+        self.inside, self.outside = self._rows(self.shape[0] + 2 * width, 0)
         self._group = group
         self._clock = clock
 
@@ -54,17 +63,19 @@ class HaloExchange:
         """The padded tile (..., Y + 2 width, X + 2 width) from owned cells and received ones."""
         padded = self.framed(owned)
         self.owned(padded).copy_(owned)
-        self.fill(padded, received)
+        self.fill_own(padded)
+        self.fill_received(padded, received)
         return padded
 
-    def fill(self, padded: Tensor, received: Received) -> None:
-        """Fills the halo of a tile (..., Y + 2 width, X + 2 width), around the owned cells that stand in it.
-
-        Cells beyond a ``zero`` boundary stay what they are.
-        """
+    def fill_own(self, padded: Tensor) -> None:
+        """Fills what of the halo of a tile (..., Y + 2 width, X + 2 width) is of its own cells, which stand in it."""
         owned = self.owned(padded)
         for part in self._local:
             _halo_view(padded, part).copy_(_turned(_owned_view(owned, part), part))
+
+    def fill_received(self, padded: Tensor, received: Received) -> None:
+        """Fills the rest. Cells beyond a ``zero`` boundary stay what they are."""
+        owned = self.owned(padded)
         for peer, parts in self._received.items():
             for part, cells in zip(parts, _unpack(received[peer], owned, parts), strict=True):
                 _halo_view(padded, part).copy_(_turned(cells, part))
@@ -96,6 +107,16 @@ class HaloExchange:
         """The owned cells (..., Y, X) of a padded tile, a view."""
         width, (rows, columns) = self.width, self.shape
         return padded[..., width : width + rows, width : width + columns]
+
+    def _rows(self, count: int, further: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Of so many rows those whose padded row, and so many after it, hold no cell of another tile; the others."""
+        beyond = {row for parts in self._received.values() for part in parts for row in range(*part.rows)}
+        own = [row for row in range(count) if beyond.isdisjoint(range(row, row + further + 1))]
+        if own and len(own) < own[-1] + 1 - own[0]:
+            own = []  # north and south of columns that are cut, where nothing is beyond a ``zero`` boundary
+        edges = (0, own[0], own[-1] + 1, count) if own else (0, 0, 0, count)
+        north, core, south = (slice(*ends) for ends in pairwise(edges))
+        return tuple(rows for rows in (core,) if own), tuple(rows for rows in (north, south) if rows.start < rows.stop)
 
     def _start(
         self, like: Tensor, outgoing: dict[int, Tensor], expected: dict[int, list[Rectangle]], verb: str
