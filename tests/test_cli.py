@@ -59,6 +59,14 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("data") / "waves")
 
 
+def test_ranks_that_have_parted_end_without_a_farewell(tmp_path, store):
+    """In which a thread of torch that lets go of the last collective, one time in thirty on a busy machine, aborted."""
+    config = write_config(tmp_path, store, mesh={"lon": 2})
+    ended = faconv_after("import atexit; atexit.register(print, 'farewell')", "train", config, "--ranks", 2)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines().count("farewell") == 1, "of the process that has started the ranks"
+
+
 def test_train_on_two_ranks_then_evaluate_then_go_on(tmp_path, store):
     config = write_config(tmp_path, store, mesh={"lon": 2})
     trained = faconv("train", config, "--ranks", 2)

@@ -8,7 +8,7 @@ import time
 import typer
 
 from ..errors import InputError, LostRankError, RunError, describe, exit_code_of
-from ..spatial.environment import RankEnvironment
+from ..spatial.environment import PARTED, RankEnvironment
 from .bench import bench_command
 from .checkpoint import checkpoint_app
 from .compare import compare_command
@@ -73,3 +73,9 @@ def main() -> None:
             time.sleep(FIRST_S)
         print(describe(error), file=sys.stderr)
         sys.exit(exit_code_of(error))
+    except SystemExit as end:
+        if PARTED.is_set() and isinstance(end.code, int | None):
+            from ..spatial.failure import leave
+
+            leave(end.code or 0)
+        raise

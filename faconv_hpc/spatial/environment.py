@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from ..errors import InputError
 LOOPBACK = "127.0.0.1"
 OF_A_JOB = re.compile(r"(SLURMD?|PMIX?|OMPI)_.*|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|FACONV_FIRST_NODE")
 OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
+
+PARTED = threading.Event()
+"""Set once this process has left a job of several ranks: it ends without Python's farewell, in which a thread of torch
+that still lets go of the last collective ends it by SIGABRT."""
 
 _HELD: list[socket.socket] = []
 """For `free_port`."""

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..observe import Activity
 from .collectives import all_gather, carried
 from .device import device_for
-from .environment import RankEnvironment
+from .environment import PARTED, RankEnvironment
 from .failure import MARGIN_S, FailureWatch
 from .meeting import meet
 
@@ -218,6 +218,7 @@ class ProcessMesh:
             self.watch.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+            PARTED.set()
 
     def _with_groups(self) -> "ProcessMesh":
         """The same mesh with the groups that this rank is in, five at most: its members alone make each of them."""
