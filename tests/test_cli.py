@@ -544,10 +544,10 @@ def test_verify_fails_when_the_exchange_is_broken(tmp_path, store):
     """West and east swapped: what two ranks on a periodic axis get when messages pair by the wrong order."""
     broken = (
         "from faconv_hpc.spatial import exchange\n"
-        "fill = exchange.HaloExchange.fill\n"
+        "fill = exchange.HaloExchange.fill_received\n"
         "def broken(self, padded, received):\n"
         "    return fill(self, padded, {peer: buffer.flip(0) for peer, buffer in received.items()})\n"
-        "exchange.HaloExchange.fill = broken\n"
+        "exchange.HaloExchange.fill_received = broken\n"
     )
     process = faconv_after(broken, "verify", write_config(tmp_path, store), "--ranks", 2, "--json")
     assert process.returncode == 1, process.stderr

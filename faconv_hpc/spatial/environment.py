@@ -17,8 +17,11 @@ OF_A_JOB = re.compile(r"(SLURMD?|PMIX?|OMPI)_.*|RANK|WORLD_SIZE|LOCAL_RANK|MASTE
 OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 PARTED = threading.Event()
-"""Set once this process has left a job of several ranks: it ends without Python's farewell, in which a thread of torch
-that still lets go of the last collective ends it by SIGABRT."""
+"""Set once this process has left a job of several ranks. `faconv` then ends without Python's farewell: a thread of gloo
+that lets go of the last collective's tensors needs the interpreter, and aborts where that has begun to go."""
+
+LETTING_GO_S = 0.5
+"""For such threads, before the farewell of a program of somebody else's."""
 
 _HELD: list[socket.socket] = []
 """For `free_port`."""

@@ -1,6 +1,8 @@
 """ProcessMesh: the arrangement of ranks, replica x lat x lon, and the groups they talk in."""
 
+import atexit
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,7 @@ from ..errors import InputError
 from ..observe import Activity
 from .collectives import all_gather, carried
 from .device import device_for
-from .environment import PARTED, RankEnvironment
+from .environment import LETTING_GO_S, PARTED, RankEnvironment
 from .failure import MARGIN_S, FailureWatch
 from .meeting import meet
 
@@ -219,6 +221,7 @@ class ProcessMesh:
         if dist.is_initialized():
             dist.destroy_process_group()
             PARTED.set()
+            atexit.register(time.sleep, LETTING_GO_S)
 
     def _with_groups(self) -> "ProcessMesh":
         """The same mesh with the groups that this rank is in, five at most: its members alone make each of them."""
