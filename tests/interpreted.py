@@ -93,11 +93,11 @@ def passes(kernels, kind, batch, rows, columns, channels, bottleneck, dilations,
         kernels.room(c, gates.weight),
         torch.empty_like(u).contiguous(),
     )
-    after = torch.empty_like(c)
-    for some in (slice(1, rows), slice(0, 1))[rows == 1 :]:
+    after, pieces = torch.empty_like(c), [slice(0, 1), slice(1, rows)][: 1 + (rows > 1)]
+    for some in reversed(pieces):
         kernels.mix_and_advance(h.data, after, mixing, c, gates, room, some)
     of_c, sums = torch.empty_like(c), []
-    for some in (slice(0, 1), slice(1, rows))[: 2 - (rows == 1)]:
+    for some in pieces:
         sums.append(kernels.mix_and_retreat(amid, of_c, mixing, c, gates, grad_h, grad_c, room, some))
     of_weight, of_bias, of_peep = (sum(parts) for parts in zip(*sums, strict=True))
     for some in (slice(0, 2), slice(2, rows + 2 * reach)):

@@ -58,7 +58,7 @@ class Embedded:
 def planted(store: Path) -> None:
     """Daily height of some years: an annual cycle, waves that travel, and one of four patterns that come and go.
 
-    A regime lasts twelve days on average, two at least; the next one may be any other. Its pattern holds as much
+    A regime lasts 13 days on average, three at least; the next one may be any other. Its pattern holds as much
     variance as the waves do, the annual cycle as much as both.
     """
     draw = np.random.default_rng(0)
@@ -74,8 +74,8 @@ def planted(store: Path) -> None:
     patterns = (patterns - patterns.mean(0)) / patterns.std()
     regimes = [int(draw.integers(KINDS))]
     while len(regimes) < DAYS:
-        regimes += [int(regimes[-1])] * (1 + int(draw.geometric(1 / 11)))
-        regimes.append(int((regimes[-1] + draw.integers(1, KINDS)) % KINDS))
+        regimes += [regimes[-1]] * (1 + int(draw.geometric(1 / 11)))
+        regimes.append(int(regimes[-1] + draw.integers(1, KINDS)) % KINDS)
     regimes = np.array(regimes[:DAYS])
     days = np.arange(DAYS)[:, None, None]
     waves = sum(smooth(days / 9.0))
@@ -107,10 +107,16 @@ def prepare(data: xr.Dataset, store: Path) -> None:
     file.unlink()
 
 
+def fields_of(store: Store) -> np.ndarray:
+    """(time, channel, lat, lon) all there is."""
+    nlat, nlon = store.layout.grid_shape
+    fields_TCYX, _ = store.read(range(store.frames), Tile((0, nlat), (0, nlon)), range(len(store.channels)))
+    return fields_TCYX
+
+
 def with_noise(store: Store, share: float, noisy: Path) -> None:
     """The same fields, each value and some of its variable's deviation that means nothing."""
-    (nlat, nlon), time = store.layout.grid_shape, store.layout.time
-    fields_TCYX, _ = store.read(range(store.frames), Tile((0, nlat), (0, nlon)), range(len(store.channels)))
+    fields_TCYX, time = fields_of(store), store.layout.time
     told = {"units": "seconds since 1970-01-01", "calendar": time.calendar}
     data = xr.Dataset(
         coords={
@@ -173,9 +179,8 @@ def by_components(given: argparse.Namespace, held_out: np.ndarray, first: int, c
     found = []
     for path in (given.store, noisy_of(given)):
         with Store.open(path) as store:
-            (nlat, nlon), weight_Y = store.layout.grid_shape, np.sqrt(np.cos(np.deg2rad(store.latitude_deg)).clip(0))
-            fields_TCYX, _ = store.read(range(store.frames), Tile((0, nlat), (0, nlon)), range(len(store.channels)))
-            values = (fields_TCYX - store.mean[:, None, None]) / store.std[:, None, None] * weight_Y[:, None]
+            weight_Y = np.sqrt(np.cos(np.deg2rad(store.latitude_deg)).clip(0))
+            values = (fields_of(store) - store.mean[:, None, None]) / store.std[:, None, None] * weight_Y[:, None]
         if given.planted:  # less the same annual cycle as the network's
             values = values - annual_cycle(values, held_out)
         found.append(values.reshape(len(values), -1)[first:])

@@ -59,6 +59,7 @@ class NativeKernels(Kernels):
         return into
 
     def advance(self, h: Tensor, after: Tensor, mixed_BFYX: Tensor, c_BCYX: Tensor, gates: Gates) -> None:
+        assert h.shape == after.shape == c_BCYX.shape, "h and c have as many channels"
         places, sizes = _tiles(h, after, mixed_BFYX, c_BCYX), _sizes(c_BCYX, mixed_BFYX)
         _call("advance", h, *places, *(one.contiguous() for one in gates), *sizes)
 
@@ -72,6 +73,7 @@ class NativeKernels(Kernels):
         grad_c: Tensor,
         learns: bool = True,
     ) -> Sums:
+        assert before.shape == c_BCYX.shape == grad_h.shape == grad_c.shape, "h and c have as many channels"
         places, sizes = _tiles(mixed_BFYX, before, c_BCYX, grad_h, grad_c), _sizes(c_BCYX, mixed_BFYX)
         parameters = [one.contiguous() for one in gates]
         of_weight, *others = (torch.empty_like(one) for one in parameters)

@@ -284,12 +284,11 @@ class _Backward:
         for into, one in zip(self.of_banks, products, strict=True):
             into[number] = one
         self._do_what_is_left()
-        grad_c = before
         self.grad_u.copy_(halo.owned(self.grad_padded))
         halo.add_halo(self.grad_padded, received(), self.grad_u)
         self.left = x, h, grad_x
         grad_h = bank.kernels.product(w.hidden.t(), self.grad_u)
-        return (grad_h, grad_c) if passed is None else (grad_h + passed[0], grad_c + passed[1])
+        return (grad_h, before) if passed is None else (grad_h + passed[0], before + passed[1])
 
     def _retreat(
         self,

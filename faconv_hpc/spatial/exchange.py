@@ -75,9 +75,8 @@ class HaloExchange:
 
     def fill_received(self, padded: Tensor, received: Received) -> None:
         """Fills the rest. Cells beyond a ``zero`` boundary stay what they are."""
-        owned = self.owned(padded)
         for peer, parts in self._received.items():
-            for part, cells in zip(parts, _unpack(received[peer], owned, parts), strict=True):
+            for part, cells in zip(parts, _unpack(received[peer], padded, parts), strict=True):
                 _halo_view(padded, part).copy_(_turned(cells, part))
 
     def start_accumulate(self, padded: Tensor) -> Callable[[], Received]:

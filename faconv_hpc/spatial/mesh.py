@@ -220,8 +220,9 @@ class ProcessMesh:
             self.watch.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+            if not PARTED.is_set():
+                atexit.register(time.sleep, LETTING_GO_S)
             PARTED.set()
-            atexit.register(time.sleep, LETTING_GO_S)
 
     def _with_groups(self) -> "ProcessMesh":
         """The same mesh with the groups that this rank is in, five at most: its members alone make each of them."""
