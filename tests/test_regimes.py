@@ -11,6 +11,7 @@ import xarray as xr
 from sklearn import metrics as library
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
 from typer.testing import CliRunner
 
 import forecasts
@@ -24,7 +25,7 @@ from faconv_hpc.evaluation.regimes.facts import _runs
 from faconv_hpc.evaluation.regimes.figures import draw_all, draw_numbers, draw_plane
 from faconv_hpc.evaluation.regimes.files import as_dict, write_netcdf
 from faconv_hpc.evaluation.regimes.find import find_regimes
-from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, silhouettes_of_chance
+from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, scores_of_noise
 from faconv_hpc.evaluation.regimes.records import Record, data_space_of
 from faconv_hpc.evaluation.regimes.report import _compared, told_of_calendar, write_report
 from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
@@ -140,7 +141,7 @@ def test_planted_regimes_are_found_beneath_a_season(found):
         np.testing.assert_array_equal(found.one("embedding", method).partition.labels_T, labels)
         np.testing.assert_array_equal(found.one("eof", method).partition.labels_T, labels)
     assert found.one("embedding").partition.halves_agreement == found.one("embedding").partition.seeds_agreement == 1
-    assert found.one("embedding").own.silhouette > 2 * found.chance[3]
+    assert found.one("embedding").own.silhouette == found.standings[3].score > 2 * found.standings[3].chance
     assert 0.6 < found.seasonal_shares["embedding"] < 0.95 and found.seasonal_shares["fields"] < 0.3
 
 
@@ -149,10 +150,10 @@ def test_with_its_season_and_without_fields_the_embedding_is_cut_by_the_season(e
     assert library.adjusted_rand_score(with_season.one("embedding", clusters=3).partition.labels_T, planted()[0]) < 0.5
     assert with_season.one("embedding", clusters=4).told_by_month.gain > 0.6
     assert as_dict(with_season)["data"] is None and {one.source for one in with_season.judged} == {"embedding"}
-    write_report(with_season, [draw_numbers(with_season, tmp_path / "silhouettes.png")], tmp_path / "report.md", 2)
+    write_report(with_season, [draw_numbers(with_season, tmp_path / "numbers.png")], tmp_path / "report.md", 2)
     report = (tmp_path / "report.md").read_text()
-    assert "Call the command with --data" in report and "](silhouettes.png)" in report
-    assert (tmp_path / "silhouettes.png").stat().st_size > 10_000
+    assert "Call the command with --data" in report and "](numbers.png)" in report
+    assert (tmp_path / "numbers.png").stat().st_size > 10_000
 
 
 def test_noise_is_not_taken_for_regimes(site, tmp_path):
@@ -244,7 +245,7 @@ def test_regimes_of_whole_months_have_no_maps_beyond_their_season(found, tmp_pat
     rounding = 1e-6 * found.composites.anomaly_KCYX
     alone = replace(found, composites=replace(found.composites, beyond_season_KCYX=rounding))
     figures = draw_all(alone, tmp_path)
-    assert [one.name for one in figures] == ["silhouettes.png", "plane.png", "calendar.png", "composites.png"]
+    assert [one.name for one in figures] == ["numbers.png", "plane.png", "calendar.png", "composites.png"]
     write_report(alone, figures, tmp_path / "report.md", 2)
     assert "nothing is left of any regime" in (tmp_path / "report.md").read_text()
 
@@ -332,13 +333,87 @@ def test_agreement_is_of_seeds_and_halves():
     assert min(mixtures, key=lambda each: each.bic).clusters == 3
 
 
+def weather(times, labels=None):
+    """(times, COMPONENTS) red noise, ten times as large along some axes as along others, about centres that lie apart
+    where there is little of it; seen askew, as a network may have it."""
+    random = np.random.default_rng(12)
+    size = np.array([3.0] * 5 + [0.3] * 3)
+    state, z_TE = np.zeros(COMPONENTS), np.empty((times, COMPONENTS))
+    for row in z_TE:
+        state = 0.6 * state + 0.8 * size * random.normal(size=COMPONENTS)
+        row[:] = state
+    if labels is not None:
+        z_TE[:, 5:] += 1.5 * np.concatenate([np.zeros((1, 3)), np.eye(3)])[labels]
+    return z_TE @ np.linalg.qr(random.normal(size=(COMPONENTS, COMPONENTS)))[0]
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """(regimes of 400 times, points in which all that varies most tells nothing of them)."""
+    labels = by_size(np.repeat(np.random.default_rng(13).integers(4, size=50), 8))
+    return labels, weather(len(labels), labels)
+
+
+def test_a_mixture_finds_what_varies_little_and_k_means_does_not(hidden):
+    labels, points = hidden
+    (near,), (found,) = (partitions_of(points, method, [4], 3) for method in ("kmeans", "gmm"))
+    assert library.adjusted_rand_score(near.labels_T, labels) < 0.1
+    assert library.adjusted_rand_score(found.labels_T, labels) > 0.9 and found.is_steady
+
+
+def test_a_mixture_does_not_hang_on_the_scale_of_an_embedding(hidden):
+    """A network that has another one's embedding times a matrix says the same."""
+    _, points = hidden
+    matrix = np.random.default_rng(14).normal(size=(COMPONENTS, COMPONENTS))
+    one, other = (partitions_of(each, "gmm", [4], 3)[0] for each in (points, points @ matrix))
+    np.testing.assert_array_equal(one.labels_T, other.labels_T)
+    assert other.likelihood == pytest.approx(one.likelihood - np.linalg.slogdet(matrix)[1], rel=1e-4)
+
+
+def test_a_mixture_of_few_times_takes_few_dims(hidden):
+    """44 times tell 4 dims, where the points have 8: their covariance would be made of chance."""
+    apart = clouds(np.repeat([0, 1, 2, 1], 11))
+    cut = PCA(4, random_state=0).fit_transform(apart)
+    by_library = GaussianMixture(3, covariance_type="tied", n_init=10, random_state=0, reg_covar=1e-6).fit(cut)
+    one = partitions_of(apart, "gmm", [3], 2)[0]
+    assert one.likelihood == pytest.approx(by_library.score(cut), rel=1e-4) and one.seeds_agreement == 1
+    flat = np.repeat(hidden[1][:9, :1], COMPONENTS, axis=1)  # one time for less than a dim, and all along a line
+    assert np.isfinite(partitions_of(flat, "gmm", [2], 2)[0].likelihood)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_regimes_by_a_mixture_are_as_many_as_stand_out_of_noise(site, hidden, tmp_path, noise):
+    labels, points = hidden
+    path = written(tmp_path / "z.nc", site[1], weather(len(points)) if noise else points)
+    found = find_regimes(read_embeddings(path), None, range(3, 6), 2, method="gmm")
+    assert found.suggestion.steady is not noise
+    rising = [one.partition.likelihood for one in found.candidates]
+    assert rising == sorted(rising)  # with every cluster
+    write_report(found, [draw_numbers(found, tmp_path / "numbers.png")], tmp_path / "report.md", 2)
+    report = (tmp_path / "report.md").read_text()
+    assert (
+        "| K | log-likelihood over that of noise | in noise |" in report and "`--method kmeans` takes those" in report
+    )
+    if noise:
+        assert re.search(
+            r"its log-likelihood over that of noise is -?\d\.\d+, in noise \d\.\d+", found.suggestion.reason
+        )
+        return
+    assert (
+        found.suggestion.clusters == 4
+        and "4 is the first that has about the highest log-likelihood over that of noise" in report
+    )
+    assert library.adjusted_rand_score(found.labels_T, labels) > 0.9
+    assert library.adjusted_rand_score(find_regimes(read_embeddings(path), None, [4], 2).labels_T, labels) < 0.1
+
+
 def test_noise_has_the_spectrum_of_the_points():
     """A wave alone is the same in noise but for its phase; clusters in time's random order are not."""
     angle = 2 * np.pi * np.arange(96) / 12
     wave = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    chance = silhouettes_of_chance(wave, [3], lambda done, total: None)
+    noise = scores_of_noise(wave, "kmeans", [3], lambda done, total: None)
     labels = KMeans(3, n_init=10, random_state=0).fit(wave).labels_
-    assert chance[3] == pytest.approx(library.silhouette_score(wave, labels), rel=1e-3)
+    assert noise[3] == pytest.approx(library.silhouette_score(wave, labels), rel=1e-3)
 
 
 # Seasons and what is said
@@ -433,9 +508,15 @@ def faconv(*arguments):
 def test_the_command_leaves_all_that_a_reader_needs(site, embedded, found, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "SHOWN", 1)  # of the variables: maps take their time
     out, options = tmp_path / "out", ("--clusters", "2-5", "--seeds", 2, "--harmonics", 2, "--json")
-    told = faconv(embedded, "--data", site[0] / "store", "--output", out, *options)
+    data = "--data", site[0] / "store"
+    told = faconv(embedded, *data, "--output", out, *options)
     assert told.strip() == (out / "regimes.json").read_text().strip()
     report = (out / "report.md").read_text()
+    by_mixture = json.loads(faconv(embedded, *data, "--output", tmp_path / "mixture", "--method", "gmm", *options))
+    assert (by_mixture["method"], by_mixture["suggestion"]["clusters"]) == ("gmm", 3)
+    with xr.open_dataset(tmp_path / "mixture" / "regimes.nc", engine="h5netcdf") as file:
+        np.testing.assert_array_equal(file.regime, file.regime_embedding_gmm.sel(clusters=3))
+    assert "(Gaussian mixture, K = 3" in figures._title(replace(found, method="gmm"), "")
     assert "**3 regimes.**" in report and "are more than seasons" in report
     drawn = re.findall(r"!\[[^]]+\]\((\S+)\)", report)
     assert len(drawn) == 5 and all((out / name).stat().st_size > 10_000 for name in drawn)

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ Clusters = Annotated[
     str | None,
     typer.Option(metavar="K or FIRST-LAST", help="How many clusters to try. Default: 2-10, fewer if times are few."),
 ]
+By = Annotated[
+    Literal["kmeans", "gmm"],
+    typer.Option("--method", help="Whose clusters are the regimes. gmm: of Gaussian mixtures of one covariance."),
+]
 Seeds = Annotated[int, typer.Option(min=2, help="Random starts whose clusters are compared.")]
 Harmonics = Annotated[
     int,
@@ -45,6 +49,7 @@ def regimes_command(
     output: Output,
     data: Data = None,
     clusters: Clusters = None,
+    method: By = "kmeans",
     seeds: Seeds = 5,
     harmonics: Harmonics = 0,
     sequence: OfSequence = None,
@@ -73,7 +78,7 @@ def regimes_command(
     elif sequence is not None:
         raise InputError(f"--sequence {sequence} is of a store, which --data does not name. Give --data.")
     with shown_stages() as stages:
-        found = find_regimes(embeddings, record, numbers, seeds, harmonics, stages)
+        found = find_regimes(embeddings, record, numbers, seeds, harmonics, method, stages)
         _write(found, output, seeds)
     _show(found, output, as_json)
 

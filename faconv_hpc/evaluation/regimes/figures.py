@@ -24,8 +24,8 @@ from ...look import (
 )
 from ..seasons import SEASONS
 from ..words import MONTH_NAMES, with_units
-from .find import CHOSEN, Regimes, Source
-from .partitions import HALVES_AGREE, METHODS, SEEDS_AGREE
+from .find import Regimes, Source
+from .partitions import HALVES_AGREE, METHODS, SCORES, SEEDS_AGREE
 
 FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
 SHOWN = 4  # variables of composites at most
@@ -37,7 +37,7 @@ NUMBERED = 400  # cells of the calendar in which the regime's number still can b
 def draw_all(regimes: Regimes, directory: Path) -> list[Path]:
     """All figures, in the order of the report."""
     paths = [
-        draw_numbers(regimes, directory / "silhouettes.png"),
+        draw_numbers(regimes, directory / "numbers.png"),
         draw_plane(regimes, directory / "plane.png"),
         draw_calendar(regimes, directory / "calendar.png"),
     ]
@@ -60,8 +60,8 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
             judged, style = regimes.of(source.key, method), line_style(number)
             clusters = [one.partition.clusters for one in judged]
             label, number = f"{source.name}, {METHODS[method]}", number + 1
-            if source.key == "embedding":
-                own.plot(clusters, [one.own.silhouette for one in judged], label=label, **style)
+            if (source.key, method) == ("embedding", regimes.method):
+                own.plot(clusters, [regimes.standings[count].score for count in clusters], label=label, **style)
             if "data" in panels:
                 in_data = [one.data.silhouette for one in judged if one.data is not None]
                 panels["data"].plot(clusters, in_data, label=label, **style)
@@ -70,8 +70,10 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
                 (rest[1], [one.partition.halves_agreement for one in judged]),
             ):
                 axes.plot(clusters, values, label=label, **style)
-    own.plot(list(regimes.chance), list(regimes.chance.values()), label="k-means of noise, 95 %", **line_style(5))
-    dress(own, "Silhouette in embedding space", "number of clusters", "silhouette (higher: farther apart)")
+    chance, name = [one.chance for one in regimes.standings.values()], f"{METHODS[regimes.method]} of noise (95 %)"
+    noise = own.plot(list(regimes.standings), chance, label=name, **line_style(5))[0]
+    what = SCORES[regimes.method]
+    dress(own, f"{what.capitalize()}, embedding space", "number of clusters", f"{what} (higher: farther apart)")
     if "data" in panels:
         dress(panels["data"], "Silhouette in data space (comparable)", "number of clusters", "silhouette")
     dress(rest[0], "Do seeds find the same?", "number of clusters", "adjusted Rand index (1: the same)")
@@ -83,7 +85,6 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
         axes.axvline(regimes.suggestion.clusters, color="#555555", linewidth=0.8, linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = rest[1].get_legend_handles_labels()
-    noise, name = own.lines[-2], "k-means of noise (95 %)"
     figure.legend([*handles, noise], [*labels, name], loc="outside lower center", ncols=len(labels) + 1, fontsize=SMALL)
     return save_figure(figure, path)
 
@@ -271,4 +272,4 @@ def _across(clusters: int, variables: int) -> int:
 
 def _title(regimes: Regimes, what: str) -> str:
     partition = regimes.one("embedding").partition
-    return f"{what} ({METHODS[CHOSEN]}, K = {partition.clusters}, {len(regimes.embeddings.axis)} times)"
+    return f"{what} ({METHODS[regimes.method]}, K = {partition.clusters}, {len(regimes.embeddings.axis)} times)"

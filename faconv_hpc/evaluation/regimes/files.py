@@ -13,7 +13,7 @@ from ...files import json_ready, write_durably
 from ...forecasting.layout import attributes_of
 from ..netcdf import grid_coordinates, save_dataset
 from .facts import facts_of
-from .find import CHOSEN, Judged, Regimes
+from .find import Judged, Regimes
 from .partitions import METHODS
 
 NETCDF, JSON = "regimes.nc", "regimes.json"
@@ -28,7 +28,7 @@ def write_netcdf(regimes: Regimes, path: Path) -> None:
 
 def _dataset(regimes: Regimes) -> xr.Dataset:
     axis, every = regimes.embeddings.axis, regimes.every
-    clusters = [one.partition.clusters for one in regimes.of("embedding", CHOSEN)]
+    clusters = [one.partition.clusters for one in regimes.candidates]
     times = {"standard_name": "time", "units": EPOCH_UNITS, "calendar": axis.calendar}
     coordinates: dict[str, Any] = {"time": ("time", axis.seconds, times), "clusters": ("clusters", clusters)}
     labels = {"long_name": "regime, from 1: the commonest first", "flag_meaning_0": "no regime"}
@@ -81,8 +81,9 @@ def as_dict(regimes: Regimes) -> dict[str, Any]:
         "harmonics_removed": regimes.harmonics,
         "seasonal_shares": regimes.seasonal_shares,
         "one_time_judged_in": regimes.every,
+        "method": regimes.method,
         "suggestion": asdict(regimes.suggestion),
-        "silhouettes_of_noise": regimes.chance,
+        "standings": {clusters: asdict(one) for clusters, one in regimes.standings.items()},
         "regimes": [asdict(one) for one in facts_of(regimes)],
         "partitions": [_row(one) for one in regimes.judged],
         "data": None
@@ -107,6 +108,7 @@ def _row(judged: Judged) -> dict[str, Any]:
         "clusters": one.clusters,
         "seeds_agreement": one.seeds_agreement,
         "halves_agreement": one.halves_agreement,
+        "likelihood": one.likelihood,
         "bic": one.bic,
         "told_by_month": judged.told_by_month.share,
         "largest_cluster": judged.told_by_month.largest,

@@ -14,17 +14,17 @@ from .partitions import (
     METHODS,
     Method,
     Partition,
+    Standing,
     Suggestion,
     check_clusters,
     partitions_of,
-    silhouettes_of_chance,
+    scores_of_noise,
     suggest,
 )
 from .records import Composites, DataSpace, Record, composites_of, data_space_of
 from .spaces import Metrics, Space
 
 MOST_TIMES = 4000  # whose distances from each other are kept: 128 MB for each kind of distance and space
-CHOSEN: Method = "kmeans"
 
 Stages = Callable[[str], Callable[[int, int], None]]
 """Called with what is done now; gives what is called with (done, total)."""
@@ -67,6 +67,11 @@ class Judged:
     data: Metrics | None
     told_by_month: Told
 
+    @property
+    def score(self) -> float:
+        """Its silhouette; the likelihood of a mixture."""
+        return self.own.silhouette if self.partition.method == "kmeans" else self.partition.likelihood
+
 
 @dataclass(frozen=True, eq=False)
 class Regimes:
@@ -75,7 +80,8 @@ class Regimes:
     Attributes:
         sources: the embedding first.
         judged: partitions of each source and method.
-        chance: silhouettes that k-means finds by chance, by the number of clusters; see `silhouettes_of_chance`.
+        method: whose clusters of the embedding are the regimes.
+        standings: of these, by the number of clusters.
         harmonics: of the annual cycle that was taken away, from embeddings and fields; 0: none.
         seasonal_shares: of each source's variance, as it was found, that lies between calendar months.
         every: one in so many times is judged, and has fields.
@@ -86,8 +92,9 @@ class Regimes:
     embeddings: EmbeddingFile
     sources: tuple[Source, ...]
     judged: tuple[Judged, ...]
+    method: Method
     suggestion: Suggestion
-    chance: dict[int, float]
+    standings: dict[int, Standing]
     harmonics: int
     seasonal_shares: dict[str, float]
     every: int
@@ -99,10 +106,15 @@ class Regimes:
         """By their number of clusters."""
         return [one for one in self.judged if (one.source, one.partition.method) == (source, method)]
 
-    def one(self, source: str, method: Method = CHOSEN, clusters: int | None = None) -> Judged:
-        """Of so many clusters; default: of as many as are suggested."""
+    def one(self, source: str, method: Method | None = None, clusters: int | None = None) -> Judged:
+        """By the method of the regimes, of as many clusters as are suggested, where nothing else is asked for."""
         wanted = self.suggestion.clusters if clusters is None else clusters
-        return next(one for one in self.of(source, method) if one.partition.clusters == wanted)
+        return next(one for one in self.of(source, method or self.method) if one.partition.clusters == wanted)
+
+    @property
+    def candidates(self) -> list[Judged]:
+        """What the regimes were chosen from, by their number of clusters."""
+        return self.of("embedding", self.method)
 
     @property
     def labels_T(self) -> NDArray[np.int64]:
@@ -128,6 +140,7 @@ def find_regimes(
     clusters: Sequence[int],
     seeds: int,
     harmonics: int = 0,
+    method: Method = "kmeans",
     stages: Stages = lambda what: lambda done, total: None,
 ) -> Regimes:
     """Clusters of times over a range of their number.
@@ -137,6 +150,7 @@ def find_regimes(
         clusters: increasing numbers of them.
         seeds: fits from different random starts.
         harmonics: of an annual cycle that embeddings and fields are freed of first; 0: they are taken as they are.
+        method: whose clusters of the embedding are the regimes; the other stands beside it.
 
     Raises:
         InputError: more clusters than times; or fields that cannot be read.
@@ -154,16 +168,18 @@ def find_regimes(
         sources.append(Source("eof", "EOFs", Space.of("EOF space", data.eofs_TE), data.eofs_TE))
         sources.append(Source("fields", "fields", data.space, data.space.points_TE, methods=("kmeans",)))
         shares |= {"fields": data.seasonal_share}
-    chance = silhouettes_of_chance(z_TE[::every], clusters, stages("clustering noise"))
+    noise = scores_of_noise(z_TE[::every], method, clusters, stages("clustering noise"))
     judged = tuple(_judged(sources, months, every, data, clusters, seeds, stages("clustering")))
-    chosen = [one for one in judged if (one.source, one.partition.method) == ("embedding", CHOSEN)]
-    own = {one.partition.clusters: one.own for one in chosen}
-    suggestion = suggest([one.partition for one in chosen], own, chance)
+    chosen = [one for one in judged if (one.source, one.partition.method) == ("embedding", method)]
+    standings = {
+        one.partition.clusters: Standing.of(method, one.score, noise[one.partition.clusters]) for one in chosen
+    }
+    suggestion = suggest([one.partition for one in chosen], standings)
     composites = None
     if record is not None:
         labels_T = next(one for one in chosen if one.partition.clusters == suggestion.clusters).partition.labels_T
         composites = composites_of(record, labels_T, months, stages("averaging fields"))
-    found = embeddings, tuple(sources), judged, suggestion, chance, harmonics, shares, every
+    found = embeddings, tuple(sources), judged, method, suggestion, standings, harmonics, shares, every
     return Regimes(*found, record, data, composites)
 
 

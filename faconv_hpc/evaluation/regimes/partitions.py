@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Literal
 
@@ -15,12 +16,14 @@ from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_
 from sklearn.mixture import GaussianMixture
 
 from ...errors import InputError
-from .spaces import Metrics
 
 Method = Literal["kmeans", "gmm"]
 METHODS: dict[Method, str] = {"kmeans": "k-means", "gmm": "Gaussian mixture"}
-KMEANS_STARTS, MIXTURE_STARTS = 10, 3  # of each seed, of which the best is kept
-NARROWEST = 1e-6  # of a component's variance, in units of the mean variance: one point alone has none
+SCORES: dict[Method, str] = {"kmeans": "silhouette", "gmm": "log-likelihood over that of noise"}
+"""What tells clusters from noise: the mean over times, higher is better."""
+STARTS = 10  # of each seed, of which the best is kept
+NARROWEST = 1e-6  # of a mixture's variance along any axis, in units of the mean variance
+TIMES_PER_DIM = 10  # a mixture knows that many for each dim of its points, or takes fewer dims
 SURROGATES, CHANCE_PERCENT = 20, 95
 SEEDS_AGREE, HALVES_AGREE = 0.9, 0.6  # adjusted Rand indices from which clusters are called steady
 
@@ -34,7 +37,8 @@ class Partition:
         seeds_agreement: mean adjusted Rand index of two seeds: 1 where all find the same, 0 where only by chance.
         halves_agreement: adjusted Rand index of what is fitted to the first half of the record and to the second, both
             asked about all times; NaN where a half has fewer times than clusters.
-        bic: of a mixture: Bayes' information criterion, lower is better; else NaN.
+        likelihood, bic: of a mixture: the mean log-likelihood of a time, higher is better, and Bayes' information
+            criterion, lower is better; else NaN.
     """
 
     method: Method
@@ -42,6 +46,7 @@ class Partition:
     labels_T: NDArray[np.int64]
     seeds_agreement: float
     halves_agreement: float
+    likelihood: float = float("nan")
     bic: float = float("nan")
 
     @property
@@ -73,48 +78,55 @@ def partitions_of(
         seeds: fits from different random starts, of which the best is taken.
         done: is called after each.
     """
-    points = np.asarray(points_TE, dtype=np.float64)
-    if method == "gmm":  # whose components are ellipsoids along axes: those of all points together
-        points = PCA(random_state=0).fit_transform(points)
-    found = []
+    points, found = axes_for(method, points_TE)(points_TE), []
     for count in clusters:
         found.append(_partition(points, method, count, seeds))
         done()
     return found
 
 
+def axes_for(method: Method, points_TE: NDArray[np.floating]) -> Callable[[NDArray[np.floating]], NDArray[np.float64]]:
+    """What gives points as the method takes them that is fitted to these: a mixture along fewer axes, those of most
+    variance, where times are few."""
+    dims = max(len(points_TE) // TIMES_PER_DIM, 1)
+    if method == "kmeans" or dims >= points_TE.shape[1]:
+        return partial(np.asarray, dtype=np.float64)
+    fitted: Callable[[NDArray[np.floating]], NDArray[np.float64]] = PCA(dims, random_state=0).fit(points_TE).transform
+    return fitted
+
+
 def _partition(points_TE: NDArray[np.float64], method: Method, clusters: int, seeds: int) -> Partition:
-    fits = [_Fit.of(points_TE, method, clusters, seed) for seed in range(seeds)]
+    fits = [Fit.of(points_TE, method, clusters, seed) for seed in range(seeds)]
     labels = [fit.predict(points_TE) for fit in fits]
     best = int(np.argmax([fit.quality for fit in fits]))
     pairs = [adjusted_rand_score(one, other) for one, other in combinations(labels, 2)]
     half = len(points_TE) // 2
     halves = float("nan")
     if half >= clusters:
-        parts = (_Fit.of(part, method, clusters, 0).predict(points_TE) for part in (points_TE[:half], points_TE[half:]))
+        parts = (Fit.of(part, method, clusters, 0).predict(points_TE) for part in (points_TE[:half], points_TE[half:]))
         halves = float(adjusted_rand_score(*parts))
     agreement = float(np.mean(pairs)) if pairs else 1.0
-    return Partition(method, clusters, by_size(labels[best]), agreement, halves, fits[best].bic(points_TE))
+    return Partition(method, clusters, by_size(labels[best]), agreement, halves, *fits[best].told(points_TE))
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """Of one seed; of higher quality is better."""
 
     model: KMeans | GaussianMixture
     quality: float
 
     @classmethod
-    def of(cls, points_TE: NDArray[np.float64], method: Method, clusters: int, seed: int) -> "_Fit":
+    def of(cls, points_TE: NDArray[np.float64], method: Method, clusters: int, seed: int) -> "Fit":
         """Fitted."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of seeds that disagree is told
             if method == "kmeans":
-                kmeans = KMeans(clusters, n_init=KMEANS_STARTS, random_state=seed).fit(points_TE)
+                kmeans = KMeans(clusters, n_init=STARTS, random_state=seed).fit(points_TE)
                 return cls(kmeans, -float(kmeans.inertia_))
             narrowest = NARROWEST * float(points_TE.var(0).mean())
             mixture = GaussianMixture(
-                clusters, covariance_type="diag", n_init=MIXTURE_STARTS, reg_covar=narrowest, random_state=seed
+                clusters, covariance_type="tied", n_init=STARTS, reg_covar=narrowest, random_state=seed
             ).fit(points_TE)
             return cls(mixture, float(mixture.lower_bound_))
 
@@ -122,8 +134,17 @@ class _Fit:
         labels: NDArray[np.int64] = np.asarray(self.model.predict(points_TE), dtype=np.int64)
         return labels
 
-    def bic(self, points_TE: NDArray[np.float64]) -> float:
-        return float(self.model.bic(points_TE)) if isinstance(self.model, GaussianMixture) else float("nan")
+    def told(self, points_TE: NDArray[np.float64]) -> tuple[float, float]:
+        """Likelihood and criterion, see `Partition`."""
+        if isinstance(self.model, KMeans):
+            return float("nan"), float("nan")
+        return float(self.model.score(points_TE)), float(self.model.bic(points_TE))
+
+    def score(self, points_TE: NDArray[np.float64], distances_TT: NDArray[np.float64]) -> float:
+        """Of clusters of points with such distances from each other."""
+        if isinstance(self.model, KMeans):
+            return float(silhouette_score(distances_TT, self.predict(points_TE), metric="precomputed"))
+        return self.told(points_TE)[0]
 
 
 def by_size(labels_T: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -149,25 +170,49 @@ class Suggestion:
     reason: str
 
 
-def silhouettes_of_chance(
-    points_TE: NDArray[np.float64], clusters: Sequence[int], progress: Callable[[int, int], None]
-) -> dict[int, float]:
-    """Silhouettes that k-means finds in noise, by the number of clusters: those that 95 % of `SURROGATES` stay below.
+def scores_of_noise(
+    points_TE: NDArray[np.float64], method: Method, clusters: Sequence[int], progress: Callable[[int, int], None]
+) -> dict[int, NDArray[np.float64]]:
+    """Silhouettes of k-means, or likelihoods of mixtures, of `SURROGATES`, by the number of clusters.
 
     The noise has the spectrum of the points, their annual cycle included, and their correlations, but no clusters: in
     the Fourier transform along time all components get the same random phases (Prichard and Theiler, 1994). Times count
     as evenly spaced.
     """
-    random = np.random.default_rng(0)
+    random, points = np.random.default_rng(0), axes_for(method, points_TE)(points_TE)
     found: dict[int, list[float]] = {count: [] for count in clusters}
     for number in range(SURROGATES):
-        noise_TE = _surrogate(points_TE, random)
+        noise_TE = _surrogate(points, random)
         distances_TT = pairwise_distances(noise_TE)
         for count in clusters:
-            labels_T = _Fit.of(noise_TE, "kmeans", count, number).predict(noise_TE)
-            found[count].append(float(silhouette_score(distances_TT, labels_T, metric="precomputed")))
+            found[count].append(Fit.of(noise_TE, method, count, number).score(noise_TE, distances_TT))
         progress(number + 1, SURROGATES)
-    return {count: float(np.percentile(values, CHANCE_PERCENT)) for count, values in found.items()}
+    return {count: np.array(values) for count, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far clusters of a number stand out of noise.
+
+    Attributes:
+        score: see `SCORES`.
+        chance: the score that 95 % of noise stays below.
+        alike: of scores that are no farther apart the one of fewer clusters is taken.
+    """
+
+    score: float
+    chance: float
+    alike: float = 0.0
+
+    @classmethod
+    def of(cls, method: Method, own: float, noise_S: NDArray[np.float64]) -> "Standing":
+        """Of a silhouette; or of a likelihood, which rises with every cluster, in noise as well: what counts is how
+        much more it has risen, and where it stops (the gap statistic of Tibshirani, Walther and Hastie, 2001)."""
+        high = float(np.percentile(noise_S, CHANCE_PERCENT))
+        if method == "kmeans":
+            return cls(own, high)
+        usual = float(noise_S.mean())
+        return cls(own - usual, high - usual, alike=high - usual)
 
 
 def _surrogate(points_TE: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
@@ -179,35 +224,39 @@ def _surrogate(points_TE: NDArray[np.float64], random: np.random.Generator) -> N
     return np.fft.irfft(waves_FE * np.exp(1j * phases_F)[:, None], n=len(points_TE), axis=0)
 
 
-def suggest(partitions: Sequence[Partition], metrics: Mapping[int, Metrics], chance: Mapping[int, float]) -> Suggestion:
-    """Of the numbers of clusters that other seeds and halves of the record find again, and that are farther apart
-    (silhouette) than those of noise, the one whose clusters are farthest apart. Where there is none, the one that
-    halves find again best.
+def suggest(partitions: Sequence[Partition], standings: Mapping[int, Standing]) -> Suggestion:
+    """Of the numbers of clusters that other seeds and halves of the record find again, and that have a higher score
+    than those of noise, the one of the highest; or of fewer clusters, if by chance it might have it. Where there is
+    none, the one that halves find again best.
 
     Args:
         partitions: of one method.
-        metrics: in the space that they were found in, by their numbers of clusters.
-        chance: see `silhouettes_of_chance`.
+        standings: by their numbers of clusters.
     """
-    steady = [one for one in partitions if one.is_steady and metrics[one.clusters].silhouette > chance[one.clusters]]
+    steady = [
+        one for one in partitions if one.is_steady and standings[one.clusters].score > standings[one.clusters].chance
+    ]
+    what = SCORES[partitions[0].method]
     bounds = (
-        f"seeds agree to at least {SEEDS_AGREE:g}, halves of the record to {HALVES_AGREE:g}, and the silhouette is "
-        f"higher than in noise"
+        f"seeds agree to at least {SEEDS_AGREE:g}, halves of the record to {HALVES_AGREE:g}, and the {what} is higher "
+        f"than 95 % of noise has it"
     )
     if steady:
-        best = max(steady, key=lambda one: metrics[one.clusters].silhouette)
+        top = max((standings[one.clusters] for one in steady), key=lambda one: one.score)
+        best = next(one for one in steady if standings[one.clusters].score >= top.score - top.alike)
         among = ", ".join(str(one.clusters) for one in steady)
         more = " It is the largest number that was tried: try more." if best is partitions[-1] else ""
         return Suggestion(
             best.clusters, True,
-            f"Of the numbers whose clusters are found again ({bounds}: K = {among}), {best.clusters} has the highest "
-            f"silhouette, {metrics[best.clusters].silhouette:.3f}.{more}",
+            f"Of the numbers whose clusters are found again ({bounds}: K = {among}), {best.clusters} "
+            f"{'has the highest' if standings[best.clusters] is top else 'is the first that has about the highest'} "
+            f"{what}, {standings[best.clusters].score:.3f}.{more}",
         )  # fmt: skip
     best = max(partitions, key=lambda one: (np.nan_to_num(one.halves_agreement, nan=-1), one.seeds_agreement))
     return Suggestion(
         best.clusters, False,
         f"No number of clusters meets all of it ({bounds}): these are no regimes beyond doubt, but parts of a cloud. "
         f"K = {best.clusters} is found again best: seeds agree to {best.seeds_agreement:.2f}, halves to "
-        f"{best.halves_agreement:.2f}, and its silhouette is {metrics[best.clusters].silhouette:.3f}, in noise "
-        f"{chance[best.clusters]:.3f}.",
+        f"{best.halves_agreement:.2f}, and its {what} is {standings[best.clusters].score:.3f}, in noise "
+        f"{standings[best.clusters].chance:.3f}.",
     )  # fmt: skip

@@ -10,8 +10,8 @@ from ...files import write_durably
 from ..words import duration_in_words, latitude_in_words, longitude_in_words, plain, table, with_units
 from .facts import RegimeFacts, facts_of
 from .files import JSON, NETCDF
-from .find import CHOSEN, Judged, Regimes
-from .partitions import CHANCE_PERCENT, KMEANS_STARTS, METHODS, MIXTURE_STARTS, SURROGATES
+from .find import Judged, Regimes
+from .partitions import CHANCE_PERCENT, METHODS, SCORES, STARTS, SURROGATES
 from .spaces import Metrics
 
 REPORT = "report.md"
@@ -19,7 +19,7 @@ ALIKE = 0.02  # silhouettes and Rand indices that differ by less are given witho
 MONTH_TELLS = "month tells (the largest alone)"
 A_CALENDAR, MOSTLY = 0.9, 0.7  # seasonal share of an embedding; gain by months of pure seasons, cut within months
 CAPTIONS = {
-    "silhouettes.png": "How many regimes: how far apart clusters are, and whether seeds and halves find them again",
+    "numbers.png": "How many regimes: how far apart clusters are, and whether seeds and halves find them again",
     "plane.png": "All times in two dimensions. Clouds that lie apart by date alone are stretches of the record: look "
     "for what changed there in how the fields were made, such as another analysis or other stations",
     "calendar.png": "When regimes come",
@@ -66,12 +66,12 @@ def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[st
         yield "Less the means of their calendar months nothing is left of any regime: each has all times of its months."
     yield "## How many there are"
     yield regimes.suggestion.reason
-    yield table(_number_heads(regimes), (_number_row(regimes, one) for one in regimes.of("embedding", CHOSEN)))
+    yield table(_number_heads(regimes), (_number_row(regimes, one) for one in regimes.candidates))
     yield (
         f"Seeds and halves: adjusted Rand index, 1 where the same is found again, 0 where only by chance; halves of "
-        f"the record are clustered one by one, and each then labels all times. Noise: the silhouette below which "
-        f"{CHANCE_PERCENT} % of {SURROGATES} random series stay that have the spectrum and the correlations of the "
-        f"embedding, and no clusters."
+        f"the record are clustered one by one, and each then labels all times. Noise: the {SCORES[regimes.method]} "
+        f"below which {CHANCE_PERCENT} % of {SURROGATES} random series stay that have the spectrum and correlations of "
+        f"the embedding, and no clusters."
     )
     yield "## Beside EOFs, and clusters of the fields themselves" if regimes.data is not None else "## Metrics"
     yield from _metrics(regimes)
@@ -96,9 +96,12 @@ def _in_short(regimes: Regimes) -> Iterable[str]:
     yield from _of_seasons(regimes, judged)
     if judged.data is not None:
         yield _compared(regimes)
-    mixture = regimes.one("embedding", "gmm")
-    agreement = _agreement(judged, mixture)
-    yield f"A Gaussian mixture of as many components agrees with them to {agreement:.2f} (adjusted Rand index)."
+    for method in (method for method in METHODS if method != regimes.method):
+        agreement = _agreement(judged, regimes.one("embedding", method))
+        yield (
+            f"As many clusters by {METHODS[method]} agree with them to {agreement:.2f} (adjusted Rand index); "
+            f"`--method {method}` takes those."
+        )
 
 
 def told_of_calendar(regimes: Regimes) -> str:
@@ -142,7 +145,7 @@ def _agreement(one: Judged, other: Judged) -> float:
 
 
 def _compared(regimes: Regimes) -> str:
-    network, eofs, fields = (regimes.one(source) for source in ("embedding", "eof", "fields"))
+    network, eofs, fields = regimes.one("embedding"), regimes.one("eof"), regimes.one("fields", "kmeans")
     assert network.data is not None and eofs.data is not None and fields.data is not None, "there are fields"
     mine, others = network.data.silhouette, eofs.data.silhouette
     apart = _verdict(mine, others, "farther apart than", "not as far apart as", "about as far apart as")
@@ -180,7 +183,7 @@ def _place(latitude_deg: float, longitude_deg: float) -> str:
 
 
 def _number_heads(regimes: Regimes) -> list[str]:
-    heads = ["K", "silhouette", "in noise", "seeds", "halves", MONTH_TELLS]
+    heads = ["K", SCORES[regimes.method], "in noise", "seeds", "halves", MONTH_TELLS]
     return [*heads, "silhouette in data space"] if regimes.data is not None else heads
 
 
@@ -189,8 +192,8 @@ def _number_row(regimes: Regimes, one: Judged) -> list[str]:
     chosen = partition.clusters == regimes.suggestion.clusters
     texts = [
         f"**{partition.clusters}**" if chosen else str(partition.clusters),
-        _number(one.own.silhouette),
-        _number(regimes.chance[partition.clusters]),
+        _number(regimes.standings[partition.clusters].score),
+        _number(regimes.standings[partition.clusters].chance),
         _number(partition.seeds_agreement, 2),
         _number(partition.halves_agreement, 2),
         _told(one),
@@ -247,11 +250,11 @@ def _values(metrics: Metrics) -> list[str]:
 
 
 def _how(regimes: Regimes, seeds: int) -> Iterable[str]:
-    clusters = [one.partition.clusters for one in regimes.of("embedding", CHOSEN)]
+    clusters = [one.partition.clusters for one in regimes.candidates]
     yield (
-        f"k-means (Euclidean, {KMEANS_STARTS} starts for each of {seeds} seeds, the best kept) and Gaussian mixtures "
-        f"(diagonal covariances along principal components, {MIXTURE_STARTS} starts for each seed), K from "
-        f"{clusters[0]} to {clusters[-1]}."
+        f"k-means (Euclidean) and Gaussian mixtures (whose components have one covariance in common), {STARTS} starts "
+        f"for each of {seeds} seeds, the best kept, K from {clusters[0]} to {clusters[-1]}. The regimes are those of "
+        f"{METHODS[regimes.method]}."
     )
     if regimes.harmonics:
         yield f"An annual cycle of {regimes.harmonics} harmonics was taken away first, of embeddings and of every cell."
