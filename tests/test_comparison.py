@@ -314,7 +314,7 @@ def test_the_table_says_what_the_runs_did(compared):
     (whole,) = run_on_ranks(
         Layout(1, 1, 1),
         lambda mesh: evaluated(
-            chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir, against=[came], window=4
+            chosen[0].point.run, mesh, 2, directory=chosen[0].point.run.run_dir, against=[came], spin_up=4
         ).metrics["rmse"],
     )
     shape = whole.shape[0], whole.shape[2]
@@ -392,6 +392,21 @@ def _rmse_by_hand(run, store, came):
     assert (np.isnan(forecasts_NLCYX) == (weights_CYX == 0)).all()
     squares = np.nansum((forecasts_NLCYX - came_NLCYX).astype(np.float64) ** 2 * weights_CYX, axis=(-2, -1))
     return np.sqrt(squares.mean(axis=0) / weights_CYX.sum(axis=(-2, -1)))
+
+
+def test_a_spin_up_is_as_long_as_the_command_says(compared, tmp_path):
+    """Of a network that was trained in windows of 2, handed on to a rank."""
+    _, comparison, runs, *_ = compared
+    store, came = comparison.study_dir.parent / "waves", comparison.study_dir.parent / "came"
+    run = next(run for run in runs if run.point.run.data.window == 2)
+    given = "--truth", came, "--leads", 2, "--spin-up", 4, "--ranks", 1
+    done = faconv("evaluate", run.point.run.run_dir, *given, "--output", tmp_path / "judged", "--json")
+    assert done.returncode == 0, done.stderr
+    skills = {(row["model"], row["variable"], row["lead"]): row["rmse"] for row in json.loads(done.stdout)["skills"]}
+    said = [[skills[run.point.run.run_dir.name, name, lead] for name in ("wave_0", "wave_1")] for lead in (1, 2)]
+    np.testing.assert_allclose(said, _rmse_by_hand(run, store, came), rtol=1e-4)
+    asked = json.loads((tmp_path / "judged" / "scores.json").read_text())["asked"]
+    assert asked["--spin-up"] == "4"
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_are_added(compared, tmp_path):

@@ -647,6 +647,7 @@ def test_an_earlier_evaluation_is_not_replaced_unasked(files, tmp_path, monkeypa
             r"out has an evaluation with --leads 1, this command says 2\. Give another --output",
         ),
         ((), r"with --leads 1, this command says by default"),
+        (("--leads", 1, "--spin-up", 3), r"with --spin-up by default, this command says 3\."),
         (("--leads", 1, "--climatology", "/2001-01-05"), r"with --climatology by default, this command says /2001-01"),
         (("--leads", 1, files / "worse.zarr"), r"with MODEL \S*good.nc, this command says \S*good.nc, \S*worse.zarr"),
     ):
@@ -670,7 +671,7 @@ def test_an_overwrite_that_is_stopped_leaves_what_was_there(files, tmp_path, mon
     before = {name: f"before {name}" for name in ("maps.nc", "scores.nc", "maps_2.png", "scores.json", "report.md")}
     for name, text in before.items():
         (tmp_path / name).write_text(text)
-    asked = _Asked([files / "good.nc"], [files / "truth.nc"], [], 1, 2, (), tmp_path, overwrite=True)
+    asked = _Asked([files / "good.nc"], [files / "truth.nc"], [], 1, 2, None, (), tmp_path, overwrite=True)
     with pytest.raises(KeyboardInterrupt):
         asked.make(ALONE, None, lambda done, of: None)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

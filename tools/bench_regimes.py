@@ -211,16 +211,18 @@ def row(found: Sequence[Embedded], method: Method, clusters: int, known_T: np.nd
     labels = [one.labels(method, clusters) for one in found]
     held_out = found[0].held_out
     yield spread(
-        [
-            float(silhouette_score(one.clean_TE[held_out], clean[held_out]))
-            for one, (clean, _) in zip(found, labels, strict=True)
-        ]
+        [apart(one.clean_TE[held_out], clean[held_out]) for one, (clean, _) in zip(found, labels, strict=True)]
     )
     pairs = [float(adjusted_rand_score(one, other)) for (one, _), (other, _) in combinations(labels, 2)]
     yield spread(pairs) if pairs else "-"
     yield spread([float((clean != noisy).mean()) for clean, noisy in labels])
     yield spread([float(adjusted_rand_score(known_T[held_out], clean[held_out])) for clean, _ in labels])
     yield spread([told_by(known_T, clean) for clean, _ in labels])
+
+
+def apart(points_TE: np.ndarray, labels_T: np.ndarray) -> float:
+    """Silhouette; 0 where all have the same label."""
+    return float(silhouette_score(points_TE, labels_T)) if len(np.unique(labels_T)) > 1 else 0.0
 
 
 def told_by(known_T: np.ndarray, labels_T: np.ndarray) -> float:

@@ -33,6 +33,12 @@ Leads = Annotated[
 Samples = Annotated[
     int | None, typer.Option(min=1, help="Forecast so many times, spread over the period. Default: all.")
 ]
+SpinUp = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Give a network so many frames before it runs freely. Default: as many as a window of its training."
+    ),
+]
 Climatology = Annotated[
     list[str] | None,
     typer.Option(
@@ -59,6 +65,7 @@ def evaluate_command(
     truth: Came = None,
     leads: Leads = None,
     samples: Samples = None,
+    spin_up: SpinUp = None,
     climatology: Climatology = None,
     output: Output = None,
     ranks: Ranks = None,
@@ -82,7 +89,8 @@ def evaluate_command(
     abouts = _abouts(model)
     paths = paths_of(data, abouts, model)
     came = paths_in(truth or (), "--truth")
-    asked = _Asked(model, paths, came, leads, samples, climatology or (), output or place_of(model[0]), overwrite)
+    place = output or place_of(model[0])
+    asked = _Asked(model, paths, came, leads, samples, spin_up, climatology or (), place, overwrite)
     asked.check()
     carry_out(asked, abouts, Where(ranks, mesh, device, kernels), "leads", _report, as_json=as_json)
 
@@ -96,6 +104,7 @@ class _Asked:
     against: Sequence[Path]
     leads: int | None
     samples: int | None
+    spin_up: int | None
     climatology: Sequence[str]
     output: Path
     overwrite: bool
@@ -106,7 +115,8 @@ class _Asked:
     def arguments(self) -> list[str]:
         """To hand on to ranks."""
         several = [("--data", self.data), ("--truth", self.against), ("--climatology", self.climatology)]
-        given = {"--leads": self.leads, "--samples": self.samples, "--output": self.output}
+        numbers = {"--leads": self.leads, "--samples": self.samples, "--spin-up": self.spin_up}
+        given = numbers | {"--output": self.output}
         return [*map(str, self.models), *as_arguments(several, given), *["--overwrite"] * self.overwrite]
 
     @property
@@ -120,6 +130,7 @@ class _Asked:
             "--truth": ", ".join(str(path.absolute()) for path in self.against) or "the data",
             "--leads": str(self.leads or "by default"),
             "--samples": str(self.samples or "all"),
+            "--spin-up": str(self.spin_up or "by default"),
             "--climatology": ", ".join(self.climatology) or "by default",
         }
 
@@ -150,6 +161,7 @@ class _Asked:
                 against=self.against,
                 leads=self.leads,
                 samples=self.samples,
+                spin_up=self.spin_up,
                 climatology=self.climatology,
                 maps=beside / MAPS,
                 kernels=kernels,

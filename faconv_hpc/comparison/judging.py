@@ -126,7 +126,7 @@ def judge(comparison: ComparisonConfig, run: Run, mesh: ProcessMesh, progress: P
         leads=comparison.leads,
         samples=comparison.samples,
         against=[comparison.truth] if comparison.truth else (),
-        window=spin_up(comparison),
+        spin_up=spin_up(comparison),
         progress=progress,
     )
     places = [0, *(found.names.index(name, 1) for name in FORECASTS[1:])]

@@ -44,7 +44,7 @@ def evaluate(
     samples: int | None = None,
     climatology: Sequence[str] = (),
     maps: Path | None = None,
-    window: int | None = None,
+    spin_up: int | None = None,
     kernels: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -63,7 +63,7 @@ def evaluate(
         samples: how many dates, spread over those there are. Default: all.
         climatology: dates of which climatology and damped persistence are made. Default: those of training.
         maps: a file to which errors on the map are written, see `MapSums.save`; its directory is there.
-        window: inputs that spin a network's state up. Default: as in training.
+        spin_up: frames that a network is given before it runs freely. Default: the window of its training.
         kernels: of networks, see `load_network`.
 
     Raises:
@@ -72,7 +72,7 @@ def evaluate(
     entries, data = opened(models, mesh, data, kernels)
     networks = [one for one in entries if isinstance(one, NetworkEntry)]
     for one in networks:
-        one.forecaster.window = window or one.forecaster.window
+        one.forecaster.window = spin_up or one.forecaster.window
     files = [one for one in entries if isinstance(one, FileEntry)]
     contract = networks[0].contract if networks else None
     truth = truth_of(against or data, contract, [name for one in files for name in one.names])
