@@ -379,6 +379,8 @@ def test_a_mixture_of_few_times_takes_few_dims(hidden):
     assert one.likelihood == pytest.approx(by_library.score(cut), rel=1e-4) and one.seeds_agreement == 1
     flat = np.repeat(hidden[1][:9, :1], COMPONENTS, axis=1)  # one time for less than a dim, and all along a line
     assert np.isfinite(partitions_of(flat, "gmm", [2], 2)[0].likelihood)
+    still = np.repeat(clouds(np.array([0, 1, 2])), [40, 20, 20], axis=0)  # half of the record does not vary at all
+    assert np.isfinite(partitions_of(still, "gmm", [2], 2)[0].halves_agreement)
 
 
 @pytest.mark.parametrize("noise", [False, True])

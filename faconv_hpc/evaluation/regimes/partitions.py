@@ -22,7 +22,7 @@ METHODS: dict[Method, str] = {"kmeans": "k-means", "gmm": "Gaussian mixture"}
 SCORES: dict[Method, str] = {"kmeans": "silhouette", "gmm": "log-likelihood over that of noise"}
 """What tells clusters from noise: the mean over times, higher is better."""
 STARTS = 10  # of each seed, of which the best is kept
-NARROWEST = 1e-6  # of a mixture's variance along any axis, in units of the mean variance
+NARROWEST = 1e-6  # of a mixture's variance along any axis, in units of the points' mean square
 TIMES_PER_DIM = 10  # a mixture knows that many for each dim of its points, or takes fewer dims
 SURROGATES, CHANCE_PERCENT = 20, 95
 SEEDS_AGREE, HALVES_AGREE = 0.9, 0.6  # adjusted Rand indices from which clusters are called steady
@@ -86,11 +86,11 @@ def partitions_of(
 
 
 def axes_for(method: Method, points_TE: NDArray[np.floating]) -> Callable[[NDArray[np.floating]], NDArray[np.float64]]:
-    """What gives points as the method takes them that is fitted to these: a mixture along fewer axes, those of most
-    variance, where times are few."""
-    dims = max(len(points_TE) // TIMES_PER_DIM, 1)
-    if method == "kmeans" or dims >= points_TE.shape[1]:
+    """What gives points as the method takes them that is fitted to these: a mixture about their mean, along the axes of
+    most variance, fewer where times are few."""
+    if method == "kmeans":
         return partial(np.asarray, dtype=np.float64)
+    dims = min(max(len(points_TE) // TIMES_PER_DIM, 1), points_TE.shape[1])
     fitted: Callable[[NDArray[np.floating]], NDArray[np.float64]] = PCA(dims, random_state=0).fit(points_TE).transform
     return fitted
 
@@ -124,7 +124,7 @@ class Fit:
             if method == "kmeans":
                 kmeans = KMeans(clusters, n_init=STARTS, random_state=seed).fit(points_TE)
                 return cls(kmeans, -float(kmeans.inertia_))
-            narrowest = NARROWEST * float(points_TE.var(0).mean())
+            narrowest = NARROWEST * float(np.square(points_TE).mean())  # of all points, about whose mean axes begin
             mixture = GaussianMixture(
                 clusters, covariance_type="tied", n_init=STARTS, reg_covar=narrowest, random_state=seed
             ).fit(points_TE)
