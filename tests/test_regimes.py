@@ -25,7 +25,7 @@ from faconv_hpc.evaluation.regimes.facts import _runs
 from faconv_hpc.evaluation.regimes.figures import draw_all, draw_numbers, draw_plane
 from faconv_hpc.evaluation.regimes.files import as_dict, write_netcdf
 from faconv_hpc.evaluation.regimes.find import find_regimes
-from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, scores_of_noise
+from faconv_hpc.evaluation.regimes.partitions import by_size, partitions_of, standings_of
 from faconv_hpc.evaluation.regimes.records import Record, data_space_of
 from faconv_hpc.evaluation.regimes.report import _compared, told_of_calendar, write_report
 from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
@@ -141,7 +141,8 @@ def test_planted_regimes_are_found_beneath_a_season(found):
         np.testing.assert_array_equal(found.one("embedding", method).partition.labels_T, labels)
         np.testing.assert_array_equal(found.one("eof", method).partition.labels_T, labels)
     assert found.one("embedding").partition.halves_agreement == found.one("embedding").partition.seeds_agreement == 1
-    assert found.one("embedding").own.silhouette == found.standings[3].score > 2 * found.standings[3].chance
+    assert found.standings[3].score == pytest.approx(found.one("embedding").own.silhouette)
+    assert found.standings[3].score > 2 * found.standings[3].chance
     assert 0.6 < found.seasonal_shares["embedding"] < 0.95 and found.seasonal_shares["fields"] < 0.3
 
 
@@ -361,13 +362,19 @@ def test_a_mixture_finds_what_varies_little_and_k_means_does_not(hidden):
     assert library.adjusted_rand_score(found.labels_T, labels) > 0.9 and found.is_steady
 
 
-def test_a_mixture_does_not_hang_on_the_scale_of_an_embedding(hidden):
-    """A network that has another one's embedding times a matrix says the same."""
-    _, points = hidden
+@pytest.mark.parametrize("most", [1, 30, 1000])
+def test_a_mixture_does_not_hang_on_the_scale_of_an_embedding(hidden, most):
+    """Nor does it on what axes that tell nothing are multiplied by: a network's vary 60 times as much along some."""
+    labels, points = hidden
     matrix = np.random.default_rng(14).normal(size=(COMPONENTS, COMPONENTS))
-    one, other = (partitions_of(each, "gmm", [4], 3)[0] for each in (points, points @ matrix))
+    along = np.linalg.svd(points - points.mean(0), full_matrices=False)[2]
+    large = along.T @ np.diag([most] * 5 + [1] * 3) @ along
+    one, other = (partitions_of(each, "gmm", [4], 3)[0] for each in (points, points @ large @ matrix))
     np.testing.assert_array_equal(one.labels_T, other.labels_T)
-    assert other.likelihood == pytest.approx(one.likelihood - np.linalg.slogdet(matrix)[1], rel=1e-4)
+    assert other.is_steady and library.adjusted_rand_score(other.labels_T, labels) > 0.9
+    size = np.linalg.slogdet(large @ matrix)[1]
+    assert other.likelihood == pytest.approx(one.likelihood - size, rel=1e-4)
+    assert other.bic == pytest.approx(one.bic + 2 * len(points) * size, rel=1e-4)
 
 
 def test_a_mixture_of_few_times_takes_few_dims(hidden):
@@ -383,39 +390,43 @@ def test_a_mixture_of_few_times_takes_few_dims(hidden):
     assert np.isfinite(partitions_of(still, "gmm", [2], 2)[0].halves_agreement)
 
 
-@pytest.mark.parametrize("noise", [False, True])
-def test_regimes_by_a_mixture_are_as_many_as_stand_out_of_noise(site, hidden, tmp_path, noise):
+def test_regimes_by_a_mixture_are_as_many_as_stand_out_of_noise(site, hidden, tmp_path):
     labels, points = hidden
-    path = written(tmp_path / "z.nc", site[1], weather(len(points)) if noise else points)
+    path = written(tmp_path / "z.nc", site[1], points)
     found = find_regimes(read_embeddings(path), None, range(3, 6), 2, method="gmm")
-    assert found.suggestion.steady is not noise
-    rising = [one.partition.likelihood for one in found.candidates]
-    assert rising == sorted(rising)  # with every cluster
+    assert (found.suggestion.clusters, found.suggestion.steady) == (4, True)
+    assert library.adjusted_rand_score(found.labels_T, labels) > 0.9
+    assert library.adjusted_rand_score(find_regimes(read_embeddings(path), None, [4], 2).labels_T, labels) < 0.1
     write_report(found, [draw_numbers(found, tmp_path / "numbers.png")], tmp_path / "report.md", 2)
     report = (tmp_path / "report.md").read_text()
     assert (
         "| K | log-likelihood over that of noise | in noise |" in report and "`--method kmeans` takes those" in report
     )
-    if noise:
-        assert re.search(
-            r"its log-likelihood over that of noise is -?\d\.\d+, in noise \d\.\d+", found.suggestion.reason
-        )
-        return
-    assert (
-        found.suggestion.clusters == 4
-        and "4 is the first that has about the highest log-likelihood over that of noise" in report
-    )
-    assert library.adjusted_rand_score(found.labels_T, labels) > 0.9
-    assert library.adjusted_rand_score(find_regimes(read_embeddings(path), None, [4], 2).labels_T, labels) < 0.1
+    assert "log-likelihood over that of noise, " in found.suggestion.reason and "**4 regimes.**" in report
+
+
+@pytest.mark.parametrize("most_times", [4000, 200], ids=["all are judged", "one in two"])
+def test_noise_is_no_mixture_however_steady_it_is(site, tmp_path, monkeypatch, most_times):
+    """By likelihoods of as many times, found from as many starts: those of one cluster are the same."""
+    monkeypatch.setattr(partitions, "SURROGATES", 20)
+    monkeypatch.setattr(partitions, "HALVES_AGREE", -1)
+    monkeypatch.setattr(partitions, "SEEDS_AGREE", -1)
+    monkeypatch.setattr(find, "MOST_TIMES", most_times)
+    points = weather(400)
+    found = find_regimes(read_embeddings(written(tmp_path / "z.nc", site[1], points)), None, [2, 4], 2, method="gmm")
+    assert not found.suggestion.steady
+    assert re.search(r"its log-likelihood over that of noise is -?\d\.\d+, in noise \d\.\d+", found.suggestion.reason)
+    alone = standings_of(points[:: found.every], "gmm", [1], lambda done, total: None)[1]
+    assert abs(alone.score) < 1e-6 and abs(alone.chance) < 1e-6 and found.every == 400 // min(most_times, 400)
 
 
 def test_noise_has_the_spectrum_of_the_points():
     """A wave alone is the same in noise but for its phase; clusters in time's random order are not."""
     angle = 2 * np.pi * np.arange(96) / 12
     wave = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    noise = scores_of_noise(wave, "kmeans", [3], lambda done, total: None)
+    chance = standings_of(wave, "kmeans", [3], lambda done, total: None)[3].chance
     labels = KMeans(3, n_init=10, random_state=0).fit(wave).labels_
-    assert noise[3] == pytest.approx(library.silhouette_score(wave, labels), rel=1e-3)
+    assert chance == pytest.approx(library.silhouette_score(wave, labels), rel=1e-3)
 
 
 # Seasons and what is said

@@ -53,8 +53,7 @@ class Embedded:
     def labels(self, method: Method, clusters: int) -> tuple[np.ndarray, np.ndarray]:
         """Of clean times, and of noisy ones."""
         axes = axes_for(method, self.clean_TE[~self.held_out])
-        fits = [Fit.of(axes(self.clean_TE[~self.held_out]), method, clusters, seed) for seed in range(3)]
-        best = max(fits, key=lambda fit: fit.quality)
+        best = Fit.best(axes(self.clean_TE[~self.held_out]), method, clusters, seeds=3)
         return best.predict(axes(self.clean_TE)), best.predict(axes(self.noisy_TE))
 
 

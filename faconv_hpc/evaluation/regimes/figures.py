@@ -73,7 +73,7 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
     chance, name = [one.chance for one in regimes.standings.values()], f"{METHODS[regimes.method]} of noise (95 %)"
     noise = own.plot(list(regimes.standings), chance, label=name, **line_style(5))[0]
     what = SCORES[regimes.method]
-    dress(own, f"{what.capitalize()}, embedding space", "number of clusters", f"{what} (higher: farther apart)")
+    dress(own, f"{what.capitalize()}, embedding space", "number of clusters", what)
     if "data" in panels:
         dress(panels["data"], "Silhouette in data space (comparable)", "number of clusters", "silhouette")
     dress(rest[0], "Do seeds find the same?", "number of clusters", "adjusted Rand index (1: the same)")

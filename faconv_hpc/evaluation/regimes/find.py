@@ -18,7 +18,7 @@ from .partitions import (
     Suggestion,
     check_clusters,
     partitions_of,
-    scores_of_noise,
+    standings_of,
     suggest,
 )
 from .records import Composites, DataSpace, Record, composites_of, data_space_of
@@ -66,11 +66,6 @@ class Judged:
     own: Metrics
     data: Metrics | None
     told_by_month: Told
-
-    @property
-    def score(self) -> float:
-        """Its silhouette; the likelihood of a mixture."""
-        return self.own.silhouette if self.partition.method == "kmeans" else self.partition.likelihood
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +163,9 @@ def find_regimes(
         sources.append(Source("eof", "EOFs", Space.of("EOF space", data.eofs_TE), data.eofs_TE))
         sources.append(Source("fields", "fields", data.space, data.space.points_TE, methods=("kmeans",)))
         shares |= {"fields": data.seasonal_share}
-    noise = scores_of_noise(z_TE[::every], method, clusters, stages("clustering noise"))
+    standings = standings_of(z_TE[::every], method, clusters, stages("clustering noise"))
     judged = tuple(_judged(sources, months, every, data, clusters, seeds, stages("clustering")))
     chosen = [one for one in judged if (one.source, one.partition.method) == ("embedding", method)]
-    standings = {
-        one.partition.clusters: Standing.of(method, one.score, noise[one.partition.clusters]) for one in chosen
-    }
     suggestion = suggest([one.partition for one in chosen], standings)
     composites = None
     if record is not None:

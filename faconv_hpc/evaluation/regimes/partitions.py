@@ -22,7 +22,8 @@ METHODS: dict[Method, str] = {"kmeans": "k-means", "gmm": "Gaussian mixture"}
 SCORES: dict[Method, str] = {"kmeans": "silhouette", "gmm": "log-likelihood over that of noise"}
 """What tells clusters from noise: the mean over times, higher is better."""
 STARTS = 10  # of each seed, of which the best is kept
-NARROWEST = 1e-6  # of a mixture's variance along any axis, in units of the points' mean square
+NARROWEST = 1e-6  # of a mixture's variance along any axis, in units of the points'
+ROUNDING = 1e-9  # of the largest deviation along an axis: what varies less does not count as varying
 TIMES_PER_DIM = 10  # a mixture knows that many for each dim of its points, or takes fewer dims
 SURROGATES, CHANCE_PERCENT = 20, 95
 SEEDS_AGREE, HALVES_AGREE = 0.9, 0.6  # adjusted Rand indices from which clusters are called steady
@@ -98,22 +99,74 @@ def axes_for(method: Method, points_TE: NDArray[np.floating]) -> Callable[[NDArr
 def _partition(points_TE: NDArray[np.float64], method: Method, clusters: int, seeds: int) -> Partition:
     fits = [Fit.of(points_TE, method, clusters, seed) for seed in range(seeds)]
     labels = [fit.predict(points_TE) for fit in fits]
-    best = int(np.argmax([fit.quality for fit in fits]))
+    best = max(range(seeds), key=lambda seed: fits[seed].quality)
     pairs = [adjusted_rand_score(one, other) for one, other in combinations(labels, 2)]
     half = len(points_TE) // 2
     halves = float("nan")
     if half >= clusters:
-        parts = (Fit.of(part, method, clusters, 0).predict(points_TE) for part in (points_TE[:half], points_TE[half:]))
-        halves = float(adjusted_rand_score(*parts))
+        parts = (Fit.best(part, method, clusters, seeds) for part in (points_TE[:half], points_TE[half:]))
+        halves = float(adjusted_rand_score(*(part.predict(points_TE) for part in parts)))
     agreement = float(np.mean(pairs)) if pairs else 1.0
     return Partition(method, clusters, by_size(labels[best]), agreement, halves, *fits[best].told(points_TE))
+
+
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    """Of components that have one covariance in common, fitted where points vary alike along all axes.
+
+    Attributes:
+        model: of points less ``centre_E``, over ``scale_E``.
+    """
+
+    model: GaussianMixture
+    centre_E: NDArray[np.float64]
+    scale_E: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, points_TE: NDArray[np.float64], clusters: int, seed: int) -> "_Mixture":
+        """The likeliest of several starts: k-means of axes from as they are to all alike, as clusters may lie apart
+        along those that vary most, or little."""
+        spread_E = points_TE.std(0)
+        scale_E = np.maximum(spread_E, ROUNDING * spread_E.max()) if spread_E.any() else np.ones_like(spread_E)
+        centre_E = points_TE.mean(0)
+        alike_TE, fits = (points_TE - centre_E) / scale_E, []
+        for start in range(STARTS):
+            stretch_E = (scale_E / scale_E.max()) ** (1 - start / (STARTS - 1))
+            near = KMeans(clusters, n_init=1, random_state=seed * STARTS + start).fit(alike_TE * stretch_E)
+            means_KE = near.cluster_centers_ / stretch_E
+            rest_TE = alike_TE - means_KE[near.labels_]
+            within_EE = rest_TE.T @ rest_TE / len(rest_TE) + NARROWEST * np.eye(len(scale_E))
+            counts_K = np.bincount(near.labels_, minlength=clusters) + NARROWEST
+            mixture = GaussianMixture(
+                clusters, covariance_type="tied", reg_covar=NARROWEST, means_init=means_KE,
+                precisions_init=np.linalg.inv(within_EE), weights_init=counts_K / counts_K.sum(),
+            )  # fmt: skip
+            fits.append(mixture.fit(alike_TE))
+        return cls(max(fits, key=lambda one: one.lower_bound_), centre_E, scale_E)
+
+    def alike(self, points_TE: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As the model takes them."""
+        moved: NDArray[np.float64] = (points_TE - self.centre_E) / self.scale_E
+        return moved
+
+    def predict(self, points_TE: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Their components."""
+        return np.asarray(self.model.predict(self.alike(points_TE)), dtype=np.int64)
+
+    def likelihood(self, points_TE: NDArray[np.float64]) -> float:
+        """Mean log-likelihood, of points as they are given."""
+        return float(self.model.score(self.alike(points_TE)) - np.log(self.scale_E).sum())
+
+    def bic(self, points_TE: NDArray[np.float64]) -> float:
+        """Bayes' information criterion."""
+        return float(self.model.bic(self.alike(points_TE)) + 2 * len(points_TE) * np.log(self.scale_E).sum())
 
 
 @dataclass(frozen=True)
 class Fit:
     """Of one seed; of higher quality is better."""
 
-    model: KMeans | GaussianMixture
+    model: KMeans | _Mixture
     quality: float
 
     @classmethod
@@ -124,11 +177,13 @@ class Fit:
             if method == "kmeans":
                 kmeans = KMeans(clusters, n_init=STARTS, random_state=seed).fit(points_TE)
                 return cls(kmeans, -float(kmeans.inertia_))
-            narrowest = NARROWEST * float(np.square(points_TE).mean())  # of all points, about whose mean axes begin
-            mixture = GaussianMixture(
-                clusters, covariance_type="tied", n_init=STARTS, reg_covar=narrowest, random_state=seed
-            ).fit(points_TE)
-            return cls(mixture, float(mixture.lower_bound_))
+            mixture = _Mixture.fit(points_TE, clusters, seed)
+            return cls(mixture, float(mixture.model.lower_bound_))
+
+    @classmethod
+    def best(cls, points_TE: NDArray[np.float64], method: Method, clusters: int, seeds: int) -> "Fit":
+        """Of several seeds."""
+        return max((cls.of(points_TE, method, clusters, seed) for seed in range(seeds)), key=lambda fit: fit.quality)
 
     def predict(self, points_TE: NDArray[np.float64]) -> NDArray[np.int64]:
         labels: NDArray[np.int64] = np.asarray(self.model.predict(points_TE), dtype=np.int64)
@@ -138,13 +193,7 @@ class Fit:
         """Likelihood and criterion, see `Partition`."""
         if isinstance(self.model, KMeans):
             return float("nan"), float("nan")
-        return float(self.model.score(points_TE)), float(self.model.bic(points_TE))
-
-    def score(self, points_TE: NDArray[np.float64], distances_TT: NDArray[np.float64]) -> float:
-        """Of clusters of points with such distances from each other."""
-        if isinstance(self.model, KMeans):
-            return float(silhouette_score(distances_TT, self.predict(points_TE), metric="precomputed"))
-        return self.told(points_TE)[0]
+        return self.model.likelihood(points_TE), self.model.bic(points_TE)
 
 
 def by_size(labels_T: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -170,26 +219,6 @@ class Suggestion:
     reason: str
 
 
-def scores_of_noise(
-    points_TE: NDArray[np.float64], method: Method, clusters: Sequence[int], progress: Callable[[int, int], None]
-) -> dict[int, NDArray[np.float64]]:
-    """Silhouettes of k-means, or likelihoods of mixtures, of `SURROGATES`, by the number of clusters.
-
-    The noise has the spectrum of the points, their annual cycle included, and their correlations, but no clusters: in
-    the Fourier transform along time all components get the same random phases (Prichard and Theiler, 1994). Times count
-    as evenly spaced.
-    """
-    random, points = np.random.default_rng(0), axes_for(method, points_TE)(points_TE)
-    found: dict[int, list[float]] = {count: [] for count in clusters}
-    for number in range(SURROGATES):
-        noise_TE = _surrogate(points, random)
-        distances_TT = pairwise_distances(noise_TE)
-        for count in clusters:
-            found[count].append(Fit.of(noise_TE, method, count, number).score(noise_TE, distances_TT))
-        progress(number + 1, SURROGATES)
-    return {count: np.array(values) for count, values in found.items()}
-
-
 @dataclass(frozen=True)
 class Standing:
     """How far clusters of a number stand out of noise.
@@ -197,7 +226,7 @@ class Standing:
     Attributes:
         score: see `SCORES`.
         chance: the score that 95 % of noise stays below.
-        alike: of scores that are no farther apart the one of fewer clusters is taken.
+        alike: where it is the highest, the fewest clusters are taken whose score is lower by no more.
     """
 
     score: float
@@ -207,12 +236,41 @@ class Standing:
     @classmethod
     def of(cls, method: Method, own: float, noise_S: NDArray[np.float64]) -> "Standing":
         """Of a silhouette; or of a likelihood, which rises with every cluster, in noise as well: what counts is how
-        much more it has risen, and where it stops (the gap statistic of Tibshirani, Walther and Hastie, 2001)."""
-        high = float(np.percentile(noise_S, CHANCE_PERCENT))
+        much more it has risen (after the gap statistic of Tibshirani, Walther and Hastie, 2001)."""
+        high = float(np.percentile(noise_S, CHANCE_PERCENT, method="higher"))
         if method == "kmeans":
             return cls(own, high)
         usual = float(noise_S.mean())
         return cls(own - usual, high - usual, alike=high - usual)
+
+
+def standings_of(
+    points_TE: NDArray[np.float64], method: Method, clusters: Sequence[int], progress: Callable[[int, int], None]
+) -> dict[int, Standing]:
+    """Clusters of points beside those of `SURROGATES`, found in the same way, by their number.
+
+    The noise has the spectrum of the points, their annual cycle included, and their correlations, but no clusters: in
+    the Fourier transform along time all components get the same random phases (Prichard and Theiler, 1994). Times count
+    as evenly spaced. Its values are spread as Gaussian ones are: a cloud that is skewed or curved is likelier as a
+    mixture than noise is, too, whatever clusters it has.
+    """
+    random, points = np.random.default_rng(0), axes_for(method, points_TE)(points_TE)
+    found: dict[int, list[float]] = {count: [] for count in clusters}
+    for number in range(1 + SURROGATES):
+        series_TE = _surrogate(points, random) if number else points
+        for count, score in zip(clusters, _scores(series_TE, method, clusters), strict=True):
+            found[count].append(score)
+        progress(number, SURROGATES)
+    return {count: Standing.of(method, own, np.array(noise)) for count, (own, *noise) in found.items()}
+
+
+def _scores(points_TE: NDArray[np.float64], method: Method, clusters: Sequence[int]) -> list[float]:
+    """Silhouettes of k-means, likelihoods of mixtures."""
+    fits = [Fit.of(points_TE, method, count, 0) for count in clusters]
+    if method == "gmm":
+        return [fit.told(points_TE)[0] for fit in fits]
+    distances_TT = pairwise_distances(points_TE)
+    return [float(silhouette_score(distances_TT, fit.predict(points_TE), metric="precomputed")) for fit in fits]
 
 
 def _surrogate(points_TE: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
@@ -242,10 +300,13 @@ def suggest(partitions: Sequence[Partition], standings: Mapping[int, Standing]) 
         f"than 95 % of noise has it"
     )
     if steady:
-        top = max((standings[one.clusters] for one in steady), key=lambda one: one.score)
+        highest = max(steady, key=lambda one: standings[one.clusters].score)
+        top = standings[highest.clusters]
         best = next(one for one in steady if standings[one.clusters].score >= top.score - top.alike)
         among = ", ".join(str(one.clusters) for one in steady)
         more = " It is the largest number that was tried: try more." if best is partitions[-1] else ""
+        if highest is partitions[-1] and best is not highest:
+            more = f" {highest.clusters}, the largest number that was tried, has {top.score:.3f}: try more."
         return Suggestion(
             best.clusters, True,
             f"Of the numbers whose clusters are found again ({bounds}: K = {among}), {best.clusters} "

@@ -19,7 +19,7 @@ ALIKE = 0.02  # silhouettes and Rand indices that differ by less are given witho
 MONTH_TELLS = "month tells (the largest alone)"
 A_CALENDAR, MOSTLY = 0.9, 0.7  # seasonal share of an embedding; gain by months of pure seasons, cut within months
 CAPTIONS = {
-    "numbers.png": "How many regimes: how far apart clusters are, and whether seeds and halves find them again",
+    "numbers.png": "How many regimes: how far clusters are from noise, and whether seeds and halves find them again",
     "plane.png": "All times in two dimensions. Clouds that lie apart by date alone are stretches of the record: look "
     "for what changed there in how the fields were made, such as another analysis or other stations",
     "calendar.png": "When regimes come",
