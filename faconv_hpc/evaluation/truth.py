@@ -112,8 +112,8 @@ class Truth:
             raise InputError(
                 f"{self.name} has no {f'{leads} frames' if leads > 1 else 'frame'}"
                 f"{' within ' + ', '.join(dates) if dates else ''} that {window} frames precede without a gap; its "
-                f"times run from {self.axis.label(0)} to {self.axis.label(count - 1)}. Name other --data, or fewer "
-                f"--leads."
+                f"times run from {self.axis.label(0)} to {self.axis.label(count - 1)}. Name other --data, "
+                f"fewer --leads, or a shorter --spin-up."
             )
         return [Case(at + window - 1, tuple(range(at + window, at + window + leads))) for at in first]
 
