@@ -601,6 +601,14 @@ def test_bad_input_is_refused(site, embedded, tmp_path):
             r"no fields of 90 of 108 embeddings, the first of 2005-12-16",
         ),
         ((embedded, "--harmonics", 30), r"30 harmonics needs at least 183 times, there are 108"),
+        (
+            (written(tmp_path / "month.nc", contract, z_TE[:30]), "--harmonics", 2),
+            r"needs the dates of a year, and these span 290 days: .* Leave --harmonics out",
+        ),
+        (
+            (written(tmp_path / "99.nc", contract, z_TE[:99]), "--method", "gmm"),
+            r"\(--method gmm\) need at least 100 times, \S*99.nc has 99\. Take those of k-means",
+        ),
     ):
         with refused(match):
             faconv(*given, *out)

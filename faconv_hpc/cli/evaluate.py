@@ -84,7 +84,7 @@ def evaluate_command(
     On several ranks the globe is cut as the run's mesh says, and replicas share the dates; on one it is whole; the
     numbers are the same. An earlier evaluation of other models or options is not touched without --overwrite.
 
-    Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4`
+    Example: `faconv evaluate runs/quickstart_era5 --ranks 2 --leads 4 --output four_steps`
     """
     abouts = _abouts(model)
     paths = paths_of(data, abouts, model)

@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.annual_cycle import PER_COEFFICIENT, basis
-from ..data.times import MONTHS, TimeAxis
+from ..data.times import MONTHS, SECONDS_PER_DAY, TimeAxis
 from ..errors import InputError
 
 SEASONS = {"Dec to Feb": (12, 1, 2), "Mar to May": (3, 4, 5), "Jun to Aug": (6, 7, 8), "Sep to Nov": (9, 10, 11)}
+SHORTEST_DAYS = 330  # eleven monthly means and more
 COLLINEAR = 1e-6  # waves that times so regular cannot tell apart count once
 
 
@@ -28,7 +29,7 @@ class Season:
         """Of the mean and so many harmonics of the year; 0: the cycle stays.
 
         Raises:
-            InputError: too few times for them.
+            InputError: too few times for them, or of less than a year.
         """
         if harmonics == 0:
             return cls(np.zeros((len(axis), 0)))
@@ -37,6 +38,12 @@ class Season:
             raise InputError(
                 f"an annual cycle of {harmonics} harmonics needs at least {needed} times, there are {len(axis)}. Ask "
                 f"for fewer with --harmonics, or embed more times."
+            )
+        days = float(np.ptp(axis.seconds)) / SECONDS_PER_DAY
+        if days < SHORTEST_DAYS:
+            raise InputError(
+                f"an annual cycle needs the dates of a year, and these span {days:.3g} days: what goes with it would "
+                f"be the weather. Leave --harmonics out, or embed more times."
             )
         axes_TW, sizes_W, _ = np.linalg.svd(basis(axis.year_fraction, harmonics), full_matrices=False)
         return cls(axes_TW[:, sizes_W > COLLINEAR * sizes_W[0]])

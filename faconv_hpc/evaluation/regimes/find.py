@@ -17,6 +17,7 @@ from .partitions import (
     Standing,
     Suggestion,
     check_clusters,
+    check_mixture,
     partitions_of,
     standings_of,
     suggest,
@@ -148,11 +149,13 @@ def find_regimes(
         method: whose clusters of the embedding are the regimes; the other stands beside it.
 
     Raises:
-        InputError: more clusters than times; or fields that cannot be read.
+        InputError: more clusters than times, too few of them; or fields that cannot be read.
     """
     every = -(-len(embeddings.z_TE) // MOST_TIMES)
     times, months = range(0, len(embeddings.z_TE), every), embeddings.months
     check_clusters(clusters, embeddings.z_TE[::every], str(embeddings.path))
+    if method == "gmm":
+        check_mixture(len(embeddings.z_TE), str(embeddings.path))
     z_TE = Season.of(embeddings.axis, harmonics).removed_from(embeddings.z_TE)
     sources = [Source("embedding", "network", Space.of("embedding space", z_TE[::every]), z_TE, every)]
     shares, data = {"embedding": seasonal_share_of(embeddings.z_TE, months)}, None

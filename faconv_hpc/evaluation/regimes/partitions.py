@@ -24,6 +24,7 @@ SCORES: dict[Method, str] = {"kmeans": "silhouette", "gmm": "log-likelihood over
 STARTS = 10  # of each seed, of which the best is kept
 NARROWEST = 1e-6  # of a mixture's variance along any axis, in units of the points'
 ROUNDING = 1e-9  # of the largest deviation along an axis: what varies less does not count as varying
+LEAST_TIMES = 100  # of which a mixture's clusters are regimes
 TIMES_PER_DIM = 10  # a mixture knows that many for each dim of its points, or takes fewer dims
 SURROGATES, CHANCE_PERCENT = 20, 95
 SEEDS_AGREE, HALVES_AGREE = 0.9, 0.6  # adjusted Rand indices from which clusters are called steady
@@ -66,6 +67,21 @@ def check_clusters(clusters: Sequence[int], points_TE: NDArray[np.floating], whe
         )
 
 
+def check_mixture(times: int, where: str) -> None:
+    """Raises InputError for so few times that a mixture would find clusters in noise, and find them again."""
+    if times < LEAST_TIMES:
+        raise InputError(
+            f"regimes by a mixture (--method gmm) need at least {LEAST_TIMES} times, {where} has {times}. Take those "
+            f"of k-means, or embed more times."
+        )
+
+
+def dims_of(method: Method, points_TE: NDArray[np.floating]) -> int:
+    """Along how many axes points are clustered: those of most variance, of a mixture as many as times tell."""
+    most = int(points_TE.shape[1])
+    return most if method == "kmeans" else min(max(len(points_TE) // TIMES_PER_DIM, 1), most)
+
+
 def partitions_of(
     points_TE: NDArray[np.floating],
     method: Method,
@@ -91,8 +107,8 @@ def axes_for(method: Method, points_TE: NDArray[np.floating]) -> Callable[[NDArr
     most variance, fewer where times are few."""
     if method == "kmeans":
         return partial(np.asarray, dtype=np.float64)
-    dims = min(max(len(points_TE) // TIMES_PER_DIM, 1), points_TE.shape[1])
-    fitted: Callable[[NDArray[np.floating]], NDArray[np.float64]] = PCA(dims, random_state=0).fit(points_TE).transform
+    pca = PCA(dims_of(method, points_TE), random_state=0).fit(points_TE)
+    fitted: Callable[[NDArray[np.floating]], NDArray[np.float64]] = pca.transform
     return fitted
 
 

@@ -11,7 +11,7 @@ from ..words import duration_in_words, latitude_in_words, longitude_in_words, pl
 from .facts import RegimeFacts, facts_of
 from .files import JSON, NETCDF
 from .find import Judged, Regimes
-from .partitions import CHANCE_PERCENT, METHODS, SCORES, STARTS, SURROGATES
+from .partitions import CHANCE_PERCENT, METHODS, SCORES, STARTS, SURROGATES, dims_of
 from .spaces import Metrics
 
 REPORT = "report.md"
@@ -250,11 +250,12 @@ def _values(metrics: Metrics) -> list[str]:
 
 
 def _how(regimes: Regimes, seeds: int) -> Iterable[str]:
-    clusters = [one.partition.clusters for one in regimes.candidates]
+    clusters, points_TE = [one.partition.clusters for one in regimes.candidates], regimes.sources[0].points_TE
+    dims, most = dims_of("gmm", points_TE), points_TE.shape[1]
     yield (
-        f"k-means (Euclidean) and Gaussian mixtures (whose components have one covariance in common), {STARTS} starts "
-        f"for each of {seeds} seeds, the best kept, K from {clusters[0]} to {clusters[-1]}. The regimes are those of "
-        f"{METHODS[regimes.method]}."
+        f"k-means (Euclidean, in all dims) and Gaussian mixtures (whose components have one covariance in common, "
+        f"along {dims} axes of most variance of {most}), {STARTS} starts for each of {seeds} seeds, the best kept, K from "
+        f"{clusters[0]} to {clusters[-1]}. The regimes are those by {METHODS[regimes.method]}."
     )
     if regimes.harmonics:
         yield f"An annual cycle of {regimes.harmonics} harmonics was taken away first, of embeddings and of every cell."
