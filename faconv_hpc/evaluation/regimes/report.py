@@ -254,8 +254,8 @@ def _how(regimes: Regimes, seeds: int) -> Iterable[str]:
     dims, most = dims_of("gmm", points_TE), points_TE.shape[1]
     yield (
         f"k-means (Euclidean, in all dims) and Gaussian mixtures (whose components have one covariance in common, "
-        f"along {dims} axes of most variance of {most}), {STARTS} starts for each of {seeds} seeds, the best kept, K from "
-        f"{clusters[0]} to {clusters[-1]}. The regimes are those by {METHODS[regimes.method]}."
+        f"along {dims} axes of most variance of {most}), {STARTS} starts for each of {seeds} seeds, the best kept, K "
+        f"from {clusters[0]} to {clusters[-1]}. The regimes are those by {METHODS[regimes.method]}."
     )
     if regimes.harmonics:
         yield f"An annual cycle of {regimes.harmonics} harmonics was taken away first, of embeddings and of every cell."
