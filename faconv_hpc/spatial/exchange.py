@@ -34,7 +34,8 @@ class HaloExchange:
         core: the owned rows that look at no cell of another tile, no further than ``width``, one after the other: all
             of a single tile, none where columns are cut.
         edges: the others, north and south of them.
-        inside, outside: the padded rows that hold no cell of another tile, and the others.
+        inside, outside: the padded rows that some row of the core looks at, and the others, all received ones among
+            them: what comes back to these hangs on the edges alone.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class HaloExchange:
         rows, columns = self.shape
         halo_cells = (rows + 2 * width) * (columns + 2 * width) - rows * columns
         self._covers_halo = sum(rectangle.cells for rectangle in rectangles) == halo_cells
-        self.core, self.edges = self._rows(self.shape[0], 2 * width)
-        self.inside, self.outside = self._rows(self.shape[0] + 2 * width, 0)
+        core = self._core()
+        self.core, self.edges = _cut(rows, core)
+        self.inside, self.outside = _cut(rows + 2 * width, range(core.start, core.stop + 2 * width) if core else core)
         self._group = group
         self._clock = clock
 
@@ -107,15 +109,13 @@ class HaloExchange:
         width, (rows, columns) = self.width, self.shape
         return padded[..., width : width + rows, width : width + columns]
 
-    def _rows(self, count: int, further: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Of so many rows those whose padded row, and so many after it, hold no cell of another tile; the others."""
+    def _core(self) -> range:
+        """The owned rows whose padded row, and ``2 width`` after it, hold no cell of another tile."""
         beyond = {row for parts in self._received.values() for part in parts for row in range(*part.rows)}
-        own = [row for row in range(count) if beyond.isdisjoint(range(row, row + further + 1))]
-        if own and len(own) < own[-1] + 1 - own[0]:
-            own = []  # north and south of columns that are cut, where nothing is beyond a ``zero`` boundary
-        edges = (0, own[0], own[-1] + 1, count) if own else (0, 0, 0, count)
-        north, core, south = (slice(*ends) for ends in pairwise(edges))
-        return tuple(rows for rows in (core,) if own), tuple(rows for rows in (north, south) if rows.start < rows.stop)
+        own = [row for row in range(self.shape[0]) if beyond.isdisjoint(range(row, row + 2 * self.width + 1))]
+        if not own or len(own) < own[-1] + 1 - own[0]:
+            return range(0)  # in stretches: north and south of columns that are cut, where nothing is beyond the grid
+        return range(own[0], own[-1] + 1)
 
     def _start(
         self, like: Tensor, outgoing: dict[int, Tensor], expected: dict[int, list[Rectangle]], verb: str
@@ -152,6 +152,13 @@ def _started(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
     role = {dist.irecv: "group_src", dist.isend: "group_dst"}
     works = (one.op(one.tensor, group=one.group, **{role[one.op]: one.group_peer}) for one in operations)
     return [work for work in works if work is not None]
+
+
+def _cut(count: int, core: range) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """So many rows: the core, and those before and after it, as far as there are some."""
+    edges = (0, core.start, core.stop, count) if core else (0, 0, 0, count)
+    north, middle, south = (slice(*ends) for ends in pairwise(edges))
+    return tuple(rows for rows in (middle,) if core), tuple(rows for rows in (north, south) if rows.start < rows.stop)
 
 
 def _by_peer(rectangles: Sequence[Rectangle], role: str, here: int) -> dict[int, list[Rectangle]]:
