@@ -52,6 +52,8 @@ ONLY_PARSED = {  # commands that begin so, and why they are not run here
     "faconv compare configs/": "takes half an hour: tests/test_comparison.py",
     "mpiexec -n 2 faconv data synth --kind shallow-water": "needs torch-harmonics: tests/test_shallow_water.py",
     "faconv data synth --kind shallow-water": "needs torch-harmonics: tests/test_shallow_water.py",
+    "faconv regimes embeddings.nc --data data/era5 --output regimes_beyond": "needs a year: tests/test_regimes.py",
+    "faconv regimes embeddings.nc --output regimes_by_mixture": "needs a hundred times: tests/test_regimes.py",
     "faconv data prepare data/short data/long": "of what the two before it make: tests/test_shallow_water.py",
     "faconv bench --json": "takes minutes: tests/test_bench.py measures a small case",
     "faconv bench --against": "of the machine that it was made on: tests/test_bench.py",
