@@ -52,8 +52,9 @@ class Embedded:
 
     def labels(self, method: Method, clusters: int) -> tuple[np.ndarray, np.ndarray]:
         """Of clean times, and of noisy ones."""
-        axes = axes_for(method, self.clean_TE[~self.held_out])
-        best = Fit.best(axes(self.clean_TE[~self.held_out]), method, clusters, seeds=3)
+        trained_TE = self.clean_TE[~self.held_out]
+        axes = axes_for(method, trained_TE)
+        best = Fit.best(axes(trained_TE), method, clusters, seeds=3)
         return best.predict(axes(self.clean_TE)), best.predict(axes(self.noisy_TE))
 
 

@@ -115,8 +115,12 @@ class _Asked:
     def arguments(self) -> list[str]:
         """To hand on to ranks."""
         several = [("--data", self.data), ("--truth", self.against), ("--climatology", self.climatology)]
-        numbers = {"--leads": self.leads, "--samples": self.samples, "--spin-up": self.spin_up}
-        given = numbers | {"--output": self.output}
+        given = {
+            "--leads": self.leads,
+            "--samples": self.samples,
+            "--spin-up": self.spin_up,
+            "--output": self.output,
+        }
         return [*map(str, self.models), *as_arguments(several, given), *["--overwrite"] * self.overwrite]
 
     @property

@@ -110,12 +110,11 @@ class HaloExchange:
         return padded[..., width : width + rows, width : width + columns]
 
     def _core(self) -> range:
-        """The owned rows whose padded row, and ``2 width`` after it, hold no cell of another tile."""
+        """The owned rows whose padded row, and ``2 width`` after it, hold no cell of another tile: those south of all
+        that is received in the north, and north of all in the south."""
         beyond = {row for parts in self._received.values() for part in parts for row in range(*part.rows)}
         own = [row for row in range(self.shape[0]) if beyond.isdisjoint(range(row, row + 2 * self.width + 1))]
-        if not own or len(own) < own[-1] + 1 - own[0]:
-            return range(0)  # in stretches: north and south of columns that are cut, where nothing is beyond the grid
-        return range(own[0], own[-1] + 1)
+        return range(own[0], own[-1] + 1) if own else range(0)
 
     def _start(
         self, like: Tensor, outgoing: dict[int, Tensor], expected: dict[int, list[Rectangle]], verb: str
@@ -156,9 +155,8 @@ def _started(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
 
 def _cut(count: int, core: range) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """So many rows: the core, and those before and after it, as far as there are some."""
-    edges = (0, core.start, core.stop, count) if core else (0, 0, 0, count)
-    north, middle, south = (slice(*ends) for ends in pairwise(edges))
-    return tuple(rows for rows in (middle,) if core), tuple(rows for rows in (north, south) if rows.start < rows.stop)
+    north, middle, south = (slice(*ends) for ends in pairwise((0, core.start, core.stop, count)))
+    return (middle,) if core else (), tuple(rows for rows in (north, south) if rows.start < rows.stop)
 
 
 def _by_peer(rectangles: Sequence[Rectangle], role: str, here: int) -> dict[int, list[Rectangle]]:

@@ -167,7 +167,8 @@ class _Mixture:
 
     def predict(self, points_TE: NDArray[np.float64]) -> NDArray[np.int64]:
         """Their components."""
-        return np.asarray(self.model.predict(self.alike(points_TE)), dtype=np.int64)
+        labels: NDArray[np.int64] = self.model.predict(self.alike(points_TE))
+        return labels
 
     def likelihood(self, points_TE: NDArray[np.float64]) -> float:
         """Mean log-likelihood, of points as they are given."""
@@ -313,20 +314,20 @@ def suggest(partitions: Sequence[Partition], standings: Mapping[int, Standing]) 
     what = SCORES[partitions[0].method]
     bounds = (
         f"seeds agree to at least {SEEDS_AGREE:g}, halves of the record to {HALVES_AGREE:g}, and the {what} is higher "
-        f"than 95 % of noise has it"
+        f"than {CHANCE_PERCENT} % of noise has it"
     )
     if steady:
         highest = max(steady, key=lambda one: standings[one.clusters].score)
         top = standings[highest.clusters]
         best = next(one for one in steady if standings[one.clusters].score >= top.score - top.alike)
-        among = ", ".join(str(one.clusters) for one in steady)
-        more = " It is the largest number that was tried: try more." if best is partitions[-1] else ""
-        if highest is partitions[-1] and best is not highest:
-            more = f" {highest.clusters}, the largest number that was tried, has {top.score:.3f}: try more."
+        among, more = ", ".join(str(one.clusters) for one in steady), ""
+        if highest is partitions[-1]:
+            last = "It is" if best is highest else f"{highest.clusters} has {top.score:.3f} and is"
+            more = f" {last} the largest number that was tried: try more."
         return Suggestion(
             best.clusters, True,
             f"Of the numbers whose clusters are found again ({bounds}: K = {among}), {best.clusters} "
-            f"{'has the highest' if standings[best.clusters] is top else 'is the first that has about the highest'} "
+            f"{'has the highest' if best is highest else 'is the first that has about the highest'} "
             f"{what}, {standings[best.clusters].score:.3f}.{more}",
         )  # fmt: skip
     best = max(partitions, key=lambda one: (np.nan_to_num(one.halves_agreement, nan=-1), one.seeds_agreement))
