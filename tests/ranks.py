@@ -7,17 +7,22 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from faconv_hpc import ProcessMesh
+from faconv_hpc.spatial import same_host
 from faconv_hpc.spatial.environment import RankEnvironment, free_port
+from faconv_hpc.spatial.same_host import Links
 from forks import ENVIRONMENT, Popen
 
 TIMEOUT_S = 300.0
@@ -47,6 +52,18 @@ def run_on_ranks(layout, check, *arguments) -> list[Any]:
     """
     layout = Layout(*layout)
     return _POOLS.of(layout.ranks).run(layout, check, arguments)
+
+
+@contextmanager
+def hosts_of(ranks: int) -> Iterator[None]:
+    """In a check, on all ranks: as if each host had so many, and messages between hosts went by Gloo."""
+    here = dist.get_rank() // ranks
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (channel, peers) in same_host._links.items():
+            members = dist.get_process_group_ranks(_resolve_process_group(name))
+            near = {peer: link for peer, link in peers.items() if members[peer] // ranks == here}
+            patch.setitem(same_host._links, name, Links(channel, near))
+        yield
 
 
 def close_pools() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .mesh import ProcessMesh
+from .messages import start_messages
 
 Pair = tuple[int, int]
 """Two ranks of a mesh."""
@@ -103,12 +104,7 @@ def clock_bounds_s(
 
 
 def _exchange(mesh: ProcessMesh, peer: int, outgoing: torch.Tensor, incoming: torch.Tensor) -> None:
-    operations = [
-        dist.P2POp(dist.irecv, incoming, group=mesh.group, group_peer=peer),
-        dist.P2POp(dist.isend, outgoing, group=mesh.group, group_peer=peer),
-    ]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
+    start_messages({peer: outgoing}, {peer: incoming}, mesh.group)()
 
 
 def _median_s(mesh: ProcessMesh, communicate: Callable[[], object], repeats: int) -> float:

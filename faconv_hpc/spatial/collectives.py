@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..observe import Clock
+from .messages import reaches_all, start_messages
 
 Value = TypeVar("Value")
 Finish = Callable[[], Tensor]
@@ -41,13 +42,13 @@ def start_sum(value: Tensor, group: dist.ProcessGroup | None, clock: Clock, verb
     if group is None:
         return lambda: value
     device, value = value.device, carried(value, group)
-    if _goes_directly(value, group):
+    if _is_small(value, group):
         with clock.communicating(verb):
             everyones, sent = _start_to_all(value, group)
 
         def summed() -> Tensor:
             with clock.communicating(verb):
-                sent.wait()
+                sent()
             return everyones.sum(0, dtype=value.dtype).to(device)
 
         return summed
@@ -87,7 +88,8 @@ def reduce_scatter(
     with clock.communicating("adjoint of gather"):
         if parts.device.type == "cpu":  # Gloo would sum up all of it on every rank
             received = torch.empty_like(parts)
-            dist.all_to_all_single(received, parts, group=group)
+            counts = [part.numel()] * len(sizes)
+            _exchange(parts.view(-1), counts, received.view(-1), counts, group)
             part = received.view(len(sizes), *part.shape).sum(0)
         else:
             _reduce_scatter(part, parts, group=group)
@@ -105,13 +107,8 @@ def all_to_all(
     counts = [shape.numel() for shape in _but(shapes, index)]
     incoming = outgoing.new_empty(sum(counts))
     with clock.communicating("swap"):
-        dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=[*counts[:index], 0, *counts[index:]],
-            input_split_sizes=[piece.numel() if rank != index else 0 for rank, piece in enumerate(pieces)],
-            group=group,
-        )
+        sent = [piece.numel() if rank != index else 0 for rank, piece in enumerate(pieces)]
+        _exchange(outgoing, sent, incoming, [*counts[:index], 0, *counts[index:]], group)
     parts = incoming.to(pieces[0].device).split(counts)
     return [part.view(shape) for part, shape in zip(parts, _but(shapes, index), strict=True)]
 
@@ -119,9 +116,9 @@ def all_to_all(
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(R, ...) the tensors of the R ranks of the group, all of one shape."""
     device, mine = mine.device, carried(mine, group)
-    if _goes_directly(mine, group):
+    if _is_small(mine, group) or reaches_all(group):
         everyones, sent = _start_to_all(mine, group)
-        sent.wait()
+        sent()
         return everyones.to(device)
     ranks = dist.get_world_size(group)
     everyone = mine.new_empty(ranks * mine.numel())
@@ -141,16 +138,39 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _goes_directly(value: Tensor, group: dist.ProcessGroup) -> bool:
-    """Whether a small tensor is sent from every rank to every other at once."""
-    return value.device.type == "cpu" and value.numel() * value.element_size() * group.size() <= SMALL_BYTES
+def _is_small(value: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether it is sent from every rank to every other at once."""
+    return value.device.type == "cpu" and value.nbytes * group.size() <= SMALL_BYTES
 
 
-def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """(R, ...) the tensors of the R ranks, once what is returned with them has been waited for."""
+def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
+    """(R, ...) the tensors of the R ranks, once what is returned with them has been called."""
+    if reaches_all(group):
+        value, everyones = value.contiguous(), value.new_empty(group.size(), *value.shape)
+        everyones[group.rank()] = value
+        others = [rank for rank in range(group.size()) if rank != group.rank()]
+        return everyones, start_messages(
+            dict.fromkeys(others, value), {rank: everyones[rank] for rank in others}, group
+        )
     copies = value.expand(group.size(), *value.shape).contiguous()
     everyones = torch.empty_like(copies)
-    return everyones, dist.all_to_all_single(everyones, copies, group=group, async_op=True)
+    return everyones, dist.all_to_all_single(everyones, copies, group=group, async_op=True).wait
+
+
+def _exchange(
+    outgoing: Tensor, sent: Sequence[int], incoming: Tensor, received: Sequence[int], group: dist.ProcessGroup
+) -> None:
+    """From every rank to every other: of one dimension, with the numbers for each rank, or of it, after each other."""
+    if not reaches_all(group):
+        dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=group)
+        return
+    pieces, places = outgoing.split(list(sent)), incoming.split(list(received))
+    here = group.rank()
+    places[here].copy_(pieces[here])
+    outgoing_by_rank, incoming_by_rank = (
+        {rank: part for rank, part in enumerate(parts) if rank != here and part.numel()} for parts in (pieces, places)
+    )
+    start_messages(outgoing_by_rank, incoming_by_rank, group)()
 
 
 def _but(everyones: Sequence[Value], index: int) -> list[Value]:

@@ -17,6 +17,7 @@ from ..observe import Clock
 from .collectives import carried
 from .grid import Cuts, LatLonGrid
 from .halo import Rectangle, halo_rectangles, rectangles_sent
+from .messages import start_messages
 
 Received = dict[int, Tensor]
 """One flat buffer per peer."""
@@ -126,31 +127,16 @@ class HaloExchange:
             peer: carried(like.new_empty(lead * sum(part.cells for part in parts)), self._group)
             for peer, parts in expected.items()
         }
-        operations = [
-            dist.P2POp(operation, buffer, group=self._group, group_peer=peer)
-            for operation, buffers in ((dist.irecv, incoming), (dist.isend, outgoing))
-            for peer, buffer in sorted(buffers.items())
-        ]
         with self._clock.communicating(verb):
-            works = _started(operations)
+            sent = start_messages(outgoing, incoming, self._group)
 
         def finish() -> Received:
             with self._clock.communicating(verb):
-                for work in works:
-                    work.wait()
-            outgoing.clear()  # sent; until here the buffers had to live
+                sent()
+            outgoing.clear()  # until here the buffers had to live
             return {peer: cells.to(like.device) for peer, cells in incoming.items()}
 
         return finish
-
-
-def _started(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
-    """As one group; Gloo knows none, and torch's way to them takes as long again as its messages."""
-    if operations and operations[0].tensor.device.type != "cpu":
-        return list(dist.batch_isend_irecv(list(operations)))
-    role = {dist.irecv: "group_src", dist.isend: "group_dst"}
-    works = (one.op(one.tensor, group=one.group, **{role[one.op]: one.group_peer}) for one in operations)
-    return [work for work in works if work is not None]
 
 
 def _cut(count: int, core: range) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -21,6 +21,7 @@ from .device import device_for
 from .environment import LETTING_GO_S, PARTED, RankEnvironment
 from .failure import MARGIN_S, FailureWatch
 from .meeting import meet
+from .same_host import link_group, unlink
 
 TIMEOUT_S = 600.0
 
@@ -219,6 +220,7 @@ class ProcessMesh:
         if self.watch is not None:
             self.watch.stop()
         if dist.is_initialized():
+            unlink()
             dist.destroy_process_group()
             if not PARTED.is_set():
                 atexit.register(time.sleep, LETTING_GO_S)
@@ -269,10 +271,17 @@ def _group_of(
     Its members ask for it, in the same order. Collectives end at the limit; None: torch's.
     """
     if len(ranks) == world.size() and backend == dist.get_backend(world):
-        return world
+        return _linked(world, limit)
     group: dist.ProcessGroup = dist.new_group(
         list(ranks), timeout=limit, backend=backend, use_local_synchronization=True
     )
+    return _linked(group, limit)
+
+
+def _linked(group: dist.ProcessGroup, limit: timedelta | None) -> dist.ProcessGroup:
+    """The group, of which ranks of one host share memory where messages are in host memory."""
+    if dist.get_backend(group) == dist.Backend.GLOO:
+        link_group(group, None if limit is None else limit.total_seconds())
     return group
 
 
