@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from faconv_hpc.bench.limits import LimitRuns
 from faconv_hpc.bench.measure import LayerRun, Place, machine_of, measure
 from faconv_hpc.bench.reference import check_comparable, falls, ratios_of
 from faconv_hpc.bench.result import BenchResult
-from faconv_hpc.bench.timing import WARM_UP, interleaved, peak_bytes, timed
+from faconv_hpc.bench.timing import WARM_UP, _holes, interleaved, peak_bytes, timed
 from faconv_hpc.cli.bench import bench_command
 from faconv_hpc.config import MeshConfig
 from faconv_hpc.errors import InputError
@@ -168,6 +169,24 @@ def test_what_the_allocator_has_kept_is_not_there_before_the_work():
     del gone
     assert 28e6 <= peak_bytes(lambda: small_tensors(300), CPU) <= 36e6
     assert above[0][0] == 1
+
+
+def test_blocks_of_another_allocator_are_no_holes_of_the_heap():
+    """Such as jemalloc's, which lie elsewhere and leave the heap's end where it is: there is no last one."""
+    taken = []
+
+    def malloc(size):
+        assert len(taken) < 100, "it goes on for ever"
+        taken.append(2**46 + 2**30 * len(taken))
+        return taken[-1]
+
+    library = SimpleNamespace(
+        mallopt=lambda option, value: 1,
+        malloc=malloc,
+        sbrk=lambda more: 2**40,
+        free=lambda block: taken.remove(block.value),
+    )
+    assert _holes(library) == [] == taken
 
 
 def test_the_limits_are_of_the_sizes_used_and_of_the_type():

@@ -115,9 +115,9 @@ def _holes(library: ctypes.CDLL) -> list[ctypes.c_void_p]:
     found, size = [], LARGEST_HOLE
     while size >= KEEPS_LEAST:
         end, block = library.sbrk(0), ctypes.c_void_p(library.malloc(size))
-        if library.sbrk(0) == end and block:
+        if block.value is not None and block.value < end == library.sbrk(0):
             found.append(block)
-        else:  # no hole is as large: the heap has grown for it
+        else:  # no hole is as large, the heap has grown for it; or it is no block of the heap, but another allocator's
             library.free(block)
             size //= 2
     library.mallopt(M_MMAP_MAX, MOST_MMAPS)
