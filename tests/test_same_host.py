@@ -207,6 +207,34 @@ def test_hosts_never_change_the_result(layout):
     run_on_ranks(layout, check)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "near"), [("aba", [[2], [], [0]]), ("abc", [[], [], []]), ("aaa", [[1, 2], [0, 2], [0, 1]])]
+)
+def test_only_ranks_of_one_host_are_linked(hosts, near):
+    """From the first meeting on; two of which neither can share memory are not of one host."""
+
+    def check(mesh, hosts):
+        group = dist.new_group([0, 1, 2])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(same_host, "_doors", [])
+            patch.setattr(same_host, "_links", {})
+            mine = hosts[mesh.rank].encode() * same_host.HOST_BYTES
+            patch.setattr(same_host, "_host", lambda: same_host.NO_HOST if mine.startswith(b"c") else mine)
+            same_host.link_group(group, 60.0)
+            found = sorted(links_of(group).peers)
+            others = [rank for rank in range(3) if rank != mesh.rank]
+            incoming = {peer: torch.empty(1) for peer in others}
+            start_messages({peer: torch.tensor([10.0 * mesh.rank + peer]) for peer in others}, incoming, group)()
+            assert all(incoming[peer] == 10 * peer + mesh.rank for peer in others)
+            mesh.gathered([0.0])
+            same_host.unlink()
+        return found
+
+    assert run_on_ranks(Layout(1, 1, 3), check, hosts) == near
+    if hosts == "abc":
+        assert run_on_ranks(Layout(1, 1, 3), check, "cbc") == near
+
+
 def test_groups_go_by_their_own_messages():
     """Two groups of the same ranks, in another order on each."""
 
