@@ -79,28 +79,47 @@ def replacing_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     Raises:
         OSError: they could not be flushed, or not all of them be renamed.
     """
+    with made_directory(directory):
+        beside = directory / f".{secrets.token_hex(4)}.part"
+        beside.mkdir()
+        try:
+            yield beside
+            made = {path.name for path in beside.iterdir()}
+            assert names[-1] in made <= set(names), f"{sorted(made)} are not of {', '.join(names)}, or lack the last"
+            flush_tree(beside)
+            for name in reversed(names):
+                (directory / name).unlink(missing_ok=True)
+            flush_entries(directory)
+            for name in (name for name in names if name in made):
+                if name == names[-1]:
+                    flush_entries(directory)
+                (beside / name).replace(directory / name)
+            flush_entries(directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def made_directory(directory: Path) -> Iterator[None]:
+    """A directory, and those above it, are made if they are missing; these go when the block ends and they are empty.
+
+    Raises:
+        OSError: they could not be made.
+    """
     missing = [one for one in (directory, *directory.parents) if not one.is_dir()]
-    make_durably(directory)
-    beside = directory / f".{secrets.token_hex(4)}.part"
-    beside.mkdir()
     try:
-        yield beside
-        made = {path.name for path in beside.iterdir()}
-        assert names[-1] in made <= set(names), f"{sorted(made)} are not of {', '.join(names)}, or lack the last"
-        flush_tree(beside)
-        for name in reversed(names):
-            (directory / name).unlink(missing_ok=True)
-        flush_entries(directory)
-        for name in (name for name in names if name in made):
-            if name == names[-1]:
-                flush_entries(directory)
-            (beside / name).replace(directory / name)
-        flush_entries(directory)
+        make_durably(directory)
+        yield
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
         with suppress(OSError):  # one is not empty: all went well, or it is somebody else's, too
             for one in missing:
                 one.rmdir()
+
+
+def remove_parts(directory: Path) -> None:
+    """Takes away what a killed `replacing_together` has left; nobody else may be at work there."""
+    for beside in directory.glob(f".{'[0-9a-f]' * 8}.part"):
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -171,3 +190,14 @@ def cannot_write(what: str, path: Path, error: OSError) -> InputError | TryAgain
     if is_out_of_reach(error):
         return TryAgainError(f"{what} {path} cannot be written for now: {error.strerror}. Look at its file system.")
     return InputError(f"{what} {path} cannot be written: {error.strerror}. Give a directory where you may write.")
+
+
+def check_can_write(what: str, path: Path) -> None:
+    """Raises the error of `cannot_write` unless something can be made where a path is, or is to be; nothing stays."""
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    try:
+        beside = there / f".{secrets.token_hex(4)}.part"
+        beside.mkdir()
+        beside.rmdir()
+    except OSError as error:
+        raise cannot_write(what, path, error) from None

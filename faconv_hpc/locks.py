@@ -5,12 +5,14 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from .errors import InputError
-from .files import cannot_write
+from .files import cannot_write, made_directory, remove_parts
+
+OUTPUT_LOCK = ".lock"
 
 
 class DirectoryLock:
@@ -86,6 +88,37 @@ def locked_directory(path: Path, what: str, refusal: Callable[[str], InputError]
         if not lock.take():
             raise refusal(lock.holder)
         lock.sign()
+        yield
+
+
+@contextmanager
+def held_output(directory: Path, noun: str) -> Iterator[None]:
+    """The directory of ``--output`` for this process alone, as long as the block lasts.
+
+    It is made if it is missing, and goes again if nothing was put into it. What killed ones have left there goes first,
+    see `replacing_together`.
+
+    Args:
+        noun: what writes there, such as "evaluation".
+
+    Raises:
+        InputError: another process writes there, or it cannot be written.
+    """
+
+    def refusal(holder: str) -> InputError:
+        return InputError(
+            f"another {noun} writes to {directory}: {holder or 'unknown'}. Wait, or give another --output."
+        )
+
+    lock = directory / OUTPUT_LOCK
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made_directory(directory))
+        except OSError as error:
+            raise cannot_write("--output", directory, error) from None
+        stack.enter_context(locked_directory(lock, "--output", refusal))
+        stack.callback(lock.unlink, missing_ok=True)
+        remove_parts(directory)
         yield
 
 

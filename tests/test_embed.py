@@ -181,6 +181,7 @@ def test_what_cannot_be_embedded_is_refused(made, tmp_path):
     for output, told in (
         ("z.zarr", "the output is NAME.nc, got"),
         ("plain.nc", "is there, and no output of `faconv em"),
+        ("plain.nc/below.nc", "plain.nc cannot be written: Not a directory. Give a directory where you may write"),
     ):
         refused = faconv("embed", model, "--data", store, "--output", tmp_path / output, "--ranks", 2)
         assert refused.returncode == 2 and len(messages(refused)) == 1

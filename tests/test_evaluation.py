@@ -34,6 +34,7 @@ from faconv_hpc.evaluation.results import as_json, dataset_of, save
 from faconv_hpc.evaluation.spectra import Spectra
 from faconv_hpc.evaluation.sums import PerDate, Sums
 from faconv_hpc.evaluation.truth import truth_of
+from faconv_hpc.locks import locked_directory
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
@@ -620,7 +621,12 @@ def test_several_sequences_are_no_truth_of_a_file(files, tmp_path):
 
 @pytest.mark.parametrize(
     ("output", "told"),
-    [("there.txt", r"--output \S*there.txt is a file. Give a directory"), ("truth.nc", "is the data, which it would")],
+    [
+        ("there.txt", r"--output \S*there.txt is a file. Give a directory"),
+        ("truth.nc", "is the data, which it would"),
+        ("there.txt/below", r"--output \S*below cannot be written: Not a directory\. Give a directory where you may"),
+        ("/proc/below", r"--output /proc/below cannot be written: No such file or directory"),
+    ],
 )
 def test_an_output_that_is_no_directory_or_is_data_is_refused(files, tmp_path, output, told):
     (tmp_path / "there.txt").touch()
@@ -628,6 +634,25 @@ def test_an_output_that_is_no_directory_or_is_data_is_refused(files, tmp_path, o
     given = ["evaluate", files / "good.nc", "--data", files / "truth.nc", "--output", place]
     ended = CliRunner().invoke(app, [str(one) for one in given])
     assert isinstance(ended.exception, InputError) and re.search(told, str(ended.exception))
+    assert [path.name for path in tmp_path.iterdir()] == ["there.txt"]
+
+
+def test_two_do_not_write_one_evaluation(files, tmp_path):
+    """Nor does one begin that cannot write it, where ranks were started by others and nothing was checked before."""
+
+    def made(output):
+        asked = _Asked([files / "good.nc"], [files / "truth.nc"], [], 1, 2, None, (), output, overwrite=True)
+        asked.make(ALONE, None, lambda done, of: pytest.fail("something is computed"))
+
+    with (
+        locked_directory(tmp_path / "out" / ".lock", "--output", InputError),
+        pytest.raises(
+            InputError, match=r"another evaluation writes to \S*out: process \d+ on .* or give another --out"
+        ),
+    ):
+        made(tmp_path / "out")
+    with pytest.raises(InputError, match=r"--output /proc/below cannot be written: No such file or directory"):
+        made(Path("/proc/below"))
 
 
 def test_an_earlier_evaluation_is_not_replaced_unasked(files, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from faconv_hpc.evaluation.explanation.sensitivity import Question, Region, sens
 from faconv_hpc.forecasting.campaign import open_frames
 from faconv_hpc.forecasting.dates import Timeline
 from faconv_hpc.forecasting.sources import dataset_frames
+from faconv_hpc.locks import locked_directory
 from faconv_hpc.look import new_figure
 from faconv_hpc.model.sweep import Bank
 
@@ -270,6 +271,15 @@ def test_bad_input_is_refused(made, tmp_path, monkeypatch):
     (tmp_path / "plain").write_text("mine")
     with pytest.raises(InputError, match=r"plain is a file. Give a directory"):
         faconv(model, "--data", store, "--output", tmp_path / "plain")
+    with pytest.raises(
+        InputError, match=r"--output \S*plain/below cannot be written: Not a directory\. Give a directory"
+    ):
+        faconv(model, "--data", store, "--output", tmp_path / "plain" / "below")
+    with (
+        locked_directory(tmp_path / "held" / ".lock", "--output", InputError),
+        pytest.raises(InputError, match=r"another explanation writes to \S*held: process \d+"),
+    ):
+        faconv(model, "--data", store, "--output", tmp_path / "held")
     monkeypatch.setattr(explain_module, "KEPT_PER_STEP", 10**9)
     with pytest.raises(InputError, match=r"on 11 x 14 cells .* keeps about .* GiB for 4 steps, and .* GiB are free"):
         faconv(*good)

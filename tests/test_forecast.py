@@ -211,6 +211,10 @@ def test_bad_input_is_told_before_ranks_start(config, exported, tmp_path):
             "is there, and no output of `faconv",
         ),
         (
+            (config.run_dir, *start, *steps, "--output", tmp_path / "plain.nc" / "below.nc"),
+            "--output .*plain.nc cannot be written: Not a directory. Give a directory where you may write",
+        ),
+        (
             (config.run_dir, *start, *steps, *good, "--mesh", "1x3"),
             "needs 3 ranks, --ranks is 2. Use .* or say",
         ),

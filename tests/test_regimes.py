@@ -32,6 +32,7 @@ from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
 from faconv_hpc.evaluation.words import Leads, duration_in_words, latitude_in_words, longitude_in_words, months_in_words
 from faconv_hpc.forecasting.embeddings import EmbeddingLayout, EmbeddingWriter
+from faconv_hpc.locks import locked_directory
 
 FRAMES, DAYS, NLAT, NLON, COMPONENTS = 108, 10, 11, 14, 8
 QUIET = {"seeds": 2, "clusters": range(2, 6)}
@@ -544,9 +545,55 @@ def test_the_command_leaves_all_that_a_reader_needs(site, embedded, found, tmp_p
         assert file.heat_anomaly.dims == ("regime_number", "latitude", "longitude")
         np.testing.assert_allclose(file.heat_anomaly, found.composites.anomaly_KCYX[:, 0], rtol=1e-5, atol=1e-5)
         assert str(file.time.values[3])[:10] == "2003-01-31" and file.silhouette.min() > 0.3
-    assert json.loads((out / "regimes.json").read_text()) == json.loads(
-        json.dumps(as_dict(found)).replace("NaN", "null")
-    )
+    said = json.loads((out / "regimes.json").read_text())
+    asked = {
+        "EMBEDDING": str(embedded), "--data": str(site[0] / "store"), "--clusters": "2-5", "--method": "kmeans",
+        "--seeds": "2", "--harmonics": "2", "--sequence": "all", "--memory-gib": "1",
+    }  # fmt: skip
+    assert said == json.loads(json.dumps(as_dict(found)).replace("NaN", "null")) | {"asked": asked}
+
+
+def test_earlier_regimes_are_not_replaced_unasked(embedded, tmp_path, monkeypatch):
+    """By other options; by the same they are made anew, and what a killed command has left goes."""
+    monkeypatch.setattr(partitions, "SURROGATES", 2)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: path.touch() or path)
+    out = tmp_path / "out"
+    given = ("--output", out, "--clusters", 2, "--seeds", 2)
+    faconv(embedded, *given)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert ".lock" not in before
+    for more, told in (
+        (
+            ("--seeds", 3),
+            r"out has regimes with --seeds 2, this command says 3\. Give another --output, or --overwrite",
+        ),
+        (("--method", "gmm"), r"with --method kmeans, this command says gmm"),
+        (("--clusters", "2-3"), r"with --clusters 2-2, this command says 2-3"),
+    ):
+        with refused(told):
+            faconv(embedded, *given, *more)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / ".0123abcd.part").mkdir()
+    (out / ".0123abcd.part" / "regimes.nc").touch()
+    with (
+        locked_directory(out / ".lock", "--output", InputError),
+        refused(r"another clustering writes to \S*out: process \d+ on .*\. Wait, or give another --output"),
+    ):
+        faconv(embedded, *given)
+    assert (out / ".0123abcd.part").exists()
+    faconv(embedded, *given)
+    assert {path.name for path in out.iterdir()} == before.keys()
+    faconv(embedded, *given, "--seeds", 3, "--overwrite")
+    assert json.loads((out / "regimes.json").read_text())["asked"]["--seeds"] == "3"
+
+
+@pytest.mark.parametrize("place", ["plain/below", "/proc/below"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_found(embedded, tmp_path, monkeypatch, place):
+    (tmp_path / "plain").touch()
+    monkeypatch.setattr(find, "find_regimes", None)
+    with refused(r"--output \S*below cannot be written: No.* directory\. Give a directory where you may write"):
+        faconv(embedded, "--output", tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
 def test_what_does_not_fit_in_memory_is_thinned_and_said(site, embedded, tmp_path, monkeypatch):

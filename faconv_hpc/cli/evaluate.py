@@ -1,7 +1,7 @@
 """``faconv evaluate``: how good forecasts are, of networks and of files."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -144,20 +144,30 @@ class _Asked:
 
     def check(self) -> None:
         """With all that can be told without weights; raises InputError."""
-        from ..evaluation.results import check_is_free
-
         check_directory(self.output, [*self.data, *self.against, *self.models])
         _check_data([*self.data, *self.against])
+        self._check_is_free()
+
+    def _check_is_free(self) -> None:
+        from ..evaluation.asked import check_is_free
+        from ..evaluation.results import JSON_FILE
+
         if not self.overwrite:
-            check_is_free(self.output, self.request)
+            check_is_free(self.output / JSON_FILE, "an evaluation", self.request)
 
     def make(self, mesh: "ProcessMesh", kernels: str | None, progress: "Progress") -> "_Judged":
         """On all ranks."""
         from ..evaluation.evaluate import evaluate
         from ..evaluation.results import FILES, MAPS, save
         from ..files import replacing_together
+        from ..locks import held_output
 
-        with replacing_together(self.output, FILES) if mesh.rank == 0 else nullcontext(self.output) as beside:
+        with ExitStack() as stack:
+            beside = self.output
+            if mesh.rank == 0:
+                stack.enter_context(held_output(self.output, "evaluation"))
+                self._check_is_free()
+                beside = stack.enter_context(replacing_together(self.output, FILES))
             found = evaluate(
                 self.models,
                 mesh,

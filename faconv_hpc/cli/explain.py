@@ -7,6 +7,7 @@ import typer
 
 from ..errors import InputError
 from ..files import cannot_write, replacing_together
+from ..locks import held_output
 from .options import DataPaths, Device
 from .ranks import job_ranks
 from .trained import Model, OfSequence, check_directory, paths_of, shown_stages
@@ -60,7 +61,7 @@ def explain_command(
     question = None if region is None else Question.of(contract_in(about), Region.parse(region), variable, lead)
     check_device(device or "auto")
     forecaster = Forecaster.load(model, device=device_for(device or "auto"))
-    with shown_stages() as stages:
+    with held_output(output, "explanation"), shown_stages() as stages:
         found = explain(forecaster, paths, samples, question, sequence, stages)
         _write(found, output)
     print(f"{len(found.dates)} dates from {found.dates[0]} to {found.dates[-1]}. Read {output / 'report.md'}")

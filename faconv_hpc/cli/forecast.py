@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files import check_can_write
 from .options import AsJson, DataPaths, Device, Kernels, Ranks
 from .trained import (
     Mesh,
@@ -95,6 +96,7 @@ class _Asked:
         from ..training.loading import about_network
 
         self.plan(about_network(self.model))
+        check_can_write("--output", self.output.parent)
 
     def plan(self, about: Mapping[str, str]) -> "Campaign":
         """Checked; raises InputError."""

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import MeshConfig
 from ..errors import InputError
+from ..files import check_can_write
 from .ranks import check_ranks, job_ranks, joined, run_ranks, starts_ranks
 
 if TYPE_CHECKING:
@@ -139,10 +140,11 @@ def check_is_no_data(output: Path, data: Sequence[Path]) -> None:
 
 
 def check_directory(output: Path, data: Sequence[Path]) -> None:
-    """Raises InputError for an output that is no place for several files."""
+    """Raises InputError for an output that is no place for several files, or cannot be written."""
     check_is_no_data(output, data)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file. Give a directory.")
+    check_can_write("--output", output)
 
 
 def mesh_of(text: str | None, trained: str, ranks: int) -> MeshConfig:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..errors import InputError
 from ..files import json_ready, write_durably
 from ..forecasting.layout import attributes_of
+from .asked import ASKED
 from .compare import Comparison
 from .evaluation import Evaluation
 from .fields import lead_times
@@ -23,7 +23,6 @@ from .sums import METRICS
 SCORES, JSON_FILE, MAPS, REPORT = "scores.nc", "scores.json", "maps.nc", "report.md"
 FILES = (SCORES, MAPS, *FIGURES, REPORT, JSON_FILE)
 """All that there may be, the one that says that it is whole at the end."""
-ASKED = "asked"  # in the JSON
 BOUNDS = ["low", "high"]
 LONG = {
     "rmse": "root mean squared error",
@@ -32,26 +31,6 @@ LONG = {
     "activity": "standard deviation of the anomaly over the grid",
     "truth_activity": "standard deviation of the anomaly that came",
 }
-
-
-def check_is_free(directory: Path, request: Mapping[str, str]) -> None:
-    """Raises InputError where there is an evaluation that another request has made.
-
-    Args:
-        request: by argument or option, see `save`.
-    """
-    if not (directory / JSON_FILE).exists():
-        return
-    try:
-        before = json.loads((directory / JSON_FILE).read_text()).get(ASKED, {})
-    except ValueError:  # it was cut off, or is another's
-        before = {}
-    for option, now in request.items():
-        if before.get(option) != now:
-            raise InputError(
-                f"{directory} has an evaluation with {option} {before.get(option, 'not said')}, this command says "
-                f"{now}. Give another --output, or --overwrite."
-            )
 
 
 def save(evaluation: Evaluation, directory: Path, request: Mapping[str, str] | None = None) -> dict[str, Any]:

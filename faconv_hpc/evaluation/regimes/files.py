@@ -1,6 +1,7 @@
 """Regimes for programs: regimes.nc with labels and composites, regimes.json with all numbers."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import xarray as xr
 from ...data.times import EPOCH_UNITS
 from ...files import json_ready, write_durably
 from ...forecasting.layout import attributes_of
+from ..asked import ASKED
 from ..netcdf import grid_coordinates, save_dataset
 from .facts import facts_of
 from .find import Judged, Regimes
@@ -118,11 +120,15 @@ def _row(judged: Judged) -> dict[str, Any]:
     }
 
 
-def json_of(regimes: Regimes) -> str:
-    """What is NaN is null."""
-    return json.dumps(json_ready(as_dict(regimes)), indent=2) + "\n"
+def json_of(regimes: Regimes, request: Mapping[str, str]) -> str:
+    """What is NaN is null.
+
+    Args:
+        request: what was asked for, by argument or option, see `check_is_free`.
+    """
+    return json.dumps(json_ready(as_dict(regimes) | {ASKED: request}), indent=2) + "\n"
 
 
-def write_json(regimes: Regimes, path: Path) -> None:
+def write_json(regimes: Regimes, path: Path, request: Mapping[str, str]) -> None:
     """The file appears whole."""
-    write_durably(path, json_of(regimes))
+    write_durably(path, json_of(regimes, request))
