@@ -587,6 +587,80 @@ def test_earlier_regimes_are_not_replaced_unasked(embedded, tmp_path, monkeypatc
     assert json.loads((out / "regimes.json").read_text())["asked"]["--seeds"] == "3"
 
 
+@pytest.fixture(scope="module")
+def good(site, tmp_path_factory):
+    """The bytes of a file of embeddings of twelve times."""
+    return written(tmp_path_factory.mktemp("good") / "z.nc", site[1], clouds(planted()[0])[:12]).read_bytes()
+
+
+def cut(raw):
+    return raw[: len(raw) // 2]
+
+
+def flipped(raw):
+    """A bit of an embedding; values have a checksum."""
+    z_TE = clouds(planted()[0])[:12].astype(np.float32)
+    at = raw.index(z_TE[5:7].tobytes())
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "told"),
+    [
+        (cut, r"truncated file"),
+        (flipped, r"filter returned failure"),
+        (lambda raw: raw.replace(b'{"--data": ', b'{"--data", '), r"Expecting ':' delimiter"),
+        (lambda raw: raw.replace(b'{"variables":', b'{"variabels":'), r"\d+ validation errors? for Contract"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_called_damaged(good, tmp_path, damaged, told):
+    """Not a file of others."""
+    assert damaged(good) != good
+    (tmp_path / "z.nc").write_bytes(damaged(good))
+    with refused(rf"z.nc is damaged, or of another version \(.*{told}.*\)\. Copy it again, or embed again with --over"):
+        read_embeddings(tmp_path / "z.nc")
+
+
+def test_times_that_do_not_increase_are_refused(good, tmp_path):
+    """Runs, halves and noise are of a record in its order."""
+    (tmp_path / "z.nc").write_bytes(good)
+    with xr.open_dataset(tmp_path / "z.nc", engine="h5netcdf", decode_times=False) as file:
+        data = file.load()
+    for times, told in (
+        ([0, 1, 2, 2, 3], r"2003-01-21 00:00:00 comes after 2003-01-21 00:00:00\. Embed again with --overwrite"),
+        ([0, 1, 3, 2, 4], r"each later than the one before, and in \S*o.nc 2003-01-21 \S+ comes after 2003-01-31"),
+    ):
+        data.isel(time=times).to_netcdf(tmp_path / "o.nc", engine="h5netcdf")
+        with refused(told):
+            read_embeddings(tmp_path / "o.nc")
+    sequences = {"sequence": ("time", np.repeat([0, 1], 6), {"names": '["r1", "r2"]'})}
+    data.isel(time=[*range(6), *range(6)]).assign(sequences).to_netcdf(tmp_path / "o.nc", engine="h5netcdf")
+    assert read_embeddings(tmp_path / "o.nc").axis.names == ("r1", "r2")
+    data.isel(time=[*range(6), 0, 1, 1, 2, 3, 4]).assign(sequences).to_netcdf(tmp_path / "o.nc", engine="h5netcdf")
+    with refused(r"2003-01-11 \S+ of sequence r2 comes after 2003-01-11 \S+ of sequence r2"):
+        read_embeddings(tmp_path / "o.nc")
+    data.drop_vars("time").to_netcdf(tmp_path / "o.nc", engine="h5netcdf")
+    with refused(r"o.nc is no file of embeddings \(it has no 'time'\)"):
+        read_embeddings(tmp_path / "o.nc")
+
+
+def test_a_collapsed_embedding_is_called_one(site, tmp_path):
+    still = 3 + 1e-7 * np.random.default_rng(4).normal(size=(20, COMPONENTS))
+    with refused(
+        r"all 20 embeddings of \S*z.nc are the same but for rounding: the network has collapsed.*effective_rank"
+    ):
+        read_embeddings(written(tmp_path / "z.nc", site[1], still))
+
+
+@pytest.mark.parametrize("method", ["kmeans", "gmm"])
+def test_as_many_regimes_are_found_as_there_are_different_times(site, tmp_path, method):
+    labels = by_size(np.arange(120) // 4 % 3)
+    path = written(tmp_path / "z.nc", site[1], clouds(labels, noise=0))
+    found = find_regimes(read_embeddings(path), None, [2, 3], 2, method=method)
+    assert library.adjusted_rand_score(found.one("embedding", clusters=3).partition.labels_T, labels) == 1
+    write_report(found, draw_all(found, tmp_path), tmp_path / "report.md", 2)
+
+
 @pytest.mark.parametrize("place", ["plain/below", "/proc/below"])
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_found(embedded, tmp_path, monkeypatch, place):
     (tmp_path / "plain").touch()
@@ -633,11 +707,19 @@ def test_bad_input_is_refused(site, embedded, tmp_path):
     broken[7, 2] = np.nan
     for given, match in (
         ((tmp_path / "no.nc",), r"no.nc does not exist. Make it with `faconv embed"),
-        ((tmp_path / "plain.nc",), r"plain.nc is no file of embeddings"),
+        ((tmp_path / "plain.nc",), r"plain.nc is no file of embeddings \(it starts with b'mine', no NetCDF4 does\)"),
+        ((tmp_path,), r"\S+ is a directory, and embeddings are a file\. Give one that `faconv embed` has written"),
         ((directory / "source.nc",), r"source.nc is no file of embeddings \(it has no 'faconv_embed'\)"),
         ((written(tmp_path / "one.nc", contract, z_TE[:1]),), r"holds 1 embedding\(s\) at 1 time\(s\), .* 3 times"),
         ((written(tmp_path / "nan.nc", contract, broken),), r"no finite numbers, 1 of 108, the first of 2003-03-12"),
-        ((written(tmp_path / "few.nc", contract, z_TE[:9]), "--clusters", "2-9"), r"9 clusters need more than 9 diff"),
+        (
+            (written(tmp_path / "few.nc", contract, z_TE[:9]), "--clusters", "2-9"),
+            r"9 clusters need more than 9 times, .* 9\. A",
+        ),
+        (
+            (tmp_path / "few.nc", "--clusters", "2-10"),
+            r"10 clusters need 10 different times at least, \S*few.nc has 9\. A",
+        ),
         ((written(tmp_path / "same.nc", contract, z_TE[[0, 1] * 9]),), r"10 clusters .* has 2 among 18. Ask for fewer"),
         ((embedded, "--clusters", "1-3"), r"--clusters takes a number from 2 on, or a range such as 2-10, got 1-3"),
         ((embedded, "--clusters", "many"), r"--clusters takes .* got many"),

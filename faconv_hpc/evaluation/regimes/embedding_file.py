@@ -17,6 +17,9 @@ from ...forecasting.embeddings import CONTRACT, EMBEDDINGS, NAMES, WINDOW
 from ...training.contract import Contract
 
 OTHER_TITLE = "The embeddings"
+HDF5 = b"\x89HDF\r\n\x1a\n"  # such files start with it
+GIVE_ONE = "Give one that `faconv embed` has written."
+ALIKE = 1e-6  # of the largest value of a component: float32 rounds to a tenth of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,40 +49,76 @@ class EmbeddingFile:
 
 
 def read_embeddings(path: Path) -> EmbeddingFile:
-    """Raises InputError for what is no file of `faconv embed`, or holds what no network says."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist. Make it with `faconv embed MODEL --output {path}`.")
+    """Raises InputError for what is no file of `faconv embed`, is damaged, or holds what no network says."""
+    _check_is_one(path)
     try:
         with xr.open_dataset(path, engine="h5netcdf", decode_times=False, driver_kwds={"locking": False}) as data:
-            said = data.attrs[EMBEDDINGS.request]
+            made_of = json.loads(data.attrs[EMBEDDINGS.request])
             contract = Contract.model_validate_json(data.attrs[CONTRACT])
-            z_TE, seconds = data["embedding"].values.astype(np.float64), data["time"].values.astype(np.int64)
+            z_TE, seconds = (data.variables[name].values for name in ("embedding", "time"))
             sequences = (data[SEQUENCE].values, json.loads(data[SEQUENCE].attrs[NAMES])) if SEQUENCE in data else None
             window, title = int(data.attrs[WINDOW]), str(data.attrs.get("title", OTHER_TITLE))
-    except (OSError, KeyError, ValueError) as error:
+    except KeyError as error:
+        raise InputError(f"{path} is no file of embeddings (it has no {error}). {GIVE_ONE}") from None
+    except (OSError, ValueError) as error:
         check_in_reach(path, error)
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path} is no file of embeddings ({_first_line(error)}). Give one that `faconv embed` has written."
+            f"{path} is damaged, or of another version ({reason}). Copy it again, or embed again with --overwrite."
         ) from None
     if z_TE.ndim != 2 or len(z_TE) != seconds.size or len(z_TE) < 3:
         raise InputError(
             f"{path} holds {len(z_TE)} embedding(s) at {seconds.size} time(s), regimes need 3 times at least. Embed "
             f"more: `faconv embed` takes all times of its data without --times."
         )
-    bad: NDArray[np.bool_] = np.asarray(~np.isfinite(z_TE).all(1))
     beginnings, names = (0,), ()
     if sequences is not None:
         beginnings, names = tuple(np.unique(sequences[0], return_index=True)[1].tolist()), tuple(sequences[1])
-    axis = TimeAxis(seconds, contract.calendar, beginnings, names)
+    axis = TimeAxis(seconds.astype(np.int64), contract.calendar, beginnings, names)
+    _check_times(axis, path)
+    _check_embeddings(z_TE, axis, path)
+    return EmbeddingFile(path, z_TE.astype(np.float64), axis, contract, title, window, made_of)
+
+
+def _check_is_one(path: Path) -> None:
+    """By what it is and how it starts."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist. Make it with `faconv embed MODEL --output {path}`.")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory, and embeddings are a file. {GIVE_ONE}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(HDF5))
+    except OSError as error:
+        check_in_reach(path, error)
+        raise InputError(f"{path} cannot be read: {error.strerror}. Give a file that you may read.") from None
+    if start != HDF5:
+        raise InputError(f"{path} is no file of embeddings (it starts with {start!r}, no NetCDF4 does). {GIVE_ONE}")
+
+
+def _check_times(axis: TimeAxis, path: Path) -> None:
+    for own in axis.sequences:
+        late = np.flatnonzero(np.diff(axis.seconds[own.start : own.stop]) <= 0)
+        if late.size:
+            first = own[int(late[0])]
+            raise InputError(
+                f"embeddings follow each other in time, each later than the one before, and in {path} "
+                f"{axis.label(first + 1)} comes after {axis.label(first)}. Embed again with --overwrite: `faconv "
+                f"embed` writes each time once, in order."
+            )
+
+
+def _check_embeddings(z_TE: NDArray[np.floating], axis: TimeAxis, path: Path) -> None:
+    bad: NDArray[np.bool_] = np.asarray(~np.isfinite(z_TE).all(1))
     if bad.any():
         raise InputError(
             f"{path} has embeddings that are no finite numbers, {int(bad.sum())} of {len(bad)}, the first of "
             f"{axis.date(int(bad.argmax()))}: the network or the data are damaged. Look at both (`faconv checkpoint "
             f"verify`, `faconv data verify`), then embed again with --overwrite."
         )
-    return EmbeddingFile(path, z_TE, axis, contract, title, window, json.loads(said))
-
-
-def _first_line(error: Exception) -> str:
-    missing = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-    return missing.splitlines()[0]
+    if (np.ptp(z_TE, axis=0) <= ALIKE * np.abs(z_TE).max(0)).all():
+        raise InputError(
+            f"all {len(z_TE)} embeddings of {path} are the same but for rounding: the network has collapsed, and tells "
+            f"no time from another. Embed with an earlier checkpoint, or train again, and look at effective_rank of "
+            f"the validation period."
+        )

@@ -58,12 +58,17 @@ class Partition:
 
 
 def check_clusters(clusters: Sequence[int], points_TE: NDArray[np.floating], where: str) -> None:
-    """Raises InputError unless there are more different points than clusters."""
-    different = len(np.unique(points_TE, axis=0))
-    if clusters[-1] >= different:
+    """Raises InputError unless there is a different point for each cluster, and some cluster has several."""
+    times, different, most = len(points_TE), len(np.unique(points_TE, axis=0)), clusters[-1]
+    if most > different:
+        told = f"{different} among {times}" if different < times else str(times)
         raise InputError(
-            f"{clusters[-1]} clusters need more than {clusters[-1]} different times, {where} has {different}"
-            f"{f' among {len(points_TE)}' if different < len(points_TE) else ''}. Ask for fewer with --clusters."
+            f"{most} clusters need {most} different times at least, {where} has {told}. Ask for fewer with --clusters."
+        )
+    if most >= times:
+        raise InputError(
+            f"{most} clusters need more than {most} times, or each is a cluster of its own: {where} has {times}. Ask "
+            f"for fewer with --clusters."
         )
 
 
