@@ -468,6 +468,10 @@ def test_the_command_says_what_it_cannot_do(files, tmp_path):
     for given, told in (
         ([tmp_path / "nothing"], "nothing does not exist. Give a run_dir, a checkpoint, or a file"),
         ([files / "good.nc"], "is no run, and brings no data. Name a store or files with --data"),
+        (
+            [files / "good.nc", "--data", files / "truth.nc", "--output", tmp_path / "out", "--spin-up", 3],
+            f"--spin-up 3 is for networks, and what is judged are files of forecasts: {files / 'good.nc'}. Leave it",
+        ),
     ):
         ended = CliRunner().invoke(app, ["evaluate", *map(str, given)])
         assert isinstance(ended.exception, InputError) and told in str(ended.exception)
@@ -881,6 +885,24 @@ def test_maps_of_several_models_have_one_scale(monkeypatch, tmp_path, errors, hi
     for model in coordinates["model"][:2]:
         figures.draw_maps(maps, model, tmp_path / "maps.png")
     assert [(one.low, one.high) for one in drawn] == [(0, high), (0, high), (-high, high)] * 2
+    drawn.clear()
+    figures.draw_maps(maps.isel(lead_time=[1]), coordinates["model"][0], tmp_path / "maps.png")
+    assert [one.low for one in drawn] == [0, -high], "one lead has one map of RMSE, and one of bias"
+
+
+def test_markers_of_errors_lie_within_their_panel(judged, monkeypatch, tmp_path):
+    """Of models that are about as good as each other, too; and a single lead is told as it is."""
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    monkeypatch.setitem(judged.intervals, "rmse", np.full_like(judged.intervals["rmse"], np.nan))
+    monkeypatch.setitem(judged.metrics, "rmse", 5 + 0.001 * judged.metrics["rmse"])
+    panel = figures.draw_scores(judged, tmp_path / "rmse.png", "rmse").axes[0]
+    assert panel.get_ylim() == pytest.approx((0, 5.25), rel=1e-3)
+    one = replace(judged, leads_h=judged.leads_h[:1])
+    for name in ("metrics", "intervals"):
+        lead = {key: values[..., :1, :, :] for key, values in getattr(judged, name).items()}
+        monkeypatch.setitem(one.__dict__, name, lead)
+    panel = figures.draw_scores(one, tmp_path / "rmse.png", "rmse").axes[0]
+    assert panel.get_xticks().tolist() == one.leads.axis[0].tolist()
 
 
 def test_ratios_of_spectra_are_seen_however_large(judged, monkeypatch, tmp_path):

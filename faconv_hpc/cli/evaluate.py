@@ -36,7 +36,9 @@ Samples = Annotated[
 SpinUp = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Give a network so many frames before it runs freely. Default: as many as a window of its training."
+        min=1,
+        help="Give a network so many frames before it runs freely, and take the dates that have them. Default: as many "
+        "as a window of its training.",
     ),
 ]
 Climatology = Annotated[
@@ -147,6 +149,12 @@ class _Asked:
         check_directory(self.output, [*self.data, *self.against, *self.models])
         _check_data([*self.data, *self.against])
         self._check_is_free()
+        if self.spin_up is not None and not any(about for _, about in self._abouts):
+            files = ", ".join(map(str, self.models))
+            raise InputError(
+                f"--spin-up {self.spin_up} is for networks, and what is judged are files of forecasts: {files}. Leave "
+                f"it out."
+            )
 
     def _check_is_free(self) -> None:
         from ..evaluation.asked import check_is_free

@@ -88,8 +88,13 @@ def draw_scores(evaluation: Evaluation, path: Path, metric: str) -> Path:
                 place.errorbar(ahead + aside * (bars is not None), line, yerr=bars, capsize=2.5, label=name, **style)
         label = with_units(what, targets[number].units) if metric == "rmse" else what
         dress(place, targets[number].name, f"lead [{unit}]", label)
-        place.xaxis.set_major_locator(MaxNLocator(integer=bool((ahead == ahead.round()).all())))
-        if metric == "rmse":
+        if len(ahead) > 1:
+            place.xaxis.set_major_locator(MaxNLocator(integer=bool((ahead == ahead.round()).all())))
+        else:
+            place.set_xticks(ahead)
+        if metric == "rmse":  # from zero, with as much room above as there is of all that is shown: markers are not cut
+            place.update_datalim([(ahead[0], 0.0)])
+            place.autoscale_view(scalex=False)
             place.set_ylim(bottom=0)
     legend_below(figure, axes[0, 0])
     return save_figure(figure, path)
@@ -137,24 +142,25 @@ def _scale_ratios(place: Axes) -> None:
 
 
 def draw_maps(maps: xr.Dataset, model: str, path: Path, *, coasts: bool = True) -> Path:
-    """A row for each variable: RMSE at the first and the last lead with one scale, and the bias at the last; scales are
-    those of the figures of the other models."""
+    """A row for each variable: RMSE at the first and the last lead with one scale, or of the only one, and the bias at
+    the last; scales are those of the figures of the other models."""
     own, names = maps.sel(model=model), [str(one).removesuffix("_rmse") for one in maps if str(one).endswith("_rmse")]
     of_all = maps.isel(model=slice(SHOWN_ENTRIES))
     leads = Leads(own.lead_time.values / np.timedelta64(1, "h"))
-    figure, axes = new_figure(len(names[:SHOWN_MAPS]), 3, f"Errors of {model}", maps=True, width=4.2, coasts=coasts)
+    ends, shown = sorted({0, own.lead_time.size - 1}), names[:SHOWN_MAPS]
+    figure, axes = new_figure(len(shown), len(ends) + 1, f"Errors of {model}", maps=True, width=4.2, coasts=coasts)
     coordinates = own.latitude.values, own.longitude.values
-    for row, name in zip(axes, names[:SHOWN_MAPS], strict=True):
+    for row, name in zip(axes, shown, strict=True):
         rmse, bias = own[f"{name}_rmse"], own[f"{name}_bias"]
-        ends = rmse.isel(lead_time=0).values, rmse.isel(lead_time=-1).values
-        colours = _shared(Colours.of_magnitudes, of_all[f"{name}_rmse"].isel(lead_time=[0, -1]).values)
-        for place, field, ahead in zip(row, ends, (leads.one(0), leads.one(-1)), strict=False):
-            image = draw_map(place, *coordinates, field, colours, f"{name}: RMSE {ahead} ahead", coasts)
-        colour_bar(image, list(row[:2]), with_units("RMSE", rmse.units))
+        colours = _shared(Colours.of_magnitudes, of_all[f"{name}_rmse"].isel(lead_time=ends).values)
+        for place, lead in zip(row[:-1], ends, strict=True):
+            title, field = f"{name}: RMSE {leads.one(lead)} ahead", rmse.isel(lead_time=lead).values
+            image = draw_map(place, *coordinates, field, colours, title, coasts)
+        colour_bar(image, list(row[:-1]), with_units("RMSE", rmse.units))
         colours = _shared(Colours.of_changes, of_all[f"{name}_bias"].isel(lead_time=-1).values)
         field = bias.isel(lead_time=-1).values
-        image = draw_map(row[2], *coordinates, field, colours, f"{name}: bias {leads.one(-1)} ahead", coasts)
-        colour_bar(image, row[2], with_units("bias", rmse.units))
+        image = draw_map(row[-1], *coordinates, field, colours, f"{name}: bias {leads.one(-1)} ahead", coasts)
+        colour_bar(image, row[-1], with_units("bias", rmse.units))
     return save_figure(figure, path)
 
 
