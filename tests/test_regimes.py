@@ -191,6 +191,7 @@ def test_times_are_shown_by_their_dates(found, monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
     panels = draw_plane(found, tmp_path / "plane.png").axes
     assert [one.get_title() for one in panels[2:6:3]] == ["Embedding, by year", "EOFs of the fields, by year"]
+    assert all(one.get_aspect() == 1 for one in panels[:6]), "distances are what clusters are made by"
     days = np.arange(FRAMES) * DAYS
     for panel in panels[2:6:3]:
         np.testing.assert_allclose(panel.collections[0].get_array(), 2003 + days / 365.25, atol=0.01)
@@ -199,6 +200,43 @@ def test_times_are_shown_by_their_dates(found, monkeypatch, tmp_path):
     assert (values[7], unit) == (70, "days since 2003-01-01 00:00:00")
     values, unit = figures._when(TimeAxis(np.tile(seconds[:40], 2), "standard", (0, 40), ("a", "b")))
     assert (values[[0, 39, 40]].tolist(), unit) == ([0, 0, 1], "sequence")
+
+
+def test_a_record_of_less_than_a_year_has_no_months(site, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    short = find_regimes(read_embeddings(written(tmp_path / "z.nc", site[1], clouds(planted()[0][:30]))), None, [2], 2)
+    titles = [[one.get_title() for one in figures.draw_calendar(one, tmp_path).axes] for one in (found, short)]
+    assert titles == [["Share of each month's times", "Regime of each time", "", ""], ["Regime of each time", ""]]
+    line = figures.draw_calendar(short, tmp_path).axes[0]
+    assert (line.get_xlabel(), line.get_ylabel(), len(line.get_yticks())) == ("days since 2003-01-01 00:00:00", "", 0)
+
+
+def test_the_numbers_are_drawn_for_a_page(found, monkeypatch, tmp_path):
+    """Side by side they would be shown small, and their text with them."""
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure)
+    both = draw_numbers(found, tmp_path), draw_numbers(replace(found, data=None), tmp_path)
+    assert all(one.get_figwidth() < 9 for one in both)
+    assert [[axes.axison for axes in one.axes] for one in both] == [[True] * 4, [True, False, True, True]]
+
+
+def test_a_report_of_few_times_says_what_there_is(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "SHOWN", 1)
+    embeddings = read_embeddings(written(tmp_path / "z.nc", site[1], clouds(planted()[0])[:7]))
+
+    def reported(record):
+        found = find_regimes(embeddings, record, [4], 2)
+        write_report(found, draw_all(found, tmp_path), tmp_path / "report.md", 2)
+        return (tmp_path / "report.md").read_text()
+
+    report = reported(record_of(site, embeddings))
+    assert "those of 6 EOFs (silhouette" in report and "as many EOFs" not in report
+    assert "6 of them, all that there are, where the embedding has 8 components; 100% of the variance" in report
+    assert "seeds agree to 1.00, halves have fewer times than clusters, and its silhouette" in report
+    assert "nan" not in report and "of 100 times or more `--method gmm` takes those" in report
+    assert report.count("The first 1 of 2 variables are drawn; ice is in `regimes.nc` too.") == 1
+    assert "methods and K, and the mean fields of each regime; `regimes.json`" in report
+    report = reported(None)
+    assert "methods and K; `regimes.json` all numbers" in report and "omposites" not in report
 
 
 @pytest.mark.parametrize(

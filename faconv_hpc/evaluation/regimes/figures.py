@@ -1,17 +1,20 @@
 """Figures of regimes: how many there are, where they lie, when they come, what they look like."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from ...data.times import MONTHS, SECONDS_PER_DAY, TimeAxis
+from ...data.variables import Variable
 from ...look import (
     LINE_COLOURS,
+    PANEL,
     SMALL,
     Colours,
     colour_bar,
@@ -26,6 +29,7 @@ from ..seasons import SEASONS
 from ..words import MONTH_NAMES, with_units
 from .find import Regimes, Source
 from .partitions import HALVES_AGREE, METHODS, SCORES, SEEDS_AGREE
+from .records import Record
 
 FILLED, DARK = "os^DvP*X", (0, 2)  # markers of points; which of the colours of lines are dark
 SHOWN = 4  # variables of composites at most
@@ -52,8 +56,11 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
     """Silhouettes and agreements over the number of clusters."""
     with_data = regimes.data is not None
     title = "How many regimes? Dotted: the number that is shown"
-    figure, ((own, *rest),) = new_figure(1, 3 + with_data, title, width=4.2, height=3.6)
-    panels = {"own": own} | ({"data": rest.pop(0)} if with_data else {})
+    figure, places = new_figure(2, 2, title, width=4.2, height=2.9)
+    own, in_fields, *rest = places.flat
+    panels = {"own": own} | ({"data": in_fields} if with_data else {})
+    if not with_data:
+        in_fields.set_axis_off()
     number = 0
     for source in regimes.sources:
         for method in source.methods:
@@ -85,7 +92,7 @@ def draw_numbers(regimes: Regimes, path: Path) -> Path:
         axes.axvline(regimes.suggestion.clusters, color="#555555", linewidth=0.8, linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = rest[1].get_legend_handles_labels()
-    figure.legend([*handles, noise], [*labels, name], loc="outside lower center", ncols=len(labels) + 1, fontsize=SMALL)
+    figure.legend([*handles, noise], [*labels, name], loc="outside lower center", ncols=3, fontsize=PANEL)
     return save_figure(figure, path)
 
 
@@ -110,6 +117,7 @@ def draw_plane(regimes: Regimes, path: Path) -> Path:
         for axes, what in zip(row, ("season", "regime", unit), strict=True):
             first, second = (f"component {place + 1} ({share:.0%} of variance)" for place, share in enumerate(shares))
             dress(axes, f"{_points_of(source)}, by {what}{' of the network' * (what == 'regime')}", first, second)
+            axes.set_aspect("equal", adjustable="datalim")  # distances are what clusters are made by
     return save_figure(figure, path)
 
 
@@ -121,9 +129,14 @@ def _when(axis: TimeAxis) -> tuple[NDArray[np.float64], str]:
     """(T,) where in the record times lie, and what that is counted in."""
     if axis.names:
         return axis.numbers.astype(np.float64), "sequence"
-    if axis.seconds[-1] - axis.seconds[0] < DAYS_A_YEAR * SECONDS_PER_DAY:
+    if not _is_of_years(axis):
         return (axis.seconds - axis.seconds[0]) / SECONDS_PER_DAY, f"days since {axis.date(0)}"
     return axis.years + axis.year_fraction, "year"
+
+
+def _is_of_years(axis: TimeAxis) -> bool:
+    """Whether there is a year at least from the first time to the last."""
+    return bool(np.ptp(axis.seconds) >= DAYS_A_YEAR * SECONDS_PER_DAY)
 
 
 def _size(xy: NDArray[np.float64]) -> float:
@@ -145,10 +158,19 @@ def _scatter(axes: Axes, xy: NDArray[np.float64], groups: dict[str, NDArray[np.b
 
 
 def draw_calendar(regimes: Regimes, path: Path) -> Path:
-    """How often each regime comes in each month, and which one is there at all times."""
-    clusters = int(regimes.labels_T.max()) + 1
-    figure, ((often, line),) = new_figure(1, 2, _title(regimes, "When regimes come"), width=6.4, height=4.2)
-    share = regimes.month_share_KM
+    """Which regime is there at all times; and of a record of a year or more, how often each comes in each month."""
+    title, axis = _title(regimes, "When regimes come"), regimes.embeddings.axis
+    if _is_of_years(axis):
+        figure, ((often, line),) = new_figure(1, 2, title, width=6.4, height=4.2)
+        _draw_months(regimes, often)
+    else:
+        figure, ((line,),) = new_figure(1, 1, title, width=9.6, height=4.2 if axis.names else 1.6)
+    _draw_time_line(regimes, line)
+    return save_figure(figure, path)
+
+
+def _draw_months(regimes: Regimes, often: Axes) -> None:
+    clusters, share = int(regimes.labels_T.max()) + 1, regimes.month_share_KM
     image = often.pcolormesh(np.ma.masked_invalid(share), cmap="Blues", vmin=0, vmax=1, edgecolors="white")
     for (label, month), value in np.ndenumerate(share):
         if np.isfinite(value) and value > 0:
@@ -159,8 +181,6 @@ def draw_calendar(regimes: Regimes, path: Path) -> Path:
     often.invert_yaxis()
     dress(often, "Share of each month's times", "", "regime").grid(visible=False)
     colour_bar(image, often, "share of the month's times")
-    _draw_time_line(regimes, line)
-    return save_figure(figure, path)
 
 
 def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
@@ -169,11 +189,11 @@ def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
     x_label, y_label = "", "year"
     if axis.names:
         (x, y, cells), x_label, y_label = _sequences(regimes), "days since the first time", "sequence"
-    elif axis.seconds[-1] - axis.seconds[0] < DAYS_A_YEAR * SECONDS_PER_DAY:
-        (x, y, cells), x_label = _days(regimes), f"days since {axis.date(0)}"
-    else:
+    elif _is_of_years(axis):
         x, y, cells = _years(regimes)
         axes.set_xticks(np.arange(MONTHS) + 0.5, MONTH_NAMES)
+    else:
+        (x, y, cells), x_label, y_label = _days(regimes), f"days since {axis.date(0)}", ""
     colours = ListedColormap([fill_colour(label) for label in range(clusters)])
     norm = BoundaryNorm(np.arange(clusters + 1) - 0.5, clusters)
     axes.set_facecolor("#eeeeee")
@@ -181,7 +201,7 @@ def _draw_time_line(regimes: Regimes, axes: Axes) -> None:
     if cells.size <= NUMBERED:
         _number(axes, (x[:-1] + x[1:]) / 2, (y[:-1] + y[1:]) / 2, cells)
     axes.invert_yaxis()
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True) if y_label else NullLocator())
     dress(axes, "Regime of each time", x_label, y_label)
     axes.grid(visible=False)
     bar = colour_bar(image, axes, "regime")
@@ -196,8 +216,7 @@ def _days(regimes: Regimes) -> Cells:
     axis = regimes.embeddings.axis
     starts = (axis.seconds - axis.seconds[0]) / SECONDS_PER_DAY
     cells = np.array(regimes.labels_T[None], dtype=np.float64)
-    year = float(axis.years[0])
-    return np.append(starts, starts[-1] + axis.step_s / SECONDS_PER_DAY), np.array([year - 0.5, year + 0.5]), cells
+    return np.append(starts, starts[-1] + axis.step_s / SECONDS_PER_DAY), np.array([0.0, 1.0]), cells
 
 
 def _sequences(regimes: Regimes) -> Cells:
@@ -235,10 +254,11 @@ def draw_composites(regimes: Regimes, path: Path, *, beyond_season: bool) -> Pat
     found, record = regimes.composites, regimes.record
     assert found is not None and record is not None, "regimes without fields have no composites"
     fields_KCYX = found.beyond_season_KCYX if beyond_season else found.anomaly_KCYX
-    variables, clusters = record.variables[:SHOWN], len(fields_KCYX)
+    variables, clusters = shown_variables(record), len(fields_KCYX)
     across = _across(clusters, len(variables))
     what = "less those of its calendar months" if beyond_season else "less those of all times"
-    title = _title(regimes, f"Mean fields of each regime {what}")
+    some = f"; {len(variables)} of {len(record.variables)} variables" * (len(variables) < len(record.variables))
+    title = _title(regimes, f"Mean fields of each regime {what}{some}")
     size = {"width": PANEL_INCHES, "height": PANEL_INCHES / 2 + 0.25}
     figure, rows = new_figure(
         -(-clusters // across), across * len(variables), title, **size, maps=True, coasts=record.on_earth
@@ -257,6 +277,11 @@ def draw_composites(regimes: Regimes, path: Path, *, beyond_season: bool) -> Pat
         departure = with_units(f"departure of {variable.name}", variable.units)
         colour_bar(image, own, departure)
     return save_figure(figure, path)
+
+
+def shown_variables(record: Record) -> Sequence[Variable]:
+    """Those whose composites are drawn: the first `SHOWN`."""
+    return record.variables[:SHOWN]
 
 
 def _across(clusters: int, variables: int) -> int:

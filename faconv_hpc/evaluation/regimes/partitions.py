@@ -336,10 +336,12 @@ def suggest(partitions: Sequence[Partition], standings: Mapping[int, Standing]) 
             f"{what}, {standings[best.clusters].score:.3f}.{more}",
         )  # fmt: skip
     best = max(partitions, key=lambda one: (np.nan_to_num(one.halves_agreement, nan=-1), one.seeds_agreement))
+    halves = f"halves to {best.halves_agreement:.2f}"
+    if np.isnan(best.halves_agreement):
+        halves = "halves have fewer times than clusters"
     return Suggestion(
         best.clusters, False,
         f"No number of clusters meets all of it ({bounds}): these are no regimes beyond doubt, but parts of a cloud. "
-        f"K = {best.clusters} is found again best: seeds agree to {best.seeds_agreement:.2f}, halves to "
-        f"{best.halves_agreement:.2f}, and its {what} is {standings[best.clusters].score:.3f}, in noise "
-        f"{standings[best.clusters].chance:.3f}.",
+        f"K = {best.clusters} is found again best: seeds agree to {best.seeds_agreement:.2f}, {halves}, and its "
+        f"{what} is {standings[best.clusters].score:.3f}, in noise {standings[best.clusters].chance:.3f}.",
     )  # fmt: skip

@@ -9,9 +9,10 @@ from sklearn.metrics import adjusted_rand_score
 from ...files import write_durably
 from ..words import duration_in_words, latitude_in_words, longitude_in_words, plain, table, with_units
 from .facts import RegimeFacts, facts_of
+from .figures import shown_variables
 from .files import JSON, NETCDF
 from .find import Judged, Regimes
-from .partitions import CHANCE_PERCENT, METHODS, SCORES, STARTS, SURROGATES, dims_of
+from .partitions import CHANCE_PERCENT, LEAST_TIMES, METHODS, SCORES, STARTS, SURROGATES, dims_of
 from .spaces import Metrics
 
 REPORT = "report.md"
@@ -28,6 +29,7 @@ CAPTIONS = {
     "composites_beyond_season.png": "The same less the means of the calendar months in which its times lie: what a "
     "regime is beyond its season",
 }
+COMPOSITES = "composites.png", "composites_beyond_season.png"
 HEADS = {
     "silhouette": "silhouette ↑",
     "silhouette_cosine": "silhouette, cosine ↑",
@@ -61,7 +63,7 @@ def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[st
         "in a row. Call the command with --data for the fields of each regime."
     )
     for figure in figures:
-        yield f"![{CAPTIONS[figure.name]}]({figure.name})\n\n{CAPTIONS[figure.name]}."
+        yield f"![{CAPTIONS[figure.name]}]({figure.name})\n\n{CAPTIONS[figure.name]}.{_left_out(regimes, figure)}"
     if regimes.has_seasons and regimes.composites is not None and regimes.composites.are_seasons_alone:
         yield "Less the means of their calendar months nothing is left of any regime: each has all times of its months."
     yield "## How many there are"
@@ -77,6 +79,15 @@ def _parts(regimes: Regimes, figures: Sequence[Path], seeds: int) -> Iterable[st
     yield from _metrics(regimes)
     yield "## How it was made"
     yield "\n".join(f"- {sentence}" for sentence in _how(regimes, seeds))
+
+
+def _left_out(regimes: Regimes, figure: Path) -> str:
+    """That some variables are not drawn; empty where all are."""
+    if regimes.record is None or figure.name not in COMPOSITES:
+        return ""
+    every, shown = regimes.record.variables, shown_variables(regimes.record)
+    left = ", ".join(one.name for one in every[len(shown) :])
+    return f" The first {len(shown)} of {len(every)} variables are drawn; {left} is in `{NETCDF}` too." if left else ""
 
 
 def _what(regimes: Regimes) -> str:
@@ -98,9 +109,11 @@ def _in_short(regimes: Regimes) -> Iterable[str]:
         yield _compared(regimes)
     for method in (method for method in METHODS if method != regimes.method):
         agreement = _agreement(judged, regimes.one("embedding", method))
+        few = method == "gmm" and len(regimes.embeddings.z_TE) < LEAST_TIMES
+        takes = f"of {LEAST_TIMES} times or more `--method gmm` takes" if few else f"`--method {method}` takes"
         yield (
-            f"As many clusters by {METHODS[method]} agree with them to {agreement:.2f} (adjusted Rand index); "
-            f"`--method {method}` takes those."
+            f"As many clusters by {METHODS[method]} agree with them to {agreement:.2f} (adjusted Rand index); {takes} "
+            f"those."
         )
 
 
@@ -152,10 +165,19 @@ def _compared(regimes: Regimes) -> str:
     again = network.partition.halves_agreement, eofs.partition.halves_agreement
     steadier = _verdict(*again, "found again better than", "found again less well than", "found again about as well as")
     return (
-        f"In the fields, the network's clusters are {apart} those of as many EOFs (silhouette in data space "
+        f"In the fields, the network's clusters are {apart} those of {_eofs(regimes)[0]} (silhouette in data space "
         f"{mine:.3f} and {others:.3f}; clusters of the fields themselves {fields.data.silhouette:.3f}), and are "
         f"{steadier} theirs in the other half of the record ({_number(again[0], 2)} and {_number(again[1], 2)})."
     )
+
+
+def _eofs(regimes: Regimes) -> tuple[str, str]:
+    """How many there are, for people; and why."""
+    assert regimes.data is not None, "there are fields"
+    there, wanted = regimes.data.eofs_TE.shape[1], regimes.embeddings.z_TE.shape[1]
+    if there == wanted:
+        return "as many EOFs", f"{there} of them, as many as the embedding has components"
+    return f"{there} EOFs", f"{there} of them, all that there are, where the embedding has {wanted} components"
 
 
 def _verdict(mine: float, others: float, more: str, less: str, alike: str) -> str:
@@ -274,11 +296,12 @@ def _how(regimes: Regimes, seeds: int) -> Iterable[str]:
         if record.asked.value != regimes.embeddings.made_of.get("--data", {}).get("value"):
             yield "These are other data than those that were embedded; the times are the same."
         yield (
-            f"EOFs: principal components of the same fields weighted by area, as many as the embedding has components; "
+            f"EOFs: principal components of the same fields weighted by area, {_eofs(regimes)[1]}; "
             f"{data.explained:.0%} of the variance. They see one time, an embedding a window of "
             f"{regimes.embeddings.window}."
         )
-    yield f"`{NETCDF}` has the labels of all times, methods and K, and the composites; `{JSON}` all numbers."
+    composites = ", and the mean fields of each regime" * (regimes.composites is not None)
+    yield f"`{NETCDF}` has the labels of all times, methods and K{composites}; `{JSON}` all numbers."
 
 
 def _th(number: int) -> str:
