@@ -1,7 +1,7 @@
 """Regimes: clusters of the times of an embedding, judged beside those of EOFs and of the fields themselves."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -89,7 +89,6 @@ class Regimes:
     sources: tuple[Source, ...]
     judged: tuple[Judged, ...]
     method: Method
-    suggestion: Suggestion
     standings: dict[int, Standing]
     harmonics: int
     seasonal_shares: dict[str, float]
@@ -106,6 +105,11 @@ class Regimes:
         """By the method of the regimes, of as many clusters as are suggested, where nothing else is asked for."""
         wanted = self.suggestion.clusters if clusters is None else clusters
         return next(one for one in self.of(source, method or self.method) if one.partition.clusters == wanted)
+
+    @cached_property
+    def suggestion(self) -> Suggestion:
+        """Which of the candidates are the regimes."""
+        return suggest([one.partition for one in self.candidates], self.standings)
 
     @property
     def candidates(self) -> list[Judged]:
@@ -168,14 +172,11 @@ def find_regimes(
         shares |= {"fields": data.seasonal_share}
     standings = standings_of(z_TE[::every], method, clusters, stages("clustering noise"))
     judged = tuple(_judged(sources, months, every, data, clusters, seeds, stages("clustering")))
-    chosen = [one for one in judged if (one.source, one.partition.method) == ("embedding", method)]
-    suggestion = suggest([one.partition for one in chosen], standings)
-    composites = None
-    if record is not None:
-        labels_T = next(one for one in chosen if one.partition.clusters == suggestion.clusters).partition.labels_T
-        composites = composites_of(record, labels_T, months, stages("averaging fields"))
-    found = embeddings, tuple(sources), judged, method, suggestion, standings, harmonics, shares, every
-    return Regimes(*found, record, data, composites)
+    found = embeddings, tuple(sources), judged, method, standings, harmonics, shares, every, record, data
+    regimes = Regimes(*found, composites=None)
+    if record is None:
+        return regimes
+    return replace(regimes, composites=composites_of(record, regimes.labels_T, months, stages("averaging fields")))
 
 
 def _judged(
