@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import forecasts
+from faconv_hpc.cli.forecast import _report
 from faconv_hpc.errors import InputError
 from faconv_hpc.forecasting import zarr_store
 from faconv_hpc.locks import locked_directory
@@ -45,6 +46,7 @@ def alone(config, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "forecast.nc"
     summary = written(ProcessMesh.alone(), config.run_dir, output, [config.data.store])
     assert (summary.dates, summary.steps, summary.kept_dates) == (4, STEPS, 0)
+    assert summary.known_until == "2003-07-24 00:00:00"
     assert not output.with_name("forecast.nc.partial").exists()
     return opened(output)
 
@@ -110,7 +112,18 @@ def test_a_forecast_may_go_on_where_data_end_if_nothing_is_given(tmp_path, confi
         written(ProcessMesh.alone(), config.run_dir, tmp_path / "f.nc", [config.data.store], ["2004-04-13"], 3)
     summary = written(ProcessMesh.alone(), config.run_dir, tmp_path / "f.nc", [config.data.store], ["last"], 1)
     assert summary.first == summary.last == "2004-04-19 00:00:00"
-    assert opened(tmp_path / "f.nc").lead_time.size == 1
+    assert opened(tmp_path / "f.nc").lead_time.size == 1 and summary.known_until == ""
+
+
+def test_it_is_said_up_to_when_the_data_have_what_came(tmp_path, config, capsys):
+    """Of a network that is given something later times must be there, so the last date may be long before the end."""
+    for start, steps, told in (
+        ("2004-04-07", 3, r"s\. The data have what came until 2004-04-19 00:00:00: `faconv evaluate` says how good"),
+        ("last", 1, r"; \d+\.\d s\n$"),
+    ):
+        output = tmp_path / f"{start}.nc"
+        _report(written(ProcessMesh.alone(), config.run_dir, output, [config.data.store], [start], steps))
+        assert re.search(told, capsys.readouterr().out)
 
 
 def kill_at(field):

@@ -123,7 +123,8 @@ class _Asked:
 def _report(summary: "Summary") -> None:
     dates = f"{summary.dates} dates from {summary.first} to {summary.last}" if summary.dates > 1 else summary.first
     kept = f", {summary.kept_dates} of them there before" if summary.kept_dates else ""
+    known = f". The data have what came until {summary.known_until}: `faconv evaluate` says how good this is"
     print(
         f"{summary.path}: {', '.join(summary.variables)}; {summary.steps} steps from {dates}{kept}; "
-        f"{summary.seconds:.1f} s"
+        f"{summary.seconds:.1f} s{known * bool(summary.known_until)}"
     )

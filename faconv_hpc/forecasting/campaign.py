@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..data.layout import STORE_FILE
@@ -45,7 +46,11 @@ class Campaign:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was made."""
+    """What was made.
+
+    Attributes:
+        known_until: up to which of the times that are forecast the data have what came; empty where they end before.
+    """
 
     path: str
     variables: tuple[str, ...]
@@ -54,6 +59,7 @@ class Summary:
     steps: int
     first: str
     last: str
+    known_until: str
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -155,7 +161,16 @@ def run_campaign(
             finish_output(writer, output, mesh)
     dates = [one.date for one in campaign.starts]
     names, steps = tuple(one.name for one in campaign.layout.fields), campaign.layout.leads_s.size
-    return Summary(str(output), names, count, kept, steps, dates[0], dates[-1], time.monotonic() - began)
+    until = _known_until(campaign)
+    return Summary(str(output), names, count, kept, steps, dates[0], dates[-1], until, time.monotonic() - began)
+
+
+def _known_until(campaign: Campaign) -> str:
+    """See `Summary`."""
+    axis, leads_s = campaign.frames.states.axis, campaign.layout.leads_s
+    ahead_s = np.add.outer([one.second for one in campaign.starts], leads_s)
+    known = np.flatnonzero(np.isin(axis.seconds, ahead_s))
+    return axis.date(int(known[-1])) if known.size else ""
 
 
 @dataclass(frozen=True)
