@@ -12,7 +12,7 @@ from types import TracebackType
 from .errors import InputError
 from .files import cannot_write, made_directory, remove_parts
 
-OUTPUT_LOCK = ".lock"
+OUTPUT_LOCK = ".output.lock"  # not that of a run, a study or a store, if the output is one of their directories
 
 
 class DirectoryLock:

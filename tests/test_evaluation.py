@@ -34,7 +34,7 @@ from faconv_hpc.evaluation.results import as_json, dataset_of, save
 from faconv_hpc.evaluation.spectra import Spectra
 from faconv_hpc.evaluation.sums import PerDate, Sums
 from faconv_hpc.evaluation.truth import truth_of
-from faconv_hpc.locks import locked_directory
+from faconv_hpc.locks import OUTPUT_LOCK, locked_directory
 from faconv_hpc.prepare.synthetic import SyntheticOptions, synthesise
 from faconv_hpc.spatial.grid import Tile
 from faconv_hpc.spatial.mesh import ProcessMesh
@@ -649,7 +649,7 @@ def test_two_do_not_write_one_evaluation(files, tmp_path):
         asked.make(ALONE, None, lambda done, of: pytest.fail("something is computed"))
 
     with (
-        locked_directory(tmp_path / "out" / ".lock", "--output", InputError),
+        locked_directory(tmp_path / "out" / OUTPUT_LOCK, "--output", InputError),
         pytest.raises(
             InputError, match=r"another evaluation writes to \S*out: process \d+ on .* or give another --out"
         ),

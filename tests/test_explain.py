@@ -22,7 +22,7 @@ from faconv_hpc.evaluation.explanation.sensitivity import Question, Region, sens
 from faconv_hpc.forecasting.campaign import open_frames
 from faconv_hpc.forecasting.dates import Timeline
 from faconv_hpc.forecasting.sources import dataset_frames
-from faconv_hpc.locks import locked_directory
+from faconv_hpc.locks import OUTPUT_LOCK, locked_directory
 from faconv_hpc.look import new_figure
 from faconv_hpc.model.sweep import Bank
 
@@ -276,7 +276,7 @@ def test_bad_input_is_refused(made, tmp_path, monkeypatch):
     ):
         faconv(model, "--data", store, "--output", tmp_path / "plain" / "below")
     with (
-        locked_directory(tmp_path / "held" / ".lock", "--output", InputError),
+        locked_directory(tmp_path / "held" / OUTPUT_LOCK, "--output", InputError),
         pytest.raises(InputError, match=r"another explanation writes to \S*held: process \d+"),
     ):
         faconv(model, "--data", store, "--output", tmp_path / "held")

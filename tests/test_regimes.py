@@ -32,7 +32,7 @@ from faconv_hpc.evaluation.regimes.spaces import Metrics, Space
 from faconv_hpc.evaluation.seasons import Season, seasonal_share_of, told_by_month
 from faconv_hpc.evaluation.words import Leads, duration_in_words, latitude_in_words, longitude_in_words, months_in_words
 from faconv_hpc.forecasting.embeddings import EmbeddingLayout, EmbeddingWriter
-from faconv_hpc.locks import locked_directory
+from faconv_hpc.locks import OUTPUT_LOCK, locked_directory
 
 FRAMES, DAYS, NLAT, NLON, COMPONENTS = 108, 10, 11, 14, 8
 QUIET = {"seeds": 2, "clusters": range(2, 6)}
@@ -599,7 +599,7 @@ def test_earlier_regimes_are_not_replaced_unasked(embedded, tmp_path, monkeypatc
     given = ("--output", out, "--clusters", 2, "--seeds", 2)
     faconv(embedded, *given)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert ".lock" not in before
+    assert OUTPUT_LOCK not in before
     for more, told in (
         (
             ("--seeds", 3),
@@ -614,7 +614,7 @@ def test_earlier_regimes_are_not_replaced_unasked(embedded, tmp_path, monkeypatc
     (out / ".0123abcd.part").mkdir()
     (out / ".0123abcd.part" / "regimes.nc").touch()
     with (
-        locked_directory(out / ".lock", "--output", InputError),
+        locked_directory(out / OUTPUT_LOCK, "--output", InputError),
         refused(r"another clustering writes to \S*out: process \d+ on .*\. Wait, or give another --output"),
     ):
         faconv(embedded, *given)
