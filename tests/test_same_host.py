@@ -136,11 +136,27 @@ def test_another_users_process_is_not_let_in(monkeypatch):
 
         knocking = threading.Thread(target=knock)
         knocking.start()
-        with pytest.raises(TimeoutError):
+        with pytest.raises(RuntimeError, match=r"Timed out after 0.2 s as ranks of this host met each other"):
             low.link({}, {high._token: "rank 1"}, 0.2)
         low.close()
         knocking.join()
         assert not low.links and not high.links
+
+
+def test_a_rank_that_is_gone_before_it_is_met_is_told():
+    with closing(_Door()) as low, closing(_Door()) as gone:
+        gone.close()
+        with pytest.raises(
+            LostRankError, match=r"another rank has left as ranks of this host met each other .*refused"
+        ):
+            low.link({gone._token: "rank 0"}, {}, 5.0)
+
+
+def test_ranks_of_other_users_or_networks_are_of_another_host(monkeypatch):
+    mine = same_host._host()
+    assert same_host._host() == mine != same_host.NO_HOST
+    monkeypatch.setattr(os, "getuid", lambda: -2)
+    assert same_host._host() != mine
 
 
 def test_a_system_without_such_memory_has_no_links(monkeypatch):

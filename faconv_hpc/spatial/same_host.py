@@ -165,7 +165,19 @@ class _Door:
         Args:
             lower, higher: by token, what errors call each.
             limit_s: of each wait, and of each message; None: as long as it takes.
+
+        Raises:
+            LostRankError: one of them is gone.
+            RuntimeError: one does not come, and the time is up.
         """
+        try:
+            self._link(lower, higher, limit_s)
+        except TimeoutError:
+            raise RuntimeError(f"Timed out after {limit_s:g} s as ranks of this host met each other") from None
+        except OSError as error:
+            raise LostRankError(f"another rank has left as ranks of this host met each other ({error})") from None
+
+    def _link(self, lower: Mapping[bytes, str], higher: Mapping[bytes, str], limit_s: float | None) -> None:
         waiting = {token: self._introduced(_knocked(token, limit_s)) for token in lower}
         while not higher.keys() <= self.links.keys():
             token, line, theirs = self._let_in(limit_s)
@@ -296,7 +308,8 @@ def _memory() -> int:
 
 
 def _host() -> bytes:
-    """The same for processes that can reach each other's doors: of one system since it started, and one network."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    network = Path("/proc/self/ns/net").stat()
-    return hashlib.sha256(boot + f"{network.st_dev}:{network.st_ino}".encode()).digest()
+    """The same for processes that reach each other's doors and are let in: of one user and network of a system since it
+    was started."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    spaces = (Path(f"/proc/self/ns/{kind}").stat().st_ino for kind in ("net", "user"))
+    return hashlib.sha256(f"{boot} {os.getuid()} {list(spaces)}".encode()).digest()
