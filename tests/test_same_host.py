@@ -3,6 +3,7 @@ vain."""
 
 import os
 import socket
+import struct
 import threading
 from contextlib import closing
 from itertools import count
@@ -36,7 +37,7 @@ def linked(limit_s: float | None = 5.0) -> tuple[Link, Link]:
 
 def received(link: Link, channel: int, like: torch.Tensor) -> torch.Tensor:
     into = torch.empty_like(like)
-    link.receive(channel, link.expect(channel), into)
+    link.receive(channel, link.expect(channel, into))
     return into
 
 
@@ -56,11 +57,11 @@ def test_messages_of_a_channel_are_in_order_and_channels_do_not_wait_for_each_ot
     numbers = torch.arange(6.0)
     for channel, number in zip((1, 2, 1, 2, 2, 1), numbers, strict=True):
         one.send(channel, number)
-    late = [other.expect(1) for _ in range(3)]
+    targets = [torch.empty(()) for _ in range(3)]
+    late = [other.expect(1, into) for into in targets]
     assert [received(other, 2, numbers[0]).item() for _ in range(3)] == [1, 3, 4]
-    for expected, number in reversed(list(zip(late, (0, 2, 5), strict=True))):
-        into = torch.empty(())
-        other.receive(1, expected, into)
+    for expected, into, number in reversed(list(zip(late, targets, (0, 2, 5), strict=True))):
+        other.receive(1, expected)
         assert into == number
 
 
@@ -109,47 +110,125 @@ def test_no_wait_is_without_a_limit():
     other.close()
 
 
-def test_a_door_lets_in_whom_it_expects_and_nobody_else():
-    with closing(_Door()) as low, closing(_Door()) as high:
+def meet(low: _Door, high: _Door) -> None:
+    """As two ranks do."""
+    knocking = threading.Thread(target=high.link, args=(low._token, "rank 0", True, 5.0))
+    knocking.start()
+    low.link(high._token, "rank 1", False, 5.0)
+    knocking.join()
+
+
+def test_a_door_lets_in_whom_it_expects_and_keeps_others_for_later(monkeypatch):
+    monkeypatch.setattr(same_host, "INTRODUCTION_S", 0.1)
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with closing(_Door()) as low, closing(_Door()) as high, closing(_Door()) as early:
         assert low.place[: same_host.HOST_BYTES] == high.place[: same_host.HOST_BYTES] != same_host.NO_HOST
-        strangers = [same_host._knocked(low._token, 5.0) for _ in range(3)]
-        strangers[0].send(os.urandom(16))  # without memory
-        memory = same_host._memory()
-        socket.send_fds(strangers[1], [os.urandom(16)], [memory])  # of nobody who is expected
+        strangers = [same_host._socket(5.0) for _ in range(3)]
+        for stranger in strangers:
+            stranger.connect(same_host._name(low._token))
+        strangers[0].send(os.urandom(16))  # without memory; the next says nothing
         strangers[2].close()
-        knocking = threading.Thread(target=high.link, args=({low._token: "rank 0"}, {}, 5.0))
+        knocking = threading.Thread(target=early.link, args=(low._token, "rank 0", True, 5.0))
         knocking.start()
-        low.link({}, {high._token: "rank 1"}, 5.0)
-        knocking.join()
+        meet(low, high)
         low.links[high._token].send(0, torch.arange(3))
         assert received(high.links[low._token], 0, torch.arange(3)).tolist() == [0, 1, 2]
-        assert len(low.links) == 1
+        assert list(low.links) == [high._token]
+        low.link(early._token, "rank 2", False, 5.0)
+        knocking.join()
+        early.links[low._token].send(0, torch.arange(2))
+        assert received(low.links[early._token], 0, torch.arange(2)).tolist() == [0, 1]
+        for stranger in strangers:
+            stranger.close()
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_another_users_process_is_not_let_in(monkeypatch):
+    monkeypatch.setattr(same_host, "MEETING_S", 0.3)
     with closing(_Door()) as low, closing(_Door()) as high:
-        monkeypatch.setattr(os, "getuid", lambda: -2)
-
-        def knock() -> None:
-            with pytest.raises(LostRankError, match=r"another rank has left as it was met \(rank 0, of this host\)"):
-                high.link({low._token: "rank 0"}, {}, 5.0)
-
-        knocking = threading.Thread(target=knock)
-        knocking.start()
-        with pytest.raises(RuntimeError, match=r"Timed out after 0.2 s as ranks of this host met each other"):
-            low.link({}, {high._token: "rank 1"}, 0.2)
-        low.close()
-        knocking.join()
+        monkeypatch.setattr(os, "getuid", lambda: 3_000_000_000)
+        meet(low, high)
         assert not low.links and not high.links
 
 
-def test_a_rank_that_is_gone_before_it_is_met_is_told():
+def test_a_user_of_a_high_number_is_the_same_at_both_ends(monkeypatch):
+    """User ids have no sign."""
+    assert same_host.OWNER.unpack(struct.pack("=iII", 1, 3_000_000_000, 2)) == (1, 3_000_000_000, 2)
+
+
+def test_who_cannot_be_met_is_not_linked(monkeypatch):
+    monkeypatch.setattr(same_host, "MEETING_S", 0.2)
     with closing(_Door()) as low, closing(_Door()) as gone:
         gone.close()
-        with pytest.raises(
-            LostRankError, match=r"another rank has left as ranks of this host met each other .*refused"
-        ):
-            low.link({gone._token: "rank 0"}, {}, 5.0)
+        low.link(gone._token, "rank 0", True, 5.0)
+        low.link(gone._token, "rank 0", False, 5.0)
+        assert not low.links
+        monkeypatch.setattr(os, "memfd_create", lambda name: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        low.link(gone._token, "rank 0", False, 5.0)
+        assert not low.links
+
+
+def test_a_slot_is_free_only_when_it_has_been_read():
+    one, other = linked()
+    one.send(0, torch.ones(4))
+    seen = []
+
+    class Watching(torch.Tensor):
+        def copy_(self, source):
+            seen.append(int(other._in.read[0]))
+            return super().copy_(source)
+
+    into = torch.zeros(4).as_subclass(Watching)
+    other.receive(0, other.expect(0, into))
+    assert seen == [0] and other._in.read[0] == 1 and into.sum() == 4
+
+
+def test_a_link_that_one_end_lacks_is_used_by_neither():
+    """As where a rank may open no more files: all go on, by Gloo where they have to."""
+
+    def check(mesh):
+        group = dist.new_group([0, 1, 2])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(same_host, "_doors", [])
+            patch.setattr(same_host, "_links", {})
+            kept = Link.__init__
+
+            def fails(link, line, peer, mine, theirs):
+                kept(link, line, peer, mine, theirs)
+                if mesh.rank == 2 and peer == "rank 0":
+                    raise OSError(24, "Too many open files")
+
+            patch.setattr(Link, "__init__", fails)
+            patch.setattr(same_host, "MEETING_S", 0.5)
+            same_host.link_group(group, 60.0)
+            found = sorted(links_of(group).peers)
+            others = [rank for rank in range(3) if rank != mesh.rank]
+            incoming = {peer: torch.empty(1) for peer in others}
+            start_messages({peer: torch.tensor([10.0 * mesh.rank + peer]) for peer in others}, incoming, group)()
+            assert all(incoming[peer] == 10 * peer + mesh.rank for peer in others)
+            mesh.gathered([0.0])
+            same_host.unlink()
+        return found
+
+    found = run_on_ranks(Layout(1, 1, 3), check)
+    assert 2 not in found[0] and 0 not in found[2] and (2 in found[1]) == (1 in found[2])
+
+
+def test_as_many_may_be_on_their_way_as_both_ends_wait_for():
+    """More than there are slots, in both directions at once."""
+
+    def check(mesh):
+        peer = 1 - mesh.rank
+        waits = []
+        for number in range(3 * SLOTS):
+            into = torch.empty(3)
+            sent = torch.full((3,), float(number + 100 * mesh.rank))
+            waits.append((number, into, start_messages({peer: sent}, {peer: into}, mesh.group)))
+        for number, into, wait in waits:
+            wait()
+            assert into.eq(number + 100 * peer).all()
+
+    run_on_ranks(Layout(1, 1, 2), check)
 
 
 def test_ranks_of_other_users_or_networks_are_of_another_host(monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..observe import Clock
 from .messages import reaches_all, start_messages
+from .same_host import SLOT_BYTES
 
 Value = TypeVar("Value")
 Finish = Callable[[], Tensor]
@@ -116,7 +117,7 @@ def all_to_all(
 def all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(R, ...) the tensors of the R ranks of the group, all of one shape."""
     device, mine = mine.device, carried(mine, group)
-    if _is_small(mine, group) or reaches_all(group):
+    if _is_small(mine, group) or (reaches_all(group) and mine.nbytes <= SLOT_BYTES):
         everyones, sent = _start_to_all(mine, group)
         sent()
         return everyones.to(device)
@@ -145,7 +146,7 @@ def _is_small(value: Tensor, group: dist.ProcessGroup) -> bool:
 
 def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
     """(R, ...) the tensors of the R ranks, once what is returned with them has been called."""
-    if reaches_all(group):
+    if reaches_all(group) and value.nbytes <= SLOT_BYTES:
         value, everyones = value.contiguous(), value.new_empty(group.size(), *value.shape)
         everyones[group.rank()] = value
         others = [rank for rank in range(group.size()) if rank != group.rank()]

@@ -32,7 +32,7 @@ def start_messages(
         return peer in links and message.nbytes <= SLOT_BYTES
 
     expected = [
-        (links[peer], links[peer].expect(channel), into) for peer, into in sorted(incoming.items()) if near(peer, into)
+        (links[peer], links[peer].expect(channel, into)) for peer, into in sorted(incoming.items()) if near(peer, into)
     ]
     for peer, message in sorted(outgoing.items()):
         if near(peer, message):
@@ -44,8 +44,8 @@ def start_messages(
     )
 
     def finish() -> None:
-        for link, number, into in expected:
-            link.receive(channel, number, into)
+        for link, number in expected:
+            link.receive(channel, number)
         for work in works:
             work.wait()
 

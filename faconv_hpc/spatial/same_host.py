@@ -3,6 +3,7 @@
 Gloo sends them through the system's network, with threads of its own at both ends that take more from the ranks'
 cores than the messages are worth. Here the sender writes into memory that both have, and says so through a socket in
 which the receiver waits: there is no thread, and neither memory nor socket has a name that could outlive the ranks.
+What cannot be linked, for whatever reason, goes by Gloo.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,11 @@ LOOK_MS = 1
 
 NOTE = struct.Struct("<QQQQ")
 """Channel, number of the message in it, slot, bytes."""
-OWNER = struct.Struct("3i")
+OWNER = struct.Struct("iII")
 """Of a socket's other end: process, user, group."""
 HOST_BYTES, TOKEN_BYTES = 32, 16
+MEETING_S, INTRODUCTION_S = 30.0, 2.0
+"""For two ranks to meet, and for one that knocks to say who it is; they share no memory where they do not."""
 NO_HOST = bytes(HOST_BYTES)
 
 
@@ -54,6 +57,7 @@ class Link:
         self._sent, self._expected = Counter[int](), Counter[int]()
         self._written = [0] * SLOTS
         self._arrived: dict[tuple[int, int], tuple[int, int]] = {}
+        self._targets: dict[tuple[int, int], Tensor] = {}
 
     def send(self, channel: int, message: Tensor) -> None:
         """Sends a tensor of at most `SLOT_BYTES`, which may be changed as soon as this returns.
@@ -72,24 +76,25 @@ class Link:
         except OSError as error:
             raise self._failed(error) from None
 
-    def expect(self, channel: int) -> int:
-        """The number of the channel's next message, which `receive` waits for."""
+    def expect(self, channel: int, into: Tensor) -> int:
+        """The number of the channel's next message, which ``into``, contiguous and of its size, is filled with; it may
+        be as soon as that has come, and is once it was waited for (`receive`)."""
+        key = channel, self._expected[channel]
         self._expected[channel] += 1
-        return self._expected[channel] - 1
+        self._targets[key] = into
+        if key in self._arrived:
+            self._read(key)
+        return key[1]
 
-    def receive(self, channel: int, number: int, into: Tensor) -> None:
-        """Fills ``into``, which is contiguous and of the message's size.
+    def receive(self, channel: int, number: int) -> None:
+        """Waits until a message that was expected is there.
 
         Raises:
             LostRankError: the other rank is gone.
             RuntimeError: the time is up.
         """
-        while (channel, number) not in self._arrived:
+        while (channel, number) in self._targets:
             self._take_note()
-        slot, size = self._arrived.pop((channel, number))
-        assert size == into.nbytes, f"{self._peer} sent {size} bytes where {into.nbytes} were to come"
-        into.view(-1).copy_(self._in.part(slot, into))
-        self._in.read[slot] += 1
 
     def close(self) -> None:
         """Nothing is sent or received afterwards; what the other rank has not yet read, it still can."""
@@ -104,6 +109,16 @@ class Link:
             raise self._failed(ConnectionResetError())
         channel, number, slot, size = NOTE.unpack(note)
         self._arrived[channel, number] = slot, size
+        if (channel, number) in self._targets:
+            self._read((channel, number))
+
+    def _read(self, key: tuple[int, int]) -> None:
+        """Fills the target of a message that has come, and frees its slot."""
+        (slot, size), into = self._arrived.pop(key), self._targets[key]
+        assert size == into.nbytes, f"{self._peer} sent {size} bytes where {into.nbytes} were to come"
+        into.view(-1).copy_(self._in.part(slot, into))
+        self._in.read[slot] += 1
+        del self._targets[key]
 
     def _free_slot(self) -> int:
         """The first of which all that was ever written has been read."""
@@ -150,70 +165,66 @@ class _Door:
     def __init__(self) -> None:
         self.links: dict[bytes, Link] = {}
         self._token, self._socket = os.urandom(TOKEN_BYTES), None
+        self._early: dict[bytes, tuple[socket.socket, int]] = {}
         host = NO_HOST
         with suppress(OSError, AttributeError):  # a system that has no such memory or sockets
-            self._socket = _socket()
+            self._socket = _socket(MEETING_S)
             self._socket.bind(_name(self._token))
             self._socket.listen(socket.SOMAXCONN)
             os.close(_memory())
             host = _host()
         self.place = host + self._token
 
-    def link(self, lower: Mapping[bytes, str], higher: Mapping[bytes, str], limit_s: float | None) -> None:
-        """Links this rank with others: it knocks at the doors of the lower ones and lets the higher ones in.
+    def link(self, token: bytes, peer: str, knocks: bool, limit_s: float | None) -> None:
+        """Links this rank with another that calls this, too: one of them knocks, the other lets it in.
+
+        Where that fails, for whatever reason, this end has no link; the other may have one.
 
         Args:
-            lower, higher: by token, what errors call each.
-            limit_s: of each wait, and of each message; None: as long as it takes.
-
-        Raises:
-            LostRankError: one of them is gone.
-            RuntimeError: one does not come, and the time is up.
+            token: the other's.
+            peer: what errors call it.
+            knocks: whether this one does.
+            limit_s: of each message; None: as long as it takes.
         """
-        try:
-            self._link(lower, higher, limit_s)
-        except TimeoutError:
-            raise RuntimeError(f"Timed out after {limit_s:g} s as ranks of this host met each other") from None
-        except OSError as error:
-            raise LostRankError(f"another rank has left as ranks of this host met each other ({error})") from None
-
-    def _link(self, lower: Mapping[bytes, str], higher: Mapping[bytes, str], limit_s: float | None) -> None:
-        waiting = {token: self._introduced(_knocked(token, limit_s)) for token in lower}
-        while not higher.keys() <= self.links.keys():
-            token, line, theirs = self._let_in(limit_s)
-            if token in higher:
-                self._keep(token, higher[token], *self._introduced(line), theirs)
-        for token, (line, mine) in waiting.items():
-            self._keep(token, lower[token], line, mine, _introduction(line)[1])
+        with suppress(OSError), ExitStack() as opened:
+            mine = _memory()
+            opened.callback(os.close, mine)
+            line, theirs = self._knocked(token, mine) if knocks else self._let_in(token, mine)
+            opened.callback(os.close, theirs)
+            line.settimeout(limit_s)
+            self.links[token] = Link(line, peer, mine, theirs)
 
     def close(self) -> None:
         """Ends all links."""
         for link in self.links.values():
             link.close()
+        for line, descriptor in self._early.values():
+            line.close()
+            os.close(descriptor)
         if self._socket is not None:
             self._socket.close()
 
-    def _introduced(self, line: socket.socket) -> tuple[socket.socket, int]:
-        """A line, once its other end has been told who this is, and has the memory that this rank will write into."""
-        memory = _memory()
-        socket.send_fds(line, [self._token], [memory])
-        return line, memory
+    def _knocked(self, token: bytes, mine: int) -> tuple[socket.socket, int]:
+        """The line to another rank, which has got this one's memory, and the other's memory."""
+        line = _socket(MEETING_S)
+        line.connect(_name(token))
+        socket.send_fds(line, [self._token], [mine])
+        return line, _introduction(line)[1]
 
-    def _let_in(self, limit_s: float | None) -> tuple[bytes, socket.socket, int]:
-        """Who knocks next, with the line and the memory it will write into."""
+    def _let_in(self, token: bytes, mine: int) -> tuple[socket.socket, int]:
+        """The same of a rank that knocks; who comes before it is kept for later, and strangers are not heard."""
         assert self._socket is not None, "nobody is told of a door that is not there"
-        self._socket.settimeout(limit_s)
-        line, _ = self._socket.accept()
-        line.settimeout(limit_s)
-        token, theirs = _introduction(line)
-        return token, line, theirs
-
-    def _keep(self, token: bytes, peer: str, line: socket.socket, mine: int, theirs: int) -> None:
-        if theirs < 0:
-            raise LostRankError(f"another rank has left as it was met ({peer}, of this host)")
-        self.links[token] = Link(line, peer, mine, theirs)
-        os.close(mine)
-        os.close(theirs)
+        until = time.monotonic() + MEETING_S
+        while token not in self._early:
+            self._socket.settimeout(max(until - time.monotonic(), 1e-3))
+            line, _ = self._socket.accept()
+            line.settimeout(INTRODUCTION_S)
+            with suppress(OSError):
+                who, theirs = _introduction(line)
+                self._early[who] = line, theirs
+        line, theirs = self._early.pop(token)
+        socket.send_fds(line, [self._token], [mine])
+        return line, theirs
 
 
 class Links(NamedTuple):
@@ -244,21 +255,26 @@ def link_group(group: dist.ProcessGroup, limit_s: float | None) -> None:
     mine = torch.frombuffer(bytearray(door.place), dtype=torch.uint8)
     everyones = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyones, mine, group=group)
-    here, jobs = group.rank(), dist.get_process_group_ranks(group)
+    here, jobs, host = group.rank(), dist.get_process_group_ranks(group), door.place[:HOST_BYTES]
     places = [bytes(one.tolist()) for one in everyones]
-    host = door.place[:HOST_BYTES]
     peers = {
         rank: place[HOST_BYTES:]
         for rank, place in enumerate(places)
         if rank != here and host != NO_HOST and place[:HOST_BYTES] == host
     }
-    new = {rank: token for rank, token in peers.items() if token not in door.links}
-    names = {token: f"rank {jobs[rank]}" for rank, token in new.items()}
-    lower = {token: names[token] for rank, token in new.items() if rank < here}
-    higher = {token: names[token] for rank, token in new.items() if rank > here}
-    door.link(lower, higher, limit_s)
+    # Pair by pair: a system lets a user have but so many descriptors on their way (unix(7), ETOOMANYREFS).
+    for number in range(1, 1 << (group.size() - 1).bit_length()):
+        peer = here ^ number
+        if peer in peers and peers[peer] not in door.links:
+            door.link(peers[peer], f"rank {jobs[peer]}", peer < here, limit_s)
+            if peers[peer] not in door.links:
+                break  # nor would another be
+    linked = torch.tensor([peers.get(rank) in door.links for rank in range(group.size())], dtype=torch.uint8)
+    at_ends = [torch.empty_like(linked) for _ in places]
+    dist.all_gather(at_ends, linked, group=group)
+    both = {rank: door.links[token] for rank, token in peers.items() if linked[rank] and at_ends[rank][here]}
     channel = int.from_bytes(hashlib.sha256(group.group_name.encode()).digest()[:8], "big")
-    _links[group.group_name] = Links(channel, {rank: door.links[token] for rank, token in peers.items()})
+    _links[group.group_name] = Links(channel, both)
 
 
 def links_of(group: dist.ProcessGroup) -> Links:
@@ -273,7 +289,7 @@ def unlink() -> None:
     _links.clear()
 
 
-def _socket(limit_s: float | None = None) -> socket.socket:
+def _socket(limit_s: float) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     made.settimeout(limit_s)
     return made
@@ -284,19 +300,19 @@ def _name(token: bytes) -> str:
     return f"\0faconv-{token.hex()}"
 
 
-def _knocked(token: bytes, limit_s: float | None) -> socket.socket:
-    line = _socket(limit_s)
-    line.connect(_name(token))
-    return line
-
-
 def _introduction(line: socket.socket) -> tuple[bytes, int]:
-    """Whose token and memory have come over a line; nobody's where its other end is gone, or another user's."""
+    """Whose token and memory come over a line; raises OSError where nobody's do, or another user's would."""
     _, user, _ = OWNER.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, OWNER.size))
-    token, descriptors, _, _ = socket.recv_fds(line, TOKEN_BYTES, 1)
-    if user != os.getuid() or len(descriptors) != 1:
+    if user != os.getuid():
         line.close()
-        return b"", -1
+        raise PermissionError(f"user {user} is at the other end")
+    token, descriptors, _, _ = socket.recv_fds(line, TOKEN_BYTES, 1)
+    if len(token) != TOKEN_BYTES or len(descriptors) != 1:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        line.close()
+        raise ConnectionError("nobody is at the other end")
+    os.set_inheritable(descriptors[0], False)
     return token, descriptors[0]
 
 
