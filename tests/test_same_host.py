@@ -41,6 +41,25 @@ def received(link: Link, channel: int, like: torch.Tensor) -> torch.Tensor:
     return into
 
 
+def linked_anew(mesh) -> list[int]:
+    """With whom a rank of three is linked that has met nobody before; all reach each other, in a second group, too."""
+    groups = [dist.new_group([0, 1, 2]) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(same_host, "_doors", [])
+        patch.setattr(same_host, "_links", {})
+        others = [rank for rank in range(3) if rank != mesh.rank]
+        for group in groups:
+            same_host.link_group(group, 60.0)
+            incoming = {peer: torch.empty(1) for peer in others}
+            start_messages({peer: torch.tensor([10.0 * mesh.rank + peer]) for peer in others}, incoming, group)()
+            assert all(incoming[peer] == 10 * peer + mesh.rank for peer in others)
+        first, second = (sorted(links_of(group).peers) for group in groups)
+        assert first == second
+        mesh.gathered([0.0])
+        same_host.unlink()
+    return first
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (7, 5), (0, 3), (SLOT_BYTES // 8,)], ids=str)
 def test_a_message_comes_as_it_was_when_it_was_sent(dtype, shape):
@@ -151,7 +170,7 @@ def test_another_users_process_is_not_let_in(monkeypatch):
         assert not low.links and not high.links
 
 
-def test_a_user_of_a_high_number_is_the_same_at_both_ends(monkeypatch):
+def test_a_user_of_a_high_number_is_the_same_at_both_ends():
     """User ids have no sign."""
     assert same_host.OWNER.unpack(struct.pack("=iII", 1, 3_000_000_000, 2)) == (1, 3_000_000_000, 2)
 
@@ -183,34 +202,27 @@ def test_a_slot_is_free_only_when_it_has_been_read():
     assert seen == [0] and other._in.read[0] == 1 and into.sum() == 4
 
 
-def test_a_link_that_one_end_lacks_is_used_by_neither():
-    """As where a rank may open no more files: all go on, by Gloo where they have to."""
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("unable to mmap")], ids=repr)
+def test_a_link_that_one_end_lacks_is_used_by_neither(error):
+    """As where a rank may open no more files: all go on, by Gloo where they have to, and do not try again."""
 
-    def check(mesh):
-        group = dist.new_group([0, 1, 2])
+    def check(mesh, error):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(same_host, "_doors", [])
-            patch.setattr(same_host, "_links", {})
-            kept = Link.__init__
+            kept, fallen = Link.__init__, []
 
             def fails(link, line, peer, mine, theirs):
                 kept(link, line, peer, mine, theirs)
                 if mesh.rank == 2 and peer == "rank 0":
-                    raise OSError(24, "Too many open files")
+                    fallen.append(peer)
+                    raise error
 
             patch.setattr(Link, "__init__", fails)
             patch.setattr(same_host, "MEETING_S", 0.5)
-            same_host.link_group(group, 60.0)
-            found = sorted(links_of(group).peers)
-            others = [rank for rank in range(3) if rank != mesh.rank]
-            incoming = {peer: torch.empty(1) for peer in others}
-            start_messages({peer: torch.tensor([10.0 * mesh.rank + peer]) for peer in others}, incoming, group)()
-            assert all(incoming[peer] == 10 * peer + mesh.rank for peer in others)
-            mesh.gathered([0.0])
-            same_host.unlink()
-        return found
+            found = linked_anew(mesh)
+            assert len(fallen) == (mesh.rank == 2)
+            return found
 
-    found = run_on_ranks(Layout(1, 1, 3), check)
+    found = run_on_ranks(Layout(1, 1, 3), check, error)
     assert 2 not in found[0] and 0 not in found[2] and (2 in found[1]) == (1 in found[2])
 
 
@@ -309,21 +321,10 @@ def test_only_ranks_of_one_host_are_linked(hosts, near):
     """From the first meeting on; two of which neither can share memory are not of one host."""
 
     def check(mesh, hosts):
-        group = dist.new_group([0, 1, 2])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(same_host, "_doors", [])
-            patch.setattr(same_host, "_links", {})
             mine = hosts[mesh.rank].encode() * same_host.HOST_BYTES
             patch.setattr(same_host, "_host", lambda: same_host.NO_HOST if mine.startswith(b"c") else mine)
-            same_host.link_group(group, 60.0)
-            found = sorted(links_of(group).peers)
-            others = [rank for rank in range(3) if rank != mesh.rank]
-            incoming = {peer: torch.empty(1) for peer in others}
-            start_messages({peer: torch.tensor([10.0 * mesh.rank + peer]) for peer in others}, incoming, group)()
-            assert all(incoming[peer] == 10 * peer + mesh.rank for peer in others)
-            mesh.gathered([0.0])
-            same_host.unlink()
-        return found
+            return linked_anew(mesh)
 
     assert run_on_ranks(Layout(1, 1, 3), check, hosts) == near
     if hosts == "abc":

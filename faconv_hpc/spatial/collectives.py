@@ -146,7 +146,7 @@ def _is_small(value: Tensor, group: dist.ProcessGroup) -> bool:
 
 def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
     """(R, ...) the tensors of the R ranks, once what is returned with them has been called."""
-    if reaches_all(group) and value.nbytes <= SLOT_BYTES:
+    if reaches_all(group):
         value, everyones = value.contiguous(), value.new_empty(group.size(), *value.shape)
         everyones[group.rank()] = value
         others = [rank for rank in range(group.size()) if rank != group.rank()]
@@ -161,7 +161,10 @@ def _start_to_all(value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Call
 def _exchange(
     outgoing: Tensor, sent: Sequence[int], incoming: Tensor, received: Sequence[int], group: dist.ProcessGroup
 ) -> None:
-    """From every rank to every other: of one dimension, with the numbers for each rank, or of it, after each other."""
+    """Fills ``incoming`` with what every rank has sent here, when parts of ``outgoing`` have gone to every rank.
+
+    Both have one dimension: parts of ``sent`` and ``received`` numbers, in the order of ranks, this one among them.
+    """
     if not reaches_all(group):
         dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=group)
         return

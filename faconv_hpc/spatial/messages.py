@@ -17,8 +17,8 @@ def start_messages(
     large for it; all others by the group, on a GPU at once.
 
     Args:
-        outgoing, incoming: by rank of the group; contiguous, and where its messages begin and end. Both live on until
-            they have been waited for, and so much is filled then as was to come.
+        outgoing, incoming: by rank of the group; contiguous, on the device that the group's messages begin and end on
+            (see `carried`). Neither may be freed or changed before they have been waited for.
         group: in which the others call this, too; None where there are none.
 
     Returns:

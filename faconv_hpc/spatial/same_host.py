@@ -159,11 +159,11 @@ class _Door:
 
     Attributes:
         place: what other ranks are told: the host, and a token. Ranks of one host can share memory.
-        links: by the other rank's token.
+        links: by the other rank's token; None where the two share no memory, and do not try again.
     """
 
     def __init__(self) -> None:
-        self.links: dict[bytes, Link] = {}
+        self.links: dict[bytes, Link | None] = {}
         self._token, self._socket = os.urandom(TOKEN_BYTES), None
         self._early: dict[bytes, tuple[socket.socket, int]] = {}
         host = NO_HOST
@@ -178,7 +178,7 @@ class _Door:
     def link(self, token: bytes, peer: str, knocks: bool, limit_s: float | None) -> None:
         """Links this rank with another that calls this, too: one of them knocks, the other lets it in.
 
-        Where that fails, for whatever reason, this end has no link; the other may have one.
+        Where that fails, for whatever reason, this end has no link; the other may have one, and lets go of it (`part`).
 
         Args:
             token: the other's.
@@ -186,7 +186,7 @@ class _Door:
             knocks: whether this one does.
             limit_s: of each message; None: as long as it takes.
         """
-        with suppress(OSError), ExitStack() as opened:
+        with suppress(OSError, RuntimeError), ExitStack() as opened:  # the latter of torch, which maps the memory
             mine = _memory()
             opened.callback(os.close, mine)
             line, theirs = self._knocked(token, mine) if knocks else self._let_in(token, mine)
@@ -194,10 +194,17 @@ class _Door:
             line.settimeout(limit_s)
             self.links[token] = Link(line, peer, mine, theirs)
 
+    def part(self, token: bytes) -> None:
+        """Ends what there is of a link, for good."""
+        link = self.links.get(token)
+        if link is not None:
+            link.close()
+        self.links[token] = None
+
     def close(self) -> None:
         """Ends all links."""
-        for link in self.links.values():
-            link.close()
+        for token in self.links:
+            self.part(token)
         for line, descriptor in self._early.values():
             line.close()
             os.close(descriptor)
@@ -252,9 +259,9 @@ def link_group(group: dist.ProcessGroup, limit_s: float | None) -> None:
     if not _doors:
         _doors.append(_Door())
     (door,) = _doors
-    mine = torch.frombuffer(bytearray(door.place), dtype=torch.uint8)
-    everyones = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyones, mine, group=group)
+    place = torch.frombuffer(bytearray(door.place), dtype=torch.uint8)
+    everyones = [torch.empty_like(place) for _ in range(group.size())]
+    dist.all_gather(everyones, place, group=group)
     here, jobs, host = group.rank(), dist.get_process_group_ranks(group), door.place[:HOST_BYTES]
     places = [bytes(one.tolist()) for one in everyones]
     peers = {
@@ -269,10 +276,13 @@ def link_group(group: dist.ProcessGroup, limit_s: float | None) -> None:
             door.link(peers[peer], f"rank {jobs[peer]}", peer < here, limit_s)
             if peers[peer] not in door.links:
                 break  # nor would another be
-    linked = torch.tensor([peers.get(rank) in door.links for rank in range(group.size())], dtype=torch.uint8)
-    at_ends = [torch.empty_like(linked) for _ in places]
-    dist.all_gather(at_ends, linked, group=group)
-    both = {rank: door.links[token] for rank, token in peers.items() if linked[rank] and at_ends[rank][here]}
+    mine = {rank: link for rank, token in peers.items() if (link := door.links.get(token)) is not None}
+    at_this_end = torch.tensor([rank in mine for rank in range(group.size())], dtype=torch.uint8)
+    at_ends = [torch.empty_like(at_this_end) for _ in places]
+    dist.all_gather(at_ends, at_this_end, group=group)
+    both = {rank: link for rank, link in mine.items() if at_ends[rank][here]}
+    for rank in peers.keys() - both.keys():
+        door.part(peers[rank])
     channel = int.from_bytes(hashlib.sha256(group.group_name.encode()).digest()[:8], "big")
     _links[group.group_name] = Links(channel, both)
 
